@@ -1,0 +1,49 @@
+# The environment and the code of the pipeline. Build it with `make image`; `make IN=docker …` runs the stages in it.
+#
+#   --build-arg BASE=…          another base: any image with python3.11, its venv module and CA certificates
+#   --build-arg LOCK=cuda       torch for NVIDIA GPUs (run with --gpus all); the driver comes from the host
+#   --build-arg TORCH_INDEX=…   where LOCK=cpu finds torch's CPU build; empty: only where pip looks anyway
+#   --build-arg WHEELS=…        an image whose root folder holds wheels, for machines that see no such index
+#   --secret id=ca,src=FILE     certificates to trust while installing, for networks with their own authority
+ARG BASE=python:3.11-slim-bookworm@sha256:0a310eeecf4e1f5a0743f9a6520c90c88d089c903ca5fd283f501e3a805f5f89
+ARG WHEELS=scratch
+
+FROM ${WHEELS} AS wheels
+
+FROM ${BASE}
+ARG LOCK=cpu
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# Makes compiled Python files depend on their source's content, not on its time.
+ARG SOURCE_DATE_EPOCH=315532800
+
+# One step installs the lock, so that no layer holds a download, a secret or a compiler.
+RUN --mount=type=bind,source=locks,target=/locks \
+    --mount=type=bind,from=wheels,target=/wheels \
+    --mount=type=secret,id=ca,target=/etc/ssl/certs/ca-certificates.crt \
+    python3.11 -m venv /opt/venv \
+    && PIP_CERT=/etc/ssl/certs/ca-certificates.crt PIP_EXTRA_INDEX_URL="$(test "${LOCK}" != cpu || echo "${TORCH_INDEX}")" \
+       /opt/venv/bin/python -m pip install --require-hashes --only-binary=:all: --no-cache-dir --disable-pip-version-check \
+       --quiet --find-links /wheels --requirement "/locks/${LOCK}.txt" \
+    && find /opt/venv -name __pycache__ -path '*pip*' -prune -exec rm -rf {} +
+
+COPY locks/cpu.txt locks/cuda.txt /app/locks/
+COPY examples /app/examples
+COPY pipeline /app/pipeline
+COPY LICENSE* README.md /app/
+
+# Any user may run it and write nowhere but /tmp and the mounted folders. LOGNAME: some libraries ask for a name, and a
+# number given with --user has none.
+ENV PATH=/opt/venv/bin:$PATH \
+    HOME=/tmp \
+    LOGNAME=pipeline \
+    LANG=C.UTF-8 \
+    PYTHONDONTWRITEBYTECODE=1 \
+    PYTHONUNBUFFERED=1 \
+    NVIDIA_VISIBLE_DEVICES=all \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility
+LABEL org.opencontainers.image.title="hf-to-litert" \
+      org.opencontainers.image.description="Gemma 3n checkpoints to verified LiteRT files" \
+      pipeline.lock="${LOCK}"
+WORKDIR /app
+USER 65534:65534
+CMD ["python", "-m", "pipeline.fetch", "--help"]

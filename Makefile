@@ -1,0 +1,216 @@
+# The graph: every stage is a file target, artifacts/<model>/<stage>/manifest.json, which the stage writes last.
+# A stage runs again when a stage it reads ran again, or when something recorded in artifacts/<model>/.inputs/<stage>
+# changed: its settings, the contents of its code, its recipe and texts, the lock. `make help` lists targets and settings.
+
+#: MODEL_ID      Hub id or folder of the checkpoint
+MODEL_ID ?= examples/tiny-gemma3n
+#: REVISION      branch, tag or commit on the Hub; the commit is recorded
+REVISION ?=
+#: RECIPE        what to build and how good it must be
+RECIPE ?= pipeline/recipes/gemma3n.toml
+#: ARTIFACTS     where results go
+ARTIFACTS ?= artifacts
+#: CALIBRATION   your own text (.txt or .jsonl) for the full-integer file
+CALIBRATION ?=
+#: DEVICE        auto, cpu or cuda: where the Hugging Face reference runs
+DEVICE ?= auto
+#: THREADS       threads of the stages (default: one per core)
+THREADS ?=
+#: IN            docker: run the stages in the project's container
+IN ?=
+#: LOCK          cpu, cuda or auto: which torch `.venv` gets (auto: cpu if pip finds it, else PyPI's CUDA build)
+LOCK ?= $(if $(TORCH_INDEX),cpu,auto)
+#: TORCH_INDEX   package index with torch's CPU build, e.g. https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+#: PYTHON        the Python 3.11 that makes `.venv`
+PYTHON ?= python3.11
+#: IMAGE         name of the container image
+IMAGE ?= hf-to-litert
+#: IMAGE_FLAGS   more options of `docker build`, e.g. --build-arg LOCK=cuda
+IMAGE_FLAGS ?=
+#: NETWORK       container network of the stage that downloads
+NETWORK ?= bridge
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+MAKEFLAGS += --no-builtin-rules --no-builtin-variables --warn-undefined-variables
+.DELETE_ON_ERROR:
+.NOTPARALLEL: # a stage uses all cores, and two at a time need the memory of both
+.SUFFIXES:
+
+ifneq ($(words $(MODEL_ID)) $(words $(ARTIFACTS)) $(words $(RECIPE)),1 1 1)
+$(error MODEL_ID, ARTIFACTS and RECIPE are one name each, without spaces; link the folder under another name)
+endif
+ifeq ($(filter $(IN),docker),)
+ifneq ($(IN),)
+$(error IN=$(IN) is unknown: leave it out, or IN=docker)
+endif
+endif
+
+# --- names ------------------------------------------------------------------------------------------------------------
+FOLDER := $(if $(wildcard $(MODEL_ID)/.),$(realpath $(MODEL_ID)))
+MODEL := $(if $(FOLDER),$(notdir $(FOLDER)),$(subst /,--,$(MODEL_ID)))
+ROOT := $(ARTIFACTS)/$(MODEL)
+GOALS := $(or $(MAKECMDGOALS),all)
+
+SCHEME := $(shell sed -n 's/^scheme *= *"\(.*\)".*/\1/p' $(RECIPE) 2>/dev/null)
+ALTERNATIVE := $(if $(filter static,$(SCHEME)),int8-dynamic,int8-static)
+#: VARIANTS      the files that verify judges; publish takes fp32, fp16 and int8 of them
+VARIANTS ?= fp32 fp16 int8 $(ALTERNATIVE)
+# Texts that the recipe names.
+TEXTS := $(shell sed -n 's/^\(verification\|calibration\) *= *"\(.*\)".*/\2/p' $(RECIPE) 2>/dev/null)
+
+export PYTHONHASHSEED ?= 0
+export PYTHONNOUSERSITE := 1
+export SOURCE_DATE_EPOCH ?= $(or $(shell git log -1 --pretty=%ct 2>/dev/null),315532800)
+ifneq ($(THREADS),)
+export OMP_NUM_THREADS := $(THREADS)
+endif
+
+# --- what each stage reads: stages, code, texts -------------------------------------------------------------------------
+STAGES := fetch golden fp32 fp16 int8 $(ALTERNATIVE) verify publish
+
+NEEDS_fetch :=
+NEEDS_golden := fetch
+NEEDS_fp32 := fetch
+NEEDS_fp16 := fp32
+NEEDS_int8 := fetch fp32
+NEEDS_$(ALTERNATIVE) := $(NEEDS_int8)
+NEEDS_verify := fetch golden $(VARIANTS)
+NEEDS_publish := fetch $(VARIANTS) verify
+
+ROOMS_fetch := core convert models release
+ROOMS_golden := core judge
+ROOMS_fp32 := core convert models judge
+ROOMS_fp16 := core convert
+ROOMS_int8 := core convert
+ROOMS_$(ALTERNATIVE) := $(ROOMS_int8)
+ROOMS_verify := core judge
+ROOMS_publish := core release
+
+# Texts that end up in a stage's result (every stage reads the recipe and depends on the lock).
+TEXTS_fetch :=
+TEXTS_fp32 :=
+TEXTS_fp16 :=
+TEXTS_verify :=
+TEXTS_publish :=
+TEXTS_golden := $(TEXTS)
+TEXTS_int8 := $(TEXTS) $(CALIBRATION)
+TEXTS_$(ALTERNATIVE) := $(TEXTS_int8)
+
+# --- settings of each stage -------------------------------------------------------------------------------------------
+OPTIONS_fetch := $(if $(REVISION),--revision $(REVISION))
+OPTIONS_golden := --device $(DEVICE)
+OPTIONS_fp32 :=
+OPTIONS_fp16 :=
+OPTIONS_int8 := $(if $(CALIBRATION),--calibration $(abspath $(CALIBRATION)))
+OPTIONS_$(ALTERNATIVE) := --scheme $(subst int8-,,$(ALTERNATIVE)) $(OPTIONS_int8)
+OPTIONS_verify := --variants $(VARIANTS)
+OPTIONS_publish :=
+
+MODULE = $(firstword $(subst -, ,$(1)))
+SOURCES = pipeline/$(MODULE).py $(foreach room,$(ROOMS_$(1)),$(sort $(shell find pipeline/$(room) -type f ! -name '*.pyc')))
+
+# A checkpoint can be large: its files are known by name, size and time. Everything else is known by its content.
+CHECKPOINT := $(if $(FOLDER),$(sort $(foreach kind,json safetensors model jinja txt md,$(wildcard $(FOLDER)/*.$(kind))) \
+	$(wildcard $(FOLDER)/LICENSE* $(FOLDER)/NOTICE*)))
+
+# Write .inputs/<stage> unless it already says the same.
+define RECORD
+$(shell mkdir -p $(ROOT)/.inputs && { \
+	echo "options $(OPTIONS_$(1))"; \
+	$(if $(filter fetch,$(1)),stat -Lc '%n %s %Y' $(or $(CHECKPOINT),/dev/null) | sed 's|.*/||';) \
+	sha256sum $(call SOURCES,$(1)) $(RECIPE) $(TEXTS_$(1)) locks/cpu.txt 2>&1 || true; \
+	} >$(ROOT)/.inputs/$(1).new && \
+	if cmp -s $(ROOT)/.inputs/$(1).new $(ROOT)/.inputs/$(1); then rm $(ROOT)/.inputs/$(1).new; \
+	else mv $(ROOT)/.inputs/$(1).new $(ROOT)/.inputs/$(1); fi)
+endef
+ifneq ($(filter all compare $(STAGES) $(ROOT)/%,$(GOALS)),)
+$(foreach stage,$(STAGES),$(call RECORD,$(stage)))
+endif
+
+# --- where stages run -------------------------------------------------------------------------------------------------
+PY := .venv/bin/python
+ifeq ($(IN),docker)
+READY := image
+ONLINE := $(if $(FOLDER),,fetch)
+# Every path that a stage is told is mounted at the same path, what a checkpoint's links lead to as well; a recipe's texts
+# where the recipe names them from, the project's folder.
+READ := $(abspath $(RECIPE) $(CALIBRATION) $(filter /%,$(TEXTS)) $(FOLDER) $(dir $(realpath $(CHECKPOINT))))
+MOUNTS := $(foreach path,$(sort $(READ)),-v $(path):$(path):ro) \
+	$(foreach text,$(filter-out /%,$(TEXTS)),-v $(abspath $(text)):/app/$(text):ro)
+IN_CONTAINER = docker run --rm --read-only --tmpfs /tmp --cap-drop ALL --security-opt no-new-privileges \
+	--user "$$(id -u):$$(id -g)" $(if $(filter cuda,$(DEVICE)),--gpus all) \
+	-e PYTHONHASHSEED -e SOURCE_DATE_EPOCH -e OMP_NUM_THREADS \
+	-e SOURCE_COMMIT="$$(git rev-parse HEAD 2>/dev/null || true)" -e SOURCE_DIRTY="$$(git status --porcelain 2>/dev/null | head -n 1)" \
+	-e IMAGE_DIGEST="$$(docker image inspect --format '{{.Id}}' $(IMAGE))" \
+	$(if $(filter $(1),$(ONLINE)),--network $(NETWORK) -e HF_TOKEN -e HF_ENDPOINT,--network none -e HF_HUB_OFFLINE=1) \
+	-v $(abspath $(ARTIFACTS)):$(abspath $(ARTIFACTS)) $(MOUNTS) $(IMAGE)
+RUN = @echo "python -m pipeline.$(MODULE) (in $(IMAGE))" && $(call IN_CONTAINER,$(1)) python
+WHERE = --model-id $(or $(FOLDER),$(MODEL_ID)) --artifacts $(abspath $(ARTIFACTS)) --recipe $(abspath $(RECIPE))
+else
+READY := .venv/.ready
+RUN = $(PY)
+WHERE = --model-id $(MODEL_ID) --artifacts $(ARTIFACTS) --recipe $(RECIPE)
+endif
+
+# --- targets ----------------------------------------------------------------------------------------------------------
+.PHONY: all setup fetch golden fp32 fp16 int8 $(ALTERNATIVE) verify publish compare bench image test lint format clean clean-env help
+
+all: publish ## set-up, then everything for MODEL_ID: fp32, fp16, int8 both ways, the report, the publish folder (default)
+	@echo "files:   $(foreach variant,$(VARIANTS),$(ROOT)/$(variant)/step.tflite)"
+	@echo "report:  $(ROOT)/verify/report.html"
+	@echo "publish: $(ROOT)/publish"
+
+setup: .venv/.ready ## make the hash-locked environment .venv (LOCK=, TORCH_INDEX=, PYTHON=)
+
+fetch: ## get the checkpoint and check it before and after
+golden: ## compute the Hugging Face fp32 reference
+fp32: ## build the fp32 step graph
+fp16: ## build the file with fp16 weights
+int8: ## build the int8 file of the recipe's scheme
+verify: ## judge every variant against Hugging Face and fp32; write report.json and report.html
+publish: ## assemble what would be uploaded (dry run)
+fetch golden fp32 fp16 int8 $(ALTERNATIVE) verify publish: %: $(ROOT)/%/manifest.json
+
+define STAGE_RULE
+$(ROOT)/$(1)/manifest.json: $(foreach need,$(NEEDS_$(1)),$(ROOT)/$(need)/manifest.json) $(ROOT)/.inputs/$(1) | $(READY)
+	$$(call RUN,$(1)) -m pipeline.$(call MODULE,$(1)) $$(WHERE) $(OPTIONS_$(1))
+endef
+$(foreach stage,$(STAGES),$(eval $(call STAGE_RULE,$(stage))))
+
+compare: verify ## build every variant and print the table that compares them
+	$(call RUN,verify) -m pipeline.judge.report $(abspath $(ROOT))/verify/report.json
+
+bench: $(READY) ## measure speed, memory and time on a larger random model
+	$(PY) tools/bench.py
+
+image: ## build the container image (IMAGE_FLAGS=)
+	DOCKER_BUILDKIT=1 docker build --tag $(IMAGE) $(IMAGE_FLAGS) .
+
+test: .venv/.ready ## set-up, then linters, types and every test
+	.venv/bin/nox
+
+lint: .venv/.ready ## linters and types only
+	.venv/bin/nox -s lint types
+
+format: .venv/.ready ## rewrite the sources in the project's format
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+clean: ## remove the results for MODEL_ID
+	rm -rf $(ROOT)
+
+clean-env: ## remove .venv and the tools' caches
+	rm -rf .venv .nox .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+help: ## list targets and settings
+	@echo 'make [target …] [NAME=value …]'; echo
+	@awk -F ':.*## ' '/^[a-z][a-z0-9-]*:.*## / { printf "  %-10s %s\n", $$1, $$2 }' Makefile
+	@echo; echo 'settings:'; sed -n 's/^#: /  /p' Makefile
+
+# The lock that .venv was made from stands in the first line of .ready.
+INSTALLED := $(shell sed -n '1s/^lock //p' .venv/.ready 2>/dev/null)
+.venv/.ready: locks/cpu.txt locks/cuda.txt locks/dev.txt tools/setup.sh $(if $(filter auto $(INSTALLED),$(LOCK)),,CHANGED)
+	@PYTHON=$(PYTHON) TORCH_INDEX=$(TORCH_INDEX) tools/setup.sh .venv $(LOCK)
+CHANGED:

@@ -1,0 +1,164 @@
+"""Every check of the project, one session each; `make test` runs those without `default=False`.
+
+Sessions use `.venv` as `make setup` made it, so that what is tested is what is used. Those that need something else
+make their own environment from a lock.
+"""
+
+from __future__ import annotations
+
+import filecmp
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import nox
+
+nox.options.error_on_missing_interpreters = True
+ROOT = Path(__file__).parent
+BIN = ROOT / ".venv" / "bin"
+LOCKS = ("cpu", "cuda", "dev", "publish", "tensorflow")
+TORCH_INDEX = os.environ.get("TORCH_INDEX") or "https://download.pytorch.org/whl/cpu"
+
+
+def python(session: nox.Session, *arguments: str) -> None:
+    """Run `.venv`'s Python."""
+    session.run(str(BIN / "python"), *arguments, external=True)
+
+
+def scripts() -> list[str]:
+    """The shell scripts of the project."""
+    return [str(file.relative_to(ROOT)) for file in (ROOT / ".ci" / "run", *sorted((ROOT / "tools").glob("*.sh")))]
+
+
+@nox.session(venv_backend="none")
+def lint(session: nox.Session) -> None:
+    """Style of Python, shell, Dockerfile and workflows."""
+    python(session, "-m", "ruff", "check", ".")
+    python(session, "-m", "ruff", "format", "--check", ".")
+    session.run(str(BIN / "shellcheck"), *scripts(), external=True)
+    session.run(str(BIN / "hadolint"), "Dockerfile", external=True)
+    session.run(str(BIN / "zizmor"), "--offline", "--quiet", ".github/workflows", external=True)
+
+
+@nox.session(venv_backend="none")
+def types(session: nox.Session) -> None:
+    """Types, strictly, over pipeline/."""
+    python(session, "-m", "mypy")
+
+
+@nox.session(venv_backend="none")
+def unit(session: nox.Session) -> None:
+    """Tests without torch: seconds."""
+    python(session, "-m", "pytest", "tests/unit", *session.posargs)
+
+
+@nox.session(venv_backend="none")
+def stages(session: nox.Session) -> None:
+    """The stages on the shipped model and on small odd ones: minutes."""
+    python(session, "-m", "pytest", "tests/stages", *session.posargs)
+
+
+@nox.session(venv_backend="none", default=False)
+def models(session: nox.Session) -> None:
+    """Bigger models, one test or file at will: `nox -s models -- -k NAME`."""
+    python(session, "-m", "pytest", "tests/models", *session.posargs)
+
+
+@nox.session(python="3.11", default=False)
+def tensorflow(session: nox.Session) -> None:
+    """TensorFlow's interpreter as a second opinion on the finished files of the shipped model."""
+    session.run("make", "fp32", "fp16", "int8", external=True)
+    session.install("--require-hashes", "--only-binary=:all:", "-r", "locks/tensorflow.txt")
+    session.run("python", "-m", "pytest", "tests/models/test_tensorflow.py", *session.posargs)
+
+
+@nox.session(venv_backend="none", default=False)
+def image(session: nox.Session) -> None:
+    """Build the container image, run the main job in it without network, compare its files with the host's.
+
+    An engine is started, and ended again, where none runs.
+    """
+    results = ROOT / "artifacts" / "in-container"
+    shutil.rmtree(results, ignore_errors=True)
+    session.run("make", "publish", external=True)
+    python(session, "tools/engine.py", "make", "publish", "IN=docker", f"ARTIFACTS={results}")
+    host, container = manifests(ROOT / "artifacts"), manifests(results)
+    # Reports and cards name versions, and the container's Python may be another 3.11 than the host's.
+    for made in (host, container):
+        for folder in [folder for folder in made if folder.endswith(("/verify", "/publish"))]:
+            del made[folder]
+    compare(session, files(host, ROOT / "artifacts"), files(container, results))
+    shutil.rmtree(results)
+
+
+@nox.session(venv_backend="none", default=False)
+def reproduce(session: nox.Session) -> None:
+    """Run the whole pipeline twice from nothing, with other hash seeds, and compare every manifest and every byte."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folders = [Path(scratch) / name for name in ("first", "second")]
+        for seed, folder in enumerate(folders, start=1):
+            session.run("make", "publish", f"ARTIFACTS={folder}", f"PYTHONHASHSEED={seed}", external=True)
+        first, second = map(manifests, folders)
+        if first != second:
+            session.error(
+                f"different manifests: {[name for name in {*first, *second} if first.get(name) != second.get(name)]}"
+            )
+        compare(session, files(first, folders[0]), files(second, folders[1]))
+
+
+def manifests(artifacts: Path) -> dict[str, Any]:
+    """Every manifest of the shipped model by its folder, e.g. `tiny-gemma3n/fp32`."""
+    found = sorted(artifacts.glob("tiny-gemma3n/*/manifest.json"))
+    return {str(file.parent.relative_to(artifacts)): json.loads(file.read_text(encoding="utf-8")) for file in found}
+
+
+def files(made: dict[str, Any], artifacts: Path) -> dict[str, Path]:
+    """The files that manifests list, by their path inside the model's folder."""
+    return {row["path"]: artifacts / "tiny-gemma3n" / row["path"] for one in made.values() for row in one["outputs"]}
+
+
+def compare(session: nox.Session, left: dict[str, Path], right: dict[str, Path]) -> None:
+    """Fail unless both sides have the same files with the same bytes."""
+    missing = sorted(left.keys() ^ right.keys())
+    different = [
+        name for name in sorted(left.keys() & right.keys()) if not filecmp.cmp(left[name], right[name], shallow=False)
+    ]
+    if missing or different or not left:
+        session.error(f"different: {different}, only on one side: {missing}, of {len(left)} files")
+    session.log(f"{len(left)} files have the same bytes")
+
+
+@nox.session(venv_backend="none", default=False)
+def lock(session: nox.Session) -> None:
+    """Make the locks in locks/ from the .in files beside them, then prove them (see `lock_check`).
+
+    `nox -s lock -- dev` makes that one alone. torch's CPU build comes from pip's find-links folder if one is set, else
+    from PyTorch's index (TORCH_INDEX).
+    """
+    links = os.environ.get("PIP_FIND_LINKS", "")
+    source = ("--find-links", links) if links else ("--index", TORCH_INDEX, "--index-strategy", "unsafe-best-match")
+    for name in session.posargs or LOCKS:
+        command = [str(BIN / "uv"), "pip", "compile", "--quiet", "--upgrade", "--generate-hashes"]
+        command += ["--python-version", "3.11", "--python-platform", "x86_64-manylinux_2_28", "--only-binary", ":all:"]
+        command += ["--no-emit-find-links", "--no-emit-index-url", *(source if name == "cpu" else ())]
+        command += [f"locks/{name}.in", "--output-file", f"locks/{name}.txt"]
+        session.run(*command, external=True, env={"UV_CUSTOM_COMPILE_COMMAND": "nox -s lock"})
+    session.notify("lock_check", session.posargs)
+
+
+@nox.session(python="3.11", default=False)
+def lock_check(session: nox.Session) -> None:
+    """Prove the locks: pip installs each into a fresh environment, hashes required, and finds nothing in conflict."""
+    for name in session.posargs or LOCKS:
+        with tempfile.TemporaryDirectory() as scratch:
+            session.run("python", "-m", "venv", scratch)
+            fresh = f"{scratch}/bin/python"
+            options = ("--require-hashes", "--only-binary=:all:", "--no-compile", "--quiet")
+            locks = ("locks/cpu.txt", "locks/dev.txt") if name == "dev" else (f"locks/{name}.txt",)
+            requirements = [part for file in locks for part in ("-r", file)]
+            index = ("--extra-index-url", os.environ["TORCH_INDEX"]) if os.environ.get("TORCH_INDEX") else ()
+            session.run(fresh, "-m", "pip", "install", *options, *index, *requirements, external=True)
+            session.run(fresh, "-m", "pip", "check", external=True)

@@ -1,0 +1,1 @@
+"""From a checkpoint to files for the device: mapped weights, export, tables, quantisation, bundles."""

@@ -1,0 +1,195 @@
+"""Open a written file and find out what it holds, whatever its name says.
+
+A converter that silently leaves a model in float (or half of it) exits with 0: AEQ 0.10.0's `dynamic_wi8b32_afp32`
+did so for a 1 GB model. So every file is read back and held against what it was to become.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from pipeline.convert.flatbuffer import Graph
+from pipeline.core.errors import QuantiseError
+from pipeline.core.manifest import Facts
+
+Arithmetic = Literal["integer", "hybrid", "float"]
+Target = Literal["fp16", "dynamic", "static"]
+
+_SEQUENCE = 128
+_PRODUCTS = ("FULLY_CONNECTED", "BATCH_MATMUL", "CONV_2D")
+_WIDTHS = {"FLOAT32": 4, "FLOAT16": 2, "INT8": 1}
+_NO_ARITHMETIC = (
+    *("QUANTIZE", "DEQUANTIZE", "CAST", "EMBEDDING_LOOKUP", "GATHER", "SELECT_V2"),
+    *("RESHAPE", "TRANSPOSE", "SQUEEZE", "EXPAND_DIMS", "STRIDED_SLICE", "SLICE", "BROADCAST_TO", "CONCATENATION"),
+)
+# What a file of each kind must at least be. Recipes demand more; below this it is not that kind of file.
+_LEAST_WEIGHTS = 0.9
+_LEAST_INTEGER = 0.5
+_LISTED = 40
+
+
+@dataclass(frozen=True, kw_only=True)
+class Product:
+    """A matrix product: its operator's name, its multiply-adds, and the arithmetic of its kernel.
+
+    `integer`: activations and weights are int8 in the file. `hybrid`: float32 activations, quantised by the kernel,
+    times int8 weights. `float`: the rest.
+    """
+
+    name: str
+    multiply_adds: int
+    arithmetic: Arithmetic
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadBack:
+    """What stands in a file.
+
+    `shares`: element type → its share of all weights (float and int8 constants, counted by elements). `products` are
+    counted at batch 1 and 128 tokens. `float_operators`: kind → how many operators of it compute in float32.
+    `tables`: element types of the embedding tables.
+    """
+
+    size: int
+    shares: Mapping[str, float]
+    products: tuple[Product, ...]
+    float_operators: Mapping[str, int]
+    tables: tuple[str, ...]
+
+    def share(self, *arithmetic: Arithmetic) -> float:
+        """The share of multiply-adds in kernels of these kinds."""
+        total = sum(product.multiply_adds for product in self.products)
+        return sum(p.multiply_adds for p in self.products if p.arithmetic in arithmetic) / max(total, 1)
+
+
+def read_back(file: Path) -> ReadBack:
+    """Look into a step graph file; runs it once, with the plain kernels, to learn its shapes."""
+    graph = Graph.read(file)
+    sizes = graph.bytes_by_type()
+    elements = {kind: sizes[kind] // width for kind, width in _WIDTHS.items() if kind in sizes}
+    shapes = _live_shapes(file, len(graph.main.tensors))
+    operators = list(graph.operators())
+    return ReadBack(
+        size=file.stat().st_size,
+        shares={kind: count / sum(elements.values()) for kind, count in elements.items()},
+        products=tuple(_product(graph, o, shapes) for o in operators if graph.code(o) in _PRODUCTS),
+        float_operators=dict(sorted(Counter(graph.code(o) for o in operators if _computes_in_float(graph, o)).items())),
+        tables=tuple(graph.type_of(int(o.inputs[1])) for o in operators if graph.code(o) == "EMBEDDING_LOOKUP"),
+    )
+
+
+def _live_shapes(file: Path, count: int) -> list[tuple[int, ...]]:
+    """The shape of each tensor of the main subgraph after a run at batch 1 and 128 tokens.
+
+    Inside XNNPACK's partitions shapes are not kept, so the plain kernels run.
+    """
+    from ai_edge_litert.interpreter import Interpreter, OpResolverType
+
+    interpreter = Interpreter(
+        model_path=str(file), experimental_op_resolver_type=OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
+    )
+    ones = np.ones((1, _SEQUENCE), np.int32)
+    interpreter.get_signature_runner()(input_ids=ones, attention_mask=ones)
+    details = {detail["index"]: detail["shape"] for detail in interpreter.get_tensor_details()}
+    return [tuple(int(n) for n in details.get(index, ())) for index in range(count)]
+
+
+def _product(graph: Graph, operator: Any, shapes: Sequence[tuple[int, ...]]) -> Product:
+    """Multiply-adds: elements of the result times the length of what is summed for each."""
+    left, right, result = int(operator.inputs[0]), int(operator.inputs[1]), int(operator.outputs[0])
+    if graph.code(operator) == "BATCH_MATMUL":
+        summed = shapes[left][-2 if operator.builtinOptions.adjX else -1]
+    else:
+        summed = int(np.prod(shapes[right][1:]))
+    name, types = graph.operator_name(operator), (graph.type_of(left), graph.type_of(right))
+    kinds: dict[tuple[str, str], Arithmetic] = {("INT8", "INT8"): "integer", ("FLOAT32", "INT8"): "hybrid"}
+    return Product(
+        name=name if not name.startswith(";") else f"step{name}",
+        multiply_adds=int(np.prod(shapes[result])) * summed,
+        arithmetic=kinds.get(types, "float"),
+    )
+
+
+def _computes_in_float(graph: Graph, operator: Any) -> bool:
+    """Whether an operator does arithmetic in float32."""
+    if graph.code(operator) in _NO_ARITHMETIC:
+        return False
+    tensors = [int(i) for i in (*operator.inputs, *operator.outputs) if i >= 0]
+    types = [graph.type_of(tensor) for tensor in tensors]
+    hybrid = graph.code(operator) in _PRODUCTS and types[1] == "INT8"
+    return "FLOAT32" in types and not hybrid
+
+
+def check(found: ReadBack, target: Target, file: Path) -> Facts:
+    """Make sure that a file is what it was to become, and return what the manifest says of it.
+
+    `integer_share` counts a static file's products with int8 activations only, a dynamic file's hybrid ones too.
+    `float_products` are the largest of the others by name, with their share; a static file's head is one of them.
+
+    Raises:
+        QuantiseError: too few weights have the type, a table is of another, or too few products are integer.
+    """
+    wanted = "FLOAT16" if target == "fp16" else "INT8"
+    share = found.shares.get(wanted, 0.0)
+    integer = found.share("integer") if target == "static" else found.share("integer", "hybrid")
+    wrong = []
+    if share < _LEAST_WEIGHTS:
+        types = ", ".join(f"{value:.1%} {kind.lower()}" for kind, value in sorted(found.shares.items()))
+        wrong.append(f"its weights are {types}")
+    if set(found.tables) - {wanted}:
+        wrong.append(f"its embedding tables are {', '.join(sorted({t.lower() for t in found.tables}))}")
+    if target != "fp16" and integer < _LEAST_INTEGER:
+        wrong.append(f"only {integer:.1%} of its multiply-adds are integer")
+    if wrong:
+        raise QuantiseError(
+            f"{file} is not a {target} file: {'; '.join(wrong)}",
+            cause="the graph has weights or products that the quantiser does not know, or keep_float names too much",
+            remedy="compare its operators with those in pipeline/convert/quantize.py",
+        )
+    return _facts(found, target, share, integer)
+
+
+def _facts(found: ReadBack, target: Target, share: float, integer: float) -> Facts:
+    if target == "fp16":
+        return {"size": found.size, "weights_float16_share": round(share, 6)}
+    total = sum(product.multiply_adds for product in found.products)
+    left = Counter[str]()
+    for product in found.products:
+        if product.arithmetic == "float" or (target == "static" and product.arithmetic == "hybrid"):
+            left[product.name] += product.multiply_adds
+    return {
+        "scheme": target,
+        "size": found.size,
+        "weights_int8_share": round(share, 6),
+        "integer_share": round(integer, 6),
+        "multiply_adds": total,
+        "float_operators": dict(found.float_operators),
+        "float_products": {name: round(count / total, 6) for name, count in left.most_common(_LISTED)},
+    }
+
+
+def round_trip(file: Path) -> None:
+    """Open the file as an application would and run one step.
+
+    Raises:
+        QuantiseError: it does not run, or its logits are not finite.
+    """
+    from ai_edge_litert.interpreter import Interpreter
+
+    ids = np.arange(8, dtype=np.int32)[None]
+    try:
+        logits = Interpreter(model_path=str(file)).get_signature_runner()(
+            input_ids=ids, attention_mask=np.ones_like(ids)
+        )["logits"]
+    except (RuntimeError, ValueError) as error:
+        raise QuantiseError(
+            f"{file} does not run: {error}", cause="an operator was quantised in a way that LiteRT has no kernel for"
+        ) from error
+    if not np.isfinite(logits).all():
+        raise QuantiseError(f"{file} gives logits that are not finite", cause="a range or a weight is out of bounds")

@@ -1,0 +1,1 @@
+"""What every stage needs and nothing else: errors, log, manifest, recipe, stage. Standard library only."""

@@ -1,0 +1,89 @@
+"""Every way the pipeline can end badly: one class per exit code, each with a message for the person who must act.
+
+The exit codes are a contract (see the README): scripts branch on them.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class PipelineError(Exception):
+    """A failure with a known reason.
+
+    Args:
+        what: what happened, one sentence.
+        cause: the likely cause, one sentence, or empty.
+        remedy: the next command or action, or empty.
+    """
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, what: str, *, cause: str = "", remedy: str = "") -> None:
+        super().__init__(what)
+        self.what = what
+        self.cause = cause
+        self.remedy = remedy
+
+    def lines(self) -> list[str]:
+        """The message as lines of text, in the order a reader needs them."""
+        parts = [f"error: {self.what}"]
+        if self.cause:
+            parts.append(f"  cause: {self.cause}")
+        if self.remedy:
+            parts.append(f"  do:    {self.remedy}")
+        return parts
+
+
+class UsageError(PipelineError):
+    """A wrong argument or a recipe that does not parse."""
+
+    exit_code = 2
+
+
+class FetchError(PipelineError):
+    """The checkpoint can't be had: no access, no such model, no network, or a model we do not support."""
+
+    exit_code = 3
+
+
+class IntegrityError(PipelineError):
+    """Bytes are not what their header, index or manifest says."""
+
+    exit_code = 4
+
+
+class ExportError(PipelineError):
+    """The graph could not be made, or the made file does not do what it must."""
+
+    exit_code = 5
+
+
+class QuantiseError(PipelineError):
+    """Quantisation failed, or the file is not what its name says."""
+
+    exit_code = 6
+
+
+class BundleError(PipelineError):
+    """The on-device bundle could not be made."""
+
+    exit_code = 7
+
+
+class VerificationError(PipelineError):
+    """A gate failed: the file is not as good as the recipe demands."""
+
+    exit_code = 8
+
+
+class PublishError(PipelineError):
+    """Publishing was refused."""
+
+    exit_code = 9
+
+
+class ResourceError(PipelineError):
+    """Too little disk or memory."""
+
+    exit_code = 10

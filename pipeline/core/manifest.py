@@ -1,0 +1,157 @@
+"""What a stage made and from what: the deterministic description beside every artefact.
+
+A stage's `manifest.json` is written last and by rename, so that its existence means the stage is done. It holds no
+time, host or path of a machine: two builds can be compared with `diff -r`. Those go to `run.json`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from pipeline.core.errors import IntegrityError
+
+SCHEMA = 1
+NAME = "manifest.json"
+Fact: TypeAlias = "str | int | float | bool | None | list[Fact] | dict[str, Fact]"
+Facts: TypeAlias = Mapping[str, Fact]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileRecord:
+    """The identity of a file: its path relative to the model's artefact folder, size in bytes, and sha256."""
+
+    path: str
+    size: int
+    sha256: str
+
+    @classmethod
+    def of(cls, file: Path, base: Path) -> FileRecord:
+        """Hash `file`; its path is recorded relative to `base`."""
+        with file.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        return cls(path=file.relative_to(base).as_posix(), size=file.stat().st_size, sha256=digest)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """The state of this project's own code: commit (empty outside git) and whether files differ from it."""
+
+    commit: str
+    dirty: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """One finished stage. `facts` are the stage's own findings; `tools` maps package names to versions."""
+
+    stage: str
+    model: str
+    revision: str
+    recipe_sha256: str
+    inputs: tuple[FileRecord, ...]
+    outputs: tuple[FileRecord, ...]
+    facts: Facts
+    tools: Mapping[str, str]
+    image_digest: str
+    source: Source
+    schema: int = SCHEMA
+
+    def output(self, name: str) -> FileRecord:
+        """The record of the output whose path ends in `name`.
+
+        Raises:
+            IntegrityError: the manifest has no such output.
+        """
+        for record in self.outputs:
+            if record.path == name or record.path.endswith("/" + name):
+                return record
+        raise IntegrityError(
+            f"the manifest of stage {self.stage} lists no file {name}",
+            cause="the folder was made by another version of this project",
+            remedy=f"remove that stage's folder and run `make {self.stage}` again",
+        )
+
+
+def dump_json(value: object) -> str:
+    """Deterministic JSON text: sorted keys, two spaces, no NaN, a newline at the end."""
+    return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def write_atomically(file: Path, text: str) -> None:
+    """Write `text` to `file` so that the file is either whole or absent, also after a power cut."""
+    partial = file.with_name(file.name + ".partial")
+    with partial.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    partial.replace(file)
+
+
+def write(manifest: Manifest, folder: Path) -> Path:
+    """Write `manifest` into `folder` and return the path of the file."""
+    file = folder / NAME
+    write_atomically(file, dump_json(asdict(manifest)))
+    return file
+
+
+def read(folder: Path) -> Manifest:
+    """The manifest in `folder`.
+
+    Raises:
+        IntegrityError: it is missing, is not JSON, or has another schema.
+    """
+    file = folder / NAME
+    again = f"run `make {folder.name}` (with the same MODEL_ID)"
+    if not file.is_file():
+        raise IntegrityError(f"{file} does not exist", cause=f"stage {folder.name} is not finished", remedy=again)
+    try:
+        return _parse(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, KeyError, TypeError) as error:
+        raise IntegrityError(
+            f"{file} can't be read: {error}", cause="it was edited or made by another version", remedy=again
+        ) from error
+
+
+def _parse(raw: dict[str, Any]) -> Manifest:
+    if raw["schema"] != SCHEMA:
+        raise ValueError(f"schema {raw['schema']}, expected {SCHEMA}")
+    files = {key: tuple(_record(**record) for record in raw[key]) for key in ("inputs", "outputs")}
+    return Manifest(**{**raw, **files, "source": Source(**raw["source"])})
+
+
+def _record(path: str, size: int, sha256: str) -> FileRecord:
+    if not isinstance(path, str) or Path(path).is_absolute() or ".." in Path(path).parts:
+        raise ValueError(f"{path!r} is not a path inside the model's folder")
+    return FileRecord(path=path, size=size, sha256=sha256)
+
+
+def check(records: Iterable[FileRecord], base: Path) -> None:
+    """Make sure that every file is there with its recorded size and sha256.
+
+    Raises:
+        IntegrityError: names the first file that differs, and how.
+    """
+    for record in records:
+        file = base / record.path
+        stage = record.path.split("/", 1)[0]
+        remedy = f"remove {base / stage} and run make again"
+        if not file.is_file():
+            raise IntegrityError(f"{file} is missing", cause="it was removed after it was made", remedy=remedy)
+        if file.stat().st_size != record.size:
+            raise IntegrityError(
+                f"{file} has {file.stat().st_size} bytes, its manifest says {record.size}",
+                cause="it was truncated or replaced after it was made",
+                remedy=remedy,
+            )
+        if FileRecord.of(file, base).sha256 != record.sha256:
+            raise IntegrityError(
+                f"{file} does not have the sha256 in its manifest",
+                cause="it was changed after it was made",
+                remedy=remedy,
+            )

@@ -1,0 +1,16 @@
+"""The one place that starts other programs."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+
+def output(command: Sequence[str], *, cwd: Path | None = None, env: Mapping[str, str] | None = None) -> str | None:
+    """Standard output of `command`, stripped, or None if it can't be started or fails."""
+    try:
+        done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()

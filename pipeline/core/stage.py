@@ -1,0 +1,268 @@
+"""What is the same for every stage: arguments, checked inputs, a clean folder, the manifest last, exit codes.
+
+A stage is a function from a `Context` to an `Outcome`. It reads the folders of the stages it needs and writes only
+its own; `main` does the rest:
+
+1. check every input file against its manifest;
+2. clear the stage's own folder, so that nothing of an interrupted run survives;
+3. run the stage;
+4. hash what it wrote, write `run.json` (time, memory: differs from run to run) and, last and by rename,
+   `manifest.json` (identical from run to run).
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import fcntl
+import os
+import platform
+import shutil
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pipeline.core import log, manifest, process, versions
+from pipeline.core.errors import PipelineError, ResourceError
+from pipeline.core.manifest import Facts, FileRecord, Manifest, Source
+from pipeline.core.recipe import PROJECT, Recipe
+from pipeline.core.recipe import load as load_recipe
+
+DEFAULT_MODEL = "examples/tiny-gemma3n"
+DEFAULT_RECIPE = "pipeline/recipes/gemma3n.toml"
+INTERRUPTED = 130
+_NOT_OUTPUTS = (manifest.NAME, "run.json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """What a stage gets: its own `folder` (empty), the model's `root`, and the manifests of the stages it needs."""
+
+    arguments: argparse.Namespace
+    model_id: str
+    root: Path
+    folder: Path
+    recipe: Recipe
+    upstream: Mapping[str, Manifest]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a stage found. `model` and `revision` are set by fetch alone; later stages inherit them."""
+
+    facts: Facts = field(default_factory=dict)
+    model: str = ""
+    revision: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One stage: `name` is its folder, `needs` the stages whose folders it reads.
+
+    `name_of` and `needs_of` let an argument choose the folder and what is read (int8's scheme, verify's variants).
+    `after` runs once the manifest is written: the place to remove what a killed run would have gone on from.
+    `measured` are files, by path in the stage's folder, that hold timings: they differ from run to run, so the manifest
+    does not list them.
+    """
+
+    name: str
+    summary: str
+    work: Callable[[Context], Outcome]
+    needs: tuple[str, ...] = ()
+    add_arguments: Callable[[argparse.ArgumentParser], None] | None = None
+    name_of: Callable[[argparse.Namespace], str] | None = None
+    needs_of: Callable[[argparse.Namespace], tuple[str, ...]] | None = None
+    after: Callable[[Context], None] | None = None
+    measured: tuple[str, ...] = ()
+
+
+def model_name(model_id: str) -> str:
+    """The name of the model's artefact folder: the Hub id with `/` as `--`, or the name of a local folder."""
+    if Path(model_id).is_dir():
+        return Path(model_id).resolve().name
+    return model_id.replace("/", "--")
+
+
+def main(stage: Stage, argv: Sequence[str] | None = None) -> int:
+    """Run `stage` from the command line and return its exit code."""
+    arguments = _parse(stage, argv)
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        _run(stage, arguments)
+    except PipelineError as error:
+        for text in error.lines():
+            log.line(text)
+        return error.exit_code
+    except KeyboardInterrupt:
+        log.line("interrupted: nothing finished is lost, the same command goes on from here")
+        return INTERRUPTED
+    except (OSError, MemoryError) as error:
+        return _report_machine_error(error)
+    return 0
+
+
+def _parse(stage: Stage, argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog=f"python -m pipeline.{stage.name}", description=stage.summary)
+    parser.add_argument("--model-id", default=DEFAULT_MODEL, help="Hub id or folder (default: %(default)s)")
+    parser.add_argument("--artifacts", type=Path, default=Path("artifacts"), help="output root (default: %(default)s)")
+    parser.add_argument("--recipe", type=Path, default=Path(DEFAULT_RECIPE), help="recipe (default: %(default)s)")
+    if stage.add_arguments:
+        stage.add_arguments(parser)
+    return parser.parse_args(argv)
+
+
+def _interrupt(_signal: int, _frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _report_machine_error(error: OSError | MemoryError) -> int:
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if full or isinstance(error, MemoryError) or error.errno == errno.ENOMEM:
+        what = "the disk is full" if full else "there is not enough memory"
+        for text in ResourceError(
+            what, remedy="free some and run the same command again; finished stages are kept"
+        ).lines():
+            log.line(text)
+        return ResourceError.exit_code
+    traceback.print_exception(error)
+    return PipelineError.exit_code
+
+
+def _run(stage: Stage, arguments: argparse.Namespace) -> None:
+    name = stage.name_of(arguments) if stage.name_of else stage.name
+    needs = stage.needs_of(arguments) if stage.needs_of else stage.needs
+    recipe = load_recipe(arguments.recipe)
+    tools = versions.installed()
+    versions.check(tools, PROJECT / "locks" / "cpu.txt")
+    root = arguments.artifacts / model_name(arguments.model_id)
+    log.line(f"{name} · {root.name} · {versions.line(tools)}")
+    with _locked(root, name):
+        upstream = {need: manifest.read(root / need) for need in needs}
+        inputs = tuple(record for need in upstream.values() for record in need.outputs)
+        manifest.check(inputs, root)
+        folder = _clear(root / name)
+        context = Context(
+            arguments=arguments, model_id=arguments.model_id, root=root, folder=folder, recipe=recipe, upstream=upstream
+        )
+        with _measure() as usage:
+            outcome = stage.work(context)
+        outputs = tuple(FileRecord.of(file, root) for file in _files(folder, stage.measured))
+        manifest.write_atomically(folder / "run.json", manifest.dump_json(usage.facts()))
+        first = next(iter(upstream.values()), None)
+        manifest.write(
+            Manifest(
+                stage=name,
+                model=first.model if first else outcome.model,
+                revision=first.revision if first else outcome.revision,
+                recipe_sha256=recipe.sha256,
+                inputs=inputs,
+                outputs=outputs,
+                facts=outcome.facts,
+                tools=tools,
+                image_digest=os.environ.get("IMAGE_DIGEST", ""),
+                source=_source(),
+            ),
+            folder,
+        )
+        if stage.after:
+            stage.after(context)
+    total = sum(record.size for record in outputs)
+    log.line(f"{name} done: {len(outputs)} files, {log.human_bytes(total)}, {usage.text()}")
+
+
+@contextmanager
+def _locked(root: Path, name: str) -> Iterator[None]:
+    """Hold the stage's lock, so that two runs never write the same folder."""
+    root.mkdir(parents=True, exist_ok=True)
+    with (root / f".{name}.lock").open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise PipelineError(
+                f"another run is working on {root / name}",
+                remedy="wait for it to end, or set ARTIFACTS= to another folder",
+            ) from None
+        yield
+
+
+def _clear(folder: Path) -> Path:
+    """Empty `folder`, the manifest first, so that a half-cleared folder never looks finished."""
+    (folder / manifest.NAME).unlink(missing_ok=True)
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def _files(folder: Path, measured: tuple[str, ...]) -> list[Path]:
+    left_out = {folder / name for name in (*_NOT_OUTPUTS, *measured)}
+    return sorted(file for file in folder.rglob("*") if file.is_file() and file not in left_out)
+
+
+def _source() -> Source:
+    """The project's commit and whether its tracked or new files differ from it."""
+    commit = process.output(["git", "rev-parse", "HEAD"], cwd=PROJECT)
+    changes = process.output(["git", "status", "--porcelain"], cwd=PROJECT)
+    if commit is None:  # the container holds no git repository: the host says what its sources are
+        return Source(commit=os.environ.get("SOURCE_COMMIT", ""), dirty=bool(os.environ.get("SOURCE_DIRTY")))
+    return Source(commit=commit, dirty=bool(changes))
+
+
+@dataclass
+class Usage:
+    """Time and memory of a running stage: resident (all mapped pages) and anonymous (what only swap could hold)."""
+
+    started: float = field(default_factory=time.monotonic)
+    seconds: float = 0.0
+    peak_resident: int = 0
+    peak_anonymous: int = 0
+
+    def sample(self) -> None:
+        """Read the memory in use now."""
+        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+        sizes = {row.split(":")[0]: int(row.split()[1]) * 1024 for row in status.splitlines() if row.endswith("kB")}
+        self.peak_resident = max(self.peak_resident, sizes.get("VmRSS", 0))
+        self.peak_anonymous = max(self.peak_anonymous, sizes.get("RssAnon", 0))
+
+    def facts(self) -> dict[str, manifest.Fact]:
+        """What goes to `run.json`; sizes in bytes."""
+        return {
+            "seconds": round(self.seconds, 2),
+            "peak_resident": self.peak_resident,
+            "peak_anonymous": self.peak_anonymous,
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "host": platform.platform(),
+            "cores": os.cpu_count(),
+        }
+
+    def text(self) -> str:
+        """Time and memory for people."""
+        return f"{log.human_seconds(self.seconds)}, {log.human_bytes(self.peak_anonymous)} of memory at most"
+
+
+@contextmanager
+def _measure() -> Iterator[Usage]:
+    """Sample the memory of this process until the block ends."""
+    usage, stop = Usage(), threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(0.1):
+            usage.sample()
+
+    watcher = threading.Thread(target=watch, daemon=True) if sys.platform == "linux" else None
+    if watcher:
+        usage.sample()
+        watcher.start()
+    try:
+        yield usage
+    finally:
+        stop.set()
+        if watcher:
+            watcher.join()
+        usage.seconds = time.monotonic() - usage.started

@@ -1,0 +1,61 @@
+"""Which versions of the toolchain are installed, and whether they are the locked ones."""
+
+from __future__ import annotations
+
+import platform
+import re
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+
+from pipeline.core import log
+from pipeline.core.errors import UsageError
+
+SHOWN = ("torch", "transformers", "litert-torch", "ai-edge-quantizer", "ai-edge-litert")
+RECORDED = (*SHOWN, "litert-converter", "huggingface-hub", "safetensors", "numpy")
+
+
+def installed(packages: tuple[str, ...] = RECORDED) -> dict[str, str]:
+    """Versions of `packages` that are installed, and Python's; a package that is absent is left out."""
+    found = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def locked(lock: Path) -> dict[str, str]:
+    """Versions that a requirements-style lock pins."""
+    return dict(re.findall(r"^([a-z0-9-]+)==([^\s;\\]+)", lock.read_text(encoding="utf-8"), flags=re.MULTILINE))
+
+
+def check(found: Mapping[str, str], lock: Path) -> None:
+    """Make sure that what is installed is what the lock pins; local build tags such as `+cpu` don't count.
+
+    Without the lock (the package was installed from a wheel, which carries none) a warning is all there can be.
+
+    Raises:
+        UsageError: names each package that differs.
+    """
+    if not lock.is_file():
+        log.warn(f"{lock} does not exist: the versions of the toolchain are not checked")
+        return
+    pins = locked(lock)
+    wrong = [
+        f"{package} is {version.split('+')[0]}, the lock says {pins[package]}"
+        for package, version in found.items()
+        if package in pins and version.split("+")[0] != pins[package].split("+")[0]
+    ]
+    if wrong:
+        raise UsageError(
+            "; ".join(wrong),
+            cause="the environment was changed by hand or the lock moved on",
+            remedy="run `make clean-env setup` to rebuild .venv from the lock",
+        )
+
+
+def line(found: Mapping[str, str]) -> str:
+    """One line for people, e.g. `python 3.11.7, torch 2.13.0, …`."""
+    return ", ".join(f"{name} {found[name]}" for name in ("python", *SHOWN) if name in found)

@@ -1,0 +1,157 @@
+"""Running one file on the reference's inputs: the judged positions, the shape grid, greedy continuations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.core import log
+from pipeline.judge import corpus, metrics
+from pipeline.judge.metrics import Scores
+from pipeline.judge.reference import Floats, Head, Reference
+from pipeline.judge.runtime import StepModel
+
+_CHUNK = 1 << 24
+"""Reference logits that are computed at a time (128 MiB in float64)."""
+Logits = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """The judged positions of a corpus: batches, the reference's hidden states [n, H], the real next tokens [n]."""
+
+    positions: corpus.Positions
+    batches: Sequence[corpus.Batch]
+    hidden: Floats
+    targets: corpus.Tokens
+    head: Head
+
+    @classmethod
+    def of(cls, reference: Reference, *, count: int, batch: int, pad: int) -> Panel:
+        """`count` positions of the reference's windows in batches of at most `batch` rows."""
+        windows, hidden = reference.corpus()
+        positions = corpus.spread_positions(len(windows), windows.shape[1], count)
+        return cls(
+            positions=positions,
+            batches=corpus.prefix_batches(windows, positions, batch, pad),
+            hidden=hidden[positions.window, positions.length - 1],
+            targets=windows[positions.window, positions.length],
+            head=reference.head,
+        )
+
+    def part(self, every: int) -> tuple[Panel, NDArray[np.int64]]:
+        """Every `every`-th batch as a panel of its own, for what takes long; and which positions it keeps."""
+        batches = self.batches[::every]
+        chosen = np.concatenate([batch.index for batch in batches])
+        starts = np.cumsum([0, *(len(batch.index) for batch in batches)])
+        renumbered = [
+            corpus.Batch(batch.input_ids, batch.attention_mask, np.arange(start, start + len(batch.index)))
+            for batch, start in zip(batches, starts, strict=False)
+        ]
+        kept = corpus.Positions(self.positions.window[chosen], self.positions.length[chosen])
+        return Panel(kept, renumbered, self.hidden[chosen], self.targets[chosen], self.head), chosen
+
+
+def run_positions(model: StepModel, panel: Panel, label: str, scratch: Path) -> Logits:
+    """The file's logits float32 [n, V] at each judged position, in a memory map at `scratch` (gigabytes for E2B)."""
+    shape = (len(panel.positions), panel.head.vocabulary)
+    logits = np.memmap(scratch, dtype=np.float32, mode="w+", shape=shape)
+    with log.progress(f"{label}: judged positions", shape[0], "positions") as bar:
+        for batch in panel.batches:
+            logits[batch.index] = model.logits(batch.input_ids, batch.attention_mask)
+            bar.advance(len(batch.index))
+    return logits
+
+
+def against_reference(logits: Logits, panel: Panel) -> Scores:
+    """`logits` [n, V] scored against Hugging Face's, which are computed from the hidden states chunk by chunk."""
+    rows = max(1, _CHUNK // panel.head.vocabulary)
+    parts = []
+    for start in range(0, len(logits), rows):
+        chunk = slice(start, start + rows)
+        expected = panel.head.logits(panel.hidden[chunk])
+        parts.append(metrics.compare(expected, logits[chunk], panel.targets[chunk]))
+    return metrics.join(parts)
+
+
+def against_file(logits: Logits, other: Logits, panel: Panel) -> Scores:
+    """`logits` [n, V] scored against those of another file, `other`."""
+    rows = max(1, _CHUNK // panel.head.vocabulary)
+    starts = range(0, len(logits), rows)
+    parts = [
+        metrics.compare(other[start : start + rows], logits[start : start + rows], panel.targets[start : start + rows])
+        for start in starts
+    ]
+    return metrics.join(parts)
+
+
+@dataclass(frozen=True)
+class GridResult:
+    """A file on the shape grid, against Hugging Face: worst row's NMSE and where, mean KLD and top-1 over all rows."""
+
+    cases: int
+    rows: int
+    nmse: float
+    where: str
+    kld: float
+    top1: float
+    max_abs: float
+
+
+def run_grid(model: StepModel, reference: Reference, label: str) -> GridResult:
+    """Run the file on every case of the shape grid."""
+    cases = list(reference.shapes())
+    parts, names = [], []
+    with log.progress(f"{label}: shape grid", sum(ids.size for _, ids, _, _ in cases), "tokens") as bar:
+        for name, ids, mask, hidden in cases:
+            parts.append(metrics.compare(reference.head.logits(hidden), model.logits(ids, mask)))
+            names += [f"{name}, row {row}" for row in range(len(ids))]
+            bar.advance(ids.size)
+    scores = metrics.join(parts)
+    nmse = scores.nmse
+    worst = int(np.argmax(np.where(np.isfinite(nmse), nmse, math.inf)))
+    return GridResult(
+        cases=len(cases),
+        rows=len(nmse),
+        nmse=float(nmse[worst]),
+        where=names[worst],
+        kld=float(scores.kld.mean()),
+        top1=float(scores.top1.mean()),
+        max_abs=float(scores.max_abs.max()),
+    )
+
+
+def count_unsound(model: StepModel, reference: Reference) -> tuple[int, list[str]]:
+    """How many corner cases of the shape grid give a logit that is not finite, and the names of the cases that ran.
+
+    Corners are the smallest and largest batch at the shortest and longest sequence: enough for a quantised file, whose
+    numbers the corpus judges.
+    """
+    shapes = [(name, ids, mask) for name, ids, mask, _ in reference.shapes()]
+    batches = {len(ids) for _, ids, _ in shapes}
+    lengths = {ids.shape[1] for _, ids, _ in shapes}
+    corners = [
+        (name, ids, mask)
+        for name, ids, mask in shapes
+        if len(ids) in (min(batches), max(batches)) and ids.shape[1] in (min(lengths), max(lengths))
+    ]
+    bad = sum(not np.isfinite(model.logits(ids, mask)).all() for _, ids, mask in corners)
+    return bad, [name for name, _, _ in corners]
+
+
+def greedy(model: StepModel, reference: Reference, count: int, stop: Sequence[int]) -> list[list[int]]:
+    """The file's own continuation of each of the reference's prompts."""
+    return [model.continue_greedily(row.prompt_ids, count, stop) for row in reference.greedy()]
+
+
+def agreement(ours: Sequence[int], theirs: Sequence[int]) -> int:
+    """How many tokens two continuations have in common before they part."""
+    for place, (one, other) in enumerate(zip(ours, theirs, strict=False)):
+        if one != other:
+            return place
+    return min(len(ours), len(theirs))

@@ -1,0 +1,154 @@
+"""The reference that files are held against: hidden states of Hugging Face in fp32, stored by the golden stage.
+
+Hidden states and not logits are stored: they are V / H times smaller (128 times for Gemma 3n E2B), and the logits
+follow exactly as `softcap(hidden @ head.T)`, here in float64.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+
+from pipeline.core.errors import IntegrityError
+from pipeline.judge.corpus import Tokens
+
+Floats = NDArray[np.float32]
+Doubles = NDArray[np.float64]
+
+_HEADS = ("lm_head.weight", "language_model.lm_head.weight")
+_EMBEDDINGS = (
+    "model.embed_tokens.weight",
+    "model.language_model.embed_tokens.weight",
+    "language_model.model.embed_tokens.weight",
+)
+_BLOCK = 1 << 25
+"""Head elements that are widened to float64 at a time (256 MiB)."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """The output projection: stored `weight` [V, H] (bf16 as uint16 bit patterns, else float) and the soft-cap."""
+
+    weight: NDArray[Any]
+    cap: float | None
+
+    @classmethod
+    def of_checkpoint(cls, folder: Path) -> Head:
+        """The head of the checkpoint in `folder`, memory-mapped: `lm_head`, or the token embedding it is tied to.
+
+        Raises:
+            IntegrityError: the checkpoint has neither tensor.
+        """
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = config.get("text_config", config)
+        tied = config.get("tie_word_embeddings", True)
+        names = _EMBEDDINGS if tied else _HEADS
+        for file in sorted(folder.glob("*.safetensors")):
+            for name in names:
+                weight = _map_tensor(file, name)
+                if weight is not None:
+                    return cls(weight=weight, cap=config.get("final_logit_softcapping"))
+        raise IntegrityError(
+            f"{folder} has none of the tensors {', '.join(names)}",
+            cause="the checkpoint was changed after it was fetched",
+            remedy="remove the fetch folder and run `make fetch` again",
+        )
+
+    @property
+    def vocabulary(self) -> int:
+        """The number of tokens, V."""
+        return int(self.weight.shape[0])
+
+    def logits(self, hidden: NDArray[Any]) -> Doubles:
+        """`cap · tanh(hidden @ weight.T / cap)` in float64: [n, H] → [n, V]; without a cap just the product."""
+        rows, size = self.weight.shape
+        step = max(1, _BLOCK // size)
+        wide = np.asarray(hidden, dtype=np.float64)
+        logits = np.empty((len(wide), rows))
+        for start in range(0, rows, step):
+            logits[:, start : start + step] = wide @ _widen(self.weight[start : start + step]).T
+        return logits if self.cap is None else np.tanh(logits / self.cap) * self.cap
+
+
+def _widen(weight: NDArray[Any]) -> Doubles:
+    if weight.dtype == np.uint16:  # bf16 is the upper half of a float32
+        weight = (weight.astype(np.uint32) << 16).view(np.float32)
+    return weight.astype(np.float64)
+
+
+def _map_tensor(file: Path, name: str) -> NDArray[Any] | None:
+    """Tensor `name` of a safetensors file without reading it, or None. NumPy has no bf16, hence by hand."""
+    with file.open("rb") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        entry = json.loads(stream.read(size)).get(name)
+    if entry is None:
+        return None
+    kinds = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32}
+    start = 8 + size + entry["data_offsets"][0]
+    return np.memmap(file, dtype=kinds[entry["dtype"]], mode="r", offset=start, shape=tuple(entry["shape"]))
+
+
+@dataclass(frozen=True)
+class Greedy:
+    """One greedy continuation of the reference, ids and texts."""
+
+    prompt: str
+    prompt_ids: list[int]
+    continuation_ids: list[int]
+    text: str
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the golden stage stored in `folder`, and the head that turns its hidden states into logits."""
+
+    folder: Path
+    head: Head
+
+    def corpus(self) -> tuple[Tokens, Floats]:
+        """The windows int32 [N, L] and the hidden states float32 [N, L, H] at each of their positions."""
+        tensors = _load(self.folder / "corpus.safetensors")
+        return tensors["input_ids"], tensors["hidden"]
+
+    def shapes(self) -> Iterator[tuple[str, Tokens, Tokens, Floats]]:
+        """Per shape case: name, input_ids and attention_mask int32 [B, S], hidden float32 [B, H]."""
+        file = self.folder / "shapes.safetensors"
+        with _open(file) as tensors:
+            names = {key.rsplit(".", 1)[0] for key in tensors.keys()}  # noqa: SIM118 - not a mapping
+            for name in sorted(names, key=_case_order):
+                ids, mask, hidden = (tensors.get_tensor(f"{name}.{part}") for part in _CASE_PARTS)
+                yield name, ids, mask, hidden
+
+    def greedy(self) -> list[Greedy]:
+        """The greedy continuations."""
+        return [Greedy(**row) for row in json.loads((self.folder / "greedy.json").read_text(encoding="utf-8"))]
+
+
+_CASE_PARTS = ("input_ids", "attention_mask", "hidden")
+
+
+def _case_order(name: str) -> tuple[int, int, str]:
+    """Cases of one shape (B, S) one after another, short ones first: `b8_s128_left` → (128, 8, left)."""
+    batch, sequence, padding = name.split("_")
+    return int(sequence[1:]), int(batch[1:]), padding
+
+
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="numpy")
+    except (SafetensorError, OSError) as error:
+        raise IntegrityError(
+            f"{file} can't be read: {error}", remedy="remove the golden folder and run `make golden` again"
+        ) from error
+
+
+def _load(file: Path) -> dict[str, Any]:
+    with _open(file) as tensors:
+        return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 - not a mapping

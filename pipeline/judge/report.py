@@ -1,0 +1,175 @@
+"""The report for people: one HTML page from `report.json`, and the same table for a terminal.
+
+`python -m pipeline.judge.report artifacts/<model>/verify/report.json` prints the table.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from pipeline.core import log
+from pipeline.judge import plots
+
+Report = Mapping[str, Any]
+SCHEMA = 1
+REFERENCE = "Hugging Face"
+
+_PRECISIONS = {
+    "fp32": "float32",
+    "fp16": "float16 weights",
+    "int8-dynamic": "dynamic int8",
+    "int8-static": "full integer int8",
+}
+_LOSS = (
+    (1e-7, "no measurable loss"),
+    (1e-4, "practically no loss"),
+    (3e-3, "very small loss"),
+    (1e-2, "small loss"),
+    (5e-2, "some loss"),
+    (math.inf, "clear loss"),
+)
+"""Mean KLD against Hugging Face up to which the words hold; 1e-2 and 5e-2 are the shipped recipe's int8 limits."""
+
+
+def render(report: Report) -> str:
+    """The page for `report`, self-contained: no script, no external resource."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        figure=figure, percent=percent, size=log.human_bytes, ms=milliseconds, loss=loss, precision=precision
+    )
+    return environment.get_template("report.html.jinja").render(
+        report=report,
+        variants=variants(report),
+        distributions=Markup(plots.kld_distributions(_distributions(report))),  # noqa: S704 - escaped where it is made
+        quality=Markup(plots.size_against_quality(_points(report))),  # noqa: S704
+        failed=[check for check in report["checks"] if not check["passed"]],
+        reference_name=REFERENCE,
+    )
+
+
+def variants(report: Report) -> dict[str, Any]:
+    """The files by name, in the order in which they were judged (JSON objects are sorted by key)."""
+    return {name: report["variants"][name] for name in report["order"]}
+
+
+def figure(value: float | None) -> str:
+    """A number for people: four significant digits, small ones as `1.2 × 10⁻⁵`; a dash for None."""
+    if value is None:
+        return "–"
+    if value == 0 or 1e-3 <= abs(value) < 1e5:
+        return f"{value:.4g}"
+    mantissa, power = f"{value:.1e}".split("e")
+    return f"{mantissa} × 10{str(int(power)).translate(str.maketrans('-0123456789', '⁻⁰¹²³⁴⁵⁶⁷⁸⁹'))}"
+
+
+def percent(value: float | None) -> str:
+    """A share as a percentage with two decimals; never rounded up to 100 %."""
+    if value is None:
+        return "–"
+    return f"{min(value, 1.0 if value >= 1 else 0.9999):.2%}".replace("%", "\u00a0%")
+
+
+def milliseconds(seconds: float | None) -> str:
+    """Seconds as milliseconds with three significant digits."""
+    if seconds is None:
+        return "–"
+    value = seconds * 1000
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def loss(kld: float | None) -> str:
+    """The mean KLD against the reference in words."""
+    return "unknown" if kld is None else next(words for limit, words in _LOSS if kld <= limit)
+
+
+def precision(gate: str) -> str:
+    """What the kind of file `gate` is called."""
+    return _PRECISIONS.get(gate, gate)
+
+
+def _distributions(report: Report) -> list[plots.Distribution]:
+    """Each file against what its limit is against: fp32 against Hugging Face, the others against fp32."""
+    rows = []
+    for name, variant in variants(report).items():
+        against = "against_fp32" if variant["against_fp32"] else "against_reference"
+        rows.append(
+            plots.Distribution(
+                name=name,
+                against="fp32" if variant["against_fp32"] else REFERENCE,
+                counts=variant["kld_histogram"],
+                mean=variant[against]["kld"]["value"] or 0.0,
+                limit=variant["limits"].get("kld"),
+            )
+        )
+    return rows
+
+
+def _points(report: Report) -> list[plots.Point]:
+    points = []
+    for name, variant in variants(report).items():
+        kld = variant["against_reference"]["kld"]
+        if kld["value"] is not None:
+            points.append(
+                plots.Point(name=name, size=variant["size"], kld=kld["value"], low=kld["low"], high=kld["high"])
+            )
+    return points
+
+
+def table(report: Report) -> list[str]:
+    """The strategy table as aligned lines of text."""
+    head = ["file", "size", "ratio", "load ms", *(f"S={sequence} ms" for sequence in report["sequences"])]
+    head += ["KLD/fp32", "top-1/fp32", "KLD/HF", "top-1/HF", "perplexity", "integer", "verdict"]
+    rows = [head]
+    for name, variant in variants(report).items():
+        speed, ours = report["speed"][name]["xnnpack"], variant["against_fp32"]
+        theirs = variant["against_reference"]
+        rows.append(
+            [
+                f"{name} ({precision(variant['gate'])})",
+                log.human_bytes(variant["size"]),
+                figure(variant["size_ratio"]),
+                milliseconds(speed["load"]),
+                *(milliseconds(speed["latency"][str(sequence)]) for sequence in report["sequences"]),
+                figure(ours["kld"]["value"]) if ours else "–",
+                percent(ours["top1"]["value"]) if ours else "–",
+                figure(theirs["kld"]["value"]),
+                percent(theirs["top1"]["value"]),
+                figure(theirs["perplexity"]),
+                percent(variant["integer_share"]),
+                "passed" if variant["fit"] else "not fit to publish" if variant["alternative"] else "FAILED",
+            ]
+        )
+    return _align(rows)
+
+
+def _align(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Print the table of the report whose path is the one argument."""
+    if len(arguments) != 1 or not Path(arguments[0]).is_file():
+        log.line("usage: python -m pipeline.judge.report artifacts/<model>/verify/report.json")
+        return 2
+    for row in table(json.loads(Path(arguments[0]).read_text(encoding="utf-8"))):
+        log.line(row)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

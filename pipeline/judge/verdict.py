@@ -1,0 +1,246 @@
+"""Examining one file and saying whether it may be used: its figures, its checks, its entry in the report."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.core.manifest import Fact, FileRecord
+from pipeline.core.recipe import Gate
+from pipeline.judge import examine, gates, metrics, plots
+from pipeline.judge.examine import GridResult, Logits, Panel
+from pipeline.judge.gates import Check, Figure
+from pipeline.judge.metrics import Scores, Summary
+from pipeline.judge.reference import Reference
+from pipeline.judge.report import REFERENCE
+from pipeline.judge.runtime import StepModel
+
+BASELINE = "fp32"
+KERNELS = {"xnnpack": "XNNPACK", "builtin": "built-in kernels"}
+_BUILTIN_PART = 8
+"""Without XNNPACK every eighth batch of positions is judged: the built-in kernels are slow."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A file to judge. `parameters` of the checkpoint and `baseline_size` in bytes are None where unknown."""
+
+    name: str
+    path: Path
+    record: FileRecord
+    facts: Mapping[str, Fact]
+    gate_name: str
+    gate: Gate | None
+    parameters: int | None
+    baseline_size: int | None
+
+    @property
+    def alternative(self) -> bool:
+        """Whether it is the int8 scheme that the recipe did not choose: judged, but not needed."""
+        return self.name.startswith("int8-")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What every file of one run is held against."""
+
+    reference: Reference
+    panel: Panel
+    continuation: int
+    stop: Sequence[int]
+    scratch: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What was found about one file. `against_baseline` and `builtin` of the fp32 file itself are None."""
+
+    subject: Subject
+    checks: list[Check]
+    logits: Logits
+    against_reference: Summary
+    against_baseline: Summary | None
+    kld: metrics.Doubles
+    grids: Mapping[str, GridResult]
+    continuations: list[list[int]]
+
+    @property
+    def fit(self) -> bool:
+        """Whether every check passed, and there was one."""
+        return bool(self.checks) and all(check.passed for check in self.checks)
+
+    def facts(self) -> dict[str, Any]:
+        """The entry in the report."""
+        subject = self.subject
+        return {
+            "file": subject.record.path,
+            "sha256": subject.record.sha256,
+            "size": subject.record.size,
+            "size_ratio": _ratio(subject.record.size, subject.baseline_size),
+            "size_per_parameter": _ratio(subject.record.size, subject.parameters),
+            "gate": subject.gate_name,
+            "limits": {name: limit for name, limit in asdict(subject.gate or Gate()).items() if limit is not None},
+            "alternative": subject.alternative,
+            "fit": self.fit,
+            "against_reference": asdict(self.against_reference),
+            "against_fp32": asdict(self.against_baseline) if self.against_baseline else None,
+            "grid": {kernels: asdict(grid) for kernels, grid in self.grids.items()},
+            "integer_share": _number(subject.facts.get("integer_share")),
+            "float_operators": subject.facts.get("float_operators"),
+            "float_products": subject.facts.get("float_products"),
+            "kld_histogram": metrics.histogram(self.kld, plots.kld_edges()),
+        }
+
+
+def judge_file(subject: Subject, setting: Setting, baseline: Verdict | None) -> Verdict:
+    """Run the file on everything that its limits need; `baseline` is the fp32 file's verdict, None for itself."""
+    models = {kernels: StepModel(subject.path, xnnpack=kernels == "xnnpack") for kernels in KERNELS}
+    panel = setting.panel
+    logits = examine.run_positions(models["xnnpack"], panel, subject.name, setting.scratch / subject.name)
+    scores = examine.against_reference(logits, panel)
+    summary = metrics.summarise(scores, panel.positions.window)
+    continuations = examine.greedy(models["xnnpack"], setting.reference, setting.continuation, setting.stop)
+    grids: dict[str, GridResult] = {}
+    if baseline is None:
+        grids = {
+            kernels: examine.run_grid(model, setting.reference, f"{subject.name}, {KERNELS[kernels]}")
+            for kernels, model in models.items()
+        }
+        figures, holds, own = _converter_figures(summary, grids), [], None
+    else:
+        scores = examine.against_file(logits, baseline.logits, panel)
+        own = metrics.summarise(scores, panel.positions.window)
+        builtin = _builtin_summary(models["builtin"], subject, setting, baseline)
+        figures, holds = _quantiser_figures(own, builtin), _soundness(subject, models, setting.reference)
+    checks = gates.judge(subject.name, subject.gate, [*figures, *_file_figures(subject)]) + holds
+    return Verdict(
+        subject=subject,
+        checks=checks,
+        logits=logits,
+        against_reference=summary,
+        against_baseline=own,
+        kld=scores.kld,
+        grids=grids,
+        continuations=continuations,
+    )
+
+
+def _builtin_summary(model: StepModel, subject: Subject, setting: Setting, baseline: Verdict) -> Summary:
+    """The file without XNNPACK against the fp32 file, on a part of the positions."""
+    part, chosen = setting.panel.part(_BUILTIN_PART)
+    logits = examine.run_positions(
+        model, part, f"{subject.name}, {KERNELS['builtin']}", setting.scratch / f"{subject.name}-builtin"
+    )
+    scores: Scores = examine.against_file(logits, baseline.logits[chosen], part)
+    return metrics.summarise(scores, part.positions.window)
+
+
+def _converter_figures(summary: Summary, grids: Mapping[str, GridResult]) -> list[Figure]:
+    """fp32 against Hugging Face, on the corpus and on the shape grid."""
+    text = f"{summary.positions} positions"
+    figures = [
+        Figure(metric="nmse", name="worst logits NMSE on text", value=summary.nmse_max, against=REFERENCE, detail=text),
+        *_quality("on text", summary, REFERENCE, text),
+    ]
+    for kernels, grid in grids.items():
+        where = f"on the shape grid, {KERNELS[kernels]}"
+        text = f"{grid.cases} shapes, {grid.rows} rows"
+        worst = f"{text}; worst in {grid.where}"
+        figures += [
+            Figure(metric="nmse", name=f"worst logits NMSE {where}", value=grid.nmse, against=REFERENCE, detail=worst),
+            Figure(metric="kld", name=f"KLD {where}", value=grid.kld, against=REFERENCE, detail=text),
+            Figure(metric="top1", name=f"top-1 agreement {where}", value=grid.top1, against=REFERENCE, detail=text),
+        ]
+    return figures
+
+
+def _quantiser_figures(own: Summary, builtin: Summary) -> list[Figure]:
+    """A smaller file against the fp32 file, on the corpus."""
+    figures = []
+    for kernels, summary in (("xnnpack", own), ("builtin", builtin)):
+        detail = f"{summary.positions} positions"
+        figures += _quality(f"on text, {KERNELS[kernels]}", summary, BASELINE, detail)
+    return figures
+
+
+def _quality(where: str, summary: Summary, against: str, detail: str) -> list[Figure]:
+    interval = f"{detail}; 95 % interval {summary.kld.low:.3g} to {summary.kld.high:.3g}"
+    flips = f"{detail}; 95 % interval {summary.top1.low:.2%} to {summary.top1.high:.2%}"
+    if summary.ties:
+        flips += f"; {summary.ties:.2%} ties"
+    return [
+        Figure(metric="kld", name=f"KLD {where}", value=summary.kld.value, against=against, detail=interval),
+        Figure(metric="top1", name=f"top-1 agreement {where}", value=summary.top1.value, against=against, detail=flips),
+    ]
+
+
+def _file_figures(subject: Subject) -> list[Figure]:
+    """What needs no run: sizes, and the share of integer arithmetic that the quantiser read from the file."""
+    size = subject.record.size
+    return [
+        Figure(
+            metric="size_ratio",
+            name="size / size of fp32",
+            value=_ratio(size, subject.baseline_size),
+            against=BASELINE,
+            detail=f"{size} bytes",
+        ),
+        Figure(
+            metric="size_per_parameter",
+            name="bytes per parameter",
+            value=_ratio(size, subject.parameters),
+            detail=f"{size} bytes",
+        ),
+        Figure(
+            metric="integer_share",
+            name="share of multiply-adds in integer kernels",
+            value=_number(subject.facts.get("integer_share")),
+        ),
+    ]
+
+
+def _soundness(subject: Subject, models: Mapping[str, StepModel], reference: Reference) -> list[Check]:
+    """The file runs at the corners of the shape grid and gives finite numbers there."""
+    checks = []
+    for kernels, model in models.items():
+        bad, names = examine.count_unsound(model, reference)
+        name = f"shapes with logits that are not finite, {KERNELS[kernels]}"
+        checks.append(gates.must_hold(subject.name, name, bad, f"{len(names)} shapes: the corners of the grid"))
+    return checks
+
+
+def greedy_rows(reference: Reference, verdicts: Sequence[Verdict], decode: Callable[[list[int]], str]) -> list[Any]:
+    """The continuations side by side: per prompt the reference's text and each file's, with how far they agree."""
+    rows = []
+    for index, row in enumerate(reference.greedy()):
+        files = {}
+        for verdict in verdicts:
+            ids = verdict.continuations[index]
+            files[verdict.subject.name] = {
+                "ids": ids,
+                "text": decode(ids),
+                "agree": examine.agreement(ids, row.continuation_ids),
+                "same": ids == row.continuation_ids,
+            }
+        rows.append({"prompt": row.prompt, "reference": row.text, "tokens": len(row.continuation_ids), "files": files})
+    return rows
+
+
+def finite(value: Any) -> Any:
+    """`value` with every number that JSON can't hold (NaN, infinity) as None."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _ratio(size: int, other: int | None) -> float | None:
+    return size / other if other else None
+
+
+def _number(value: Fact) -> float | None:
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None

@@ -1,0 +1,121 @@
+"""Stage publish: put together exactly what would be uploaded, or refuse with the reason. A dry run: nothing is sent.
+
+Everything in `publish/` would go up, except the runner's own `manifest.json` and `run.json`. `report.json` and
+`report.html` hold timings and `SHA256SUMS` covers them, so these three differ from build to build and stand outside the
+manifest; the rest, the card included, is the same bytes every time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from pipeline.core.manifest import Manifest
+from pipeline.core.stage import Context, Outcome, Stage, main, model_name
+from pipeline.release import card, clearance, folder, licence, provenance
+from pipeline.release.card import Build, Product, Subject
+from pipeline.release.licence import Claim
+
+PRODUCTS = {"fp32": "float32", "fp16": "float16", "int8": "int8"}
+STEP = "step.tflite"
+
+
+def work(context: Context) -> Outcome:
+    """Fill `publish/`.
+
+    Raises:
+        PublishError: verify did not pass for these very bytes under this recipe, or the licence forbids publishing.
+    """
+    verify = context.upstream["verify"]
+    judgement = clearance.judgement(context.root / "verify")
+    clearance.refuse_other_recipe(verify, context.recipe.sha256)
+    clearance.refuse_other_bytes(context.upstream, (f"{kind}/{STEP}" for kind in PRODUCTS))
+    checkpoint, target = context.root / "fetch" / "checkpoint", context.folder
+    source, subject = card.front_matter(checkpoint), _subject(context.upstream["fetch"])
+    terms, build = licence.resolve(_claim(context.upstream["fetch"], source)), _build(context)
+
+    names = {kind: f"{context.root.name}_{kind}.tflite" for kind in PRODUCTS}
+    checks = clearance.checks(judgement, names)
+    for kind, name in names.items():
+        folder.place_model(context.root / kind / STEP, target / name)
+    folder.place_tokenizer(checkpoint, target)
+    folder.place_reports(context.root / "verify", clearance.REPORTS, target)
+    folder.place_manifests(context.root, context.upstream, target)
+    carried = folder.place_licence_files(checkpoint, target)
+    (target / "LICENSE").write_text(licence.licence_text(terms, carried), encoding="utf-8")
+    (target / "NOTICE").write_text(licence.notice_text(terms, subject.model, build.changes), encoding="utf-8")
+    products = [_product(context, kind, name) for kind, name in names.items()]
+    page = card.text(subject, terms, source, products, checks, build)
+    (target / "README.md").write_text(page, encoding="utf-8")
+
+    judged = {record.path: record.sha256 for record in verify.inputs}
+    folder.show(target, folder.seal(target, {name: judged[f"{kind}/{STEP}"] for kind, name in names.items()}))
+    return Outcome(facts={"licence": terms.identifier, "base_models": list(subject.base_models), "uploaded": False})
+
+
+def _subject(fetched: Manifest) -> Subject:
+    return Subject(
+        model=fetched.model,
+        revision=fetched.revision,
+        base_models=_texts(fetched.facts["base_models"]),
+        model_type=str(fetched.facts["model_type"]),
+    )
+
+
+def _claim(fetched: Manifest, source: Mapping[str, Any]) -> Claim:
+    return Claim(
+        model=fetched.model,
+        model_type=str(fetched.facts["model_type"]),
+        licence=str(fetched.facts["licence"]),
+        base_models=_texts(fetched.facts["base_models"]),
+        tags=_texts(source.get("tags")),
+    )
+
+
+def _texts(value: object) -> tuple[str, ...]:
+    """A list of texts from a manifest or a card, where one alone may stand without its list."""
+    return tuple(map(str, value)) if isinstance(value, list) else (str(value),) if value else ()
+
+
+def _build(context: Context) -> Build:
+    made, recipe = context.upstream["fp32"], context.recipe
+    return Build(
+        recipe=recipe.name,
+        recipe_sha256=recipe.sha256,
+        max_batch=recipe.step.max_batch,
+        max_sequence=recipe.step.max_sequence,
+        commit=made.source.commit + (" with local changes" if made.source.commit and made.source.dirty else ""),
+        tools=made.tools,
+        changes="the text model was rebuilt as a graph of LiteRT operators, and its weights were stored as float32, as "
+        f"float16, and as int8 (one symmetric scale per output channel, {recipe.int8.scheme} activations).",
+    )
+
+
+def _product(context: Context, kind: str, name: str) -> Product:
+    scheme = f", {context.recipe.int8.scheme}" if kind == "int8" else ""
+    return Product(file=name, precision=PRODUCTS[kind] + scheme, size=(context.folder / name).stat().st_size)
+
+
+def _needs(arguments: argparse.Namespace) -> tuple[str, ...]:
+    """Fetch, the stages that verify read, and verify.
+
+    Raises:
+        PublishError: verify is not finished, or failed.
+    """
+    verify = clearance.verified(arguments.artifacts / model_name(arguments.model_id))
+    stages = {record.path.split("/", 1)[0] for record in verify.inputs}
+    return ("fetch", *sorted(stages - {"fetch"}), "verify")
+
+
+STAGE = Stage(
+    name="publish",
+    summary="Put together what would be uploaded: model files, card, licence, report, manifests, checksums (dry run).",
+    work=work,
+    needs_of=_needs,
+    measured=(*clearance.REPORTS, provenance.NAME),
+)
+
+if __name__ == "__main__":
+    sys.exit(main(STAGE))

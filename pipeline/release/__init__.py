@@ -1,0 +1,1 @@
+"""What has to do with other people: the Hub, licences, model cards, provenance."""

@@ -1,0 +1,177 @@
+"""The model card: front matter that the Hub reads, and a page for people, with the figures that were measured.
+
+A card holds no timings, so that it is the same bytes in every build; speeds stand in the report beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import yaml
+from huggingface_hub import ModelCardData
+from huggingface_hub.repocard import metadata_load
+
+from pipeline.core import log
+from pipeline.core.errors import PublishError
+from pipeline.release.licence import GEMMA, GEMMA_NOTICE, Licence
+
+_TEMPLATE = Path(__file__).with_name("card.md")
+_CARRIED = ("language", "extra_gated_heading", "extra_gated_prompt", "extra_gated_button_content")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Product:
+    """A published file: its `precision` for people (`int8, dynamic`), and `size` in bytes."""
+
+    file: str
+    precision: str
+    size: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One judged figure, ready to be shown: of which file, what, against which reference (or none), by how much."""
+
+    file: str
+    what: str
+    against: str
+    value: str
+    limit: str
+    detail: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """What was converted: Hub id or folder name, commit or content hash, and the bases that its card names."""
+
+    model: str
+    revision: str
+    base_models: tuple[str, ...]
+    model_type: str
+
+    @property
+    def on_hub(self) -> bool:
+        """Whether it came from the Hub: ids have an owner, folder names have no slash."""
+        return "/" in self.model
+
+    @property
+    def name(self) -> str:
+        """The last part of the id."""
+        return self.model.rsplit("/", 1)[-1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Build:
+    """How the files were made: recipe, limits of the step graph, source commit or empty, versions, what was changed."""
+
+    recipe: str
+    recipe_sha256: str
+    max_batch: int
+    max_sequence: int
+    commit: str
+    tools: Mapping[str, str]
+    changes: str
+
+
+def front_matter(checkpoint: Path) -> dict[str, Any]:
+    """The front matter of the checkpoint's own README.md, empty where there is none.
+
+    Raises:
+        PublishError: it is not YAML.
+    """
+    file = checkpoint / "README.md"
+    try:
+        return (metadata_load(file) if file.is_file() else None) or {}
+    except (ValueError, yaml.YAMLError) as error:
+        raise PublishError(
+            f"the front matter of {file} can't be read: {' '.join(str(error).split())}",
+            cause="it is not YAML between two lines of `---`",
+            remedy="correct it and start again from `make fetch`",
+        ) from error
+
+
+def text(
+    subject: Subject,
+    licence: Licence,
+    source: Mapping[str, Any],
+    products: Sequence[Product],
+    checks: Sequence[Check],
+    build: Build,
+) -> str:
+    """The whole README.md; `source` is the front matter of the checkpoint's own card."""
+    fields = {
+        "model": subject.name,
+        "origin": _origin(subject),
+        "source": f"`{subject.model}`",
+        "changes": build.changes,
+        "terms": f"{GEMMA_NOTICE}." if licence.identifier == GEMMA else f"They stay under its licence, {licence.name}.",
+        "files": _files(products),
+        "checks": _checks(checks),
+        "example": products[-1].file,
+        "max_batch": build.max_batch,
+        "max_sequence": build.max_sequence,
+        "revision": subject.revision,
+        "recipe": build.recipe,
+        "recipe_sha256": build.recipe_sha256,
+        "commit": f", source commit `{build.commit}`," if build.commit else "",
+        "tools": ", ".join(f"{tool} {version}" for tool, version in sorted(build.tools.items())),
+        "command": _command(subject),
+        "licence_name": licence.name,
+        "licence_link": licence.link,
+    }
+    page = Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(fields)
+    return f"---\n{_metadata(subject, licence, source)}\n---\n\n{page}"
+
+
+def _metadata(subject: Subject, licence: Licence, source: Mapping[str, Any]) -> str:
+    """Front matter. What came from a folder is no model of the Hub: its own bases are named, as a fine-tune of them."""
+    bases = [subject.model] if subject.on_hub else list(subject.base_models)
+    relation = "quantized" if subject.on_hub else "finetune"
+    card = ModelCardData(
+        license=licence.identifier,
+        license_link=licence.link,
+        base_model=bases or None,
+        base_model_relation=relation if bases else None,
+        library_name="litert",
+        pipeline_tag="text-generation",
+        tags=["litert", "tflite", subject.model_type, "float16", "int8"],
+        **{key: source[key] for key in _CARRIED if key in source},
+    )
+    return str(card.to_yaml())
+
+
+def _origin(subject: Subject) -> str:
+    if subject.on_hub:
+        return f"[{subject.model}](https://huggingface.co/{subject.model}) at commit `{subject.revision}`"
+    made_from = f" (made from {', '.join(subject.base_models)})" if subject.base_models else ""
+    return f"The checkpoint `{subject.model}`{made_from}"
+
+
+def _files(products: Sequence[Product]) -> str:
+    """The table of files; the first one is what the others are measured against."""
+    rows = [
+        (f"`{item.file}`", item.precision, log.human_bytes(item.size), f"{item.size / products[0].size:.3f}")
+        for item in products
+    ]
+    return _table(("file", "precision", "size", "size / float32"), rows)
+
+
+def _checks(checks: Sequence[Check]) -> str:
+    rows = [(f"`{item.file}`", item.what, item.against, item.value, item.limit, item.detail) for item in checks]
+    return _table(("file", "check", "against", "value", "limit", "detail"), rows)
+
+
+def _command(subject: Subject) -> str:
+    if subject.on_hub:
+        return f"make publish MODEL_ID={subject.model} REVISION={subject.revision}"
+    return f"make publish MODEL_ID=path/to/{subject.model}"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in lines)

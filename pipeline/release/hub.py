@@ -1,0 +1,317 @@
+"""The Hugging Face Hub over HTTP, through the session, headers and errors of huggingface_hub.
+
+What is our own, and why: huggingface_hub 2.4.0 downloads to a file name that is new each time and removes it on
+failure, so nothing survives a kill; it retries neither an answer 5xx nor a reset connection in the middle of a file; it
+checks no hash; and it has no way to read a part of a file. So files are read by ranges over plain HTTP (which the Hub
+also serves for Xet storage), a partial file is continued where it stopped, and a complete one is held against the size
+and hash that the Hub lists. The token comes from the environment or from huggingface_hub's own store, goes to the Hub
+alone, and is never printed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, TypeVar
+
+import httpx2
+from huggingface_hub import HfApi, constants, get_session, get_token, hf_hub_url, hf_raise_for_status
+from huggingface_hub.errors import (
+    DisabledRepoError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.hf_api import RepoSibling
+from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # public, not in its __all__
+
+from pipeline.core import log
+from pipeline.core.errors import FetchError, IntegrityError
+
+WAITS = (1.0, 2.0, 4.0, 8.0, 16.0)  # seconds before each new try; as many tries as in huggingface_hub
+LONGEST_WAIT = 300.0  # seconds; the Hub's rate limits count in windows of five minutes
+_ANSWER_SECONDS = 30.0
+_PASSING = (408, 429, 500, 502, 503, 504)
+_FAILURES = (HfHubHTTPError, httpx2.TransportError, httpx2.InvalidURL, OfflineModeIsEnabled, UnicodeError)
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RemoteFile:
+    """A file of a repository: `sha256` if it is in large file storage, else `git_sha1` of its blob."""
+
+    size: int
+    sha256: str = ""
+    git_sha1: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Repository:
+    """A model repository at one commit; `files` are all its files by path."""
+
+    model_id: str
+    revision: str
+    files: Mapping[str, RemoteFile]
+
+
+class Hub:
+    """A Hub: `HF_ENDPOINT` or huggingface.co. `waits`: seconds before each new try of a request (default `WAITS`)."""
+
+    def __init__(self, waits: Sequence[float] | None = None) -> None:
+        self.endpoint = os.environ.get("HF_ENDPOINT", constants.ENDPOINT).rstrip("/")
+        self.waits = tuple(WAITS if waits is None else waits)
+
+    def resolve(self, model_id: str, revision: str = "") -> Repository:
+        """The repository `model_id` at `revision` (branch, tag or commit; empty for the main branch).
+
+        Raises:
+            FetchError: no such model or revision, no access, no network, or no Hub at the endpoint.
+        """
+        api = HfApi(endpoint=self.endpoint)
+
+        def ask() -> Repository:
+            info = api.model_info(model_id, revision=revision or None, files_metadata=True, timeout=_ANSWER_SECONDS)
+            if not info.sha or info.siblings is None:
+                raise ValueError("no commit or no files")
+            files = {item.rfilename: _remote(item) for item in info.siblings}
+            return Repository(model_id=info.id, revision=info.sha, files=files)
+
+        try:
+            return self._patiently(ask, model_id, revision)
+        except HFValidationError as error:
+            raise FetchError(
+                f"{model_id!r} is neither a folder nor a Hub id",
+                cause="the path is misspelt, or the id is not of the form owner/name",
+                remedy="check MODEL_ID=",
+            ) from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise FetchError(
+                f"{self.endpoint} does not answer as a Hub does",
+                cause=f"HF_ENDPOINT is wrong, or a proxy answers in its place ({type(error).__name__})",
+                remedy="check HF_ENDPOINT and the proxy settings",
+            ) from error
+
+    def read(self, repository: Repository, name: str, start: int, stop: int) -> bytes:
+        """Bytes `start` to `stop` (exclusive) of a file; no more than these are transferred.
+
+        Raises:
+            FetchError: as `resolve`.
+            IntegrityError: the file ends before `stop`.
+        """
+
+        def ask() -> bytes:
+            data = bytearray()
+            with self._open(repository, name, start, stop) as response:
+                skip = start if response.status_code == 200 else 0  # the server ignored the range
+                for chunk in response.iter_bytes():
+                    data += chunk
+                    if len(data) >= skip + stop - start:
+                        break
+            return bytes(data[skip : skip + stop - start])
+
+        if start == stop:
+            return b""
+        part = self._patiently(ask, repository.model_id, repository.revision)
+        if len(part) != stop - start:
+            raise IntegrityError(
+                f"{name} on the Hub ends at byte {start + len(part)}, it is listed with {repository.files[name].size}",
+                cause="the upload was not finished, or a proxy cut the answer",
+                remedy="try again later, or another REVISION=",
+            )
+        return part
+
+    def download(self, repository: Repository, name: str, folder: Path) -> Path:
+        """Download a file into `folder` and return its path; a partial file there is continued.
+
+        Raises:
+            FetchError: as `resolve`.
+            IntegrityError: what came is not what the Hub lists; the partial file is removed.
+        """
+        expected, done, partial = repository.files[name], folder / name, folder / f"{name}.partial"
+        if done.is_file() and done.stat().st_size == expected.size:
+            return done
+        folder.mkdir(parents=True, exist_ok=True)
+        with partial.open("ab") as stream:
+            if stream.tell() > expected.size:
+                stream.truncate(0)
+            elif stream.tell():
+                log.step(f"{name}: going on at {log.human_bytes(stream.tell())} of {log.human_bytes(expected.size)}")
+            with log.progress(name, expected.size - stream.tell()) as bar:
+                while stream.tell() < expected.size:  # each round adds bytes or raises
+                    self._patiently(
+                        lambda: self._continue(repository, name, stream, bar), repository.model_id, repository.revision
+                    )
+            stream.flush()
+            os.fsync(stream.fileno())
+        _check(partial, expected, name)
+        return partial.replace(done)
+
+    def _continue(self, repository: Repository, name: str, stream: BinaryIO, bar: log.Progress) -> None:
+        """Append to `stream`, whose end is the file's next byte, until the file is whole or the connection breaks."""
+        size, start = repository.files[name].size, stream.tell()
+        try:
+            with self._open(repository, name, start, size) as response:
+                if response.status_code == 200 and start:  # the server ignored the range
+                    stream.truncate(0)
+                    stream.seek(0)
+                    bar.total, bar.done, start = size, 0, 0
+                for chunk in response.iter_bytes():
+                    stream.write(chunk)
+                    bar.advance(len(chunk))
+        except httpx2.TransportError as error:
+            if stream.tell() <= start:
+                raise
+            log.warn(
+                f"{name}: the connection broke at {log.human_bytes(stream.tell())} ({type(error).__name__}), going on"
+            )
+            time.sleep(self.waits[0] if self.waits else 0)
+        if stream.tell() <= start:
+            raise httpx2.RemoteProtocolError("the answer was empty")
+
+    @contextmanager
+    def _open(self, repository: Repository, name: str, start: int, stop: int) -> Iterator[httpx2.Response]:
+        """The answer to a request for bytes `start` to `stop` of a file; its body is still to be read."""
+        url = hf_hub_url(repository.model_id, name, revision=repository.revision, endpoint=self.endpoint)
+        headers = {**build_hf_headers(), "range": f"bytes={start}-{stop - 1}", "accept-encoding": "identity"}
+        timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
+        # The session follows redirects to a storage host and leaves the token out there.
+        with get_session().stream("GET", url, headers=headers, timeout=timeout) as response:
+            hf_raise_for_status(response)
+            yield response
+
+    def _patiently(self, work: Callable[[], _T], model_id: str, revision: str) -> _T:
+        """The result of `work`, tried again after each passing failure until the waits are used up."""
+        for wait in (*self.waits, None):
+            try:
+                return work()
+            except _FAILURES as error:
+                if wait is None or not _is_passing(error):
+                    raise self._explain(error, model_id, revision) from error
+                pause = max(wait, min(_asked_wait(error), LONGEST_WAIT))
+                log.warn(f"{self.endpoint}: {_brief(error)}; trying again in {log.human_seconds(pause)}")
+                time.sleep(pause)
+        raise AssertionError("the last round returns or raises")
+
+    def _explain(self, error: Exception, model_id: str, revision: str) -> FetchError:
+        """What `error` means for the person who asked for `model_id`."""
+        page = f"{self.endpoint}/{model_id}"
+        log_in = "set HF_TOKEN or run `hf auth login`"
+        if isinstance(error, GatedRepoError):
+            who = "this token has" if _has_token() else "without a token there is"
+            return FetchError(
+                f"{model_id} is gated and {who} no access to it",
+                cause="its author asks everyone to accept the licence first",
+                remedy=f"accept it at {page}, then "
+                + (
+                    "run this again; a fine-grained token must also allow gated repositories"
+                    if _has_token()
+                    else log_in
+                ),
+            )
+        if isinstance(error, RevisionNotFoundError):
+            return FetchError(
+                f"{model_id} has no revision {revision!r}",
+                remedy=f"choose a branch, tag or commit from {page}/commits/main",
+            )
+        anonymous = not _has_token() and isinstance(error, HfHubHTTPError) and error.response.status_code == 401
+        if isinstance(error, RepositoryNotFoundError) or anonymous:  # to strangers the Hub answers 401 for both
+            return FetchError(
+                f"there is no model {model_id} at {self.endpoint}, or it is private and not yours to see",
+                cause="the id is misspelt" + (", or the token belongs to another account" if _has_token() else ""),
+                remedy=f"check the id; for a private model {log_in}; for a local folder check the path",
+            )
+        if isinstance(error, DisabledRepoError):
+            return FetchError(f"{model_id} was disabled by the Hub", remedy=f"read why at {page}")
+        if isinstance(error, HfHubHTTPError):
+            return self._explain_status(error, model_id)
+        if isinstance(error, OfflineModeIsEnabled):
+            return FetchError("HF_HUB_OFFLINE forbids to ask the Hub", remedy="unset it, or give a folder as MODEL_ID")
+        if isinstance(error, UnicodeError):
+            return FetchError("HF_TOKEN holds characters that no token has", remedy=f"copy it again, then {log_in}")
+        return FetchError(
+            f"can't reach {self.endpoint}",
+            cause=f"no network, a proxy, or a wrong HF_ENDPOINT ({_brief(error)})",
+            remedy="check the connection and run the same command again: it goes on where it stopped",
+        )
+
+    def _explain_status(self, error: HfHubHTTPError, model_id: str) -> FetchError:
+        status = error.response.status_code
+        if status == 401:
+            return FetchError(
+                "the Hub refuses the token",
+                cause="HF_TOKEN (or the stored token) is mistyped, expired or revoked",
+                remedy=f"make a new one at {self.endpoint}/settings/tokens and set HF_TOKEN or run `hf auth login`",
+            )
+        if status == 403:
+            return FetchError(
+                f"the token may not read {model_id}",
+                cause="a fine-grained token lists what it may read",
+                remedy=f"allow it at {self.endpoint}/settings/tokens",
+            )
+        return FetchError(
+            f"{self.endpoint} {'still ' if status in _PASSING else ''}answers with status {status}",
+            cause="too many requests" if status == 429 else "the Hub or a proxy before it has a problem",
+            remedy="run the same command again later: it goes on where it stopped",
+        )
+
+
+def _remote(item: RepoSibling) -> RemoteFile:
+    if item.size is None:
+        raise ValueError("a file without a size")
+    return RemoteFile(size=item.size, sha256=item.lfs.sha256 if item.lfs else "", git_sha1=item.blob_id or "")
+
+
+def _check(file: Path, expected: RemoteFile, name: str) -> None:
+    """Hold a downloaded file against the Hub's listing; remove it if it differs.
+
+    Raises:
+        IntegrityError: size or hash differ.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        if expected.sha256:
+            same = hashlib.file_digest(stream, "sha256").hexdigest() == expected.sha256
+        else:  # git's name for a blob, https://git-scm.com/book/en/v2/Git-Internals-Git-Objects
+            same = hashlib.sha1(b"blob %d\0" % size + stream.read()).hexdigest() == expected.git_sha1
+    if size != expected.size or not same:
+        file.unlink()
+        raise IntegrityError(
+            f"{name} has not the {'hash' if size == expected.size else 'size'} that the Hub lists",
+            cause="it was damaged on the way, or a proxy answered with something else",
+            remedy="run the same command again: that file is downloaded anew",
+        )
+
+
+def _has_token() -> bool:
+    return bool(get_token())
+
+
+def _is_passing(error: Exception) -> bool:
+    if isinstance(error, HfHubHTTPError):
+        return error.response.status_code in _PASSING
+    return isinstance(error, httpx2.TransportError) and not isinstance(
+        error, (httpx2.UnsupportedProtocol, httpx2.LocalProtocolError)
+    )
+
+
+def _asked_wait(error: Exception) -> float:
+    """Seconds that the server asks to wait (`Retry-After`), 0 if it doesn't say."""
+    if not isinstance(error, HfHubHTTPError):
+        return 0.0
+    asked = error.response.headers.get("retry-after", "")
+    return float(asked) if asked.isdecimal() else 0.0
+
+
+def _brief(error: Exception) -> str:
+    """One line without headers or tokens."""
+    if isinstance(error, HfHubHTTPError):
+        return f"status {error.response.status_code}"
+    return f"{type(error).__name__}: {str(error).splitlines()[0]}" if str(error) else type(error).__name__

@@ -1,0 +1,117 @@
+"""Under which licence a converted model may be passed on, and the LICENSE and NOTICE that go with it.
+
+A conversion is a derivative of its checkpoint, and a checkpoint of its base models. The licence that a checkpoint's
+card claims is believed only where it does not contradict that chain: weights that come from Gemma 1 to 3n stay under
+the Gemma Terms of Use whatever a fine-tune's card says. A model of Gemma's architecture that was trained from nothing
+is its makers' own; its card says so with the tag `trained-from-scratch`.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from string import Template
+
+from pipeline.core.errors import PublishError
+
+GEMMA = "gemma"
+FROM_SCRATCH = "trained-from-scratch"
+# Sentence that section 3.1 of the Gemma Terms of Use asks for in a NOTICE file.
+GEMMA_NOTICE = "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms"
+_GEMMA_ALIASES = ("gemma-terms-of-use", "gemma-terms", "gemma terms of use")
+_GEMMA_TYPES = ("gemma", "gemma2", "gemma3", "gemma3_text", "gemma3n", "gemma3n_text")
+_HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """What a checkpoint says of itself: Hub id or folder name, `model_type`, and its card's licence, bases and tags."""
+
+    model: str
+    model_type: str
+    licence: str
+    base_models: tuple[str, ...]
+    tags: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Licence:
+    """A licence by the Hub's identifier, with its name and the address of its text."""
+
+    identifier: str
+    name: str
+    link: str
+
+
+def resolve(claim: Claim) -> Licence:
+    """The licence under which the converted files may be passed on.
+
+    Raises:
+        PublishError: none is named, it is not a known one, or it contradicts what the model was made from.
+    """
+    licence = _known(claim)
+    if licence.identifier != GEMMA and claim.model_type in _GEMMA_TYPES:
+        _refuse_unless_own(claim, licence)
+    return licence
+
+
+def licence_text(licence: Licence, carried: tuple[str, ...]) -> str:
+    """The LICENSE file; `carried` are the paths of the checkpoint's own licence files in the same folder."""
+    kind = GEMMA if licence.identifier == GEMMA else "other"
+    text = Template((_HERE / "notices" / f"LICENSE.{kind}").read_text(encoding="utf-8")).substitute(vars(licence))
+    if carried:
+        text += f"\nThe checkpoint's own files on the matter are passed on with it: {', '.join(carried)}.\n"
+    return text
+
+
+def notice_text(licence: Licence, origin: str, changes: str) -> str:
+    """The NOTICE file: the files' `origin`, that they were modified, and the Gemma sentence where it applies."""
+    sentence = f"{GEMMA_NOTICE}\n\n" if licence.identifier == GEMMA else ""
+    return f"{sentence}The files in this folder are modified. They were made from {origin}: {changes}\n"
+
+
+def _known(claim: Claim) -> Licence:
+    name = claim.licence.strip().lower()
+    if not name:
+        raise PublishError(
+            f"the card of {claim.model} names no licence",
+            cause="its README.md is missing or has no `license:` in its front matter",
+            remedy="find out the licence, write it into the checkpoint's README.md, and start again from `make fetch`",
+        )
+    identifier = GEMMA if name in _GEMMA_ALIASES else name
+    with (_HERE / "licences.toml").open("rb") as stream:
+        table = tomllib.load(stream)
+    if identifier not in table:
+        raise PublishError(
+            f"the licence of {claim.model}, {claim.licence!r}, is not one of {', '.join(table)}",
+            cause="it forbids derivatives, or nobody has read yet whether it allows them",
+            remedy="read it; if it allows passing on a converted model, add it to pipeline/release/licences.toml",
+        )
+    return Licence(identifier=identifier, **table[identifier])
+
+
+def _refuse_unless_own(claim: Claim, licence: Licence) -> None:
+    """A model of Gemma's architecture under another licence: fine if trained from nothing, else a contradiction."""
+    chain = " from ".join((claim.model, *claim.base_models))
+    gemma_bases = [base for base in (claim.model, *claim.base_models) if base.lower().startswith("google/gemma")]
+    remedy = f"if its weights come from Gemma, correct its card to `license: {GEMMA}` and start again from `make fetch`"
+    if gemma_bases:
+        raise PublishError(
+            f"{chain}: the card claims {licence.identifier}, but {gemma_bases[-1]} is under the Gemma Terms of Use",
+            cause="a licence further down the base_model chain can't set aside the terms of the base",
+            remedy=remedy,
+        )
+    if claim.base_models:
+        raise PublishError(
+            f"{chain}: the card claims {licence.identifier} for a model of type {claim.model_type}",
+            cause=f"it is made from {', '.join(claim.base_models)}, whose terms are not known here and may be Gemma's",
+            remedy=remedy,
+        )
+    if FROM_SCRATCH not in claim.tags:
+        raise PublishError(
+            f"the card of {claim.model} claims {licence.identifier} for a model of type {claim.model_type} "
+            "and does not say what it was made from",
+            cause="weights of this architecture usually come from Gemma, whose terms they keep",
+            remedy=f"{remedy}; if they were trained from nothing, add the tag `{FROM_SCRATCH}`",
+        )

@@ -1,0 +1,68 @@
+"""The shipped model, taken through the stages once per test session."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from pipeline import fetch, fp16, fp32, golden, int8
+from pipeline.core.recipe import PROJECT
+from pipeline.core.stage import DEFAULT_MODEL, DEFAULT_RECIPE, Stage, main
+
+SMALL = {
+    "window = 128": "window = 32",
+    "positions = 2048": "positions = 192",
+    "prompts = 6": "prompts = 3",
+    "continuation = 24": "continuation = 5",
+    "batch = [1, 2, 3, 8]": "batch = [1, 3]",
+    "sequence = [1, 16, 17, 128, 300, 1024, 2048]": "sequence = [1, 17, 40]",
+}
+"""Changes of the shipped recipe that make judging quick; files and limits stay the same."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """Stages of the shipped model below `artifacts`, run with `recipe`."""
+
+    artifacts: Path
+    recipe: Path
+
+    @property
+    def root(self) -> Path:
+        """The model's artefact folder."""
+        return self.artifacts / Path(DEFAULT_MODEL).name
+
+    def run(self, stage: Stage, *options: str, recipe: Path | None = None) -> int:
+        """Run one stage and return its exit code."""
+        common = ["--model-id", str(PROJECT / DEFAULT_MODEL), "--artifacts", str(self.artifacts)]
+        return main(stage, [*common, "--recipe", str(recipe or self.recipe), *options])
+
+
+def small_recipe(file: Path, **more: str) -> Path:
+    """The shipped recipe with the changes in `SMALL` and `more` (`old` → `new` lines), written to `file`."""
+    text = (PROJECT / DEFAULT_RECIPE).read_text(encoding="utf-8")
+    for old, new in {**SMALL, **more}.items():
+        assert text.count(old) == 1, f"the recipe has no single line {old!r}"
+        text = text.replace(old, new)
+    file.write_text(text, encoding="utf-8")
+    return file
+
+
+@pytest.fixture(scope="session")
+def judged(tmp_path_factory: pytest.TempPathFactory) -> Line:
+    """fetch and golden, with the small recipe."""
+    folder = tmp_path_factory.mktemp("line")
+    line = Line(artifacts=folder / "artifacts", recipe=small_recipe(folder / "recipe.toml"))
+    assert line.run(fetch.STAGE) == 0
+    assert line.run(golden.STAGE, "--device", "cpu") == 0
+    return line
+
+
+@pytest.fixture(scope="session")
+def built(judged: Line) -> Line:
+    """The same with fp32, fp16 and int8."""
+    for stage in (fp32.STAGE, fp16.STAGE, int8.STAGE):
+        assert judged.run(stage) == 0
+    return judged

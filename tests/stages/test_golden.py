@@ -1,0 +1,179 @@
+"""The reference against Hugging Face called plainly, its determinism, and checkpoints that do not load whole."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL, Line, small_recipe
+from safetensors.torch import load_file, save_file
+from transformers import Gemma3nForCausalLM
+
+from pipeline import fetch, golden
+from pipeline.core import manifest
+from pipeline.core.errors import IntegrityError
+from pipeline.core.recipe import PROJECT
+from pipeline.core.stage import DEFAULT_MODEL
+from pipeline.golden import HuggingFace
+from pipeline.judge import metrics
+from pipeline.judge.reference import Head, Reference
+
+SHIPPED = PROJECT / DEFAULT_MODEL
+
+
+@pytest.fixture(scope="module")
+def plain() -> Gemma3nForCausalLM:
+    """transformers as anybody would call it."""
+    return Gemma3nForCausalLM.from_pretrained(SHIPPED, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+@pytest.fixture(scope="module")
+def reference(judged: Line) -> Reference:
+    return Reference(judged.root / "golden", Head.of_checkpoint(judged.root / "fetch" / "checkpoint"))
+
+
+def plain_logits(model: Gemma3nForCausalLM, ids: list[int]) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+    with torch.inference_mode():
+        return model(input_ids=torch.tensor([ids])).logits[0].numpy()
+
+
+def test_stored_windows_give_the_logits_of_a_plain_call(reference: Reference, plain: Gemma3nForCausalLM) -> None:
+    windows, hidden = reference.corpus()
+    assert windows.shape == (12, 32) and hidden.shape[:2] == windows.shape
+    assert (windows[:, 0] == 2).all()
+    for row in (0, 11):
+        scores = metrics.compare(plain_logits(plain, windows[row].tolist()), reference.head.logits(hidden[row]))
+        assert scores.nmse.max() < 1e-10 and scores.top1.all()
+
+
+def test_padded_shapes_give_the_logits_of_the_tokens_alone(reference: Reference, plain: Gemma3nForCausalLM) -> None:
+    cases = list(reference.shapes())
+    assert len(cases) == 2 * 3 * 3
+    for name, ids, mask, hidden in cases:
+        assert ids.shape == mask.shape and name.startswith(f"b{ids.shape[0]}_s{ids.shape[1]}_")
+        logits = reference.head.logits(hidden)
+        for row in range(len(ids)):
+            alone = plain_logits(plain, ids[row][mask[row].astype(bool)].tolist())[-1:]
+            assert metrics.compare(alone, logits[row : row + 1]).nmse.max() < 1e-9, f"{name}, row {row}"
+
+
+def test_greedy_text_is_the_most_likely_token_at_every_step(reference: Reference, plain: Gemma3nForCausalLM) -> None:
+    rows = reference.greedy()
+    assert len(rows) == 3
+    for row in rows:
+        ids = list(row.prompt_ids)
+        for token in row.continuation_ids:
+            assert token == plain_logits(plain, ids)[-1].argmax()
+            ids.append(token)
+
+
+def test_prompts_are_of_different_scripts(reference: Reference) -> None:
+    prompts = [row.prompt for row in reference.greedy()]
+    assert len({golden.corpus._script(prompt) for prompt in prompts}) == 3
+
+
+def test_facts_say_how_it_was_made_and_how_far_it_is_from_itself(judged: Line) -> None:
+    facts = manifest.read(judged.root / "golden").facts
+    assert (facts["dtype"], facts["attention"], facts["device"]) == ("float32", "eager", "cpu")
+    floor = facts["self_floor"]
+    assert isinstance(floor, dict) and isinstance(floor["kld_mean"], float)
+    assert floor["kld_mean"] < 1e-9 and floor["top1"] == 1.0
+
+
+def test_a_second_run_gives_the_same_bytes(judged: Line) -> None:
+    folder = judged.root / "golden"
+    before = {file.name: file.read_bytes() for file in folder.iterdir() if file.name != "run.json"}
+    assert judged.run(golden.STAGE, "--device", "cpu") == 0
+    assert before == {file.name: file.read_bytes() for file in folder.iterdir() if file.name != "run.json"}
+
+
+def changed_checkpoint(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> Path:
+    """The shipped checkpoint with `change` made to its tensors."""
+    shutil.copytree(SHIPPED, folder, ignore=shutil.ignore_patterns("corpus"))
+    save_file(change(load_file(SHIPPED / "model.safetensors")), folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def as_conditional(folder: Path) -> Path:
+    """The shipped model as the text tower of a `gemma3n` checkpoint, beside vision and audio weights."""
+
+    def wrapped(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        renamed = {name.replace("model.", "model.language_model.", 1): value for name, value in tensors.items()}
+        others = ("vision_tower.timm_model.stem", "audio_tower.conv", "embed_vision.norm", "embed_audio.norm")
+        return {**renamed, **{f"model.{name}.weight": torch.ones(3) for name in others}}
+
+    changed_checkpoint(folder, wrapped)
+    text = json.loads((SHIPPED / "config.json").read_text(encoding="utf-8"))
+    config = {"architectures": ["Gemma3nForConditionalGeneration"], "model_type": "gemma3n", "text_config": text}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder
+
+
+def test_the_text_tower_of_a_conditional_checkpoint_is_the_same_model(tmp_path: Path) -> None:
+    ids = np.arange(4, 40, dtype=np.int32).reshape(2, 18)
+    folders = (SHIPPED, as_conditional(tmp_path / "conditional"))
+    hidden, heads = zip(
+        *((HuggingFace.load(f, "cpu").hidden(ids, np.ones_like(ids)), Head.of_checkpoint(f)) for f in folders),
+        strict=True,
+    )
+    assert np.array_equal(*hidden)
+    assert np.array_equal(heads[0].logits(hidden[0][0]), heads[1].logits(hidden[1][0]))
+
+
+def test_a_missing_tensor_is_refused_by_name(tmp_path: Path) -> None:
+    lost = "model.layers.1.mlp.up_proj.weight"
+    folder = changed_checkpoint(tmp_path / "m", lambda t: {name: value for name, value in t.items() if name != lost})
+    with pytest.raises(IntegrityError, match=lost):
+        HuggingFace.load(folder, "cpu")
+
+
+def test_a_tensor_that_belongs_nowhere_is_refused_by_name(tmp_path: Path) -> None:
+    folder = changed_checkpoint(tmp_path / "m", lambda t: {**t, "model.layers.0.surprise.weight": torch.ones(2)})
+    with pytest.raises(IntegrityError, match="unknown: .*surprise"):
+        HuggingFace.load(folder, "cpu")
+
+
+def test_a_tensor_of_another_shape_is_refused(tmp_path: Path) -> None:
+    name = "model.norm.weight"
+    folder = changed_checkpoint(tmp_path / "m", lambda t: {**t, name: t[name][:-1].clone()})
+    with pytest.raises((IntegrityError, RuntimeError), match="size|shape"):
+        HuggingFace.load(folder, "cpu")
+
+
+def test_judging_on_calibration_text_is_refused(
+    judged: Line, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    same = small_recipe(tmp_path / "r.toml", **{"corpus/calibration.txt": "corpus/verification.txt"})
+    line = Line(artifacts=tmp_path / "artifacts", recipe=same)
+    assert line.run(fetch.STAGE) == 0
+    assert line.run(golden.STAGE) == 2
+    assert "in both the verification and the calibration text" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_missing_gpu_is_said_and_not_worked_around(
+    judged: Line, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = Line(artifacts=tmp_path / "artifacts", recipe=judged.recipe)
+    assert line.run(fetch.STAGE) == 0
+    assert line.run(golden.STAGE, "--device", "cuda") == 10
+    assert "no usable CUDA device" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+def test_a_gpu_gives_the_same_numbers_within_tolerance() -> None:
+    ids = np.arange(4, 260, dtype=np.int32).reshape(2, 128)
+    hidden = [
+        HuggingFace.load(SHIPPED, golden.choose_device(device)).hidden(ids, np.ones_like(ids)).astype(np.float64)
+        for device in ("cpu", "cuda")
+    ]
+    assert ((hidden[1] - hidden[0]) ** 2).sum() / (hidden[0] ** 2).sum() < golden._DEVICE_NMSE
+
+
+def test_the_small_recipe_changes_only_how_much_is_judged() -> None:
+    assert not any(word in line for line in SMALL for word in ("kld", "top1", "nmse", "scheme"))

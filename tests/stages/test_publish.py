@@ -1,0 +1,395 @@
+"""publish: what would be uploaded, byte for byte the same every time, and every reason to refuse.
+
+The stages before it are stood in for by small stages run through the real runner, so that manifests, checksums and
+folders are real; only the model files are a few bytes, which publish does not open.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub.repocard import metadata_load
+
+from pipeline import publish
+from pipeline.core import manifest, stage
+from pipeline.core.errors import VerificationError
+from pipeline.core.recipe import PROJECT
+from pipeline.core.stage import Context, Outcome, Stage
+from pipeline.release import provenance
+
+CARD = """---
+license: {licence}
+language: [en, zgh]
+tags: {tags}
+---
+# A model
+"""
+VARIANTS = ("fp32", "fp16", "int8", "int8-static")
+
+
+def judgement(passed: bool = True) -> dict[str, Any]:
+    """What verify leaves, with one failed check if not `passed`."""
+    checks = [
+        {
+            "variant": variant,
+            "name": "KLD on the corpus",
+            "value": 0.5 if variant == "int8" and not passed else 0.00123456,
+            "limit": 0.01,
+            "direction": "<=",
+            "passed": passed or variant != "int8",
+            "against": "Hugging Face" if variant == "fp32" else "fp32",
+            "detail": "2048 positions",
+        }
+        for variant in VARIANTS
+    ]
+    alternative = {**checks.pop(), "passed": False}  # judged and not good enough: no reason to hold back the others
+    return {"passed": passed, "checks": checks, "alternative_checks": [alternative]}
+
+
+@dataclass
+class Line:
+    """The stages before publish in an artefact folder of their own; attributes change what they leave."""
+
+    artifacts: Path
+    model: str = "tiny-gemma3n"
+    licence: str = "cc0-1.0"
+    base_models: list[str] = field(default_factory=list)
+    tags: list[str] = field(default_factory=lambda: ["trained-from-scratch"])
+    licence_files: tuple[str, ...] = ("LICENSE",)
+    passed: bool = True
+    recipe: Path = PROJECT / stage.DEFAULT_RECIPE
+
+    @property
+    def root(self) -> Path:
+        return self.artifacts / self.model.replace("/", "--")
+
+    @property
+    def folder(self) -> Path:
+        return self.root / "publish"
+
+    def run(self, made: Stage) -> int:
+        return stage.main(
+            made, ["--model-id", self.model, "--artifacts", str(self.artifacts), "--recipe", str(self.recipe)]
+        )
+
+    def fetch(self) -> None:
+        def work(context: Context) -> Outcome:
+            checkpoint = context.folder / "checkpoint"
+            checkpoint.mkdir()
+            for name in ("config.json", "model.safetensors", "tokenizer.model", "tokenizer_config.json"):
+                (checkpoint / name).write_text(name, encoding="utf-8")
+            for name in self.licence_files:
+                (checkpoint / name).write_text("the owner's words", encoding="utf-8")
+            card = CARD.format(licence=self.licence, tags=json.dumps(self.tags))
+            (checkpoint / "README.md").write_text(card, encoding="utf-8")
+            facts: dict[str, manifest.Fact] = {
+                "licence": self.licence,
+                "base_models": [*self.base_models],
+                "model_type": "gemma3n_text",
+            }
+            return Outcome(model=self.model, revision="a" * 40, facts=facts)
+
+        assert self.run(Stage(name="fetch", summary="", work=work)) == 0
+
+    def variant(self, name: str, data: bytes) -> None:
+        def work(context: Context) -> Outcome:
+            (context.folder / "step.tflite").write_bytes(data)
+            return Outcome()
+
+        assert self.run(Stage(name=name, summary="", work=work, needs=("fetch",))) == 0
+
+    def verify(self, variants: tuple[str, ...] = VARIANTS, write: Callable[[Context], None] | None = None) -> int:
+        def work(context: Context) -> Outcome:
+            text = json.dumps(judgement(self.passed))
+            for name in ("judgement.json", "report.json", "report.html"):
+                (context.folder / name).write_text(text, encoding="utf-8")
+            if write:
+                write(context)
+            if not self.passed:
+                raise VerificationError("a gate failed")
+            return Outcome()
+
+        measured = ("report.json", "report.html")
+        needs = ("fetch", *variants)
+        return self.run(Stage(name="verify", summary="", work=work, needs=needs, measured=measured))
+
+    def publish(self) -> int:
+        return self.run(publish.STAGE)
+
+
+@pytest.fixture
+def line(tmp_path: Path) -> Line:
+    """Everything before verify, with other bytes in each variant."""
+    made = Line(tmp_path)
+    made.fetch()
+    for name in VARIANTS:
+        made.variant(name, name.encode() * (400 if name == "fp32" else 100))
+    return made
+
+
+@pytest.fixture
+def ready(line: Line) -> Line:
+    """Everything before publish."""
+    assert line.verify() == 0
+    return line
+
+
+def names(folder: Path) -> list[str]:
+    """What would be uploaded."""
+    files = (file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
+    return sorted(set(files) - {"manifest.json", "run.json"})
+
+
+def refused(line: Line, capsys: pytest.CaptureFixture[str]) -> str:
+    """Publish is refused with code 9 and leaves nothing that looks finished; returns what was said."""
+    capsys.readouterr()
+    assert line.publish() == 9
+    assert not (line.folder / "manifest.json").exists()
+    said = capsys.readouterr().err
+    assert "error: " in said and "\n  cause: " in said and "\n  do:    " in said
+    return said
+
+
+def test_the_folder_holds_exactly_what_would_be_uploaded(ready: Line, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ready.publish() == 0
+    assert names(ready.folder) == sorted(
+        [
+            "LICENSE",
+            "NOTICE",
+            "README.md",
+            "SHA256SUMS",
+            "checkpoint/LICENSE",
+            *(f"manifests/{name}.json" for name in ("fetch", *VARIANTS, "verify")),
+            "report.html",
+            "report.json",
+            "tiny-gemma3n_fp16.tflite",
+            "tiny-gemma3n_fp32.tflite",
+            "tiny-gemma3n_int8.tflite",
+            "tokenizer.model",
+            "tokenizer_config.json",
+        ]
+    )
+    said = capsys.readouterr().err
+    assert "dry run: would upload 18 files" in said
+    assert "nothing was sent" in said
+    for name in names(ready.folder):
+        assert re.search(rf"^ .*B  {re.escape(name)}$", said, flags=re.MULTILINE)
+
+
+def test_model_files_are_the_verified_ones_and_take_no_room_of_their_own(ready: Line) -> None:
+    assert ready.publish() == 0
+    for kind in ("fp32", "fp16", "int8"):
+        published, made = ready.folder / f"tiny-gemma3n_{kind}.tflite", ready.root / kind / "step.tflite"
+        assert published.samefile(made)
+
+
+def test_without_hard_links_model_files_are_copies(ready: Line, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_links(*_: object) -> None:
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr(Path, "hardlink_to", no_links)
+    assert ready.publish() == 0
+    published, made = ready.folder / "tiny-gemma3n_int8.tflite", ready.root / "int8" / "step.tflite"
+    assert not published.samefile(made)
+    assert published.read_bytes() == made.read_bytes()
+
+
+def test_every_file_is_in_the_sums_and_they_hold(ready: Line) -> None:
+    assert ready.publish() == 0
+    assert sorted(provenance.read_sums(ready.folder)) == sorted(set(names(ready.folder)) - {"SHA256SUMS"})
+    provenance.check_sums(ready.folder)
+    done = subprocess.run(["sha256sum", "-c", "--quiet", "SHA256SUMS"], cwd=ready.folder, check=False)
+    assert done.returncode == 0
+
+
+def test_the_manifest_leaves_out_what_holds_timings(ready: Line) -> None:
+    assert ready.publish() == 0
+    listed = {record.path.removeprefix("publish/") for record in manifest.read(ready.folder).outputs}
+    assert listed == set(names(ready.folder)) - {"SHA256SUMS", "report.json", "report.html"}
+
+
+def test_two_runs_give_the_same_bytes(ready: Line) -> None:
+    def everything() -> dict[str, bytes]:
+        return {name: (ready.folder / name).read_bytes() for name in [*names(ready.folder), "manifest.json"]}
+
+    assert ready.publish() == 0
+    before = everything()
+    assert ready.publish() == 0
+    assert everything() == before
+
+
+def test_the_card_has_the_figures_the_licence_and_the_languages(ready: Line) -> None:
+    assert ready.publish() == 0
+    front = metadata_load(ready.folder / "README.md")
+    assert front is not None
+    assert front["license"] == "cc0-1.0"
+    assert front["language"] == ["en", "zgh"]
+    page = (ready.folder / "README.md").read_text(encoding="utf-8")
+    assert "| `tiny-gemma3n_int8.tflite` | KLD on the corpus | fp32 | 0.001235 | ≤ 0.01 | 2048 positions |" in page
+    assert "int8-static" not in page
+    assert "| `tiny-gemma3n_int8.tflite` | int8, dynamic | 400 B | 0.250 |" in page
+
+
+def test_a_model_under_the_gemma_terms_goes_with_terms_and_notice(tmp_path: Path) -> None:
+    line = Line(
+        tmp_path,
+        model="google/gemma-3n-E2B-it",
+        licence="gemma",
+        tags=[],
+        licence_files=("LICENSE.md", "USE_POLICY.md"),
+    )
+    line.fetch()
+    for name in VARIANTS:
+        line.variant(name, name.encode())
+    assert (line.verify(), line.publish()) == (0, 0)
+    notice = (line.folder / "NOTICE").read_text(encoding="utf-8")
+    assert notice.startswith("Gemma is provided under and subject to the Gemma Terms of Use found at")
+    assert "modified" in notice and "google/gemma-3n-E2B-it" in notice
+    licence = (line.folder / "LICENSE").read_text(encoding="utf-8")
+    assert "https://ai.google.dev/gemma/terms" in licence
+    assert "checkpoint/LICENSE.md, checkpoint/USE_POLICY.md" in licence
+    assert (line.folder / "checkpoint" / "LICENSE.md").read_text(encoding="utf-8") == "the owner's words"
+    assert (line.folder / "google--gemma-3n-E2B-it_fp32.tflite").is_file()
+
+
+def test_a_checkpoint_without_licence_files_needs_no_folder_for_them(tmp_path: Path) -> None:
+    line = Line(tmp_path, licence_files=())
+    line.fetch()
+    for name in VARIANTS:
+        line.variant(name, name.encode())
+    assert (line.verify(), line.publish()) == (0, 0)
+    assert not (line.folder / "checkpoint").exists()
+
+
+def test_refused_before_verify(line: Line, capsys: pytest.CaptureFixture[str]) -> None:
+    said = refused(line, capsys)
+    assert "nothing is published before verify has passed" in said
+    assert "make verify" in said
+
+
+def test_refused_after_verify_failed_with_the_figure_that_failed(
+    line: Line, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line.passed = False
+    assert line.verify() == 8
+    assert "verification failed: int8: KLD on the corpus is 0.5, the limit is ≤ 0.01" in refused(line, capsys)
+
+
+@pytest.mark.parametrize(
+    "spoilt",
+    [
+        judgement(passed=False),
+        {**judgement(), "passed": False},
+        {**judgement(), "passed": "yes"},
+        {"passed": True, "checks": []},
+        {"passed": True, "checks": [{**judgement()["checks"][0], "passed": None}]},
+        {"passed": True, "checks": [{**judgement()["checks"][0], "passed": False, "value": None, "limit": None}]},
+    ],
+    ids=["failed check", "failed", "not a verdict", "no checks", "skipped", "not measured"],
+)
+def test_a_finished_verify_that_did_not_pass_is_refused(
+    line: Line, capsys: pytest.CaptureFixture[str], spoilt: dict[str, Any]
+) -> None:
+    def write(context: Context) -> None:
+        (context.folder / "judgement.json").write_text(json.dumps(spoilt), encoding="utf-8")
+
+    assert line.verify(write=write) == 0
+    assert "verification failed" in refused(line, capsys)
+
+
+def test_refused_when_nothing_was_checked_of_a_product(line: Line, capsys: pytest.CaptureFixture[str]) -> None:
+    def write(context: Context) -> None:
+        found = judgement()
+        found["checks"] = [check for check in found["checks"] if check["variant"] != "fp16"]
+        (context.folder / "judgement.json").write_text(json.dumps(found), encoding="utf-8")
+
+    assert line.verify(write=write) == 0
+    assert "nothing was checked of fp16" in refused(line, capsys)
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"passed": true}', '{"passed": true, "checks": [{}]}'])
+def test_a_judgement_that_cannot_be_read_is_refused(line: Line, capsys: pytest.CaptureFixture[str], text: str) -> None:
+    def write(context: Context) -> None:
+        (context.folder / "judgement.json").write_text(text, encoding="utf-8")
+
+    assert line.verify(write=write) == 0
+    assert "judgement.json can't be read" in refused(line, capsys)
+
+
+@pytest.mark.parametrize("name", ["report.json", "report.html"])
+def test_refused_without_a_report(ready: Line, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    (ready.root / "verify" / name).unlink()
+    assert f"{name} is missing" in refused(ready, capsys)
+
+
+@pytest.mark.parametrize("kind", ["fp32", "fp16", "int8", "int8-static"])
+def test_refused_when_a_file_was_made_again_after_verify(
+    ready: Line, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    ready.variant(kind, b"other bytes")
+    assert f"{kind}/step.tflite is not the file that was verified" in refused(ready, capsys)
+
+
+def test_refused_when_the_checkpoint_was_fetched_again_as_something_else(
+    ready: Line, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ready.licence = "mit"
+    ready.fetch()
+    assert "fetch/checkpoint/README.md is not the file that was verified" in refused(ready, capsys)
+
+
+def test_refused_when_a_product_was_left_out_of_verify(line: Line, capsys: pytest.CaptureFixture[str]) -> None:
+    assert line.verify(("fp32", "int8")) == 0
+    assert "fp16/step.tflite was not verified" in refused(line, capsys)
+
+
+def test_a_file_edited_in_place_is_damage_and_not_a_matter_of_opinion(ready: Line) -> None:
+    (ready.root / "int8" / "step.tflite").write_bytes(b"patched")
+    assert ready.publish() == 4
+    assert not (ready.folder / "manifest.json").exists()
+
+
+def test_refused_when_the_recipe_changed_after_verify(
+    ready: Line, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    looser = tmp_path / "looser.toml"
+    looser.write_text(ready.recipe.read_text(encoding="utf-8") + "\n# looser\n", encoding="utf-8")
+    ready.recipe = looser
+    assert "verified under another recipe" in refused(ready, capsys)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"licence": ""}, "names no licence"),
+        ({"licence": "home-made"}, "is not one of gemma"),
+        ({"licence": "apache-2.0", "base_models": ["google/gemma-3n-E2B-it"]}, "is under the Gemma Terms of Use"),
+        ({"licence": "apache-2.0", "tags": []}, "does not say what it was made from"),
+    ],
+)
+def test_refused_when_the_licence_is_missing_or_contradicts_the_chain(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], said: str
+) -> None:
+    line = Line(tmp_path, **changes)
+    line.fetch()
+    for name in VARIANTS:
+        line.variant(name, name.encode())
+    assert line.verify() == 0
+    assert said in refused(line, capsys)
+
+
+def test_a_refusal_leaves_no_half_filled_folder_that_looks_finished(
+    ready: Line, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ready.publish() == 0
+    shutil.rmtree(ready.root / "verify")
+    assert ready.publish() == 9
+    assert "nothing is published" in capsys.readouterr().err

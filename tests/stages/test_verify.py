@@ -1,0 +1,302 @@
+"""The verdict on the shipped model's files, and files that must be refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import Line, small_recipe
+
+from pipeline import verify
+from pipeline.core import manifest
+from pipeline.core.errors import IntegrityError
+from pipeline.core.manifest import Facts
+from pipeline.core.stage import Context, Outcome, Stage
+from pipeline.judge import examine
+from pipeline.judge.reference import Head, Reference
+from pipeline.judge.runtime import StepModel, measure_speed
+
+STEP = "step.tflite"
+FILES = {"judgement.json", "manifest.json", "report.html", "report.json", "run.json"}
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small recipe, timed at short texts only."""
+    return small_recipe(tmp_path_factory.mktemp("recipe") / "r.toml", **{"max_sequence = 2048": "max_sequence = 128"})
+
+
+@pytest.fixture(scope="module")
+def verified(built: Line, recipe: Path) -> Line:
+    """The line after verify has passed."""
+    assert built.run(verify.STAGE, recipe=recipe) == 0
+    return built
+
+
+@pytest.fixture
+def judge(built: Line, recipe: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., tuple[int, str]]]:
+    """Judge `variants`; gives the exit code and what was printed. Clears verify's folder afterwards."""
+
+    def run(*variants: str, with_recipe: Path = recipe) -> tuple[int, str]:
+        capsys.readouterr()
+        code = built.run(verify.STAGE, "--variants", *variants, recipe=with_recipe)
+        return code, capsys.readouterr().err
+
+    yield run
+    shutil.rmtree(built.root / "verify", ignore_errors=True)
+
+
+@pytest.fixture
+def place(built: Line) -> Iterator[Callable[[str, bytes, Facts], None]]:
+    """Put `content` as the step graph of a variant in place of what is there, as a finished stage with `facts`."""
+    moved: dict[str, Path | None] = {}
+
+    def put(name: str, content: bytes, facts: Facts) -> None:
+        folder = built.root / name
+        if name not in moved:
+            moved[name] = folder.rename(built.root / f".{name}.kept") if folder.exists() else None
+
+        def work(context: Context) -> Outcome:
+            (context.folder / STEP).write_bytes(content)
+            return Outcome(facts=facts)
+
+        assert built.run(Stage(name=name, summary="", work=work, needs=("fetch",))) == 0
+
+    yield put
+    for name, kept in moved.items():
+        shutil.rmtree(built.root / name)
+        if kept:
+            kept.rename(built.root / name)
+
+
+def found(line: Line, name: str = "judgement.json") -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads((line.root / "verify" / name).read_text(encoding="utf-8"))
+    return loaded
+
+
+def step(line: Line, variant: str = "fp32") -> Path:
+    return line.root / variant / STEP
+
+
+def spoilt(file: Path, factor: float = 1.2) -> bytes:
+    """The file with 2,000 neighbouring float weights in its largest tensor's middle multiplied by `factor`."""
+    data = bytearray(file.read_bytes())
+    middle = len(data) // 2 // 16 * 16
+    weights = np.frombuffer(data, dtype=np.float32, count=2000, offset=middle)
+    assert 1e-4 < np.abs(weights).mean() < 10, "these bytes are no weights"
+    data[middle : middle + weights.nbytes] = (weights * factor).tobytes()
+    return bytes(data)
+
+
+class TestAPass:
+    def test_every_limit_of_the_recipe_is_judged(self, verified: Line) -> None:
+        judgement = found(verified)
+        assert judgement["passed"] is True and all(check["passed"] for check in judgement["checks"])
+        names = {(check["variant"], check["name"]) for check in judgement["checks"]}
+        for kernels in ("XNNPACK", "built-in kernels"):
+            for figure in ("worst logits NMSE", "KLD", "top-1 agreement"):
+                assert ("fp32", f"{figure} on the shape grid, {kernels}") in names
+            for variant in ("fp16", "int8"):
+                assert (variant, f"KLD on text, {kernels}") in names
+                assert (variant, f"top-1 agreement on text, {kernels}") in names
+        assert {("fp32", "bytes per parameter"), ("int8", "size / size of fp32")} <= names
+        assert all(check["limit"] is not None and check["value"] is not None for check in judgement["checks"])
+
+    def test_the_two_gates_have_their_own_references(self, verified: Line) -> None:
+        for check in found(verified)["checks"]:
+            if check["name"].startswith(("KLD", "top-1")):
+                assert check["against"] == ("Hugging Face" if check["variant"] == "fp32" else "fp32")
+
+    def test_fp32_is_exact_and_int8_is_not(self, verified: Line) -> None:
+        variants = found(verified)["variants"]
+        assert variants["fp32"]["against_reference"]["kld"]["value"] < 1e-9
+        assert variants["fp32"]["against_reference"]["top1"]["value"] == 1.0
+        assert variants["int8"]["against_fp32"]["kld"]["value"] > 1e-6
+
+    def test_the_text_is_predicted_better_than_by_chance(self, verified: Line) -> None:
+        variants = found(verified)["variants"]
+        assert 1 < variants["fp32"]["against_reference"]["reference_perplexity"] < 500
+        for variant in variants.values():
+            assert variant["against_reference"]["perplexity_ratio"]["value"] == pytest.approx(1, abs=0.05)
+
+    def test_fp32_continues_as_hugging_face_does(self, verified: Line) -> None:
+        rows = found(verified)["greedy"]
+        assert len(rows) == 3
+        for row in rows:
+            assert row["files"]["fp32"]["same"] and row["files"]["fp32"]["text"] == row["reference"]
+
+    def test_the_manifest_lists_what_does_not_change(self, verified: Line) -> None:
+        folder = verified.root / "verify"
+        made = manifest.read(folder)
+        assert [record.path for record in made.outputs] == ["verify/judgement.json"]
+        assert made.facts["passed"] is True and made.facts["fit"] == ["fp32", "fp16", "int8"]
+        assert {file.name for file in folder.iterdir()} == FILES
+        assert {f"{name}/{STEP}" for name in ("fp32", "fp16", "int8")} <= {record.path for record in made.inputs}
+
+    def test_the_report_is_the_judgement_and_timings(self, verified: Line) -> None:
+        judgement, report = found(verified), found(verified, "report.json")
+        assert {key: report[key] for key in judgement} == judgement
+        assert set(report) - set(judgement) == {"speed", "sequences", "machine", "date"}
+        for speed in report["speed"].values():
+            for kernels in ("xnnpack", "builtin"):
+                assert set(speed[kernels]["latency"]) == {"1", "128"}
+                assert 0 < speed[kernels]["latency"]["1"] < speed[kernels]["latency"]["128"]
+                assert speed[kernels]["load"] > 0
+        page = (verified.root / "verify" / "report.html").read_text(encoding="utf-8")
+        assert "Verified:" in page and "http" not in page.replace("http-equiv", "")
+
+    def test_a_second_run_gives_the_same_bytes(self, verified: Line, recipe: Path) -> None:
+        folder = verified.root / "verify"
+        before = [(folder / name).read_bytes() for name in ("judgement.json", "manifest.json")]
+        assert verified.run(verify.STAGE, recipe=recipe) == 0
+        assert before == [(folder / name).read_bytes() for name in ("judgement.json", "manifest.json")]
+
+
+Judge = Callable[..., tuple[int, str]]
+Place = Callable[[str, bytes, Facts], None]
+
+
+def refused(line: Line, judge: Judge, *variants: str, says: str) -> dict[str, Any]:
+    """Judging ends with exit code 8, says why, leaves the report for the reader and no manifest."""
+    code, text = judge(*variants)
+    assert code == 8, text
+    assert says in text
+    assert {file.name for file in (line.root / "verify").iterdir()} == FILES - {"manifest.json", "run.json"}
+    assert "Verification failed" in (line.root / "verify" / "report.html").read_text(encoding="utf-8")
+    judgement = found(line)
+    assert judgement["passed"] is False
+    return judgement
+
+
+def failing(judgement: dict[str, Any], part: str = "checks") -> set[tuple[str, str]]:
+    return {(check["variant"], check["name"]) for check in judgement[part] if not check["passed"]}
+
+
+class TestARefusal:
+    def test_an_int8_file_that_is_really_fp32(self, built: Line, judge: Judge, place: Place) -> None:
+        place("int8", step(built).read_bytes(), {"scheme": "dynamic"})
+        judgement = refused(built, judge, "fp32", "int8", says="size / size of fp32 is 1, the limit is <= 0.28")
+        assert failing(judgement) == {("int8", "size / size of fp32")}
+
+    def test_an_fp32_file_with_wrong_weights(self, built: Line, judge: Judge, place: Place) -> None:
+        place("fp32", spoilt(step(built)), {})
+        judgement = refused(built, judge, "fp32", says="fp32: worst logits NMSE on text")
+        assert {name for _, name in failing(judgement)} >= {
+            "worst logits NMSE on text",
+            "KLD on text",
+            "worst logits NMSE on the shape grid, XNNPACK",
+            "worst logits NMSE on the shape grid, built-in kernels",
+        }
+
+    def test_a_wrong_fp32_file_does_not_make_a_right_one_look_wrong_for_free(
+        self, built: Line, judge: Judge, place: Place
+    ) -> None:
+        place("fp32", spoilt(step(built), 3.0), {})
+        failed = failing(refused(built, judge, "fp32", "fp16", says="fp32: "))
+        assert ("fp32", "KLD on text") in failed
+
+    def test_an_int8_file_that_is_worse_than_its_limit(self, built: Line, judge: Judge, tmp_path: Path) -> None:
+        strict = small_recipe(
+            tmp_path / "r.toml", **{"max_sequence = 2048": "max_sequence = 16", "kld = 0.01\n": "kld = 1e-9\n"}
+        )
+        code, text = judge("fp32", "int8", with_recipe=strict)
+        assert code == 8 and "int8: KLD on text, XNNPACK is" in text and "<= 1e-09 (against fp32)" in text
+
+    def test_a_file_whose_scheme_has_no_limits(self, built: Line, judge: Judge, place: Place) -> None:
+        place("int8", step(built, "int8").read_bytes(), {})
+        judgement = refused(built, judge, "fp32", "int8", says="the limit is missing from the recipe")
+        assert failing(judgement) == {("int8", "limits in the recipe")}
+
+    def test_a_figure_that_the_quantiser_did_not_state(self, built: Line, judge: Judge, place: Place) -> None:
+        place("int8", step(built, "int8").read_bytes(), {"scheme": "static"})
+        judgement = refused(built, judge, "fp32", "int8", says="share of multiply-adds in integer kernels is not known")
+        assert ("int8", "share of multiply-adds in integer kernels") in failing(judgement)
+
+
+class TestTheAlternative:
+    def test_it_may_miss_its_limits_and_is_marked(self, built: Line, judge: Judge, place: Place) -> None:
+        place("int8-static", step(built).read_bytes(), {"scheme": "static", "integer_share": 0.0})
+        code, text = judge("fp32", "int8-static")
+        assert code == 0, text
+        assert "not fit to publish: int8-static: size / size of fp32 is 1" in text
+        judgement = found(built)
+        assert judgement["passed"] is True and not failing(judgement)
+        assert failing(judgement, "alternative_checks") == {
+            ("int8-static", "size / size of fp32"),
+            ("int8-static", "share of multiply-adds in integer kernels"),
+        }
+        assert manifest.read(built.root / "verify").facts["not_fit"] == ["int8-static"]
+        assert "not fit to publish" in (built.root / "verify" / "report.html").read_text(encoding="utf-8")
+
+
+class TestWhatCannotBeJudged:
+    def test_fp32_is_needed(self, built: Line, judge: Judge) -> None:
+        code, text = judge("int8")
+        assert code == 2 and "lacks fp32" in text
+
+    def test_a_variant_that_was_not_built(self, built: Line, judge: Judge) -> None:
+        code, text = judge("fp32", "int4")
+        assert code == 4 and "stage int4 is not finished" in text
+
+    def test_a_file_that_is_no_model(self, built: Line, judge: Judge, place: Place) -> None:
+        place("fp16", step(built, "fp16").read_bytes()[:1000], {})
+        code, text = judge("fp32", "fp16")
+        assert code == 4 and "can't be loaded" in text
+
+
+class TestStepModel:
+    @pytest.fixture(scope="class")
+    def reference(self, built: Line) -> Reference:
+        return Reference(built.root / "golden", Head.of_checkpoint(built.root / "fetch" / "checkpoint"))
+
+    @pytest.mark.parametrize("xnnpack", [True, False])
+    def test_padding_and_batch_do_not_matter(self, built: Line, *, xnnpack: bool) -> None:
+        model = StepModel(step(built), xnnpack=xnnpack, threads=2)
+        ids = np.array([[2, 40, 41, 42, 43]], dtype=np.int32)
+        alone = model.logits(ids, np.ones_like(ids))
+        padded, mask = np.zeros((2, 9), dtype=np.int32), np.zeros((2, 9), dtype=np.int32)
+        padded[0, :5], mask[0, :5] = ids, 1
+        padded[1, 4:], mask[1, 4:] = ids, 1
+        np.testing.assert_allclose(model.logits(padded, mask), np.repeat(alone, 2, axis=0), atol=2e-4)
+
+    def test_a_shape_that_was_left_and_taken_again_gives_the_same(self, built: Line) -> None:
+        model = StepModel(step(built, "int8"))
+        rows = [np.full(shape, 7, dtype=np.int32) for shape in ((1, 3), (4, 11), (1, 3))]
+        first, _, again = (model.logits(ids, np.ones_like(ids)) for ids in rows)
+        assert np.array_equal(first, again)
+
+    def test_another_graph_is_refused(self, built: Line, tmp_path: Path) -> None:
+        data = step(built).read_bytes().replace(b"attention_mask", b"attention_mess")
+        (tmp_path / STEP).write_bytes(data)
+        with pytest.raises(IntegrityError, match="is not a step graph"):
+            StepModel(tmp_path / STEP)
+
+    def test_a_part_of_a_panel_is_the_same_positions(self, reference: Reference) -> None:
+        panel = examine.Panel.of(reference, count=100, batch=8, pad=0)
+        part, chosen = panel.part(3)
+        assert 0 < len(part.positions) < len(panel.positions)
+        assert np.array_equal(part.targets, panel.targets[chosen])
+        for batch in part.batches:
+            for row, index in enumerate(batch.index):
+                assert batch.attention_mask[row].sum() == panel.positions.length[chosen[index]]
+
+    def test_continuing_ends_at_a_stop_token(self, built: Line) -> None:
+        model = StepModel(step(built))
+        ids = model.continue_greedily([2, 40, 41], 6, [])
+        assert len(ids) == 6
+        assert model.continue_greedily([2, 40, 41], 6, [ids[0]]) == ids[:1]
+
+    def test_timing_counts_each_length(self, built: Line) -> None:
+        speed = measure_speed(step(built, "int8"), [1, 64], bos=2, xnnpack=True)
+        assert 0 < speed.latency[1] < speed.latency[64] and speed.load > 0
+
+
+def test_agreement_counts_until_the_first_difference() -> None:
+    assert examine.agreement([1, 2, 3], [1, 2, 4]) == 2
+    assert examine.agreement([1, 2], [1, 2, 4]) == 2
+    assert examine.agreement([], [1]) == 0

@@ -1,0 +1,143 @@
+"""The card says what was measured and made, in front matter that the Hub's own client reads back."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub.repocard import metadata_load
+
+from pipeline.core.errors import PublishError
+from pipeline.release import card
+from pipeline.release.card import Build, Check, Product, Subject
+from pipeline.release.licence import Licence
+
+HUB = Subject(model="google/gemma-3n-E2B-it", revision="a" * 40, base_models=(), model_type="gemma3n")
+FOLDER = Subject(model="tiny-gemma3n", revision="b" * 64, base_models=(), model_type="gemma3n_text")
+TERMS = Licence(identifier="gemma", name="Gemma Terms of Use", link="https://ai.google.dev/gemma/terms")
+CC0 = Licence(identifier="cc0-1.0", name="CC0", link="https://creativecommons.org/publicdomain/zero/1.0/")
+PRODUCTS = (
+    Product(file="m_fp32.tflite", precision="float32", size=4_000_000),
+    Product(file="m_int8.tflite", precision="int8, dynamic", size=1_040_000),
+)
+CHECKS = (
+    Check(
+        file="m_fp32.tflite", what="NMSE", against="Hugging Face", value="9.1e-11", limit="≤ 1e-06", detail="84 shapes"
+    ),
+    Check(file="m_int8.tflite", what="top-1", against="fp32", value="0.9871", limit="≥ 0.96", detail=""),
+)
+BUILD = Build(
+    recipe="gemma3n",
+    recipe_sha256="c" * 64,
+    max_batch=8,
+    max_sequence=2048,
+    commit="d" * 40,
+    tools={"torch": "2.13.0", "ai-edge-litert": "2.3.0"},
+    changes="weights were quantised.",
+)
+
+
+def made(subject: Subject = HUB, licence: Licence = TERMS, source: dict[str, Any] | None = None) -> str:
+    return card.text(subject, licence, source or {}, PRODUCTS, CHECKS, BUILD)
+
+
+def read_back(folder: Path, text: str) -> dict[str, Any]:
+    file = folder / "README.md"
+    file.write_text(text, encoding="utf-8")
+    found = metadata_load(file)
+    assert isinstance(found, dict)
+    return found
+
+
+def test_front_matter_of_a_model_from_the_hub(tmp_path: Path) -> None:
+    assert read_back(tmp_path, made(source={"language": ["en", "zgh"], "datasets": ["private"]})) == {
+        "language": ["en", "zgh"],
+        "license": "gemma",
+        "license_link": "https://ai.google.dev/gemma/terms",
+        "base_model": ["google/gemma-3n-E2B-it"],
+        "base_model_relation": "quantized",
+        "library_name": "litert",
+        "pipeline_tag": "text-generation",
+        "tags": ["litert", "tflite", "gemma3n", "float16", "int8"],
+    }
+
+
+def test_a_folder_names_no_model_of_the_hub_as_its_base(tmp_path: Path) -> None:
+    found = read_back(tmp_path, made(FOLDER, CC0))
+    assert "base_model" not in found and "base_model_relation" not in found
+    assert found["license"] == "cc0-1.0"
+
+
+def test_a_folder_that_is_a_fine_tune_names_the_bases_of_its_card(tmp_path: Path) -> None:
+    found = read_back(tmp_path, made(dataclasses.replace(FOLDER, base_models=("google/gemma-3n-E2B",))))
+    assert (found["base_model"], found["base_model_relation"]) == (["google/gemma-3n-E2B"], "finetune")
+
+
+def test_the_gate_of_the_source_goes_along(tmp_path: Path) -> None:
+    gate = {"extra_gated_heading": "Access Gemma: please read", "extra_gated_prompt": "To access…\nagree"}
+    assert gate.items() <= read_back(tmp_path, made(source=gate)).items()
+
+
+@pytest.mark.parametrize(("licence", "gemma"), [(TERMS, True), (CC0, False)])
+def test_modification_is_stated_and_the_gemma_sentence_only_where_it_applies(licence: Licence, gemma: bool) -> None:
+    text = made(FOLDER, licence)
+    assert "**These files are modified.**" in text
+    assert "weights were quantised." in text
+    assert ("provided under and subject to the Gemma Terms of Use found at" in text) is gemma
+
+
+def test_the_figures_and_their_limits_are_in_the_table() -> None:
+    text = made()
+    assert "| `m_fp32.tflite` | NMSE | Hugging Face | 9.1e-11 | ≤ 1e-06 | 84 shapes |" in text
+    assert "| `m_int8.tflite` | top-1 | fp32 | 0.9871 | ≥ 0.96 |  |" in text
+    assert "| `m_int8.tflite` | int8, dynamic | 1.0 MB | 0.260 |" in text
+
+
+def test_a_bar_in_a_figure_does_not_break_the_table() -> None:
+    odd = (Check(file="m", what="KL(p||q)", against="", value="1", limit="2", detail="3"),)
+    text = card.text(HUB, TERMS, {}, PRODUCTS, odd, BUILD)
+    assert r"| `m` | KL(p\|\|q) |  | 1 | 2 | 3 |" in text
+
+
+def test_how_it_was_made_can_be_repeated() -> None:
+    text = made()
+    assert f"make publish MODEL_ID=google/gemma-3n-E2B-it REVISION={'a' * 40}" in text
+    for said in ("c" * 64, "d" * 40, "ai-edge-litert 2.3.0, torch 2.13.0"):
+        assert said in text
+    assert "make publish MODEL_ID=path/to/tiny-gemma3n" in made(FOLDER)
+
+
+def test_nothing_is_left_to_fill_in_and_two_cards_are_the_same() -> None:
+    for subject in (HUB, FOLDER):
+        text = made(subject)
+        assert not re.search(r"\$\w", text)
+        assert made(subject) == text
+
+
+def test_the_example_is_python_that_names_the_last_file() -> None:
+    example = re.search(r"```python\n(.*?)```", made(), flags=re.DOTALL)
+    assert example is not None
+    compile(example[1], "card", "exec")
+    assert 'Interpreter("m_int8.tflite")' in example[1]
+
+
+def test_front_matter_of_a_checkpoint_is_read(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("---\nlicense: mit\ntags: [a]\n---\n# Hi\n", encoding="utf-8")
+    assert card.front_matter(tmp_path) == {"license": "mit", "tags": ["a"]}
+
+
+@pytest.mark.parametrize("text", [None, "", "# only a page\n", "---\n---\n"])
+def test_a_checkpoint_without_front_matter_has_none(tmp_path: Path, text: str | None) -> None:
+    if text is not None:
+        (tmp_path / "README.md").write_text(text, encoding="utf-8")
+    assert card.front_matter(tmp_path) == {}
+
+
+@pytest.mark.parametrize("text", ["---\nlicense: [\n---\n", "---\n- a\n- b\n---\n", "---\nx: :\n  y: {\n---\n"])
+def test_spoilt_front_matter_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "README.md").write_text(text, encoding="utf-8")
+    with pytest.raises(PublishError, match="front matter"):
+        card.front_matter(tmp_path)

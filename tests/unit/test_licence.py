@@ -1,0 +1,140 @@
+"""A licence is passed on as it is, or publishing stops with the reason: never a wrong claim in between."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.core.errors import PublishError
+from pipeline.release import licence
+from pipeline.release.licence import Claim, Licence
+
+GEMMA = Claim(model="google/gemma-3n-E2B-it", model_type="gemma3n", licence="gemma", base_models=(), tags=())
+OWN = Claim(
+    model="tiny-gemma3n",
+    model_type="gemma3n_text",
+    licence="cc0-1.0",
+    base_models=(),
+    tags=("litert", "trained-from-scratch"),
+)
+FINE_TUNE = Claim(
+    model="someone/gemma-3n-poet",
+    model_type="gemma3n",
+    licence="apache-2.0",
+    base_models=("someone/gemma-3n-base", "google/gemma-3n-E2B-it"),
+    tags=(),
+)
+
+
+@pytest.mark.parametrize("name", ["gemma", "Gemma", "gemma-terms-of-use", "Gemma Terms of Use"])
+def test_gemma_stays_gemma(name: str) -> None:
+    found = licence.resolve(dataclasses.replace(GEMMA, licence=name))
+    assert (found.identifier, found.link) == ("gemma", "https://ai.google.dev/gemma/terms")
+
+
+def test_a_fine_tune_that_keeps_the_terms_passes() -> None:
+    assert licence.resolve(dataclasses.replace(FINE_TUNE, licence="gemma")).identifier == "gemma"
+
+
+def test_a_model_trained_from_nothing_is_its_makers_own() -> None:
+    assert licence.resolve(OWN).identifier == "cc0-1.0"
+
+
+def test_another_architecture_keeps_its_licence() -> None:
+    assert licence.resolve(dataclasses.replace(FINE_TUNE, model_type="llama", base_models=("a/b",))).name.startswith(
+        "Ap"
+    )
+
+
+@pytest.mark.parametrize(
+    ("claim", "what", "cause"),
+    [
+        (dataclasses.replace(GEMMA, licence=""), "names no licence", "no `license:`"),
+        (dataclasses.replace(GEMMA, licence="  "), "names no licence", "no `license:`"),
+        (dataclasses.replace(OWN, licence="my-own-rules"), "'my-own-rules', is not one of gemma", "derivatives"),
+        (dataclasses.replace(OWN, licence="cc-by-nd-4.0"), "'cc-by-nd-4.0', is not one of", "derivatives"),
+        (
+            FINE_TUNE,
+            "someone/gemma-3n-poet from someone/gemma-3n-base from google/gemma-3n-E2B-it: the card claims apache-2.0, "
+            "but google/gemma-3n-E2B-it is under the Gemma Terms of Use",
+            "base_model chain",
+        ),
+        (dataclasses.replace(GEMMA, licence="mit"), "but google/gemma-3n-E2B-it is under", "base_model chain"),
+        (
+            dataclasses.replace(FINE_TUNE, base_models=("someone/else",)),
+            "claims apache-2.0 for a model of type gemma3n",
+            "terms are not known here",
+        ),
+        (
+            dataclasses.replace(FINE_TUNE, base_models=()),
+            "does not say what it was made from",
+            "usually come from Gemma",
+        ),
+        (
+            dataclasses.replace(OWN, base_models=("google/gemma-3n-E4B",)),
+            "but google/gemma-3n-E4B is under",
+            "base_model chain",
+        ),
+        (dataclasses.replace(OWN, base_models=("someone/else",)), "claims cc0-1.0", "terms are not known here"),
+        (dataclasses.replace(OWN, tags=("litert",)), "does not say what it was made from", "usually come from Gemma"),
+    ],
+)
+def test_refusals_say_what_and_why_and_what_to_do(claim: Claim, what: str, cause: str) -> None:
+    with pytest.raises(PublishError) as caught:
+        licence.resolve(claim)
+    assert what in caught.value.what
+    assert cause in caught.value.cause
+    assert caught.value.remedy
+    assert caught.value.exit_code == 9
+
+
+@given(
+    st.builds(
+        Claim,
+        model=st.sampled_from(["google/gemma-3n-E2B", "someone/poet", "tiny"]),
+        model_type=st.sampled_from(["gemma3n", "gemma3n_text"]),
+        licence=st.sampled_from(["gemma", "apache-2.0", "mit", "cc0-1.0", "other", ""]),
+        base_models=st.lists(st.sampled_from(["google/gemma-3n-E4B-it", "someone/else"]), max_size=2).map(tuple),
+        tags=st.sampled_from([(), ("trained-from-scratch",)]),
+    )
+)
+def test_no_gemma_model_leaves_under_other_terms_unless_it_is_nobodys_derivative(claim: Claim) -> None:
+    try:
+        found = licence.resolve(claim)
+    except PublishError:
+        return
+    own = claim.tags and not claim.base_models and not claim.model.startswith("google/gemma")
+    assert found.identifier == "gemma" or own
+
+
+def test_the_gemma_notice_has_the_required_sentence_and_says_that_files_were_modified() -> None:
+    text = licence.notice_text(licence.resolve(GEMMA), "google/gemma-3n-E2B-it", "weights were quantised.")
+    sentence = "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms"
+    assert text.splitlines()[0] == sentence
+    assert "are modified" in text
+    assert "google/gemma-3n-E2B-it: weights were quantised." in text
+
+
+def test_the_gemma_licence_points_to_terms_and_policy_and_names_what_is_carried_along() -> None:
+    text = licence.licence_text(licence.resolve(GEMMA), ("checkpoint/LICENSE",))
+    assert "https://ai.google.dev/gemma/terms" in text
+    assert "https://ai.google.dev/gemma/prohibited_use_policy" in text
+    assert "checkpoint/LICENSE" in text
+
+
+def test_another_licence_names_itself_and_not_gemma() -> None:
+    found = licence.resolve(OWN)
+    text = licence.licence_text(found, ())
+    assert found.name in text and found.link in text
+    assert "passed on with it" not in text
+    assert "Gemma" not in text + licence.notice_text(found, "tiny", "converted.")
+
+
+def test_every_licence_in_the_table_can_be_resolved_and_written() -> None:
+    for identifier in ("gemma", "apache-2.0", "mit", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0"):
+        found = licence.resolve(dataclasses.replace(OWN, licence=identifier))
+        assert isinstance(found, Licence)
+        assert found.link.startswith("https://") and found.link in licence.licence_text(found, ())

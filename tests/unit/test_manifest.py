@@ -1,0 +1,220 @@
+"""A manifest says what a stage made, the same in every run, and finds every byte that has changed since."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pipeline.core import manifest
+from pipeline.core.errors import IntegrityError
+from pipeline.core.manifest import FileRecord, Manifest, Source
+
+facts = st.dictionaries(
+    st.text(min_size=1).filter(str.isprintable),
+    st.recursive(
+        st.none()
+        | st.booleans()
+        | st.integers()
+        | st.floats(allow_nan=False, allow_infinity=False)
+        | st.text("añⵣ🙂 "),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text("ab", min_size=1), inner, max_size=3),
+        max_leaves=8,
+    ),
+    max_size=4,
+)
+in_any_folder = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+
+
+def example(outputs: tuple[FileRecord, ...] = (), **changes: object) -> Manifest:
+    made = Manifest(
+        stage="int8",
+        model="tiny",
+        revision="0" * 40,
+        recipe_sha256="1" * 64,
+        inputs=(FileRecord(path="fp32/step.tflite", size=3, sha256="2" * 64),),
+        outputs=outputs,
+        facts={"scheme": "dynamic"},
+        tools={"python": "3.11.7"},
+        image_digest="",
+        source=Source(commit="", dirty=False),
+    )
+    return dataclasses.replace(made, **changes)  # type: ignore[arg-type]
+
+
+def made_file(folder: Path, data: bytes = b"some bytes", name: str = "int8/step.tflite") -> Path:
+    file = folder / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(data)
+    return file
+
+
+def test_a_record_is_relative_path_size_and_sha256(tmp_path: Path) -> None:
+    file = made_file(tmp_path, b"abc")
+    assert FileRecord.of(file, tmp_path) == FileRecord(
+        path="int8/step.tflite", size=3, sha256=hashlib.sha256(b"abc").hexdigest()
+    )
+
+
+@in_any_folder
+@given(facts=facts)
+def test_what_is_written_is_read_back(tmp_path: Path, facts: dict[str, manifest.Fact]) -> None:
+    made = example(outputs=(FileRecord.of(made_file(tmp_path), tmp_path),), facts=facts)
+    manifest.write(made, tmp_path / "int8")
+    assert manifest.read(tmp_path / "int8") == made
+
+
+def test_the_text_does_not_depend_on_the_order_of_facts(tmp_path: Path) -> None:
+    first = manifest.write(example(facts={"b": 1, "a": {"d": 1, "c": 2}}), tmp_path).read_bytes()
+    second = manifest.write(example(facts={"a": {"c": 2, "d": 1}, "b": 1}), tmp_path).read_bytes()
+    assert first == second
+    assert first.endswith(b"}\n")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_json_without_a_number_for_it_is_refused(value: float) -> None:
+    with pytest.raises(ValueError):
+        manifest.dump_json({"value": value})
+
+
+def test_a_failed_write_leaves_the_old_file_whole(tmp_path: Path) -> None:
+    file = tmp_path / "manifest.json"
+    manifest.write_atomically(file, "old")
+    with pytest.raises(UnicodeEncodeError):
+        manifest.write_atomically(file, "new \ud800")
+    assert file.read_text(encoding="utf-8") == "old"
+
+
+def test_the_file_appears_by_rename_and_nothing_else_stays(tmp_path: Path) -> None:
+    file = tmp_path / "manifest.json"
+    manifest.write_atomically(file, "old")
+    with file.open(encoding="utf-8") as still_open:
+        manifest.write_atomically(file, "new")
+        assert still_open.read() == "old"
+    assert file.read_text(encoding="utf-8") == "new"
+    assert os.listdir(tmp_path) == ["manifest.json"]
+
+
+def test_reading_a_missing_manifest_says_which_stage_to_run(tmp_path: Path) -> None:
+    with pytest.raises(IntegrityError) as caught:
+        manifest.read(tmp_path / "golden")
+    assert "golden is not finished" in caught.value.cause
+    assert "make golden" in caught.value.remedy
+
+
+def _without(key: str) -> str:
+    raw = dataclasses.asdict(example())
+    del raw[key]
+    return json.dumps(raw)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "null",
+        "\x00",
+        json.dumps({**dataclasses.asdict(example()), "schema": 99}),
+        json.dumps({**dataclasses.asdict(example()), "unknown": 1}),
+        json.dumps({**dataclasses.asdict(example()), "outputs": [{"path": "a"}]}),
+        json.dumps({**dataclasses.asdict(example()), "outputs": 3}),
+        *(
+            json.dumps({**dataclasses.asdict(example()), "outputs": [{"path": path, "size": 1, "sha256": ""}]})
+            for path in (3, "/etc/passwd", "int8/../../secret")
+        ),
+        *(_without(field.name) for field in dataclasses.fields(Manifest)),
+    ],
+)
+def test_a_spoilt_manifest_is_an_integrity_error(tmp_path: Path, text: str) -> None:
+    (tmp_path / "manifest.json").write_text(text, encoding="utf-8")
+    with pytest.raises(IntegrityError, match="can't be read"):
+        manifest.read(tmp_path)
+
+
+@in_any_folder
+@given(st.data())
+def test_a_spoilt_byte_of_a_manifest_raises_nothing_but_integrity_errors(tmp_path: Path, data: st.DataObject) -> None:
+    record = FileRecord.of(made_file(tmp_path), tmp_path)
+    file = manifest.write(example(outputs=(record,)), tmp_path / "int8")
+    raw = bytearray(file.read_bytes())
+    raw[data.draw(st.integers(0, len(raw) - 1), label="place")] = data.draw(st.integers(0, 255), label="byte")
+    file.write_bytes(raw)
+    try:
+        manifest.check(manifest.read(file.parent).outputs, tmp_path)
+    except IntegrityError as error:
+        assert error.remedy
+
+
+def test_output_is_found_by_the_end_of_its_path() -> None:
+    step = FileRecord(path="int8/step.tflite", size=1, sha256="")
+    made = example(outputs=(FileRecord(path="int8/other-step.tflite", size=2, sha256=""), step))
+    assert made.output("step.tflite") is step
+    assert made.output("int8/step.tflite") is step
+    with pytest.raises(IntegrityError, match=r"stage int8 lists no file bundle\.litertlm"):
+        made.output("bundle.litertlm")
+
+
+def test_check_accepts_what_is_unchanged(tmp_path: Path) -> None:
+    records = [FileRecord.of(made_file(tmp_path, data, name), tmp_path) for data, name in [(b"", "a"), (b"x", "b/c")]]
+    manifest.check(records, tmp_path)
+
+
+def test_check_finds_a_missing_file(tmp_path: Path) -> None:
+    file = made_file(tmp_path)
+    record = FileRecord.of(file, tmp_path)
+    file.unlink()
+    with pytest.raises(IntegrityError, match="is missing") as caught:
+        manifest.check([record], tmp_path)
+    assert str(tmp_path / "int8") in caught.value.remedy
+
+
+def test_check_finds_a_folder_in_a_files_place(tmp_path: Path) -> None:
+    file = made_file(tmp_path)
+    record = FileRecord.of(file, tmp_path)
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(IntegrityError, match="is missing"):
+        manifest.check([record], tmp_path)
+
+
+@in_any_folder
+@given(data=st.binary(min_size=1, max_size=200), keep=st.integers(0, 199))
+def test_check_finds_a_truncated_file(tmp_path: Path, data: bytes, keep: int) -> None:
+    file = made_file(tmp_path, data)
+    record = FileRecord.of(file, tmp_path)
+    file.write_bytes(data[: min(keep, len(data) - 1)])
+    with pytest.raises(IntegrityError, match="its manifest says"):
+        manifest.check([record], tmp_path)
+
+
+@in_any_folder
+@given(data=st.binary(min_size=1, max_size=200), place=st.integers(0, 199), flip=st.integers(1, 255))
+def test_check_finds_any_single_changed_byte(tmp_path: Path, data: bytes, place: int, flip: int) -> None:
+    file = made_file(tmp_path, data)
+    record = FileRecord.of(file, tmp_path)
+    changed = bytearray(data)
+    changed[place % len(data)] ^= flip
+    file.write_bytes(changed)
+    with pytest.raises(IntegrityError, match="sha256"):
+        manifest.check([record], tmp_path)
+
+
+def test_check_follows_links(tmp_path: Path) -> None:
+    target = made_file(tmp_path, name="elsewhere")
+    link = tmp_path / "fetch" / "model.safetensors"
+    link.parent.mkdir()
+    link.symlink_to(target)
+    record = FileRecord.of(link, tmp_path)
+    manifest.check([record], tmp_path)
+    target.write_bytes(b"other")
+    with pytest.raises(IntegrityError):
+        manifest.check([record], tmp_path)

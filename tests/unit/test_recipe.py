@@ -1,0 +1,208 @@
+"""A recipe is right or is refused with the name of the key; nothing wrong passes, nothing else is raised."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pipeline.core import recipe
+from pipeline.core.errors import UsageError
+
+FILE = recipe.PROJECT / "pipeline" / "recipes" / "gemma3n.toml"
+GOOD = tomllib.loads(FILE.read_text(encoding="utf-8"))
+Place = tuple[str | int, ...]
+
+
+def as_toml(value: object) -> str:
+    """`value` as TOML's inline syntax, for values that `tomllib` gave or a test put in."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(key)} = {as_toml(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(as_toml, value)) + "]"
+    if isinstance(value, str):
+        return json.dumps(value)
+    return str(value).lower()
+
+
+def load(folder: Path, table: dict[str, Any]) -> recipe.Recipe:
+    file = folder / "recipe.toml"
+    text = "".join(f"{json.dumps(key)} = {as_toml(value)}\n" for key, value in table.items())
+    file.write_text(text, encoding="utf-8")
+    return recipe.load(file)
+
+
+def places(value: object, at: Place = ()) -> Iterator[Place]:
+    """Every key and list index in `value`, as a path from the top."""
+    items: Any = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        yield (*at, key)
+        yield from places(item, (*at, key))
+
+
+def parent_of(table: Any, place: Place) -> Any:
+    for key in place[:-1]:
+        table = table[key]
+    return table
+
+
+def is_optional(place: Place) -> bool:
+    return place == ("int8", "keep_float") or (place[0] == "gates" and len(place) > 1)
+
+
+PLACES = sorted(places(GOOD), key=str)
+REQUIRED = [place for place in PLACES if isinstance(place[-1], str) and not is_optional(place)]
+TABLES: list[Place] = [place for place in PLACES if isinstance(parent_of(GOOD, place)[place[-1]], dict)]
+in_any_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+
+
+def refused(folder: Path, table: dict[str, Any]) -> str:
+    with pytest.raises(UsageError) as caught:
+        load(folder, table)
+    assert caught.value.remedy
+    return caught.value.what
+
+
+def test_the_shipped_recipe_loads() -> None:
+    loaded = recipe.load(FILE)
+    assert loaded.name == "gemma3n"
+    assert loaded.sha256 == hashlib.sha256(FILE.read_bytes()).hexdigest()
+    assert loaded.shapes.batch == (1, 2, 3, 8)
+    assert loaded.gates["int8-dynamic"].kld == GOOD["gates"]["int8-dynamic"]["kld"]
+    assert loaded.gates["fp16"].nmse is None
+
+
+def test_what_the_test_writes_is_the_same_recipe(tmp_path: Path) -> None:
+    assert tomllib.loads("x = " + as_toml(GOOD)) == {"x": GOOD}
+    assert load(tmp_path, GOOD).gates == recipe.load(FILE).gates
+
+
+def test_a_whole_number_will_do_for_a_limit(tmp_path: Path) -> None:
+    table = copy.deepcopy(GOOD)
+    table["gates"]["fp16"]["kld"] = 1
+    assert load(tmp_path, table).gates["fp16"].kld == 1.0
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"absent\.toml: No such file") as caught:
+        recipe.load(tmp_path / "absent.toml")
+    assert "RECIPE=" in caught.value.remedy
+
+
+@pytest.mark.parametrize("data", [b"x = ", b"[a", b"\xff\xfe", b"a = 1\na = 2"])
+def test_what_is_not_toml_is_refused(tmp_path: Path, data: bytes) -> None:
+    file = tmp_path / "recipe.toml"
+    file.write_bytes(data)
+    with pytest.raises(UsageError, match="not TOML"):
+        recipe.load(file)
+
+
+def test_a_folder_is_not_a_recipe(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="Is a directory"):
+        recipe.load(tmp_path)
+
+
+@pytest.mark.parametrize("schema", [0, 2, "1", True, 1.0])
+def test_another_schema_is_refused(tmp_path: Path, schema: object) -> None:
+    assert "schema = 1" in refused(tmp_path, {**GOOD, "schema": schema})
+
+
+@pytest.mark.parametrize("place", REQUIRED, ids=lambda place: ".".join(map(str, place)))
+def test_a_missing_key_is_named(tmp_path: Path, place: Place) -> None:
+    table = copy.deepcopy(GOOD)
+    del parent_of(table, place)[place[-1]]
+    what = refused(tmp_path, table)
+    assert ".".join(map(str, place)) in what or place == ("schema",)
+
+
+@pytest.mark.parametrize("place", [(), *TABLES], ids=lambda place: ".".join(map(str, place)) or "top")
+@pytest.mark.parametrize("key", ["unknown", "sha256", "Kld"])
+def test_an_unknown_key_is_named(tmp_path: Path, place: Place, key: str) -> None:
+    table = copy.deepcopy(GOOD)
+    parent_of(table, (*place, key))[key] = 1
+    assert key in refused(tmp_path, table)
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("step", "max_batch"), 0),
+        (("step", "max_batch"), -8),
+        (("step", "max_batch"), 10**400),
+        (("step", "max_batch"), 8.0),
+        (("corpus", "window"), True),
+        (("corpus", "verification"), ""),
+        (("shapes", "batch"), []),
+        (("shapes", "batch", 1), 0),
+        (("shapes", "padding", 0), "middle"),
+        (("int8", "scheme"), "weight-only"),
+        (("model_types",), []),
+        (("gates",), {}),
+        (("gates", "fp32", "kld"), float("nan")),
+        (("gates", "fp32", "kld"), float("inf")),
+        (("gates", "fp32", "top1"), -0.5),
+        (("gates", "fp32", "top1"), 10**400),
+        (("gates", "fp32", "top1"), False),
+    ],
+)
+def test_a_value_that_would_judge_or_build_nothing_is_refused(tmp_path: Path, place: Place, value: object) -> None:
+    table = copy.deepcopy(GOOD)
+    parent_of(table, place)[place[-1]] = value
+    what = refused(tmp_path, table)
+    key = next(key for key in reversed(place) if isinstance(key, str))
+    assert f"{key}" in what
+
+
+OTHER_KINDS: list[Any] = [True, 7, 0.5, "text", ["a", 1], {"a": 1}, [[]]]
+
+
+@in_any_folder
+@given(place=st.sampled_from(PLACES), value=st.sampled_from(OTHER_KINDS))
+def test_a_value_of_another_kind_never_passes(tmp_path: Path, place: Place, value: Any) -> None:
+    table = copy.deepcopy(GOOD)
+    old = parent_of(table, place)[place[-1]]
+    number_for_limit = isinstance(old, float) and type(value) is int
+    if type(value) is type(old) and not isinstance(value, dict | list) or number_for_limit:
+        return
+    parent_of(table, place)[place[-1]] = value
+    what = refused(tmp_path, table)
+    assert any(str(key) in what for key in place)
+
+
+@in_any_folder
+@given(st.data())
+def test_any_mixture_of_edits_is_refused_or_loads(tmp_path: Path, data: st.DataObject) -> None:
+    table = copy.deepcopy(GOOD)
+    for _ in range(data.draw(st.integers(1, 4), label="edits")):
+        place = data.draw(st.sampled_from(sorted(places(table), key=str)), label="place")
+        parent = parent_of(table, place)
+        if data.draw(st.booleans(), label="remove"):
+            del parent[place[-1]]
+        else:
+            parent[place[-1]] = copy.deepcopy(data.draw(st.sampled_from(OTHER_KINDS), label="value"))
+        if not table:
+            break
+    try:
+        loaded = load(tmp_path, table)
+    except UsageError as error:
+        assert error.remedy
+    else:
+        assert set(table) == set(GOOD)
+        assert loaded.gates and loaded.shapes.batch
+
+
+@in_any_folder
+@given(st.binary(max_size=60))
+def test_any_bytes_raise_nothing_but_usage_errors(tmp_path: Path, data: bytes) -> None:
+    file = tmp_path / "recipe.toml"
+    file.write_bytes(data)
+    with pytest.raises(UsageError):
+        recipe.load(file)

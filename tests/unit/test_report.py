@@ -1,0 +1,288 @@
+"""The page and the table, from a report made by hand."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from pipeline.judge import plots, report
+
+VOID = {"meta", "br"}
+
+
+def estimate(value: float) -> dict[str, float]:
+    return {"value": value, "low": value * 0.9, "high": value * 1.1}
+
+
+def summary(kld: float, top1: float) -> dict[str, Any]:
+    return {
+        "positions": 2048,
+        "kld": estimate(kld),
+        "kld_median": kld / 2,
+        "kld_p99": kld * 9,
+        "kld_max": kld * 20,
+        "top1": {"value": top1, "low": top1 - 0.001, "high": top1},
+        "top5": 1.0,
+        "ties": 0.0,
+        "margin": 0.02,
+        "perplexity": 41.2,
+        "reference_perplexity": 41.0,
+        "perplexity_ratio": estimate(1.005),
+        "nmse_mean": kld,
+        "nmse_max": kld * 3,
+        "max_abs": 0.4,
+    }
+
+
+def variant(name: str, kld: float, *, alternative: bool = False, fit: bool = True) -> dict[str, Any]:
+    size = {"fp32": 9_400_000, "fp16": 4_750_000}.get(name, 2_450_000)
+    gate = {"int8": "int8-dynamic"}.get(name, name)
+    counts = [0] * (len(plots.kld_edges()) - 1)
+    counts[20], counts[21] = 900, 1148
+    return {
+        "file": f"{name}/step.tflite",
+        "sha256": "ab" * 32,
+        "size": size,
+        "size_ratio": size / 9_400_000,
+        "size_per_parameter": size / 2_345_678,
+        "gate": gate,
+        "limits": {"kld": 0.01},
+        "alternative": alternative,
+        "fit": fit,
+        "against_reference": summary(kld, 0.985),
+        "against_fp32": None if name == "fp32" else summary(kld, 0.985),
+        "grid": {},
+        "integer_share": 0.97 if name.startswith("int8") else None,
+        "float_operators": {"SOFTMAX <1>": 8, "RSQRT": 90} if name.startswith("int8") else None,
+        "float_products": {"attn;11": 0.0548} if name == "int8" else None,
+        "kld_histogram": counts,
+    }
+
+
+def check(name: str, value: float | None, limit: float | None, passed: bool) -> dict[str, Any]:
+    return {
+        "variant": name,
+        "name": "KLD on text",
+        "value": value,
+        "limit": limit,
+        "direction": "<=",
+        "passed": passed,
+        "against": "fp32",
+        "detail": "2048 positions",
+    }
+
+
+def made_by_hand() -> dict[str, Any]:
+    order = ["fp32", "fp16", "int8", "int8-static"]
+    files = {
+        name: {"ids": [5, 6, 7], "text": "heaven and the earth", "agree": 3, "same": name != "int8-static"}
+        for name in order
+    }
+    timing = {"load": 0.0012, "latency": {"1": 0.0011, "128": 0.0123, "1024": 0.4}}
+    return {
+        "schema": 1,
+        "model": "tiny <b>model</b>",
+        "revision": "0123abcd",
+        "recipe": "gemma3n",
+        "recipe_sha256": "cd" * 32,
+        "tools": {"python": "3.11.7", "torch": "2.13.0"},
+        "parameters": 2_345_678,
+        "passed": True,
+        "checks": [check("fp32", 1e-11, 1e-6, True), check("int8", 0.002, 0.01, True)],
+        "alternative_checks": [check("int8-static", 0.2, 0.05, False)],
+        "reference": {
+            "dtype": "float32",
+            "attention": "eager",
+            "device": "cpu",
+            "documents": 140,
+            "windows": 119,
+            "window": 128,
+            "positions": 2048,
+            "shape_cases": 84,
+            "self_floor": {"against": "1 instead of 2 threads", "positions": 256, "kld_mean": 1e-13},
+        },
+        "continuation": 24,
+        "order": order,
+        "variants": {
+            "fp32": variant("fp32", 1e-11),
+            "fp16": variant("fp16", 1e-7),
+            "int8": variant("int8", 2e-3),
+            "int8-static": variant("int8-static", 0.2, alternative=True, fit=False),
+        },
+        "greedy": [
+            {"prompt": "<script>alert(1)</script>", "reference": "a & b", "tokens": 24, "files": files},
+            {"prompt": "لكل شخص", "reference": "الحق في", "tokens": 24, "files": files},
+        ],
+        "speed": {name: {"xnnpack": timing, "builtin": timing} for name in order},
+        "sequences": [1, 128, 1024],
+        "machine": {"system": "Linux", "processor": "A processor", "cores": 2, "threads": 2},
+        "date": "2026-11-24",
+    }
+
+
+class Outline(HTMLParser):
+    """Checks that elements nest, and collects what the page refers to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.seen: list[str] = []
+        self.links: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.append(tag)
+        self.links += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "action")]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open and self.open.pop() == tag, f"</{tag}> closes nothing"
+
+
+def outline(page: str) -> Outline:
+    parser = Outline()
+    parser.feed(page)
+    assert not parser.open
+    return parser
+
+
+def test_the_page_is_one_well_formed_file_that_loads_nothing() -> None:
+    page = report.render(made_by_hand())
+    found = outline(page)
+    assert not found.links and "script" not in found.seen
+    assert "@import" not in page and "url(" not in page
+    assert found.seen.count("svg") == 2
+
+
+def test_text_is_escaped() -> None:
+    page = report.render(made_by_hand())
+    assert "<script>" not in page and "&lt;script&gt;alert(1)" in page
+    assert "tiny &lt;b&gt;model" in page and "a &amp; b" in page and "SOFTMAX &lt;1&gt;" in page
+
+
+def test_text_of_either_direction_is_laid_out_by_its_own_script() -> None:
+    assert '<td dir="auto">الحق في</td>' in report.render(made_by_hand())
+
+
+def test_a_pass_says_so_and_marks_the_alternative() -> None:
+    page = report.render(made_by_hand())
+    assert "Verified:" in page and "Verification failed" not in page
+    assert page.count("not fit to publish") == 2
+    assert "All 2 required checks passed" in page
+
+
+def test_a_failure_says_which_check_with_value_and_limit() -> None:
+    failed = made_by_hand()
+    failed["passed"] = False
+    failed["checks"][1] = check("int8", 0.0213, 0.01, False)
+    failed["variants"]["int8"]["fit"] = False
+    page = report.render(failed)
+    assert "Verified:" not in page and "1 of 2 required checks did not pass" in page
+    assert "int8: KLD on text is 0.0213, the limit is ≤ 0.01" in page
+
+
+def test_a_check_that_could_not_be_made_is_shown_as_failed() -> None:
+    failed = made_by_hand()
+    failed["passed"] = False
+    failed["checks"].append(check("fp16", None, None, False))
+    assert "fp16: KLD on text is not known, the limit is missing" in report.render(failed)
+
+
+def test_figures_that_are_missing_leave_a_page_and_a_table() -> None:
+    holes = made_by_hand()
+    for name in ("int8", "int8-static"):
+        holes["variants"][name]["against_reference"] = _emptied(holes["variants"][name]["against_reference"])
+        holes["variants"][name]["against_fp32"] = _emptied(holes["variants"][name]["against_fp32"])
+    outline(report.render(holes))
+    assert len(report.table(holes)) == 5
+
+
+def _emptied(value: Any) -> Any:
+    return {key: _emptied(item) for key, item in value.items()} if isinstance(value, dict) else None
+
+
+def test_the_same_report_gives_the_same_page_also_after_json() -> None:
+    one = made_by_hand()
+    assert report.render(one) == report.render(json.loads(json.dumps(one, sort_keys=True)))
+
+
+def test_a_changed_figure_changes_the_page() -> None:
+    other = copy.deepcopy(made_by_hand())
+    other["variants"]["int8"]["against_fp32"]["kld"]["value"] = 0.004321
+    assert "0.004321" in report.render(other) and "0.004321" not in report.render(made_by_hand())
+
+
+def test_the_table_has_a_row_per_file_in_the_order_of_judging(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "report.json"
+    file.write_text(json.dumps(made_by_hand(), sort_keys=True), encoding="utf-8")
+    assert report.main([str(file)]) == 0
+    rows = capsys.readouterr().err.splitlines()
+    assert [row.split()[0] for row in rows] == ["file", "fp32", "fp16", "int8", "int8-static"]
+    assert re.search(r"1\.20 +1\.10 +12\.3 +400 ", rows[1])
+    assert rows[4].endswith("not fit to publish") and rows[3].endswith("passed")
+
+
+def test_the_table_needs_a_report() -> None:
+    assert report.main([]) == 2
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "–"),
+        (0.0, "0"),
+        (1.2345678, "1.235"),
+        (1.26e-11, "1.3 × 10⁻¹¹"),
+        (0.0101, "0.0101"),
+        (2_400_000.0, "2.4 × 10⁶"),
+    ],
+)
+def test_figures_for_people(value: float | None, text: str) -> None:
+    assert report.figure(value) == text
+
+
+@pytest.mark.parametrize(
+    ("share", "text"), [(1.0, "100.00\u00a0%"), (0.99999, "99.99\u00a0%"), (0.98345, "98.34\u00a0%"), (None, "–")]
+)
+def test_nothing_less_than_all_is_shown_as_all(share: float | None, text: str) -> None:
+    assert report.percent(share) == text
+
+
+def test_plots_are_well_formed_and_stay_inside_their_frame() -> None:
+    counts = [3] * (len(plots.kld_edges()) - 1)
+    rows = [
+        plots.Distribution(name=f"a<{i}", against="b&c", counts=counts, mean=mean, limit=limit)
+        for i, (mean, limit) in enumerate([(0.0, 1e-6), (1e-3, 1e-2), (99.0, None)])
+    ]
+    points = [
+        plots.Point(name=f"p{i}", size=size, kld=kld, low=kld / 2, high=kld * 2)
+        for i, (size, kld) in enumerate([(9_000_000, 0.0), (4_500_000, 1e-7), (2_400_000, 2e-3), (2_400_001, 2.1e-3)])
+    ]
+    for text in (plots.kld_distributions(rows), plots.size_against_quality(points)):
+        root = ElementTree.fromstring(text)
+        width, height = map(float, root.attrib["viewBox"].split()[2:])
+        for element in root.iter():
+            for name in ("x", "x1", "x2", "cx"):
+                assert 0 <= float(element.attrib.get(name, 0)) <= width
+            for name in ("y", "y1", "y2", "cy"):
+                assert 0 <= float(element.attrib.get(name, 0)) <= height
+
+
+def test_names_of_files_that_lie_together_do_not_overlap() -> None:
+    points = [plots.Point(name=name, size=2_400_000, kld=2e-3, low=1e-3, high=3e-3) for name in ("one", "two", "three")]
+    root = ElementTree.fromstring(plots.size_against_quality(points))
+    heights = [float(text.attrib["y"]) for text in root.iter("text") if text.attrib["class"] == "name"]
+    assert len(heights) == 3
+    assert min(abs(a - b) for i, a in enumerate(heights) for b in heights[:i]) >= 16
