@@ -24,7 +24,7 @@ STEP = "step.tflite"
 def work(context: Context) -> Outcome:
     """Map the weights, export the step graph, run it once."""
     checkpoint = open_checkpoint(context.root / "fetch" / "checkpoint")
-    names = _names(checkpoint)
+    names = tensor_names(checkpoint)
     out = context.folder / STEP
     with weights.mapped(checkpoint, names, context.folder / "weights.scratch") as tensors:
         log.step("exporting the graph (torch.export with symbolic shapes; about a minute per ten layers)")
@@ -35,7 +35,7 @@ def work(context: Context) -> Outcome:
     return Outcome(facts={"parameters": parameters, "size": out.stat().st_size})
 
 
-def _names(checkpoint: Checkpoint) -> dict[str, str]:
+def tensor_names(checkpoint: Checkpoint) -> dict[str, str]:
     """Canonical → checkpoint name of every tensor of the text model."""
     architecture, config = architecture_for(checkpoint.config), checkpoint.config
     return intake.match(
@@ -46,9 +46,7 @@ def _names(checkpoint: Checkpoint) -> dict[str, str]:
     )
 
 
-def export_step(
-    checkpoint: Checkpoint, tensors: Mapping[str, torch.Tensor], limits: StepLimits, out: Path
-) -> None:
+def export_step(checkpoint: Checkpoint, tensors: Mapping[str, torch.Tensor], limits: StepLimits, out: Path) -> None:
     """Write the step graph with the weights `tensors` (canonical names) to `out`."""
     with torch.device("meta"):
         module = architecture_for(checkpoint.config).step(checkpoint.config)

@@ -23,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Gemma3nForCausalLM, GenerationConfig
+from transformers.utils import logging as transformers_logging
 
 from pipeline.core import log, manifest
 from pipeline.core.errors import IntegrityError, ResourceError, VerificationError
@@ -62,6 +63,7 @@ class HuggingFace:
         Raises:
             IntegrityError: tensors are missing, have another shape, or belong to no part of the model.
         """
+        transformers_logging.disable_progress_bar()
         config = AutoConfig.from_pretrained(checkpoint, local_files_only=True)
         options: dict[str, Any] = {"config": config.get_text_config(), "key_mapping": _TEXT_TOWER}
         kind: Any = Gemma3nForCausalLM if config.model_type == "gemma3n" else AutoModelForCausalLM

@@ -9,7 +9,7 @@ weights hide faults: transformers starts `correct_output_scale` at zero and ever
 converter that drops them still agrees. Here no parameter starts at a constant, and none ends at one.
 
 Everything is transformers' own `Gemma3nForCausalLM`; nothing about the forward pass is rewritten.
-Same seed, same versions and same thread count give the same weights.
+Same seed, versions, thread count and processor type should give the same weights.
 """
 
 from __future__ import annotations

@@ -1,17 +1,17 @@
-"""Dynamic-shape lowering rules: what litert-torch's native `tfl` decompositions lack for our graphs.
+"""How our operators become TFLite, and the state in which litert-torch converts graphs with unknown dimensions.
 
-Seen in litert-torch 0.10.0 with torch 2.13.0. The default lowering goes through JAX, which refuses unknown dimensions.
-`LITERT_TORCH_FULL_TFL_DECOMPS=1` switches to the decompositions in `litert_torch/backend/experimental/torch_tfl`, which
-allow them but cover few operators. `dynamic_shapes()` adds the missing ones for the time of one conversion. Each rule
-maps an ATen operator to the TFLite operator of the same meaning, so results are exact.
+Seen in litert-torch 0.10.0 with torch 2.13.0; the hooks used here are private there. Its default lowering goes through
+JAX, which refuses unknown dimensions. `LITERT_TORCH_FULL_TFL_DECOMPS=1` switches to the decompositions in
+`litert_torch/backend/experimental/torch_tfl`, which allow them. The graph modules in `pipeline/models` are written with
+what these cover and with `operators.py`.
 
-`tests/stages/test_lowering.py` fails for a rule that upstream has come to cover: then delete it here.
+`tests/stages/test_lowering.py` holds each workaround: a test there that fails means upstream has mended it.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,54 +20,13 @@ import torch
 from litert_converter.mlir import ir
 from litert_torch.backend import inline_consts
 from litert_torch.backend.debuginfo import _build
-from litert_torch.backend.experimental.torch_tfl import _decomps, _lowerings
+from litert_torch.backend.experimental.torch_tfl import _lowerings
 from litert_torch.backend.lowerings import registry
 from litert_torch.backend.lowerings import utils as lowering_utils
-from torch import Tensor
 
 from pipeline.convert import operators as _operators  # noqa: F401 (registers what is lowered here)
 
 _SWITCH = "LITERT_TORCH_FULL_TFL_DECOMPS"
-_aten = torch.ops.aten
-
-
-def _unary(name: str, compute: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """A torch operator that lowers to TFLite's unary operator `name`."""
-    operator = torch.library.custom_op(f"pipeline_tfl::{name}", lambda x: compute(x).clone(), mutates_args=(), schema="(Tensor x) -> Tensor")
-    operator.register_fake(lambda x: torch.empty_like(x))
-
-    def lower(context: Any, x: ir.Value) -> Any:
-        return _lowerings._ir_operation(f"tfl.{name}", lowering_utils.node_meta_to_ir_types(context.node), [x])
-
-    overload = getattr(torch.ops.pipeline_tfl, name).default
-    registry.lower(overload)(lower)
-    return overload
-
-
-_tanh = _unary("tanh", torch.tanh)
-_sqrt = _unary("sqrt", torch.sqrt)
-_relu = _unary("relu", torch.relu)
-
-
-@torch.library.custom_op("pipeline_tfl::sum", mutates_args=())
-def _sum(x: Tensor, dims: Sequence[int], keepdim: bool) -> Tensor:
-    return torch.sum(x, dims, keepdim)
-
-
-@_sum.register_fake
-def _(x: Tensor, dims: Sequence[int], keepdim: bool) -> Tensor:
-    return torch.sum(x, dims, keepdim)
-
-
-@registry.lower(torch.ops.pipeline_tfl.sum.default)
-def _lower_sum(context: Any, x: ir.Value, dims: Sequence[int], keepdim: bool) -> Any:
-    axes = lowering_utils.numpy_array_constant(np.array(dims, dtype=np.int32))
-    return _lowerings._ir_operation(
-        "tfl.sum",
-        lowering_utils.node_meta_to_ir_types(context.node),
-        [x, axes],
-        {"keep_dims": ir.BoolAttr.get(keepdim)},
-    )
 
 
 @registry.lower(torch.ops.pipeline.matmul.default)
@@ -101,24 +60,6 @@ def _lower_normalise(_context: Any, x: ir.Value, eps: float) -> Any:
     return _lowerings._ir_operation("tfl.mul", [whole], [x, inverse], fused)
 
 
-def _less_scalar(x: Tensor, y: float) -> Tensor:
-    return torch.ops.tfl.less(*_decomps._promote_types_for_binary_op(x, y))
-
-
-def _zeros_like(x: Tensor, **_: object) -> Tensor:
-    return torch.ops.tfl.mul(*_decomps._promote_types_for_binary_op(x, 0))
-
-
-RULES: dict[Any, Callable[..., Any]] = {
-    _aten.tanh.default: _tanh,
-    _aten.sqrt.default: _sqrt,
-    _aten.relu.default: _relu,
-    _aten.sum.dim_IntList: lambda x, dims, keepdim=False, dtype=None: torch.ops.pipeline_tfl.sum(x, dims, keepdim),
-    _aten.lt.Scalar: _less_scalar,
-    _aten.logical_and.default: lambda x, y: torch.ops.tfl.logical_and(x, y),
-}
-
-
 def _module_path(node: torch.fx.Node) -> str:
     """What a node's tensors are called: the path of its module, e.g. `layers.0.mlp.gate_proj`.
 
@@ -131,11 +72,10 @@ def _module_path(node: torch.fx.Node) -> str:
 
 @contextmanager
 def dynamic_shapes() -> Iterator[None]:
-    """Convert with unknown dimensions: switch to the native decompositions and add `RULES` to them."""
-    before, stock = os.environ.get(_SWITCH), dict(_decomps.decomps)
+    """Convert with unknown dimensions, tensors named by module path, and weights left where they are."""
+    before = os.environ.get(_SWITCH)
     named, clamp = _build._get_hierarchy, inline_consts._clamp_inf_values
     os.environ[_SWITCH] = "1"
-    _decomps.decomps.update(RULES)
     _build._get_hierarchy = _module_path
     # The stock function clamps in place, which makes a private copy of every mapped weight. Weights are finite: they
     # were checked when they were mapped (`weights.mapped`).
@@ -143,8 +83,6 @@ def dynamic_shapes() -> Iterator[None]:
     try:
         yield
     finally:
-        _decomps.decomps.clear()
-        _decomps.decomps.update(stock)
         _build._get_hierarchy, inline_consts._clamp_inf_values = named, clamp
         if before is None:
             del os.environ[_SWITCH]

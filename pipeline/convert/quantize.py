@@ -16,6 +16,11 @@ What stands in an int8 file:
 - `dynamic`: a linear layer takes float32 and quantises each token's activations while it runs.
 - `static`: matrix products take and give int8 with ranges from calibration, see `make_static`.
 
+Speed (one thread, AVX2 without VNNI, CPU seconds, int8 over fp32): a model 2048 wide (236 M parameters) takes 0.67
+dynamic and 0.80 static at 128 tokens, 0.29 and 0.27 at one token. At 128 tokens narrow layers gain little, 0.85 dynamic
+at a width of 1024: XNNPACK's float32 product already runs at the peak of such a processor while its rows fit the cache,
+and without VNNI an int8 product is hardly faster.
+
 An fp16 file holds tables and matrices as float16. EMBEDDING_LOOKUP must give float16 then: with a float32 output its
 kernel copies the raw bytes and says nothing.
 """
@@ -232,6 +237,9 @@ def make_static(graph: Graph, plan: Plan, seen: Mapping[int, Statistics], keep: 
     MUL integer too (norms, gates, rotations)             0.00096  96.2 %
     ADD and SUB integer too (masks, residuals)            0.076    78.4 %
     ====================================================  =======  ======
+
+    On the fully trained one (1,600 steps, 1,904 positions, XNNPACK / plain kernels): dynamic 0.00042 / 0.00047 and
+    98.8 / 98.6 %, this scheme 0.0025 / 0.0026 and 97.0 / 96.3 %.
 
     The head keeps int8 weights and quantises its one input row while it runs, so logits are float32.
     """

@@ -74,15 +74,18 @@ class Progress:
         """The progress line: amount, share, rate and time left."""
         elapsed = max(time.monotonic() - self.started, 1e-9)
         rate = self.done / elapsed
-        amount = f"{self._amount(self.done)} of {self._amount(self.total)}"
+        amount = f"{self._number(self.done)} of {self._amount(self.total)}"
         share = f"{self.done / self.total:.0%}" if self.total else "100%"
         left = f", {human_seconds((self.total - self.done) / rate)} left" if rate and self.done < self.total else ""
         return f"{self.label}: {amount} ({share}), {self._amount(rate)}/s{left}"
 
-    def _amount(self, value: float) -> str:
+    def _number(self, value: float) -> str:
         if self.unit == "B":
             return human_bytes(value)
-        return f"{value:.1f} {self.unit}" if value < 10 and value != int(value) else f"{value:.0f} {self.unit}"
+        return f"{value:.1f}" if value < 10 and value != int(value) else f"{value:.0f}"
+
+    def _amount(self, value: float) -> str:
+        return self._number(value) if self.unit == "B" else f"{self._number(value)} {self.unit}"
 
     def _show(self) -> None:
         if sys.stderr.isatty():

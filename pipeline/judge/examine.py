@@ -92,9 +92,13 @@ def against_file(logits: Logits, other: Logits, panel: Panel) -> Scores:
 
 @dataclass(frozen=True)
 class GridResult:
-    """A file on the shape grid, against Hugging Face: worst row's NMSE and where, mean KLD and top-1 over all rows."""
+    """A file on the shape grid, against Hugging Face: worst row's NMSE and where, mean KLD and top-1 over all rows.
+
+    `cases` of the grid's `all_cases` were run.
+    """
 
     cases: int
+    all_cases: int
     rows: int
     nmse: float
     where: str
@@ -103,9 +107,9 @@ class GridResult:
     max_abs: float
 
 
-def run_grid(model: StepModel, reference: Reference, label: str) -> GridResult:
-    """Run the file on every case of the shape grid."""
-    cases = list(reference.shapes())
+def run_grid(model: StepModel, reference: Reference, label: str, most: float = math.inf) -> GridResult:
+    """Run the file on the cases of the shape grid whose batch × sequence² is at most `most`."""
+    cases = [case for case in reference.shapes() if case[1].shape[0] * case[1].shape[1] ** 2 <= most]
     parts, names = [], []
     with log.progress(f"{label}: shape grid", sum(ids.size for _, ids, _, _ in cases), "tokens") as bar:
         for name, ids, mask, hidden in cases:
@@ -117,6 +121,7 @@ def run_grid(model: StepModel, reference: Reference, label: str) -> GridResult:
     worst = int(np.argmax(np.where(np.isfinite(nmse), nmse, math.inf)))
     return GridResult(
         cases=len(cases),
+        all_cases=sum(1 for _ in reference.shapes()),
         rows=len(nmse),
         nmse=float(nmse[worst]),
         where=names[worst],
@@ -126,19 +131,20 @@ def run_grid(model: StepModel, reference: Reference, label: str) -> GridResult:
     )
 
 
-def count_unsound(model: StepModel, reference: Reference) -> tuple[int, list[str]]:
+def count_unsound(model: StepModel, reference: Reference, most: float = math.inf) -> tuple[int, list[str]]:
     """How many corner cases of the shape grid give a logit that is not finite, and the names of the cases that ran.
 
-    Corners are the smallest and largest batch at the shortest and longest sequence: enough for a quantised file, whose
-    numbers the corpus judges.
+    Corners are the smallest and largest batch at the shortest and longest sequence, one padding each, as far as batch ×
+    sequence² is at most `most`: enough for a quantised file, whose numbers the corpus judges.
     """
-    shapes = [(name, ids, mask) for name, ids, mask, _ in reference.shapes()]
-    batches = {len(ids) for _, ids, _ in shapes}
-    lengths = {ids.shape[1] for _, ids, _ in shapes}
+    shapes = {ids.shape: (name, ids, mask) for name, ids, mask, _ in reference.shapes()}
+    batches, lengths = {batch for batch, _ in shapes}, {length for _, length in shapes}
     corners = [
-        (name, ids, mask)
-        for name, ids, mask in shapes
-        if len(ids) in (min(batches), max(batches)) and ids.shape[1] in (min(lengths), max(lengths))
+        case
+        for (batch, length), case in shapes.items()
+        if batch in (min(batches), max(batches))
+        and length in (min(lengths), max(lengths))
+        and batch * length**2 <= most
     ]
     bad = sum(not np.isfinite(model.logits(ids, mask)).all() for _, ids, mask in corners)
     return bad, [name for name, _, _ in corners]

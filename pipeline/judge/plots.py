@@ -10,7 +10,7 @@ from html import escape
 import numpy as np
 from numpy.typing import NDArray
 
-DECADES = (-12, 1)
+DECADES = (-14, 1)
 """The KLD axis, as powers of ten; what is below counts in the first bin."""
 _BINS_PER_DECADE = 4
 _WIDTH = 720
@@ -36,7 +36,7 @@ class Distribution:
 
 def kld_distributions(rows: Sequence[Distribution]) -> str:
     """One histogram below another over a common logarithmic axis, with mean and limit marked."""
-    step, top = 78, 14
+    step, top = 84, 14
     height = top + step * len(rows) + 40
     parts = [_open(height, "Distribution of the KL divergence per position, one histogram per file")]
     bottom = top + step * len(rows)
@@ -49,7 +49,7 @@ def kld_distributions(rows: Sequence[Distribution]) -> str:
         _text((_LEFT + _WIDTH - _RIGHT) / 2, bottom + 36, "KL divergence per position, nats", "middle", "tick")
     )
     for index, row in enumerate(rows):
-        parts += _histogram(row, index, top + step * (index + 1), step - 20)
+        parts += _histogram(row, index, top + step * (index + 1), step - 30)
     return "".join([*parts, "</svg>"])
 
 
@@ -82,8 +82,8 @@ def _marker(value: float, base: float, height: float, kind: str, *, after: bool)
     after = x < _LEFT + 48 or (after and x < _WIDTH - _RIGHT - 48)
     anchor, offset = ("start", 4) if after else ("end", -4)
     return [
-        f'<line class="{kind}" x1="{x:.1f}" y1="{base - height:.1f}" x2="{x:.1f}" y2="{base}"/>',
-        _text(x + offset, base - height + 10, kind, anchor, "mark"),
+        f'<line class="{kind}" x1="{x:.1f}" y1="{base - height - 12:.1f}" x2="{x:.1f}" y2="{base}"/>',
+        _text(x + offset, base - height - 3, kind, anchor, "mark"),
     ]
 
 
@@ -101,19 +101,20 @@ class Point:
 def size_against_quality(points: Sequence[Point]) -> str:
     """Files by size (left is smaller) and KLD against Hugging Face (low is better), both axes from data."""
     height, top, bottom = 340, 20, 284
-    powers = [math.log10(max(value, 1e-12)) for point in points for value in (point.kld, point.low, point.high)]
-    low, high = math.floor(min(powers)), max(math.ceil(max(powers)), math.floor(min(powers)) + 1)
+    least = 10.0 ** DECADES[0]
+    powers = [math.log10(max(value, least)) for point in points for value in (point.kld, point.low, point.high)]
+    low, high = math.floor(min(powers)) - 1, math.ceil(max(powers)) + 1
     widest = max(point.size for point in points) * 1.12
 
     def across(size: float) -> float:
         return _LEFT + (_WIDTH - _RIGHT - _LEFT) * size / widest
 
     def up(kld: float) -> float:
-        power = min(max(math.log10(max(kld, 1e-12)), low), high)
+        power = min(max(math.log10(max(kld, least)), low), high)
         return bottom - (bottom - top) * (power - low) / (high - low)
 
     parts = [_open(height, "Size of each file against its mean KL divergence from Hugging Face")]
-    for power in range(low, high + 1, max(1, (high - low) // 6)):
+    for power in range(low, high + 1, math.ceil((high - low) / 7)):
         y = up(10.0**power)
         parts.append(f'<line class="grid" x1="{_LEFT}" y1="{y:.1f}" x2="{_WIDTH - _RIGHT}" y2="{y:.1f}"/>')
         parts.append(_text(_LEFT - 10, y + 4, f"10{_superscript(power)}", "end", "tick"))
@@ -122,19 +123,20 @@ def size_against_quality(points: Sequence[Point]) -> str:
     parts.append(_text((_LEFT + _WIDTH - _RIGHT) / 2, bottom + 44, "size of the file", "middle", "tick"))
     parts.append(_text(_LEFT - 44, top + 4, "mean KLD, nats", "end", "tick"))
     parts.append(f'<line class="axis" x1="{_LEFT}" y1="{bottom}" x2="{_WIDTH - _RIGHT}" y2="{bottom}"/>')
-    taken: list[tuple[float, float]] = []
     for index, point in enumerate(points):
         x, y = across(point.size), up(point.kld)
         parts.append(
             f'<g class="series s{index}"><line class="whisker" x1="{x:.1f}" y1="{up(point.low):.1f}" '
             f'x2="{x:.1f}" y2="{up(point.high):.1f}"/><circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="6"/></g>'
         )
-        parts.append(_place_label(point.name, x, y, taken))
+    taken: list[tuple[float, float]] = []
+    for point in sorted(points, key=lambda point: -point.kld):
+        parts.append(_place_label(point.name, across(point.size), up(point.kld), taken))
     return "".join([*parts, "</svg>"])
 
 
 def _place_label(name: str, x: float, y: float, taken: list[tuple[float, float]]) -> str:
-    """The name beside its dot, moved down until it is clear of the names before it."""
+    """The name beside its dot, moved down until it is clear of the names above it."""
     side = -1 if x > _WIDTH * 0.8 else 1
     line = y + 4
     while any(abs(line - other_y) < 16 and abs(x - other_x) < 130 for other_x, other_y in taken):

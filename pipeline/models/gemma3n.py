@@ -188,7 +188,7 @@ class MLP(nn.Module):
         mean = torch.mean(gate, dim=-1, keepdim=True)
         centred = gate - mean
         spread = torch.sqrt(torch.mean(centred * centred, dim=-1, keepdim=True))
-        return functional.relu(gate - (mean + spread * deviations))
+        return torch.maximum(gate - (mean + spread * deviations), torch.tensor(0.0))
 
 
 class AltUp(nn.Module):
@@ -386,8 +386,11 @@ class TextModel(nn.Module):
         """
         config = self.config
         shape = (*input_ids.shape, config.num_hidden_layers, config.hidden_size_per_layer_input)
-        first = torch.tensor(0, dtype=torch.int32)
-        ids = torch.where(input_ids < config.vocab_size_per_layer_input, input_ids, first)
+        first, limit = (
+            torch.tensor(0, dtype=torch.int32),
+            torch.tensor(config.vocab_size_per_layer_input, dtype=torch.int32),
+        )
+        ids = torch.where(torch.lt(input_ids, limit), input_ids, first)
         tokens = self.embed_tokens_per_layer(ids) * config.hidden_size_per_layer_input**0.5
         context = self.per_layer_model_projection(embedded) * config.hidden_size**-0.5
         normed = self.per_layer_projection_norm(context.reshape(shape))
@@ -477,7 +480,7 @@ def _additive(allowed: Tensor) -> Tensor:
 class Gemma3n:
     """The `Architecture` of both Gemma 3n model types."""
 
-    model_types = ("gemma3n", "gemma3n_text")
+    model_types: tuple[str, ...] = ("gemma3n", "gemma3n_text")
     _prefixes = ("model.language_model.", "language_model.model.", "model.")
     _left_out = re.compile(
         r"(model\.)?(vision_tower|audio_tower|embed_vision|embed_audio)\.|(language_model\.)?lm_head\.weight$"

@@ -60,7 +60,7 @@ def test_progress_text_has_amount_share_rate_and_time_left() -> None:
 
 def test_progress_text_counts_things() -> None:
     bar = log.Progress("windows", total=8, unit="windows", done=8, started=time.monotonic() - 4)
-    assert bar.text() == "windows: 8 windows of 8 windows (100%), 2.0 windows/s"
+    assert bar.text() == "windows: 8 of 8 windows (100%), 2.0 windows/s"
 
 
 @pytest.mark.parametrize("total", [0, 5])

@@ -1,0 +1,149 @@
+"""What goes wrong in the toolchain without our rules. A test here that fails means upstream has mended it: delete ours.
+
+Seen in litert-torch 0.10.0 with torch 2.13.0 and transformers 5.23.0.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from litert_torch import convert
+from litert_torch.backend import inline_consts
+from litert_torch.backend.debuginfo import _build
+
+from pipeline.convert import lowering
+from pipeline.convert.operators import Embedding, Linear, matmul, normalise
+from pipeline.judge.runtime import litert
+
+Compute = Callable[..., torch.Tensor]
+S = torch.export.Dim("s", min=1, max=64)
+B = torch.export.Dim("b", min=1, max=8)
+
+
+class Wrapped(torch.nn.Module):
+    def __init__(self, compute: Compute) -> None:
+        super().__init__()
+        self.compute = compute
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"y": self.compute(x)}
+
+
+def run(compute: Compute, shape: tuple[int, ...], folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """`compute` converted with unknown first two dimensions, run at another shape; and what PyTorch gives."""
+    module, example = Wrapped(compute).eval(), torch.randn(2, 32, *shape)
+    with lowering.dynamic_shapes():
+        convert(module, (example,), dynamic_shapes=({0: B, 1: S},)).export(str(folder / "y.tflite"))
+    x = torch.randn(3, 7, *shape)
+    got = litert(folder / "y.tflite", xnnpack=True, threads=1).get_signature_runner()(args_0=x.numpy())["y"]
+    with torch.no_grad():
+        return got, module(x)["y"].numpy()
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+USED: dict[str, Compute] = {
+    "tanh": torch.tanh,
+    "sqrt": lambda x: torch.sqrt(x * x + 1),
+    "gelu": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+    "sum": lambda x: torch.sum(x, dim=-1),
+    "maximum": lambda x: torch.maximum(x, torch.tensor(0.0)),
+    "lt": lambda x: torch.where(torch.lt(x, torch.tensor(0.5)), x, torch.tensor(0.0)),
+    "and": lambda x: torch.where(torch.gt(x, torch.tensor(0.0)) & torch.lt(x, torch.tensor(1.0)), x, torch.tensor(0.0)),
+    "slice": lambda x: x[:, :, 1:2] * 1.0,
+    "cat": lambda x: torch.cat((-x, x), dim=-1),
+}
+
+
+@pytest.mark.parametrize("name", USED)
+def test_what_the_graph_modules_use_is_exact(name: str, tmp_path: Path) -> None:
+    got, expected = run(USED[name], (6,), tmp_path)
+    np.testing.assert_allclose(got, expected, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("compute", [torch.relu, lambda x: torch.where(x < 0.5, x, torch.tensor(0.0))])
+def test_what_the_graph_modules_avoid_does_not_convert(compute: Compute, tmp_path: Path) -> None:
+    """relu and a comparison with a number: written as maximum and a comparison with a tensor."""
+    with pytest.raises(Exception):  # noqa: B017 - the kind of error is upstream's affair
+        run(compute, (6,), tmp_path)
+
+
+def test_our_operators_are_exact(tmp_path: Path) -> None:
+    linear, other = Linear(6, 5), torch.randn(6, 4)
+    for compute in (linear, lambda x: matmul(x, other, False), lambda x: normalise(x, 1e-6)):
+        got, expected = run(compute, (6,), tmp_path)
+        np.testing.assert_allclose(got, expected, rtol=2e-6, atol=2e-6)
+
+
+def test_linear_with_bias_is_pytorchs() -> None:
+    ours, theirs = Linear(6, 5), torch.nn.Linear(6, 5)
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(2, 3, 1, 6)
+    torch.testing.assert_close(ours(x), theirs(x))
+
+
+def test_embedding_is_pytorchs() -> None:
+    ours, theirs = Embedding(9, 4), torch.nn.Embedding(9, 4)
+    theirs.load_state_dict(ours.state_dict())
+    ids = torch.randint(0, 9, (2, 3), dtype=torch.int32)
+    torch.testing.assert_close(ours(ids), theirs(ids))
+
+
+def test_in_place_update_of_a_slice_is_lowered_wrongly(tmp_path: Path) -> None:
+    """transformers' decoder layer has it: `corrected[1:] += first_prediction`. Here it is a product with 0 and 1."""
+
+    def update(x: torch.Tensor) -> torch.Tensor:
+        y = x * 2.0
+        y[:, :, 1:] += 1.0
+        return y
+
+    assert wrong(update, (3,), tmp_path)
+
+
+def test_negative_index_is_lowered_wrongly(tmp_path: Path) -> None:
+    """Here the last position is taken by a product with a one-hot row."""
+    assert wrong(lambda x: x[:, -1, :] * 1.0, (3,), tmp_path)
+
+
+def wrong(compute: Compute, shape: tuple[int, ...], folder: Path) -> bool:
+    """Whether the lowering fails or gives other numbers than PyTorch."""
+    try:
+        got, expected = run(compute, shape, folder)
+    except Exception:  # noqa: BLE001 - any failure of upstream's counts
+        return True
+    return got.shape != expected.shape or not np.allclose(got, expected, atol=1e-4)
+
+
+def test_one_tensor_given_twice_becomes_one_input() -> None:
+    """torch.export takes the same tensor given for two inputs as one: the mask would be the token ids."""
+
+    class Difference(torch.nn.Module):
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return x - y
+
+    same = torch.ones(2, 3)
+    program = torch.export.export(Difference(), (same, same)).module()
+    assert float(program(torch.ones(2, 3), torch.zeros(2, 3)).abs().max()) != 1.0
+
+
+def test_the_stock_clamp_writes_in_place() -> None:
+    weight = torch.tensor([math.inf, 1.0])
+    inline_consts._clamp_inf_values(weight)
+    assert weight[0] < math.inf
+
+
+def test_nothing_of_the_patches_is_left_behind() -> None:
+    before = _build._get_hierarchy, inline_consts._clamp_inf_values
+    with lowering.dynamic_shapes():
+        assert os.environ["LITERT_TORCH_FULL_TFL_DECOMPS"] == "1"
+    assert (_build._get_hierarchy, inline_consts._clamp_inf_values) == before
+    assert "LITERT_TORCH_FULL_TFL_DECOMPS" not in os.environ

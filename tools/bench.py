@@ -1,0 +1,155 @@
+"""Measure what tests must not: speed, time and memory, on a random Gemma 3n with the layers of E2B.
+
+    make bench
+
+Writes `bench/bench.json`: per stage seconds and peak memory, and the latency of int8 against fp32. Both files are timed
+in turns in one run, so their ratio means something on a noisy machine. `tools/figures.py` puts it into the README.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from pipeline import fetch, fp32, int8
+from pipeline.core import log, manifest, versions
+from pipeline.core.recipe import PROJECT
+from pipeline.core.stage import Stage, main
+from pipeline.judge.runtime import StepModel, default_threads
+from pipeline.models.gemma3n import ARCHITECTURE
+
+SEQUENCES = (1, 128, 512)
+WIDE = {
+    "model_type": "gemma3n_text",
+    "architectures": ["Gemma3nForCausalLM"],
+    "vocab_size": 16384,
+    "vocab_size_per_layer_input": 16384,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 256,
+    "hidden_size_per_layer_input": 256,
+    "laurel_rank": 64,
+    "sliding_window": 512,
+    "num_kv_shared_layers": 1,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
+"""The widths of Gemma 3n E2B; the vocabulary is cut, so that the layers and not the tables are measured."""
+
+
+def make_checkpoint(folder: Path, layers: int, seed: int) -> Path:
+    """A random checkpoint with `layers` layers, sliding and full attention in turn, in float16."""
+    kinds = ["sliding_attention", "full_attention"] * layers
+    sparsity = [0.95] + [0.0] * (layers - 1)
+    config = WIDE | {
+        "num_hidden_layers": layers,
+        "layer_types": kinds[:layers],
+        "activation_sparsity_pattern": sparsity,
+    }
+    random = np.random.default_rng(seed)
+    tensors = {
+        f"model.{name}": _values(random, shape).astype(np.float16)
+        for name, shape in ARCHITECTURE.tensors(config).items()
+    }
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    for file in (PROJECT / "examples" / "tiny-gemma3n").glob("tokenizer*"):
+        shutil.copy(file, folder)
+    return folder
+
+
+def _values(random: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """Norm weights around 1, matrices at a scale that keeps activations at theirs."""
+    drawn = random.standard_normal(shape, dtype=np.float32)
+    return 1 + 0.1 * drawn if len(shape) == 1 else drawn / math.sqrt(shape[-1])
+
+
+def run_stage(stage: Stage, checkpoint: Path, artifacts: Path) -> dict[str, Any]:
+    """Run one stage; what its `run.json` says, and the size of what it made."""
+    code = main(stage, ["--model-id", str(checkpoint), "--artifacts", str(artifacts)])
+    if code:
+        sys.exit(code)
+    folder = artifacts / checkpoint.name / stage.name
+    made = manifest.read(folder)
+    run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    size = sum(record.size for record in made.outputs)
+    return {name: run[name] for name in ("seconds", "peak_anonymous", "peak_resident")} | {"size": size}
+
+
+def time_in_turns(files: Mapping[str, Path], sequence: int, rounds: int) -> dict[str, float]:
+    """Median milliseconds of one run at batch 1 of each file, measured in turns."""
+    models = {name: StepModel(path) for name, path in files.items()}
+    ids = np.full((1, sequence), 2, dtype=np.int32)
+    mask = np.ones_like(ids)
+    times: dict[str, list[float]] = {name: [] for name in files}
+    for model in models.values():
+        model.logits(ids, mask)
+    for _ in range(rounds):
+        for name, model in models.items():
+            started = time.perf_counter()
+            model.logits(ids, mask)
+            times[name].append(time.perf_counter() - started)
+    return {name: 1000 * statistics.median(taken) for name, taken in times.items()}
+
+
+def run(folder: Path, layers: int, rounds: int) -> dict[str, Any]:
+    """Make the model, take it through the stages, time the files."""
+    shutil.rmtree(folder, ignore_errors=True)
+    checkpoint = make_checkpoint(folder / "wide-gemma3n", layers, seed=0)
+    stages = {stage.name: run_stage(stage, checkpoint, folder) for stage in (fetch.STAGE, fp32.STAGE, int8.STAGE)}
+    root = folder / checkpoint.name
+    files = {name: root / name / "step.tflite" for name in ("fp32", "int8")}
+    latency = {}
+    for sequence in SEQUENCES:
+        log.step(f"timing S = {sequence}")
+        latency[str(sequence)] = time_in_turns(files, sequence, rounds)
+    return {
+        "parameters": manifest.read(root / "fp32").facts["parameters"],
+        "layers": layers,
+        "stages": stages,
+        "latency_ms": latency,
+        "machine": {"cpu": _processor(), "threads": default_threads()},
+        "versions": versions.installed(),
+        "date": time.strftime("%Y-%m-%d"),
+        "command": "make bench",
+    }
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("bench"), help="where results go (default: %(default)s)")
+    parser.add_argument(
+        "--layers", type=int, default=3, help="layers of the model (default: %(default)s, 236 M parameters)"
+    )
+    parser.add_argument("--rounds", type=int, default=15, help="timed runs per file and length (default: %(default)s)")
+    arguments = parser.parse_args()
+    results = run(arguments.out / "work", arguments.layers, arguments.rounds)
+    shutil.rmtree(arguments.out / "work")
+    (arguments.out / "bench.json").write_text(manifest.dump_json(results), encoding="utf-8")
+    for length, taken in results["latency_ms"].items():
+        ratio = taken["int8"] / taken["fp32"]
+        log.line(f"S = {length}: fp32 {taken['fp32']:.1f} ms, int8 {taken['int8']:.1f} ms, ratio {ratio:.2f}")
+    log.line(f"written: {arguments.out / 'bench.json'}")

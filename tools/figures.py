@@ -1,0 +1,103 @@
+"""Write the measured figures into the README, from the files that `make` and `make bench` leave.
+
+    python tools/figures.py
+
+Reads `artifacts/tiny-gemma3n/verify/report.json` and `bench/bench.json`; replaces what stands between the two markers.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from pipeline.core import log
+from pipeline.core.recipe import PROJECT
+
+README = PROJECT / "README.md"
+REPORT = PROJECT / "artifacts" / "tiny-gemma3n" / "verify" / "report.json"
+BENCH = PROJECT / "bench" / "bench.json"
+BEGIN, END = "<!-- figures: written by tools/figures.py -->", "<!-- end of figures -->"
+NAMES = {
+    "fp32": "fp32",
+    "fp16": "fp16 weights",
+    "int8": "int8, dynamic",
+    "int8-static": "int8, full integer",
+}
+
+
+def quality(report: dict[str, Any]) -> list[str]:
+    """The shipped model's files: size, and quality against what each is judged by."""
+    grid = [report["variants"]["fp32"]["grid"][kernels] for kernels in ("xnnpack", "builtin")]
+    rows = [
+        f"The shipped model, {report['parameters']:,} parameters; `make` on {report['date']}, "
+        f"{report['machine']['cores']} cores ({report['machine']['processor']}), torch {report['tools']['torch']}, "
+        f"transformers {report['tools']['transformers']}, LiteRT {report['tools']['ai-edge-litert']}. "
+        f"{report['reference']['positions']:,} held-out positions; fp32 is held against Hugging Face, "
+        "the others against our fp32 file.",
+        "",
+        "| file | size | of fp32 | KLD (95 %) | top-1 | perplexity | integer products | S = 1 | S = 128 | S = 1,024 |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name in report["order"]:
+        variant, speed = report["variants"][name], report["speed"][name]["xnnpack"]["latency"]
+        scores = variant["against_fp32"] or variant["against_reference"]
+        kld, share = scores["kld"], variant["integer_share"]
+        rows.append(
+            f"| {NAMES.get(name, name)} | {variant['size'] / 1e6:.2f} MB | {variant['size_ratio']:.3f} "
+            f"| {kld['value']:.1e} ({kld['low']:.1e} to {kld['high']:.1e}) | {scores['top1']['value']:.2%} "
+            f"| {scores['perplexity']:.2f} | {f'{share:.1%}' if share else '–'} "
+            f"| {1000 * speed['1']:.2f} ms | {1000 * speed['128']:.1f} ms | {1000 * speed['1024']:.0f} ms |"
+        )
+    worst = max(grid, key=lambda result: result["nmse"])
+    rows += [
+        "",
+        f"fp32 over {grid[0]['cases']} shapes (batch × sequence × padding; {grid[1]['cases']} of them also without "
+        f"XNNPACK): worst logits NMSE {worst['nmse']:.1e}, top-1 {min(result['top1'] for result in grid):.0%}; "
+        f"{report['variants']['fp32']['size_per_parameter']:.3f} bytes per parameter.",
+    ]
+    return rows
+
+
+def speed(bench: dict[str, Any]) -> list[str]:
+    """The larger random model: int8 against fp32, time and memory of the stages."""
+    rows = [
+        "",
+        f"A random Gemma 3n with E2B's layer widths, {bench['layers']} layers, {bench['parameters'] / 1e6:.0f} M "
+        f"parameters; `{bench['command']}` on {bench['date']}, {bench['machine']['threads']} threads "
+        f"({bench['machine']['cpu']}). Both files timed in turns.",
+        "",
+        "| | " + " | ".join(f"S = {length}" for length in bench["latency_ms"]) + " |",
+        "|---|" + "---|" * len(bench["latency_ms"]),
+    ]
+    for name in ("fp32", "int8"):
+        rows.append(
+            f"| {name} | " + " | ".join(f"{taken[name]:.1f} ms" for taken in bench["latency_ms"].values()) + " |"
+        )
+    ratios = [f"{taken['int8'] / taken['fp32']:.2f}" for taken in bench["latency_ms"].values()]
+    rows += ["| int8 / fp32 | " + " | ".join(ratios) + " |", ""]
+    stages = [
+        f"{name} {stage['seconds']:.0f} s and {stage['peak_anonymous'] / 2**30:.2f} GiB"
+        for name, stage in bench["stages"].items()
+    ]
+    rows.append(f"Stages on it, time and peak anonymous memory: {', '.join(stages)}.")
+    return rows
+
+
+def main() -> int:
+    """Replace the section; 2 if a file it needs is missing."""
+    for file, command in ((REPORT, "make"), (BENCH, "make bench")):
+        if not file.is_file():
+            log.line(f"error: {file.relative_to(PROJECT)} is missing; run `{command}` first")
+            return 2
+    report, bench = (json.loads(file.read_text(encoding="utf-8")) for file in (REPORT, BENCH))
+    text = README.read_text(encoding="utf-8")
+    before, rest = text.split(BEGIN)
+    after = rest.split(END)[1]
+    made = "\n".join([BEGIN, *quality(report), *speed(bench), END])
+    README.write_text(before + made + after, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
