@@ -21,7 +21,7 @@ from huggingface_hub.repocard import metadata_load
 
 from pipeline.convert import checkpoint, intake
 from pipeline.convert.intake import Plan, Source, plan
-from pipeline.core import log
+from pipeline.core import log, memory
 from pipeline.core.errors import ResourceError, UsageError
 from pipeline.core.manifest import Facts, FileRecord, dump_json
 from pipeline.core.recipe import PROJECT
@@ -96,6 +96,9 @@ def _check_disk(chosen: Plan, repository: Repository, waiting: Path, root: Path)
     full = 4 * chosen.parameters
     if needed + full > free:
         log.warn(f"the disk will not hold a float32 file besides ({log.human_bytes(full)})")
+    free_memory = memory.available()
+    if free_memory is not None and full > free_memory:
+        log.warn(f"stage golden will need {log.human_bytes(full)} of memory, {log.human_bytes(free_memory)} are free")
 
 
 def _drop_other_commits(waiting: Path) -> None:

@@ -25,7 +25,7 @@ from safetensors.numpy import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Gemma3nForCausalLM, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
-from pipeline.core import log, manifest
+from pipeline.core import log, manifest, memory
 from pipeline.core.errors import IntegrityError, ResourceError, VerificationError
 from pipeline.core.manifest import Facts
 from pipeline.core.recipe import PROJECT, Shapes
@@ -42,6 +42,8 @@ _NOT_TEXT = ("vision_tower", "audio_tower", "embed_vision", "embed_audio", "mult
 _SCORES = 1 << 26
 """Attention scores that one layer may materialise per batch (256 MiB in fp32)."""
 _MAX_ROWS = 16
+_WORKING_MEMORY = 3 << 29
+"""Bytes besides the weights: 1.3 GB were the peak with the shipped model."""
 _SAMPLE_WINDOWS = 8
 _DEVICE_NMSE = 1e-8
 
@@ -63,7 +65,7 @@ class HuggingFace:
         Raises:
             IntegrityError: tensors are missing, have another shape, or belong to no part of the model.
         """
-        transformers_logging.disable_progress_bar()
+        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers ships no types
         config = AutoConfig.from_pretrained(checkpoint, local_files_only=True)
         options: dict[str, Any] = {"config": config.get_text_config(), "key_mapping": _TEXT_TOWER}
         kind: Any = Gemma3nForCausalLM if config.model_type == "gemma3n" else AutoModelForCausalLM
@@ -244,6 +246,8 @@ def work(context: Context) -> Outcome:
     documents = corpus.read_documents(text)
     corpus.require_disjoint(documents, corpus.read_documents(PROJECT / recipe.corpus.calibration))
     device = choose_device(context.arguments.device)
+    if device == "cpu":
+        _require_memory(context.upstream["fetch"].facts["parameters"])
     log.step(f"loading the checkpoint in fp32 on {device}")
     reference = HuggingFace.load(checkpoint, device)
     windows = corpus.pack_windows(
@@ -273,6 +277,16 @@ def work(context: Context) -> Outcome:
             "stop": list(reference.stop),
             "self_floor": dict(floor),
         }
+    )
+
+
+def _require_memory(parameters: manifest.Fact) -> None:
+    """Refuse a model whose float32 weights do not fit; a batch of attention scores and the libraries come on top."""
+    assert isinstance(parameters, int)
+    memory.require(
+        4 * parameters + _WORKING_MEMORY,
+        "the Hugging Face reference in float32",
+        "run this stage on a larger machine, or on a GPU with DEVICE=cuda; `make int8` alone does not need it",
     )
 
 

@@ -1,7 +1,6 @@
 """What the activations of a step graph look like on real text: the numbers that static quantisation needs.
 
-The fp32 file itself is run, sample by sample, and each wanted tensor is read back. (AEQ 0.10.0's calibrator can't:
-it resizes inputs to the static shapes of the signature, and this graph's are chosen at run time.)
+The fp32 file itself is run, sample by sample at each sample's own length, and each wanted tensor is read back.
 """
 
 from __future__ import annotations
