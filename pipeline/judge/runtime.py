@@ -18,7 +18,7 @@ from pipeline.judge.corpus import Tokens
 
 SIGNATURE = "serving_default"
 INPUTS, OUTPUT = ("attention_mask", "input_ids"), "logits"
-_WARM_UP, _RUNS, _SECONDS = 2, 15, 1.0
+_WARM_UP, _RUNS, _SECONDS = 1, 15, 1.0
 
 
 class MakeInterpreter(Protocol):
