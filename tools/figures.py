@@ -1,6 +1,6 @@
 """Write the measured figures into the README, from the files that `make` and `make bench` leave.
 
-    python tools/figures.py
+    python -m tools.figures
 
 Reads `artifacts/tiny-gemma3n/verify/report.json` and `bench/bench.json`; replaces what stands between the two markers.
 """

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from pipeline import fetch, fp16, fp32, golden, int8
+from pipeline.core import manifest
 from pipeline.core.recipe import PROJECT
 from pipeline.core.stage import DEFAULT_MODEL, DEFAULT_RECIPE, Stage, main
 
@@ -48,6 +50,15 @@ def small_recipe(file: Path, **more: str) -> Path:
         text = text.replace(old, new)
     file.write_text(text, encoding="utf-8")
     return file
+
+
+def lasting(folder: Path, *names: str) -> dict[str, object]:
+    """What must be the same after a second run: the bytes of `names`, and the manifest.
+
+    The manifest without `source`, which says what state the repository is in: that may change while tests run.
+    """
+    made = dataclasses.replace(manifest.read(folder), source=manifest.Source(commit="", dirty=False))
+    return {"manifest": made, **{name: (folder / name).read_bytes() for name in names}}
 
 
 @pytest.fixture(scope="session")

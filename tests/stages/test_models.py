@@ -25,7 +25,7 @@ def eager(model: Any) -> geometry.Eager:
     return geometry.Eager(module)
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(drawn=geometry.geometries(), seed=st.integers(0, 999))
 def test_every_geometry_is_exact(drawn: dict[str, Any], seed: int) -> None:
     model = geometry.reference(drawn, seed)
@@ -33,7 +33,7 @@ def test_every_geometry_is_exact(drawn: dict[str, Any], seed: int) -> None:
     assert result.nmse < 1e-9 and result.top1 == 1, (result, drawn)
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(drawn=geometry.geometries())
 def test_tensor_names_and_shapes_are_the_checkpoints(drawn: dict[str, Any]) -> None:
     model = geometry.reference(drawn, 0)
