@@ -171,7 +171,7 @@ def _write_report(
         "sequences": list(sequences),
         "machine": {
             "system": platform.platform(),
-            "processor": _processor(),
+            "processor": runtime.processor(),
             "cores": os.cpu_count(),
             "threads": runtime.default_threads(),
         },
@@ -181,14 +181,6 @@ def _write_report(
     manifest.write_atomically(folder / "report.html", report.render(full))
     for row in report.table(full):
         log.line(f"  {row}")
-
-
-def _processor() -> str:
-    """The processor's name, from the kernel."""
-    file = Path("/proc/cpuinfo")
-    rows = file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []
-    names = [row.partition(":")[2].strip() for row in rows if row.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def _say(verdicts: Sequence[Verdict], folder: Path) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import platform
 import shutil
 import statistics
 import sys
@@ -27,7 +26,7 @@ from pipeline import fetch, fp32, int8
 from pipeline.core import log, manifest, versions
 from pipeline.core.recipe import PROJECT
 from pipeline.core.stage import Stage, main
-from pipeline.judge.runtime import StepModel, default_threads
+from pipeline.judge.runtime import StepModel, default_threads, processor
 from pipeline.models.gemma3n import ARCHITECTURE
 
 SEQUENCES = (1, 128, 512)
@@ -124,18 +123,11 @@ def run(folder: Path, layers: int, rounds: int) -> dict[str, Any]:
         "layers": layers,
         "stages": stages,
         "latency_ms": latency,
-        "machine": {"cpu": _processor(), "threads": default_threads()},
+        "machine": {"cpu": processor(), "threads": default_threads()},
         "versions": versions.installed(),
         "date": time.strftime("%Y-%m-%d"),
         "command": "make bench",
     }
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import statistics
 import time
 from collections.abc import Sequence
@@ -39,6 +40,14 @@ def litert(path: Path, *, xnnpack: bool, threads: int) -> Any:
 def default_threads() -> int:
     """The processors that this process may use, at most 8."""
     return min(8, len(os.sched_getaffinity(0)))
+
+
+def processor() -> str:
+    """The processor's name, from the kernel."""
+    file = Path("/proc/cpuinfo")
+    rows = file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []
+    names = [row.partition(":")[2].strip() for row in rows if row.startswith("model name")]
+    return names[0] if names else platform.machine()
 
 
 class StepModel:
