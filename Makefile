@@ -8,10 +8,16 @@ MODEL_ID ?= examples/tiny-gemma3n
 REVISION ?=
 #: RECIPE        what to build and how good it must be
 RECIPE ?= pipeline/recipes/gemma3n.toml
+#: GRAPHS        step, bundle or all: the step graph, the bundle's sections, or both (default: the recipe's)
+GRAPHS ?=
 #: ARTIFACTS     where results go
 ARTIFACTS ?= artifacts
 #: CALIBRATION   your own text (.txt or .jsonl) for the full-integer file
 CALIBRATION ?=
+#: PROMPT        what `make run` asks
+PROMPT ?= Hello
+#: PRECISION     the bundle that `make chat` and `make run` talk to
+PRECISION ?= int8
 #: DEVICE        auto, cpu or cuda: where the Hugging Face reference runs
 DEVICE ?= auto
 #: THREADS       threads of the stages (default: one per core)
@@ -53,10 +59,16 @@ MODEL := $(if $(FOLDER),$(notdir $(FOLDER)),$(subst /,--,$(MODEL_ID)))
 ROOT := $(ARTIFACTS)/$(MODEL)
 GOALS := $(or $(MAKECMDGOALS),all)
 
+ifneq ($(filter-out step bundle all,$(GRAPHS)),)
+$(error GRAPHS=$(GRAPHS) is unknown: step, bundle or all)
+endif
+CHOSEN := $(or $(GRAPHS),$(shell sed -n 's/^graphs *= *"\(.*\)".*/\1/p' $(RECIPE) 2>/dev/null),all)
+# Precisions that the recipe makes bundles of.
+BUNDLES := $(if $(filter step,$(CHOSEN)),,$(shell sed -n 's/^precisions *= *\[\(.*\)\].*/\1/p' $(RECIPE) 2>/dev/null | tr -d '",'))
 SCHEME := $(shell sed -n 's/^scheme *= *"\(.*\)".*/\1/p' $(RECIPE) 2>/dev/null)
 ALTERNATIVE := $(if $(filter static,$(SCHEME)),int8-dynamic,int8-static)
-#: VARIANTS      the files that verify judges; publish takes fp32, fp16 and int8 of them
-VARIANTS ?= fp32 fp16 int8 $(ALTERNATIVE)
+#: VARIANTS      the step graphs that verify judges; publish takes fp32, fp16 and int8 of them
+VARIANTS ?= $(if $(filter bundle,$(CHOSEN)),,fp32 fp16 int8 $(ALTERNATIVE))
 # Texts that the recipe names.
 TEXTS := $(shell sed -n 's/^\(verification\|calibration\) *= *"\(.*\)".*/\2/p' $(RECIPE) 2>/dev/null)
 
@@ -70,28 +82,37 @@ export OMP_NUM_THREADS := $(THREADS)
 endif
 
 # --- what each stage reads: stages, code, texts -------------------------------------------------------------------------
-STAGES := fetch golden fp32 fp16 int8 $(ALTERNATIVE) verify publish
+STAGES := fetch golden graph fp32 fp16 int8 $(ALTERNATIVE) bundle verify publish
 
 NEEDS_fetch :=
 NEEDS_golden := fetch
-NEEDS_fp32 := fetch
-NEEDS_fp16 := fp32
-NEEDS_int8 := fetch fp32
-NEEDS_$(ALTERNATIVE) := $(NEEDS_int8)
-NEEDS_verify := fetch golden $(VARIANTS)
-NEEDS_publish := fetch $(VARIANTS) verify
+NEEDS_graph := fetch
+NEEDS_fp32 := fetch graph
+NEEDS_fp16 := fetch graph
+# The full-integer scheme takes its ranges from the fp32 file.
+NEEDS_int8 := fetch graph $(if $(filter static,$(SCHEME)),fp32)
+NEEDS_$(ALTERNATIVE) := fetch graph $(if $(filter int8-static,$(ALTERNATIVE)),fp32)
+NEEDS_bundle := fetch $(BUNDLES)
+NEEDS_verify := fetch golden $(sort $(VARIANTS) $(if $(BUNDLES),bundle $(BUNDLES)))
+NEEDS_publish := $(sort fetch $(VARIANTS) $(if $(BUNDLES),bundle $(BUNDLES))) verify
 
 ROOMS_fetch := core convert models release
 ROOMS_golden := core judge
+ROOMS_graph := core convert models
 ROOMS_fp32 := core convert models judge
-ROOMS_fp16 := core convert
-ROOMS_int8 := core convert
+ROOMS_fp16 := core convert models
+ROOMS_int8 := core convert models
 ROOMS_$(ALTERNATIVE) := $(ROOMS_int8)
-ROOMS_verify := core judge
+ROOMS_bundle := core convert models
+ROOMS_verify := core judge convert
 ROOMS_publish := core release
+# Not a stage, but it runs a stage's result.
+ROOMS_chat := core judge
 
 # Texts that end up in a stage's result (every stage reads the recipe and depends on the lock).
 TEXTS_fetch :=
+TEXTS_graph :=
+TEXTS_bundle :=
 TEXTS_fp32 :=
 TEXTS_fp16 :=
 TEXTS_verify :=
@@ -101,15 +122,20 @@ TEXTS_int8 := $(TEXTS) $(CALIBRATION)
 TEXTS_$(ALTERNATIVE) := $(TEXTS_int8)
 
 # --- settings of each stage -------------------------------------------------------------------------------------------
+WANTED := $(if $(GRAPHS),--graphs $(GRAPHS))
 OPTIONS_fetch := $(if $(REVISION),--revision $(REVISION))
-OPTIONS_golden := --device $(DEVICE)
-OPTIONS_fp32 :=
-OPTIONS_fp16 :=
-OPTIONS_int8 := $(if $(CALIBRATION),--calibration $(abspath $(CALIBRATION)))
+OPTIONS_golden := --device $(DEVICE) $(WANTED)
+OPTIONS_graph := $(WANTED)
+OPTIONS_fp32 := $(WANTED)
+OPTIONS_fp16 := $(WANTED)
+OPTIONS_int8 := $(WANTED) $(if $(CALIBRATION),--calibration $(abspath $(CALIBRATION)))
 OPTIONS_$(ALTERNATIVE) := --scheme $(subst int8-,,$(ALTERNATIVE)) $(OPTIONS_int8)
-OPTIONS_verify := --variants $(VARIANTS)
-OPTIONS_publish :=
+OPTIONS_bundle := $(WANTED)
+OPTIONS_verify := $(WANTED) --variants $(VARIANTS)
+OPTIONS_publish := $(WANTED)
 
+# A word for the shell, whatever is in it.
+QUOTE = '$(subst ','\'',$(1))'
 MODULE = $(firstword $(subst -, ,$(1)))
 SOURCES = pipeline/$(MODULE).py $(foreach room,$(ROOMS_$(1)),$(sort $(shell find pipeline/$(room) -type f ! -name '*.pyc')))
 
@@ -127,7 +153,7 @@ $(shell mkdir -p $(ROOT)/.inputs && { \
 	if cmp -s $(ROOT)/.inputs/$(1).new $(ROOT)/.inputs/$(1); then rm $(ROOT)/.inputs/$(1).new; \
 	else mv $(ROOT)/.inputs/$(1).new $(ROOT)/.inputs/$(1); fi)
 endef
-ifneq ($(filter all compare $(STAGES) $(ROOT)/%,$(GOALS)),)
+ifneq ($(filter all compare chat run $(STAGES) $(ROOT)/%,$(GOALS)),)
 $(foreach stage,$(STAGES),$(call RECORD,$(stage)))
 endif
 
@@ -141,14 +167,14 @@ ONLINE := $(if $(FOLDER),,fetch)
 READ := $(abspath $(RECIPE) $(CALIBRATION) $(filter /%,$(TEXTS)) $(FOLDER) $(dir $(realpath $(CHECKPOINT))))
 MOUNTS := $(foreach path,$(sort $(READ)),-v $(path):$(path):ro) \
 	$(foreach text,$(filter-out /%,$(TEXTS)),-v $(abspath $(text)):/app/$(text):ro)
-IN_CONTAINER = docker run --rm --read-only --tmpfs /tmp --cap-drop ALL --security-opt no-new-privileges \
+IN_CONTAINER = docker run --rm $(2) --read-only --tmpfs /tmp --cap-drop ALL --security-opt no-new-privileges \
 	--user "$$(id -u):$$(id -g)" $(if $(filter cuda,$(DEVICE)),--gpus all) \
 	-e PYTHONHASHSEED -e SOURCE_DATE_EPOCH -e OMP_NUM_THREADS -e OMP_WAIT_POLICY \
 	-e SOURCE_COMMIT="$$(git rev-parse HEAD 2>/dev/null || true)" -e SOURCE_DIRTY="$$(git status --porcelain 2>/dev/null | head -n 1)" \
 	-e IMAGE_DIGEST="$$(docker image inspect --format '{{.Id}}' $(IMAGE))" \
 	$(if $(filter $(1),$(ONLINE)),--network $(NETWORK) -e HF_TOKEN -e HF_ENDPOINT,--network none -e HF_HUB_OFFLINE=1) \
 	-v $(abspath $(ARTIFACTS)):$(abspath $(ARTIFACTS)) $(MOUNTS) $(IMAGE)
-RUN = @echo "python -m pipeline.$(MODULE) (in $(IMAGE))" && $(call IN_CONTAINER,$(1)) python
+RUN = @echo "python -m pipeline.$(MODULE) (in $(IMAGE))" && $(call IN_CONTAINER,$(1),$(2)) python
 WHERE = --model-id $(or $(FOLDER),$(MODEL_ID)) --artifacts $(abspath $(ARTIFACTS)) --recipe $(abspath $(RECIPE))
 else
 READY := .venv/.ready
@@ -157,10 +183,10 @@ WHERE = --model-id $(MODEL_ID) --artifacts $(ARTIFACTS) --recipe $(RECIPE)
 endif
 
 # --- targets ----------------------------------------------------------------------------------------------------------
-.PHONY: all setup fetch golden fp32 fp16 int8 $(ALTERNATIVE) verify publish compare bench image test lint format clean clean-env help
+.PHONY: all setup fetch golden graph fp32 fp16 int8 $(ALTERNATIVE) bundle verify publish compare chat run bench image test lint format clean clean-env help
 
-all: publish ## set-up, then everything for MODEL_ID: fp32, fp16, int8 both ways, the report, the publish folder (default)
-	@echo "files:   $(foreach variant,$(VARIANTS),$(ROOT)/$(variant)/step.tflite)"
+all: publish ## set-up, then everything for MODEL_ID: fp32, fp16, int8, bundles, the report, the publish folder (default)
+	@echo "files:   $(foreach variant,$(VARIANTS),$(ROOT)/$(variant)/step.tflite) $(foreach bundle,$(BUNDLES),$(ROOT)/bundle/$(bundle).litertlm)"
 	@echo "report:  $(ROOT)/verify/report.html"
 	@echo "publish: $(ROOT)/publish"
 
@@ -168,18 +194,26 @@ setup: .venv/.ready ## make the hash-locked environment .venv (LOCK=, TORCH_INDE
 
 fetch: ## get the checkpoint and check it before and after
 golden: ## compute the Hugging Face fp32 reference
-fp32: ## build the fp32 step graph
-fp16: ## build the file with fp16 weights
-int8: ## build the int8 file of the recipe's scheme
-verify: ## judge every variant against Hugging Face and fp32; write report.json and report.html
+graph: ## export the graphs that every precision fills with weights
+fp32: ## build the files in fp32
+fp16: ## build the files with fp16 weights
+int8: ## build the int8 files, by the recipe's scheme
+bundle: ## pack what LiteRT-LM runs: bundle/fp32.litertlm and bundle/int8.litertlm
+verify: ## judge every file against Hugging Face and fp32; write report.json and report.html
 publish: ## assemble what would be uploaded (dry run)
-fetch golden fp32 fp16 int8 $(ALTERNATIVE) verify publish: %: $(ROOT)/%/manifest.json
+fetch golden graph fp32 fp16 int8 $(ALTERNATIVE) bundle verify publish: %: $(ROOT)/%/manifest.json
 
 define STAGE_RULE
 $(ROOT)/$(1)/manifest.json: $(foreach need,$(NEEDS_$(1)),$(ROOT)/$(need)/manifest.json) $(ROOT)/.inputs/$(1) | $(READY)
 	$$(call RUN,$(1)) -m pipeline.$(call MODULE,$(1)) $$(WHERE) $(OPTIONS_$(1))
 endef
 $(foreach stage,$(STAGES),$(eval $(call STAGE_RULE,$(stage))))
+
+chat: bundle ## talk to the int8 bundle in the terminal (PRECISION=)
+	$(call RUN,chat,-it) -m pipeline.chat $(abspath $(ROOT))/bundle/$(PRECISION).litertlm
+
+run: bundle ## let the int8 bundle answer PROMPT= once
+	$(call RUN,run) -m pipeline.chat $(abspath $(ROOT))/bundle/$(PRECISION).litertlm --prompt $(call QUOTE,$(PROMPT))
 
 compare: verify ## build every variant and print the table that compares them
 	$(call RUN,verify) -m pipeline.judge.report $(abspath $(ROOT))/verify/report.json

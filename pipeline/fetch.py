@@ -13,6 +13,7 @@ import os
 import shutil
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,13 @@ from pipeline.convert.intake import Plan, Source, plan
 from pipeline.core import log, memory
 from pipeline.core.errors import ResourceError, UsageError
 from pipeline.core.manifest import Facts, FileRecord, dump_json
-from pipeline.core.recipe import PROJECT
+from pipeline.core.recipe import PROJECT, Recipe, load
 from pipeline.core.stage import Context, Outcome, Stage, main
 from pipeline.models import architecture_for
 from pipeline.release.hub import Hub, Repository
 
 DOWNLOADS = ".download"
+RECIPES = PROJECT / "pipeline" / "recipes"
 
 
 def work(context: Context) -> Outcome:
@@ -40,21 +42,37 @@ def work(context: Context) -> Outcome:
     if Path(context.model_id).is_dir():
         if revision:
             raise UsageError(f"{context.model_id} is a folder: it has no revisions", remedy="leave REVISION= out")
-        return _from_folder(Path(context.model_id), target)
+        return _from_folder(context, target)
     return _from_hub(context, revision, target)
 
 
-def _expected(config: Mapping[str, Any]) -> tuple[Mapping[str, tuple[int, ...]], intake.Canonical]:
+def _expected(recipe: Recipe, config: Mapping[str, Any]) -> tuple[Mapping[str, tuple[int, ...]], intake.Canonical]:
     architecture = architecture_for(config)
+    _check_recipe(recipe, config["model_type"])
     return architecture.tensors(config), lambda name: architecture.canonical(name, config)
 
 
-def _from_folder(folder: Path, target: Path) -> Outcome:
+def _check_recipe(recipe: Recipe, model_type: str) -> None:
+    """Refuse a recipe that is for other models: its limits would judge this one wrongly.
+
+    Raises:
+        UsageError: with the recipe that fits.
+    """
+    if model_type not in recipe.model_types:
+        fitting = [file for file in sorted(RECIPES.glob("*.toml")) if model_type in load(file).model_types]
+        names = " or ".join(f"RECIPE={file.relative_to(PROJECT)}" for file in fitting)
+        raise UsageError(
+            f"the checkpoint is of type {model_type}, recipe {recipe.name} is for {', '.join(recipe.model_types)}",
+            remedy=f"say {names}" if names else f"write a recipe that has {model_type!r} among its model_types",
+        )
+
+
+def _from_folder(context: Context, target: Path) -> Outcome:
     """Link the needed files of a local folder; its revision is a hash over their names, sizes and contents."""
-    folder = folder.resolve()
+    folder = Path(context.model_id).resolve()
     sizes = {file.name: file.stat().st_size for file in folder.iterdir() if file.is_file()}
     source = Source(where=str(folder), sizes=sizes, read=lambda *part: checkpoint.read_part(folder, *part))
-    chosen = plan(source, _expected)
+    chosen = plan(source, partial(_expected, context.recipe))
     inside = folder.is_relative_to(PROJECT) and target.resolve().is_relative_to(PROJECT)
     for name in chosen.names:
         # Relative links survive when the project is moved or mounted elsewhere as a whole.
@@ -72,7 +90,8 @@ def _from_hub(context: Context, revision: str, target: Path) -> Outcome:
     log.step(f"{repository.model_id} at commit {repository.revision}")
     where = f"{hub.endpoint}/{repository.model_id}"
     sizes = {name: file.size for name, file in repository.files.items() if "/" not in name}
-    chosen = plan(Source(where=where, sizes=sizes, read=lambda *part: hub.read(repository, *part)), _expected)
+    source = Source(where=where, sizes=sizes, read=lambda *part: hub.read(repository, *part))
+    chosen = plan(source, partial(_expected, context.recipe))
     waiting = context.root / DOWNLOADS / repository.revision
     _drop_other_commits(waiting)
     _check_disk(chosen, repository, waiting, context.root)

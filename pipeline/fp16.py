@@ -1,35 +1,37 @@
-"""fp16: the step graph with its weights in float16, half the bytes of fp32; arithmetic stays float32."""
+"""Stage fp16: graphs and tables with their weights in float16, half the bytes of fp32; arithmetic stays float32."""
 
 from __future__ import annotations
 
 import sys
 
 from pipeline.convert import quantize, readback
-from pipeline.convert.flatbuffer import Graph
+from pipeline.convert.checkpoint import open_checkpoint
 from pipeline.core import log
+from pipeline.core.manifest import Fact
 from pipeline.core.stage import Context, Outcome, Stage, main
-
-NAME = "step.tflite"
+from pipeline.models import build
 
 
 def work(context: Context) -> Outcome:
-    """Write `step.tflite` and look into what was written."""
-    source = context.root / context.upstream["fp32"].output(NAME).path
-    file = context.folder / NAME
-    log.step("write weights as float16")
-    graph = Graph.read(source)
-    quantize.make_half(graph)
-    graph.prune()
-    graph.write(file)
-    log.step("read the file back")
-    found = readback.read_back(file)
-    facts = readback.check(found, "fp16", file)
-    readback.round_trip(file)
-    log.step(f"{log.human_bytes(found.size)}, {found.size / source.stat().st_size:.3f} of fp32")
+    """Fill the graphs, write the tables, and look into what was written."""
+    checkpoint = open_checkpoint(context.root / "fetch" / "checkpoint")
+    facts: dict[str, Fact] = {"graphs": context.graphs}
+    graphs = build.graph_files(context.upstream["graph"], context.root, context.graphs)
+    for name, source in graphs.items():
+        graph, file = build.with_weights(checkpoint, source), context.folder / name
+        quantize.make_half(graph)
+        graph.prune()
+        graph.write(file)
+        found = readback.read_back(file)
+        facts[name.removesuffix(".tflite")] = dict(readback.check(found, "fp16", file))
+        readback.round_trip(file)
+        log.step(f"{name}: {log.human_bytes(found.size)}")
+    if build.DECODER in graphs:
+        build.write_tables(checkpoint, "fp16", context.folder)
     return Outcome(facts=facts)
 
 
-STAGE = Stage(name="fp16", summary="Write the step graph with float16 weights.", work=work, needs=("fp32",))
+STAGE = Stage(name="fp16", summary="Write the files with float16 weights.", work=work, needs=("fetch", "graph"))
 
 if __name__ == "__main__":
     sys.exit(main(STAGE))

@@ -1,74 +1,58 @@
-"""Stage fp32: the step graph in float32, exact against Hugging Face; every other precision is made from it."""
+"""Stage fp32: graphs and tables in float32, exact against Hugging Face; what other precisions are held against."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from pipeline.convert import export, intake, weights
-from pipeline.convert.checkpoint import Checkpoint, open_checkpoint
+from pipeline.convert.checkpoint import open_checkpoint
 from pipeline.core import log
 from pipeline.core.errors import ExportError
-from pipeline.core.recipe import StepLimits
+from pipeline.core.manifest import Fact
 from pipeline.core.stage import Context, Outcome, Stage, main
 from pipeline.judge.runtime import StepModel
-from pipeline.models import architecture_for
-
-STEP = "step.tflite"
+from pipeline.judge.sections import Sections
+from pipeline.models import build
 
 
 def work(context: Context) -> Outcome:
-    """Map the weights, export the step graph, run it once."""
+    """Fill the graphs, write the tables, run each once."""
     checkpoint = open_checkpoint(context.root / "fetch" / "checkpoint")
-    names = tensor_names(checkpoint)
-    out = context.folder / STEP
-    with weights.mapped(checkpoint, names, context.folder / "weights.scratch") as tensors:
-        log.step("exporting the graph (torch.export with symbolic shapes; about a minute per ten layers)")
-        export_step(checkpoint, tensors, context.recipe.step, out)
-    log.step("reopening the file and running it once")
-    try_step(out)
-    parameters = sum(tensor.numel() for tensor in tensors.values())
-    return Outcome(facts={"parameters": parameters, "size": out.stat().st_size})
+    graphs = build.graph_files(context.upstream["graph"], context.root, context.graphs)
+    for name, source in graphs.items():
+        graph = build.with_weights(checkpoint, source)
+        graph.prune()
+        graph.write(context.folder / name)
+    if build.DECODER in graphs:
+        build.write_tables(checkpoint, "fp32", context.folder)
+    log.step("reopening the files and running them once")
+    _try(context.folder)
+    sizes: dict[str, Fact] = {file.name: file.stat().st_size for file in sorted(context.folder.glob("*.tflite"))}
+    return Outcome(facts={"graphs": context.graphs, "sizes": sizes})
 
 
-def tensor_names(checkpoint: Checkpoint) -> dict[str, str]:
-    """Canonical → checkpoint name of every tensor of the text model."""
-    architecture, config = architecture_for(checkpoint.config), checkpoint.config
-    return intake.match(
-        checkpoint.tensors,
-        architecture.tensors(config),
-        lambda name: architecture.canonical(name, config),
-        str(checkpoint.folder),
-    )
-
-
-def export_step(checkpoint: Checkpoint, tensors: Mapping[str, torch.Tensor], limits: StepLimits, out: Path) -> None:
-    """Write the step graph with the weights `tensors` (canonical names) to `out`."""
-    with torch.device("meta"):
-        module = architecture_for(checkpoint.config).step(checkpoint.config)
-    export.assign(module.model, tensors)
-    shape = {0: ("batch", 1, limits.max_batch), 1: ("sequence", 1, limits.max_sequence)}
-    inputs = {name: torch.ones((2, 128), dtype=torch.int32) for name in ("input_ids", "attention_mask")}
-    export.export(module, inputs, {name: shape for name in inputs}, out)
-
-
-def try_step(file: Path) -> None:
-    """Run `file` on two rows of three tokens.
+def _try(folder: Path) -> None:
+    """Run one step of the graphs in `folder`, with the built-in kernels: XNNPACK would repack all weights into memory.
 
     Raises:
-        ExportError: the logits are not finite.
+        ExportError: logits are not finite.
     """
-    ids = np.array([[2, 3, 4], [2, 3, 5]], dtype=np.int32)
-    logits = StepModel(file).logits(ids, np.ones_like(ids))
-    if not np.isfinite(logits).all():
-        raise ExportError(f"{file} computes logits that are not finite", remedy="report it with the checkpoint's name")
+    results = {}
+    if (folder / build.STEP).exists():
+        ids = np.array([[2, 3, 4], [2, 3, 5]], dtype=np.int32)
+        results[build.STEP] = StepModel(folder / build.STEP, xnnpack=False).logits(ids, np.ones_like(ids))
+    if (folder / build.DECODER).exists():
+        results[build.DECODER] = Sections(folder, xnnpack=False).try_once()
+    for name, logits in results.items():
+        if not np.isfinite(logits).all():
+            raise ExportError(
+                f"{name} computes logits that are not finite", remedy="report it with the checkpoint's name"
+            )
 
 
-STAGE = Stage(name="fp32", summary="Export the step graph in float32.", work=work, needs=("fetch",))
+STAGE = Stage(name="fp32", summary="Write the files in float32.", work=work, needs=("fetch", "graph"))
 
 if __name__ == "__main__":
     sys.exit(main(STAGE))

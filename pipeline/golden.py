@@ -22,15 +22,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Gemma3nForCausalLM, GenerationConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from pipeline.core import log, manifest, memory
-from pipeline.core.errors import IntegrityError, ResourceError, VerificationError
+from pipeline.core.errors import IntegrityError, ResourceError, UsageError, VerificationError
 from pipeline.core.manifest import Facts
-from pipeline.core.recipe import PROJECT, Shapes
+from pipeline.core.recipe import PROJECT, Bundle, Corpus, Graphs, Recipe, Shapes
 from pipeline.core.stage import Context, Outcome, Stage, main
-from pipeline.judge import corpus, metrics
+from pipeline.judge import cache, corpus, metrics
 from pipeline.judge.corpus import Tokens
 from pipeline.judge.reference import Head
 
@@ -68,7 +68,8 @@ class HuggingFace:
         transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers ships no types
         config = AutoConfig.from_pretrained(checkpoint, local_files_only=True)
         options: dict[str, Any] = {"config": config.get_text_config(), "key_mapping": _TEXT_TOWER}
-        kind: Any = Gemma3nForCausalLM if config.model_type == "gemma3n" else AutoModelForCausalLM
+        # The class of the text configuration, and not AutoModelForCausalLM, which goes by the checkpoint's own type.
+        kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(options["config"])]
         model, report = kind.from_pretrained(
             checkpoint,
             dtype=torch.float32,
@@ -93,6 +94,11 @@ class HuggingFace:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
+    def as_turn(self, text: str) -> str:
+        """`text` as the user's turn of a conversation, by the checkpoint's template, up to where the model answers."""
+        turn = [{"role": "user", "content": text}]
+        return str(self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+
     def hidden(self, ids: Tokens, mask: Tokens, bar: log.Progress | None = None) -> Floats:
         """Final hidden states float32 [B, S, H] of `ids` and `mask` [B, S], in batches that bound the memory."""
         rows = min(_MAX_ROWS, max(1, _SCORES // (self.model.config.num_attention_heads * ids.shape[1] ** 2)))
@@ -113,18 +119,51 @@ class HuggingFace:
                 bar.advance(tokens.numel())
         return np.concatenate(parts)
 
+    def hidden_cached(self, ids: Tokens, count: int, bar: log.Progress) -> Floats:
+        """Final hidden states float32 [B, count, H] of the last `count` tokens of `ids` [B, S], with the cache.
+
+        What comes before is read at once, the last tokens one at a time.
+        """
+        tokens = torch.from_numpy(ids).long().to(self.model.device)
+        seen, parts, start = None, [], tokens.shape[1] - count
+        with torch.inference_mode():
+            for begin, end in [(0, start), *((i, i + 1) for i in range(start, tokens.shape[1]))]:
+                output = self.model.model(input_ids=tokens[:, begin:end], past_key_values=seen, use_cache=True)
+                seen = output.past_key_values
+                parts.append(output.last_hidden_state.cpu().numpy())
+                bar.advance((end - begin) * len(ids))
+        return np.concatenate(parts[1:], axis=1)
+
     def continue_greedily(self, prompt: str, count: int) -> dict[str, Any]:
-        """At most `count` greedy tokens after bos and `prompt`, with the cache, as `generate` gives them."""
-        ids = [self.bos, *self.tokenize(prompt)]
+        """At most `count` greedy tokens after bos and `prompt`, with the cache, as `generate` gives them.
+
+        Per token, `margins` is how far it led, in logits, and `log_likelihoods` how likely it was, in nats.
+        """
+        ids = self.tokenize(prompt)
+        ids = ids if ids[:1] == [self.bos] else [self.bos, *ids]
         tokens = torch.tensor([ids], device=self.model.device)
         settings = GenerationConfig(  # type: ignore[no-untyped-call]  # transformers ships no types for it
-            max_new_tokens=count, do_sample=False, eos_token_id=list(self.stop), pad_token_id=self.pad
+            max_new_tokens=count,
+            do_sample=False,
+            eos_token_id=list(self.stop),
+            pad_token_id=self.pad,
+            return_dict_in_generate=True,
+            output_logits=True,
         )
         with torch.inference_mode():
             output = self.model.generate(tokens, attention_mask=torch.ones_like(tokens), generation_config=settings)
-        added = output[0, len(ids) :].tolist()
-        text = self.tokenizer.decode(added, skip_special_tokens=True)
-        return {"prompt": prompt, "prompt_ids": ids, "continuation_ids": added, "text": text}
+        added = output.sequences[0, len(ids) :].tolist()
+        logits = torch.cat(output.logits).double()
+        best = torch.topk(logits, 2).values.tolist()
+        chosen = torch.log_softmax(logits, dim=-1)[torch.arange(len(added)), added].tolist()
+        return {
+            "prompt": prompt,
+            "prompt_ids": ids,
+            "continuation_ids": added,
+            "text": self.tokenizer.decode(added, skip_special_tokens=True),
+            "margins": [first - second for first, second in best],
+            "log_likelihoods": chosen,
+        }
 
 
 def _first(*values: int | None) -> int:
@@ -259,8 +298,15 @@ def work(context: Context) -> Outcome:
     )
     hidden = make_corpus(reference, windows, context.folder / "corpus.safetensors")
     floor = self_floor(reference, windows, hidden, Head.of_checkpoint(checkpoint))
-    cases = make_shapes(reference, recipe.shapes, context.folder / "shapes.safetensors")
-    greedy = _greedy(reference, corpus.pick_prompts(documents, recipe.corpus.prompts), recipe.corpus.continuation)
+    cases = (
+        0
+        if context.graphs == "bundle"
+        else make_shapes(reference, recipe.shapes, context.folder / "shapes.safetensors")
+    )
+    greedy = _greedy(reference, documents, recipe, context.graphs)
+    spoken: Facts = (
+        {} if context.graphs == "step" else make_recital(reference, documents, recipe.bundle, context.folder)
+    )
     manifest.write_atomically(context.folder / "greedy.json", json.dumps(greedy, ensure_ascii=False, indent=1) + "\n")
     return Outcome(
         facts={
@@ -276,6 +322,7 @@ def work(context: Context) -> Outcome:
             "pad": reference.pad,
             "stop": list(reference.stop),
             "self_floor": dict(floor),
+            **spoken,
         }
     )
 
@@ -290,13 +337,43 @@ def _require_memory(parameters: manifest.Fact) -> None:
     )
 
 
-def _greedy(reference: HuggingFace, prompts: Sequence[str], count: int) -> list[dict[str, Any]]:
+def _greedy(reference: HuggingFace, documents: Sequence[str], recipe: Recipe, graphs: Graphs) -> list[dict[str, Any]]:
+    """As many continuations, and as long, as step graph and bundles are held against.
+
+    Every fourth prompt of a bundle is the same beginning as a chat turn, so that answers end at a stop token.
+    """
+    wanted: list[Corpus | Bundle] = [recipe.corpus] if graphs != "bundle" else []
+    wanted += [recipe.bundle] if graphs != "step" else []
+    prompts = corpus.pick_prompts(documents, max(each.prompts for each in wanted))
+    if graphs != "step" and reference.tokenizer.chat_template:
+        prompts[3::4] = [reference.as_turn(prompt) for prompt in prompts[3::4]]
+    count = max(each.continuation for each in wanted)
     with log.progress("greedy continuations", len(prompts), "prompts") as bar:
         rows = []
         for prompt in prompts:
             rows.append(reference.continue_greedily(prompt, count))
             bar.advance()
     return rows
+
+
+def make_recital(reference: HuggingFace, documents: Sequence[str], bundle: Bundle, folder: Path) -> Facts:
+    """Compute and store what the reference says of the conversations that go through the cache.
+
+    Raises:
+        UsageError: the verification text is too short for them.
+    """
+    script, _ = cache.scripts(bundle, reference.model.config.sliding_window)
+    tokens = corpus.pack_windows(documents, reference.tokenize, bos=reference.bos, window=script.length, limit=2)
+    if len(tokens) < 2:
+        raise UsageError(
+            f"the verification text is too short for two conversations of {script.length} tokens",
+            remedy="give more text, or lower bundle.decode in the recipe",
+        )
+    with log.progress("reference through the cache", 2 * tokens.size, "tokens") as bar:
+        hidden = reference.hidden(tokens, np.ones_like(tokens), bar)
+        cached = reference.hidden_cached(tokens, bundle.decode, bar)
+    save_file({"input_ids": tokens, "hidden": hidden, "cached": cached}, folder / "cache.safetensors")
+    return {"sliding_window": reference.model.config.sliding_window, "conversation": script.length}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""int8: the step graph with int8 weights, by the scheme `dynamic` or `static`.
+"""int8: the graphs and tables with int8 weights; the step graph by the scheme `dynamic` or `static`.
 
 The recipe's scheme makes `int8/`; `--scheme dynamic` or `--scheme static` makes `int8-dynamic/` or `int8-static/`, so
 that both can stand side by side.
@@ -13,47 +13,66 @@ from pathlib import Path
 from typing import Any, cast
 
 from pipeline.convert import calibrate, quantize, readback
+from pipeline.convert.checkpoint import open_checkpoint
 from pipeline.convert.flatbuffer import Graph
 from pipeline.core import log
 from pipeline.core.errors import UsageError
-from pipeline.core.manifest import Facts
-from pipeline.core.recipe import PROJECT, Scheme
+from pipeline.core.manifest import Fact, Facts
+from pipeline.core.recipe import PROJECT, Recipe, Scheme
 from pipeline.core.stage import Context, Outcome, Stage, main
-
-NAME = "step.tflite"
+from pipeline.models import build
 
 
 def work(context: Context) -> Outcome:
-    """Write `step.tflite` and look into what was written."""
-    settings = context.recipe.int8
-    scheme: Scheme = context.arguments.scheme or settings.scheme
-    source = context.root / context.upstream["fp32"].output(NAME).path
-    file = context.folder / NAME
-    keep = quantize.keeper(settings.keep_float)
-    graph = Graph.read(source)
-    more: Facts = {}
-    if scheme == "dynamic":
-        log.step("quantise weights; activations are quantised at run time")
+    """Fill the graphs, write the tables, and look into what was written.
+
+    The scheme is the step graph's. The bundle's decoder is always dynamic, and stands in `int8/` alone.
+    """
+    checkpoint = open_checkpoint(context.root / "fetch" / "checkpoint")
+    graphs = build.graph_files(context.upstream["graph"], context.root, context.graphs)
+    keep = quantize.keeper(context.recipe.int8.keep_float)
+    scheme = _scheme(context.arguments, context.recipe)
+    facts: dict[str, Fact] = {"graphs": context.graphs, "scheme": scheme}
+    if build.STEP in graphs:
+        graph = build.with_weights(checkpoint, graphs[build.STEP])
+        if scheme == "static":
+            facts |= _make_static(context, graph, keep)
+        else:
+            quantize.make_dynamic(graph, keep)
+        facts["step"] = dict(_write(graph, context.folder / build.STEP, scheme))
+    if build.DECODER in graphs and not context.arguments.scheme:
+        graph = build.with_weights(checkpoint, graphs[build.DECODER])
         quantize.make_dynamic(graph, keep)
-    else:
-        samples = _samples(context)
-        log.step(f"run fp32 on {len(samples)} samples of {sum(map(len, samples))} tokens for the ranges")
-        plan = quantize.plan_static(graph, keep)
-        seen = calibrate.collect(source, plan.wanted, samples)
-        log.step("quantise weights and activations")
-        quantize.make_static(graph, plan, seen, keep)
-        more = {"calibration_samples": len(samples), "calibration_tokens": sum(map(len, samples))}
+        facts["decoder"] = dict(_write(graph, context.folder / build.DECODER, "dynamic"))
+        build.write_tables(checkpoint, "int8", context.folder)
+    return Outcome(facts=facts)
+
+
+def _make_static(context: Context, graph: Graph, keep: quantize.Keep) -> Facts:
+    """Quantise the step graph's activations as well, with the ranges that the fp32 file shows on real text."""
+    samples = _samples(context)
+    tokens = sum(map(len, samples))
+    log.step(f"run fp32 on {len(samples)} samples of {tokens} tokens for the ranges")
+    fp32 = context.root / context.upstream["fp32"].output(build.STEP).path
+    seen = calibrate.collect(fp32, quantize.plan_static(Graph.read(fp32), keep).wanted, samples)
+    graph.prune()  # as the fp32 file was: tensors have the same places in both
+    quantize.make_static(graph, quantize.plan_static(graph, keep), seen, keep)
+    return {"calibration_samples": len(samples), "calibration_tokens": tokens}
+
+
+def _write(graph: Graph, file: Path, scheme: Scheme) -> Facts:
+    """Write `file`, and find out what stands in it."""
+    log.step(f"{file.name}: int8 weights, {scheme}")
     graph.prune()
     graph.write(file)
-    log.step("read the file back")
     found = readback.read_back(file)
     facts = readback.check(found, scheme, file)
     readback.round_trip(file)
-    log.step(f"{log.human_bytes(found.size)}, {found.size / source.stat().st_size:.3f} of fp32")
     log.step(
-        f"{facts['integer_share']:.1%} of multiply-adds integer, {facts['weights_int8_share']:.1%} of weights int8"
+        f"{file.name}: {log.human_bytes(found.size)}; {facts['integer_share']:.1%} of multiply-adds integer, "
+        f"{facts['weights_int8_share']:.1%} of weights int8"
     )
-    return Outcome(facts={**facts, **more})
+    return facts
 
 
 def _samples(context: Context) -> list[calibrate.Ids]:
@@ -98,13 +117,24 @@ def _name(arguments: argparse.Namespace) -> str:
     return f"int8-{arguments.scheme}" if arguments.scheme else "int8"
 
 
+def _needs(arguments: argparse.Namespace, recipe: Recipe) -> tuple[str, ...]:
+    """The full-integer scheme runs the fp32 file for its ranges."""
+    calibrated = arguments.graphs != "bundle" and _scheme(arguments, recipe) == "static"
+    return ("fetch", "graph", "fp32") if calibrated else ("fetch", "graph")
+
+
+def _scheme(arguments: argparse.Namespace, recipe: Recipe) -> Scheme:
+    scheme: Scheme = arguments.scheme or recipe.int8.scheme
+    return scheme
+
+
 STAGE = Stage(
     name="int8",
-    summary="Write the step graph with int8 weights and, if static, int8 activations.",
+    summary="Write the files with int8 weights and, if the scheme is static, int8 activations.",
     work=work,
-    needs=("fp32", "fetch"),
     add_arguments=_add_arguments,
     name_of=_name,
+    needs_of=_needs,
 )
 
 if __name__ == "__main__":

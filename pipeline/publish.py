@@ -13,12 +13,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.core.manifest import Manifest
+from pipeline.core.recipe import Recipe
 from pipeline.core.stage import Context, Outcome, Stage, main, model_name
 from pipeline.release import card, clearance, folder, licence, provenance
 from pipeline.release.card import Build, Product, Subject
 from pipeline.release.licence import Claim
 
-PRODUCTS = {"fp32": "float32", "fp16": "float16", "int8": "int8"}
+PRECISIONS = {"fp32": "float32", "fp16": "float16", "int8": "int8"}
 STEP = "step.tflite"
 
 
@@ -30,29 +31,69 @@ def work(context: Context) -> Outcome:
     """
     verify = context.upstream["verify"]
     judgement = clearance.judgement(context.root / "verify")
+    products = _products(context)
     clearance.refuse_other_recipe(verify, context.recipe.sha256)
-    clearance.refuse_other_bytes(context.upstream, (f"{kind}/{STEP}" for kind in PRODUCTS))
+    clearance.refuse_other_bytes(context.upstream, (product.source for product in products))
     checkpoint, target = context.root / "fetch" / "checkpoint", context.folder
     source, subject = card.front_matter(checkpoint), _subject(context.upstream["fetch"])
     terms, build = licence.resolve(_claim(context.upstream["fetch"], source)), _build(context)
 
-    names = {kind: f"{context.root.name}_{kind}.tflite" for kind in PRODUCTS}
-    checks = clearance.checks(judgement, names)
-    for kind, name in names.items():
-        folder.place_model(context.root / kind / STEP, target / name)
+    checks = clearance.checks(judgement, {product.variant: product.file for product in products})
+    for product in products:
+        folder.place_model(context.root / product.source, target / product.file)
     folder.place_tokenizer(checkpoint, target)
     folder.place_reports(context.root / "verify", clearance.REPORTS, target)
     folder.place_manifests(context.root, context.upstream, target)
     carried = folder.place_licence_files(checkpoint, target)
     (target / "LICENSE").write_text(licence.licence_text(terms, carried), encoding="utf-8")
     (target / "NOTICE").write_text(licence.notice_text(terms, subject.model, build.changes), encoding="utf-8")
-    products = [_product(context, kind, name) for kind, name in names.items()]
     page = card.text(subject, terms, source, products, checks, build)
     (target / "README.md").write_text(page, encoding="utf-8")
 
     judged = {record.path: record.sha256 for record in verify.inputs}
-    folder.show(target, folder.seal(target, {name: judged[f"{kind}/{STEP}"] for kind, name in names.items()}))
+    folder.show(target, folder.seal(target, {product.file: judged[product.source] for product in products}))
     return Outcome(facts={"licence": terms.identifier, "base_models": list(subject.base_models), "uploaded": False})
+
+
+def _products(context: Context) -> list[Product]:
+    """Bundles of the recipe's precisions, and step graphs in three, as far as they are wanted."""
+    found: list[Product] = []
+    if context.graphs != "step":
+        found += [_bundle(context, precision) for precision in context.recipe.bundle.precisions]
+    if context.graphs != "bundle":
+        found += [_step(context, precision) for precision in PRECISIONS]
+    return found
+
+
+def _bundle(context: Context, precision: str) -> Product:
+    scheme = ", dynamic" if precision == "int8" else ""
+    return _product(
+        context,
+        variant=f"bundle-{precision}",
+        source=f"bundle/{precision}.litertlm",
+        precision=f"{PRECISIONS[precision]}{scheme}, bundle for LiteRT-LM",
+    )
+
+
+def _step(context: Context, precision: str) -> Product:
+    scheme = f", {context.recipe.int8.scheme}" if precision == "int8" else ""
+    return _product(
+        context,
+        variant=precision,
+        source=f"{precision}/{STEP}",
+        precision=f"{PRECISIONS[precision]}{scheme}, step graph",
+    )
+
+
+def _product(context: Context, variant: str, source: str, precision: str) -> Product:
+    file = context.root / source
+    return Product(
+        variant=variant,
+        source=source,
+        file=f"{context.root.name}_{variant.removeprefix('bundle-')}{file.suffix}",
+        precision=precision,
+        size=file.stat().st_size,
+    )
 
 
 def _subject(fetched: Manifest) -> Subject:
@@ -80,25 +121,21 @@ def _texts(value: object) -> tuple[str, ...]:
 
 
 def _build(context: Context) -> Build:
-    made, recipe = context.upstream["fp32"], context.recipe
+    made, recipe = context.upstream["verify"], context.recipe
     return Build(
         recipe=recipe.name,
         recipe_sha256=recipe.sha256,
         max_batch=recipe.step.max_batch,
         max_sequence=recipe.step.max_sequence,
+        max_tokens=recipe.bundle.max_tokens,
         commit=made.source.commit + (" with local changes" if made.source.commit and made.source.dirty else ""),
         tools=made.tools,
-        changes="the text model was rebuilt as a graph of LiteRT operators, and its weights were stored as float32, as "
+        changes="the text model was rebuilt as graphs of LiteRT operators, and its weights were stored as float32, as "
         f"float16, and as int8 (one symmetric scale per output channel, {recipe.int8.scheme} activations).",
     )
 
 
-def _product(context: Context, kind: str, name: str) -> Product:
-    scheme = f", {context.recipe.int8.scheme}" if kind == "int8" else ""
-    return Product(file=name, precision=PRODUCTS[kind] + scheme, size=(context.folder / name).stat().st_size)
-
-
-def _needs(arguments: argparse.Namespace) -> tuple[str, ...]:
+def _needs(arguments: argparse.Namespace, _recipe: Recipe) -> tuple[str, ...]:
     """Fetch, the stages that verify read, and verify.
 
     Raises:

@@ -1,9 +1,10 @@
 """verify: hold every file against the reference and say, limit beside value, whether it is good enough.
 
-Two gates. The fp32 file is held against Hugging Face (a fault of the conversion shows), the other files against the
-fp32 file (what precision costs shows). A required file that misses a limit fails the stage with exit code 8, leaves
-no manifest, and leaves the report for the reader. The int8 scheme that the recipe did not choose is judged in the same
-way and may fail: it is marked as not fit to publish.
+Two gates. The fp32 files are held against Hugging Face (a fault of the conversion shows), the others against the fp32
+files (what precision costs shows). Step graphs run on whole prompts; bundles through the cache, section by section, and
+whole in LiteRT-LM, whose text must be Hugging Face's. A required file that misses a limit fails the stage with exit
+code 8, leaves no manifest, and leaves the report for the reader. The int8 scheme that the recipe did not choose is
+judged in the same way and may fail: it is marked as not fit to publish.
 
 `judgement.json` is the same from run to run. `report.json` and `report.html` add timings, machine and date.
 """
@@ -19,14 +20,16 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from pipeline.convert.template import CONVERSATIONS
 from pipeline.core import log, manifest, versions
 from pipeline.core.errors import UsageError, VerificationError
-from pipeline.core.manifest import Fact
-from pipeline.core.recipe import PROJECT
+from pipeline.core.manifest import Fact, Facts
+from pipeline.core.recipe import PROJECT, Recipe
 from pipeline.core.stage import Context, Outcome, Stage, main
-from pipeline.judge import corpus, gates, report, runtime, verdict
+from pipeline.judge import bundles, cache, corpus, gates, report, runtime, verdict
+from pipeline.judge.cache import Recital
 from pipeline.judge.examine import Panel
 from pipeline.judge.reference import Head, Reference
 from pipeline.judge.verdict import BASELINE, Setting, Subject, Verdict
@@ -38,14 +41,39 @@ _PER_BATCH = 8
 
 
 def work(context: Context) -> Outcome:
-    """Judge every variant, write judgement and report, and fail if a required check did not pass."""
-    recipe, golden = context.recipe, context.upstream["golden"].facts
+    """Judge every file, write judgement and report, and fail if a required check did not pass."""
+    recipe = context.recipe
     corpus.require_disjoint(
         corpus.read_documents(PROJECT / recipe.corpus.verification),
         corpus.read_documents(PROJECT / recipe.corpus.calibration),
     )
     checkpoint = context.root / "fetch" / "checkpoint"
     reference = Reference(context.root / "golden", Head.of_checkpoint(checkpoint))
+    tokenizer = _tokenizer(checkpoint)
+    verdicts: list[Verdict] = []
+    heard: list[bundles.Verdict] = []
+    judgement: dict[str, Any] = {}
+    if context.graphs != "bundle":
+        verdicts, judgement = _judge_steps(context, reference, tokenizer)
+    if context.graphs != "step":
+        heard = _judge_bundles(context, reference, tokenizer)
+    judgement = verdict.finite(judgement | _judgement(context, verdicts, heard))
+    manifest.write_atomically(context.folder / "judgement.json", manifest.dump_json(judgement))
+    _write_report(context, judgement, verdicts)
+    _say([*verdicts, *heard], context.folder)
+    return Outcome(
+        facts={
+            "passed": True,
+            "checks": len(judgement["checks"]),
+            "fit": [_name(item) for item in (*verdicts, *heard) if item.fit],
+            "not_fit": [_name(item) for item in (*verdicts, *heard) if not item.fit],
+        }
+    )
+
+
+def _judge_steps(context: Context, reference: Reference, tokenizer: Any) -> tuple[list[Verdict], dict[str, Any]]:
+    """The verdicts on the step graphs, and what of the judgement is theirs alone."""
+    recipe, golden = context.recipe, context.upstream["golden"].facts
     panel = Panel.of(
         reference,
         count=recipe.corpus.positions,
@@ -57,24 +85,61 @@ def work(context: Context) -> Outcome:
         setting = Setting(
             reference=reference,
             panel=panel,
+            prompts=recipe.corpus.prompts,
             continuation=recipe.corpus.continuation,
             stop=_integers(golden["stop"]),
             scratch=Path(scratch),
         )
         verdicts = _judge_all(subjects, setting)
-        judgement = _judgement(context, verdicts, reference, _decoder(checkpoint), len(panel.positions))
-    manifest.write_atomically(context.folder / "judgement.json", manifest.dump_json(judgement))
-    sequences = [length for length in SEQUENCES if length <= recipe.step.max_sequence]
-    _write_report(context.folder, judgement, subjects, sequences, _integer(golden["bos"]))
-    _say(verdicts, context.folder)
-    return Outcome(
-        facts={
-            "passed": True,
-            "checks": len(judgement["checks"]),
-            "fit": [item.subject.name for item in verdicts if item.fit],
-            "not_fit": [item.subject.name for item in verdicts if not item.fit],
-        }
+    decode: Callable[[list[int]], str] = lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True))  # noqa: E731
+    rows = verdict.greedy_rows(reference, verdicts, setting, decode)
+    return verdicts, {"greedy": rows, "continuation": recipe.corpus.continuation, "positions": len(panel.positions)}
+
+
+def _judge_bundles(context: Context, reference: Reference, tokenizer: Any) -> list[bundles.Verdict]:
+    recipe, golden = context.recipe, context.upstream["golden"].facts
+    tokens, hidden, cached = reference.cache()
+    with tempfile.TemporaryDirectory(dir=context.folder) as scratch:
+        setting = bundles.Setting(
+            recital=Recital(
+                scripts=cache.scripts(recipe.bundle, _integer(golden["sliding_window"])),
+                tokens=tokens,
+                hidden=hidden,
+                cached=cached,
+            ),
+            head=reference.head,
+            tokenizer=tokenizer,
+            conversations=CONVERSATIONS,
+            greedy=reference.greedy()[: recipe.bundle.prompts],
+            stop=set(_integers(golden["stop"])),
+            scratch=Path(scratch),
+        )
+        verdicts: list[bundles.Verdict] = []
+        for precision in sorted(recipe.bundle.precisions, key=lambda name: name != BASELINE):
+            subject = _bundle(context, precision)
+            log.step(f"judging {subject.name} ({log.human_bytes(subject.record.size)})")
+            verdicts.append(bundles.judge(subject, setting, verdicts[0] if verdicts else None))
+    return verdicts
+
+
+def _bundle(context: Context, precision: str) -> bundles.Subject:
+    made = context.upstream["bundle"]
+    held = cast(Mapping[str, Any], made.facts[precision])
+    record = made.output(f"{precision}.litertlm")
+    return bundles.Subject(
+        precision=precision,
+        path=context.root / record.path,
+        record=record,
+        sections=context.root / precision,
+        gate=context.recipe.gates.get(f"bundle-{precision}"),
+        parameters=_integer(context.upstream["fetch"].facts["parameters"]),
+        stored=held["stored"],
+        weight_bytes=held["weight_bytes"],
     )
+
+
+def _name(item: Verdict | bundles.Verdict) -> str:
+    return item.subject.name
 
 
 def _ordered(variants: Sequence[str]) -> list[str]:
@@ -96,7 +161,7 @@ def _subject(context: Context, name: str) -> Subject:
         name=name,
         path=context.root / name / STEP,
         record=made.output(STEP),
-        facts=made.facts,
+        facts=cast(Facts, made.facts.get("step", {})),
         gate_name=key,
         gate=context.recipe.gates.get(key),
         parameters=parameters if isinstance(parameters, int) else None,
@@ -112,26 +177,19 @@ def _judge_all(subjects: Sequence[Subject], setting: Setting) -> list[Verdict]:
     return verdicts
 
 
-def _decoder(checkpoint: Path) -> Callable[[list[int]], str]:
-    """Token ids to text, as the checkpoint's own tokenizer does it."""
+def _tokenizer(checkpoint: Path) -> Any:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)
-    return lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True))
+    return AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)
 
 
-def _judgement(
-    context: Context,
-    verdicts: Sequence[Verdict],
-    reference: Reference,
-    decode: Callable[[list[int]], str],
-    positions: int,
-) -> dict[str, Any]:
-    """Everything that was found and does not change from run to run."""
+def _judgement(context: Context, verdicts: Sequence[Verdict], heard: Sequence[bundles.Verdict]) -> dict[str, Any]:
+    """What was found and does not change from run to run."""
     fetch, golden = context.upstream["fetch"], context.upstream["golden"]
     required = [check for item in verdicts if not item.subject.alternative for check in item.checks]
+    required += [check for item in heard for check in item.checks]
     alternative = [check for item in verdicts if item.subject.alternative for check in item.checks]
-    found = {
+    return {
         "schema": report.SCHEMA,
         "model": fetch.model,
         "revision": fetch.revision,
@@ -142,23 +200,20 @@ def _judgement(
         "passed": bool(required) and all(check.passed for check in required),
         "checks": [asdict(check) for check in required],
         "alternative_checks": [asdict(check) for check in alternative],
-        "reference": {**golden.facts, "positions": positions},
-        "continuation": context.recipe.corpus.continuation,
+        "reference": dict(golden.facts),
         "order": [item.subject.name for item in verdicts],
         "variants": {item.subject.name: item.facts() for item in verdicts},
-        "greedy": verdict.greedy_rows(reference, verdicts, decode),
+        "bundles": {item.subject.name: item.facts() for item in heard},
     }
-    cleaned: dict[str, Any] = verdict.finite(found)
-    return cleaned
 
 
-def _write_report(
-    folder: Path, judgement: Mapping[str, Any], subjects: Sequence[Subject], sequences: Sequence[int], bos: int
-) -> None:
-    """Time the files at `sequences` tokens and write `report.json` and `report.html`."""
+def _write_report(context: Context, judgement: Mapping[str, Any], verdicts: Sequence[Verdict]) -> None:
+    """Time the step graphs and write `report.json` and `report.html`."""
+    sequences = [length for length in SEQUENCES if length <= context.recipe.step.max_sequence]
+    bos = _integer(context.upstream["golden"].facts["bos"])
     speed: dict[str, Any] = {}
-    with log.progress("timing", len(subjects) * len(verdict.KERNELS), "runs") as bar:
-        for subject in subjects:
+    with log.progress("timing", len(verdicts) * len(verdict.KERNELS), "runs") as bar:
+        for subject in (item.subject for item in verdicts):
             speed[subject.name] = {}
             for kernels in verdict.KERNELS:
                 measured = runtime.measure_speed(subject.path, sequences, bos=bos, xnnpack=kernels == "xnnpack")
@@ -168,7 +223,7 @@ def _write_report(
     full = {
         **judgement,
         "speed": speed,
-        "sequences": list(sequences),
+        "sequences": sequences,
         "machine": {
             "system": platform.platform(),
             "processor": runtime.processor(),
@@ -177,13 +232,13 @@ def _write_report(
         },
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }
-    manifest.write_atomically(folder / "report.json", manifest.dump_json(full))
-    manifest.write_atomically(folder / "report.html", report.render(full))
+    manifest.write_atomically(context.folder / "report.json", manifest.dump_json(full))
+    manifest.write_atomically(context.folder / "report.html", report.render(full))
     for row in report.table(full):
         log.line(f"  {row}")
 
 
-def _say(verdicts: Sequence[Verdict], folder: Path) -> None:
+def _say(verdicts: Sequence[Verdict | bundles.Verdict], folder: Path) -> None:
     """Print what missed its limit.
 
     Raises:
@@ -192,9 +247,10 @@ def _say(verdicts: Sequence[Verdict], folder: Path) -> None:
     failed: list[str] = []
     for item in verdicts:
         missed = [check.sentence() for check in item.checks if not check.passed]
-        for sentence in missed if item.subject.alternative else ():
+        optional = isinstance(item, Verdict) and item.subject.alternative
+        for sentence in missed if optional else ():
             log.warn(f"not fit to publish: {sentence}")
-        failed += [] if item.subject.alternative else missed
+        failed += [] if optional else missed
     if failed:
         for sentence in failed:
             log.line(f"  failed: {sentence}")
@@ -216,13 +272,15 @@ def _integers(value: Fact) -> list[int]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The files to judge."""
     parser.add_argument(
-        "--variants", nargs="+", default=list(VARIANTS), help="folders with a step graph (default: %(default)s)"
+        "--variants", nargs="*", default=list(VARIANTS), help="folders with a step graph (default: %(default)s)"
     )
 
 
-def needs_of(arguments: argparse.Namespace) -> tuple[str, ...]:
-    """The reference, the checkpoint, and every variant's folder."""
-    return ("fetch", "golden", *dict.fromkeys(arguments.variants))
+def needs_of(arguments: argparse.Namespace, recipe: Recipe) -> tuple[str, ...]:
+    """The checkpoint, the reference, and the folders of all files."""
+    steps = arguments.variants if arguments.graphs != "bundle" else ()
+    spoken = ("bundle", *recipe.bundle.precisions) if arguments.graphs != "step" else ()
+    return ("fetch", "golden", *dict.fromkeys((*steps, *spoken)))
 
 
 STAGE = Stage(

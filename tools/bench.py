@@ -1,9 +1,14 @@
-"""Measure what tests must not: speed, time and memory, on a random Gemma 3n with the layers of E2B.
+"""Measure what tests must not: speed, time and memory.
 
     make bench
 
-Writes `bench/bench.json`: per stage seconds and peak memory, and the latency of int8 against fp32. Both files are timed
-in turns in one run, so their ratio means something on a noisy machine. `tools/figures.py` puts it into the README.
+Two parts, both into `bench/bench.json`, which `tools/figures.py` puts into the README:
+
+* a random Gemma 3n with the layers of E2B: per stage seconds and peak memory, and the latency of int8 against fp32;
+* Gemma 3 270M as an int8 bundle in LiteRT-LM, beside the stock exporter's of the same checkpoint, cache and prefill.
+
+What is compared is timed in turns in one run, so ratios mean something on a noisy machine. Checkpoint and stock
+exporter come from packages in environments of their own; what pip can't get is left out, and said.
 """
 
 from __future__ import annotations
@@ -11,25 +16,34 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import shutil
 import statistics
+import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
 
-from pipeline import fetch, fp32, int8
 from pipeline.core import log, manifest, versions
 from pipeline.core.recipe import PROJECT
-from pipeline.core.stage import Stage, main
+from pipeline.core.recipe import load as load_recipe
 from pipeline.judge.runtime import StepModel, default_threads, processor
 from pipeline.models.gemma3n import ARCHITECTURE
+from tools import bench_bundle
 
+RECIPES = PROJECT / "pipeline" / "recipes"
+STEP_STAGES = ("fetch", "graph", "fp32", "int8")
+BUNDLE_STAGES = (*STEP_STAGES, "bundle")
 SEQUENCES = (1, 128, 512)
+TOKENS = 128
+"""Tokens of the prompt, which a prefill takes whole, and of the answer."""
 WIDE = {
     "model_type": "gemma3n_text",
     "architectures": ["Gemma3nForCausalLM"],
@@ -79,16 +93,19 @@ def _values(random: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
     return 1 + 0.1 * drawn if len(shape) == 1 else drawn / math.sqrt(shape[-1])
 
 
-def run_stage(stage: Stage, checkpoint: Path, artifacts: Path) -> dict[str, Any]:
-    """Run one stage; what its `run.json` says, and the size of what it made."""
-    code = main(stage, ["--model-id", str(checkpoint), "--artifacts", str(artifacts)])
-    if code:
-        sys.exit(code)
-    folder = artifacts / checkpoint.name / stage.name
-    made = manifest.read(folder)
-    run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    size = sum(record.size for record in made.outputs)
-    return {name: run[name] for name in ("seconds", "peak_anonymous", "peak_resident")} | {"size": size}
+def run_stages(names: Sequence[str], checkpoint: Path, artifacts: Path, recipe: str, graphs: str) -> dict[str, Any]:
+    """Run stages, each in a process of its own; by name what their `run.json` says, and the size of what they made."""
+    results = {}
+    for name in names:
+        where = ["--model-id", str(checkpoint), "--artifacts", str(artifacts)]
+        what = ["--recipe", str(RECIPES / f"{recipe}.toml"), "--graphs", graphs]
+        if code := subprocess.call([sys.executable, "-m", f"pipeline.{name}", *where, *what]):
+            sys.exit(code)
+        folder = artifacts / checkpoint.name / name
+        taken = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        size = sum(record.size for record in manifest.read(folder).outputs)
+        results[name] = {key: taken[key] for key in ("seconds", "peak_anonymous", "peak_resident")} | {"size": size}
+    return results
 
 
 def time_in_turns(files: Mapping[str, Path], sequence: int, rounds: int) -> dict[str, float]:
@@ -107,22 +124,83 @@ def time_in_turns(files: Mapping[str, Path], sequence: int, rounds: int) -> dict
     return {name: 1000 * statistics.median(taken) for name, taken in times.items()}
 
 
-def run(folder: Path, layers: int, rounds: int) -> dict[str, Any]:
-    """Make the model, take it through the stages, time the files."""
-    shutil.rmtree(folder, ignore_errors=True)
+def measure_steps(folder: Path, layers: int, rounds: int) -> dict[str, Any]:
+    """Make the random model, take it through the stages, time the step graphs."""
     checkpoint = make_checkpoint(folder / "wide-gemma3n", layers, seed=0)
-    stages = {stage.name: run_stage(stage, checkpoint, folder) for stage in (fetch.STAGE, fp32.STAGE, int8.STAGE)}
+    stages = run_stages(STEP_STAGES, checkpoint, folder, "gemma3n", "step")
     root = folder / checkpoint.name
     files = {name: root / name / "step.tflite" for name in ("fp32", "int8")}
     latency = {}
     for sequence in SEQUENCES:
         log.step(f"timing S = {sequence}")
         latency[str(sequence)] = time_in_turns(files, sequence, rounds)
+    parameters = manifest.read(root / "fetch").facts["parameters"]
+    return {"parameters": parameters, "layers": layers, "stages": stages, "latency_ms": latency}
+
+
+def measure_bundles(folder: Path, rounds: int) -> dict[str, Any] | None:
+    """Make Gemma 3 270M's int8 bundle with the stages and with the stock exporter, and run both in turns.
+
+    Only ours where the stock exporter can't be installed; None where the checkpoint can't be had.
+    """
+    material = environment("material", folder)
+    if material is None:
+        return None
+    checkpoint = folder / "gemma3-270m"
+    subprocess.run([material, "-m", "tools.gemma3_checkpoint", checkpoint], check=True)
+    cache = load_recipe(RECIPES / "gemma3.toml").bundle.cache_length
+    stages = run_stages(BUNDLE_STAGES, checkpoint, folder, "gemma3", "bundle")
+    builds = {"ours": _together(stages)}
+    files = {"ours": folder / checkpoint.name / "bundle" / "int8.litertlm"}
+    if stock := environment("stock", folder):
+        made = folder / "by-stock"
+        options = ["--precision=int8", f"--prefill={TOKENS}", f"--cache={cache}"]
+        subprocess.run([stock, "-m", "tools.stock", checkpoint, made, *options], check=True)
+        builds["stock"] = json.loads((made / "int8.json").read_text(encoding="utf-8"))
+        files["stock"] = made / "int8.litertlm"
+    work = bench_bundle.Work(prompt_tokens=TOKENS, decode_tokens=TOKENS, threads=default_threads())
+    measured = bench_bundle.compare(files, work, rounds)
+    for line in bench_bundle.table(measured):
+        log.line(line)
     return {
-        "parameters": manifest.read(root / "fp32").facts["parameters"],
-        "layers": layers,
+        "parameters": manifest.read(folder / checkpoint.name / "fetch").facts["parameters"],
+        "cache": cache,
+        **asdict(work),
+        "rounds": rounds,
         "stages": stages,
-        "latency_ms": latency,
+        "builds": builds,
+        "bundles": measured,
+        "runtime": version("litert-lm-api"),
+    }
+
+
+def _together(stages: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Seconds of all stages, and the peaks of the largest."""
+    peaks = {key: max(taken[key] for taken in stages.values()) for key in ("peak_anonymous", "peak_resident")}
+    return {"seconds": sum(taken["seconds"] for taken in stages.values()), **peaks}
+
+
+def environment(lock: str, folder: Path) -> Path | None:
+    """The Python of a new environment with `locks/<lock>.txt`, or None, said, if pip can't install that."""
+    log.step(f"installing locks/{lock}.txt")
+    made = folder / f"env-{lock}"
+    subprocess.run([sys.executable, "-m", "venv", made], check=True)
+    python = made / "bin" / "python"
+    options = ["--require-hashes", "--only-binary=:all:", "--quiet"]
+    if index := os.environ.get("TORCH_INDEX"):
+        options += ["--extra-index-url", index]
+    command = [python, "-m", "pip", "install", *options, "-r", PROJECT / "locks" / f"{lock}.txt"]
+    if subprocess.run(command).returncode:
+        log.warn(f"pip can't install locks/{lock}.txt, so what needs it is left out of this benchmark")
+        return None
+    return python
+
+
+def run(folder: Path, layers: int, rounds: int, bundle_rounds: int) -> dict[str, Any]:
+    """Both parts, in the empty folder `folder`."""
+    return {
+        **measure_steps(folder, layers, rounds),
+        "bundle": measure_bundles(folder, bundle_rounds),
         "machine": {"cpu": processor(), "threads": default_threads()},
         "versions": versions.installed(),
         "date": time.strftime("%Y-%m-%d"),
@@ -134,12 +212,16 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("bench"), help="where results go (default: %(default)s)")
     parser.add_argument(
-        "--layers", type=int, default=3, help="layers of the model (default: %(default)s, 236 M parameters)"
+        "--layers", type=int, default=3, help="layers of the random model (default: %(default)s, 236 M parameters)"
     )
     parser.add_argument("--rounds", type=int, default=15, help="timed runs per file and length (default: %(default)s)")
+    parser.add_argument("--bundle-rounds", type=int, default=5, help="the same per bundle (default: %(default)s)")
     arguments = parser.parse_args()
-    results = run(arguments.out / "work", arguments.layers, arguments.rounds)
-    shutil.rmtree(arguments.out / "work")
+    scratch = arguments.out / "work"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    results = run(scratch.resolve(), arguments.layers, arguments.rounds, arguments.bundle_rounds)
+    shutil.rmtree(scratch)
     (arguments.out / "bench.json").write_text(manifest.dump_json(results), encoding="utf-8")
     for length, taken in results["latency_ms"].items():
         ratio = taken["int8"] / taken["fp32"]

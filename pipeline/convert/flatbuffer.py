@@ -11,9 +11,11 @@ read.
 
 from __future__ import annotations
 
+import math
+import mmap
 import struct
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -22,12 +24,15 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.core import log, parallel
 from pipeline.core.errors import IntegrityError
 
 Array = NDArray[Any]
 
 # Flatbuffer offsets are signed 32-bit; leave room for the graph itself.
 _INLINE_LIMIT = 2**30
+# Of float32 rows that are worked on at a time, per thread.
+_BLOCK_BYTES = 2**25
 _ALIGNMENT = 64
 _IDENTIFIER = b"TFL3"
 _DTYPES: dict[str, np.dtype[Any]] = {
@@ -61,16 +66,67 @@ class Scales:
         return cls(scale.astype(np.float32), np.zeros(scale.size, np.int64), axis)
 
 
-class Graph:
-    """A model under edit. Tensors are named by their index, in subgraph 0 unless said otherwise.
+class Blocks:
+    """Values of a constant that are made when they are needed, a block of rows at a time, several blocks at once."""
 
-    Only the main subgraph is edited; the others (decompositions of composite operators) are read, and dropped by
-    `prune` once nothing refers to them.
+    def __init__(self, shape: Sequence[int], dtype: Any, rows: Callable[[int, int], Array]) -> None:
+        """`rows(start, stop)` gives rows `start` to `stop` (exclusive) of the first axis, in any thread."""
+        self.shape, self.dtype, self.rows = tuple(shape), np.dtype(dtype), rows
+
+    @classmethod
+    def of(cls, values: Array) -> Blocks:
+        """Values that are there."""
+        return cls(values.shape, values.dtype, lambda start, stop: values[start:stop])
+
+    def __len__(self) -> int:
+        """Bytes in all."""
+        return int(math.prod(self.shape) * self.dtype.itemsize)
+
+    def map(self, dtype: Any, change: Callable[[Array, int], Array]) -> Blocks:
+        """What `change(block, first row)` makes of each block, of type `dtype`."""
+        return Blocks(self.shape, dtype, lambda start, stop: change(self.rows(start, stop), start))
+
+    def each(self, work: Callable[[Array], Any]) -> Iterator[Any]:
+        """What `work` makes of each block, in order; blocks are made and worked on in a thread per core."""
+        step = max(1, _BLOCK_BYTES // max(1, 4 * math.prod(self.shape[1:])))
+        ranges = ((start, min(start + step, self.shape[0])) for start in range(0, self.shape[0], step))
+        return parallel.ordered(lambda part: work(self.rows(*part)), ranges)
+
+    def write(self, stream: BinaryIO, bar: log.Progress) -> None:
+        """Append all values to `stream`, counting bytes on `bar`.
+
+        Raises:
+            IntegrityError: there are more or fewer than the shape says.
+        """
+        written = 0
+        for block in self.each(lambda block: _bytes(block.astype(self.dtype, copy=False))):
+            written += stream.write(block.data)
+            bar.advance(len(block))
+        if written != len(self):
+            raise IntegrityError(f"{written} bytes were made for a constant of {len(self)}")
+
+
+class Graph:
+    """A model under edit, seen through one of its subgraphs, `main`. Tensors are named by their index there.
+
+    Each signature has a subgraph of its own, and `each` gives the model seen through every one of them; weights that
+    they share are one buffer. Other subgraphs (decompositions of composite operators) are read, and dropped by `prune`
+    once nothing refers to them.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, place: int = 0) -> None:
         self.model = model
-        self.main = model.subgraphs[0]
+        self.place, self.main = place, model.subgraphs[place]
+
+    def each(self) -> list[Graph]:
+        """The model seen through the subgraph of each signature, in their order in the file."""
+        places = sorted({int(signature.subgraphIndex) for signature in self.model.signatureDefs or []})
+        return [Graph(self.model, place) for place in places or [0]]
+
+    def signature(self) -> str:
+        """The name of the signature that runs this subgraph; empty if there is none."""
+        names = [s.signatureKey for s in self.model.signatureDefs or [] if int(s.subgraphIndex) == self.place]
+        return _text(names[0]) if names else ""
 
     @classmethod
     def read(cls, file: Path) -> Graph:
@@ -119,8 +175,7 @@ class Graph:
 
     def name(self, tensor: int) -> str:
         """The name of a tensor; an operator is known by the name of its first output."""
-        raw = self.main.tensors[tensor].name
-        return raw.decode("utf-8", "replace") if isinstance(raw, bytes) else str(raw)
+        return _text(self.main.tensors[tensor].name)
 
     def operator_name(self, operator: Any) -> str:
         """The name of an operator: that of its first output."""
@@ -146,6 +201,19 @@ class Graph:
         entry = self.main.tensors[tensor]
         dtype = _DTYPES[self.type_of(tensor)]
         return np.frombuffer(self.model.buffers[entry.buffer].data, dtype).reshape(self.shape(tensor))
+
+    def blocks(self, tensor: int) -> Blocks:
+        """The values of a constant tensor, block by block, wherever they are."""
+        data = self.model.buffers[self.main.tensors[tensor].buffer].data
+        return data if isinstance(data, Blocks) else Blocks.of(self.constant(tensor))
+
+    def ports(self) -> list[Any]:
+        """The named inputs of this subgraph's signature."""
+        own = [s for s in self.model.signatureDefs or [] if int(s.subgraphIndex) == self.place]
+        ports = [port for signature in own for port in signature.inputs]
+        for port in ports:
+            port.name = _text(port.name)
+        return ports
 
     def scales(self, tensor: int) -> Scales | None:
         """How a tensor is quantised, None if it is not."""
@@ -182,23 +250,36 @@ class Graph:
 
     # --- editing
 
-    def set_constant(self, tensor: int, values: Array, scales: Scales | None = None) -> None:
+    def make_constant(self, port: Any, buffer: int, name: str) -> None:
+        """Turn the named input `port` into a constant called `name` with the values of `buffer`."""
+        tensor = self.main.tensors[port.tensorIndex]
+        tensor.buffer, tensor.name = buffer, name
+        self.main.inputs = [i for i in self.main.inputs if i != port.tensorIndex]
+        for signature in self.model.signatureDefs:
+            if int(signature.subgraphIndex) == self.place:
+                signature.inputs = [other for other in signature.inputs if other is not port]
+
+    def set_constant(self, tensor: int, values: Array | Blocks, scales: Scales | None = None) -> None:
         """Give a constant tensor, and all that share its buffer, new values, element type and quantisation."""
         buffer = int(self.main.tensors[tensor].buffer)
-        self.model.buffers[buffer].data = _bytes(values)
-        for entry in self.main.tensors:
+        self.model.buffers[buffer].data = values if isinstance(values, Blocks) else _bytes(values)
+        for entry in (tensor for subgraph in self.model.subgraphs for tensor in subgraph.tensors):
             if entry.buffer == buffer:
                 entry.type = _type_of(values.dtype)
                 entry.quantization = _parameters(scales)
 
-    def add_constant(self, values: Array, name: str, scales: Scales | None = None) -> int:
+    def add_constant(self, values: Array | Blocks, name: str, scales: Scales | None = None) -> int:
         """A new constant; returns its tensor index."""
-        buffer = _schema().BufferT()
-        buffer.data = _bytes(values)
-        self.model.buffers.append(buffer)
         tensor = self.add_tensor(name, values.dtype.name.upper(), values.shape, scales)
-        self.main.tensors[tensor].buffer = len(self.model.buffers) - 1
+        self.main.tensors[tensor].buffer = self.add_buffer(values)
         return tensor
+
+    def add_buffer(self, values: Array | Blocks) -> int:
+        """Room for a constant's values; returns its index, for `make_constant`."""
+        buffer = _schema().BufferT()
+        buffer.data = values if isinstance(values, Blocks) else _bytes(values)
+        self.model.buffers.append(buffer)
+        return len(self.model.buffers) - 1
 
     def add_tensor(self, name: str, type_name: str, shape: Sequence[int], scales: Scales | None = None) -> int:
         """A new tensor without values; −1 in `shape` is chosen at run time. Returns its index."""
@@ -211,6 +292,13 @@ class Graph:
         entry.quantization = _parameters(scales)
         self.main.tensors.append(entry)
         return len(self.main.tensors) - 1
+
+    def add_signature(self, name: str, inputs: Mapping[str, int], outputs: Mapping[str, int]) -> None:
+        """Let callers run this subgraph by `name`, with its tensors under the names given."""
+        made = _schema().SignatureDefT()
+        made.signatureKey, made.subgraphIndex = name, self.place
+        made.inputs, made.outputs = _ports(inputs), _ports(outputs)
+        self.model.signatureDefs = [*(self.model.signatureDefs or []), made]
 
     def operator(self, code: str, inputs: Sequence[int], outputs: Sequence[int], version: int = 1) -> Any:
         """A new operator with default options, not yet in the graph: put it into `main.operators`."""
@@ -244,12 +332,21 @@ class Graph:
 
     def prune(self) -> None:
         """Drop what nothing uses any more: operators, tensors, buffers, operator codes and other subgraphs."""
-        self._drop_dead_operators()
-        if not any(self.code(operator) == "STABLEHLO_COMPOSITE" for operator in self.main.operators):
-            del self.model.subgraphs[1:]
-        self._drop_unused_tensors()
+        views = self.each()
+        for view in views:
+            view._drop_dead_operators()
+        if not any(view.code(operator) == "STABLEHLO_COMPOSITE" for view in views for operator in view.main.operators):
+            self._drop_subgraphs_but([view.place for view in views])
+        for view in self.each():
+            view._drop_unused_tensors()
         self._drop_unused_buffers()
         self._drop_unused_codes()
+
+    def _drop_subgraphs_but(self, kept: Sequence[int]) -> None:
+        place = {old: new for new, old in enumerate(kept)}
+        self.model.subgraphs = [self.model.subgraphs[old] for old in kept]
+        for signature in self.model.signatureDefs or []:
+            signature.subgraphIndex = place[int(signature.subgraphIndex)]
 
     def _drop_dead_operators(self) -> None:
         wanted = {int(tensor) for tensor in self.main.outputs}
@@ -276,9 +373,9 @@ class Graph:
         for operator in self.main.operators:
             operator.inputs = [place[int(i)] for i in operator.inputs]
             operator.outputs = [place[int(i)] for i in operator.outputs]
-        for signature in self.model.signatureDefs or []:
-            for port in (*signature.inputs, *signature.outputs):
-                port.tensorIndex = place[port.tensorIndex]
+        own = [s for s in self.model.signatureDefs or [] if int(s.subgraphIndex) == self.place]
+        for port in (port for signature in own for port in (*signature.inputs, *signature.outputs)):
+            port.tensorIndex = place[port.tensorIndex]
 
     def _drop_unused_buffers(self) -> None:
         holders = [tensor for subgraph in self.model.subgraphs for tensor in subgraph.tensors]
@@ -301,52 +398,84 @@ class Graph:
     # --- writing
 
     def write(self, file: Path) -> None:
-        """Write the model; the same graph gives the same bytes."""
-        total = sum(len(buffer.data) for buffer in self.model.buffers if buffer.data is not None)
-        with file.open("wb") as stream:
-            if total < _INLINE_LIMIT:
-                stream.write(self._pack())
-            else:
-                self._write_behind(stream)
+        """Write the model, whole or not at all; the same graph gives the same bytes."""
+        blobs = [buffer.data for buffer in self.model.buffers]
+        total = sum(len(blob) for blob in blobs if blob is not None)
+        try:
+            with file.open("wb") as stream, log.progress(f"writing {file.name}", total) as bar:
+                if total < _INLINE_LIMIT:
+                    self._write_inline(stream, blobs, file.with_name(file.name + ".scratch"), bar)
+                else:
+                    self._write_behind(stream, blobs, bar)
+        except BaseException:  # a value that is not finite, a full disk, an interrupt
+            file.unlink(missing_ok=True)
+            raise
+        finally:
+            for buffer, blob in zip(self.model.buffers, blobs, strict=True):
+                buffer.data, buffer.offset, buffer.size = blob, 0, 0
 
-    def _pack(self) -> bytearray:
+    def _write_inline(self, stream: BinaryIO, blobs: Sequence[Any], scratch: Path, bar: log.Progress) -> None:
+        """Write one flatbuffer, built in a mapped file: in memory it would be there twice."""
+        for buffer in self.model.buffers:
+            buffer.data = None
+        room = len(self._pack()) + sum(len(blob) + 2 * _ALIGNMENT for blob in blobs if blob is not None)
+        made = sum(len(blob) for blob in blobs if isinstance(blob, Blocks))
+        with scratch.open("w+b") as file:
+            scratch.unlink()
+            starts = []
+            for blob in blobs:
+                starts.append(file.tell())
+                if isinstance(blob, Blocks):
+                    blob.write(file, bar)
+            file.truncate(made + room)
+            with mmap.mmap(file.fileno(), made + room) as space:
+                whole = np.frombuffer(space, np.uint8)
+                for buffer, blob, start in zip(self.model.buffers, blobs, starts, strict=True):
+                    buffer.data = whole[start : start + len(blob)] if isinstance(blob, Blocks) else blob
+                packed = self._pack(whole[made:])
+                stream.write(packed)
+                for buffer in self.model.buffers:
+                    buffer.data = None
+                del packed, whole
+
+    def _pack(self, space: NDArray[np.uint8] | None = None) -> memoryview:
+        """The flatbuffer, built in `space` if it is given."""
         for subgraph in self.model.subgraphs:
             for holder in (*subgraph.tensors, *subgraph.operators):
                 for field in ("shape", "shapeSignature", "inputs", "outputs"):
                     numbers = getattr(holder, field, None)
                     if numbers is not None:
                         setattr(holder, field, np.asarray(numbers, np.int32))
-        builder = _sharing_builder()(1024)
+        builder = _sharing_builder()(space)
         builder.Finish(self.model.Pack(builder), file_identifier=_IDENTIFIER)
-        packed: bytearray = builder.Output()
+        packed: memoryview = memoryview(builder.Bytes)[builder.Head() :]
         return packed
 
-    def _write_behind(self, stream: BinaryIO) -> None:
+    def _write_behind(self, stream: BinaryIO, blobs: Sequence[Any], bar: log.Progress) -> None:
         """Write with the buffers behind the flatbuffer, one at a time.
 
         Offsets are known once the flatbuffer's own size is, and they have a fixed width: pack with a placeholder to
         learn the size, then pack again.
         """
-        blobs = {i: b.data for i, b in enumerate(self.model.buffers) if b.data is not None}
-        try:
-            self._place(blobs, start=_ALIGNMENT)
-            places = self._place(blobs, start=_aligned(len(self._pack())))
-            stream.write(self._pack())
-            for index, (offset, _) in places.items():
-                stream.write(b"\0" * (offset - stream.tell()))
-                stream.write(memoryview(blobs[index]))
-        finally:
-            for index, data in blobs.items():
-                buffer = self.model.buffers[index]
-                buffer.data, buffer.offset, buffer.size = data, 0, 0
+        self._place(blobs, start=_ALIGNMENT)
+        places = self._place(blobs, start=_aligned(len(self._pack())))
+        stream.write(self._pack())
+        for index, start in places.items():
+            stream.write(b"\0" * (start - stream.tell()))
+            if isinstance(blobs[index], Blocks):
+                blobs[index].write(stream, bar)
+            else:
+                stream.write(blobs[index].data)
 
-    def _place(self, blobs: dict[int, Any], start: int) -> dict[int, tuple[int, int]]:
-        places: dict[int, tuple[int, int]] = {}
-        for index, data in blobs.items():
-            places[index] = (start, len(data))
+    def _place(self, blobs: Sequence[Any], start: int) -> dict[int, int]:
+        places: dict[int, int] = {}
+        for index, blob in enumerate(blobs):
+            if blob is None:
+                continue
+            places[index] = start
             buffer = self.model.buffers[index]
-            buffer.data, buffer.offset, buffer.size = None, start, len(data)
-            start = _aligned(start + len(data))
+            buffer.data, buffer.offset, buffer.size = None, start, len(blob)
+            start = _aligned(start + len(blob))
         return places
 
 
@@ -359,6 +488,8 @@ _OPTIONS = {
     "MUL": "MulOptions",
     "ADD": "AddOptions",
     "RESHAPE": "ReshapeOptions",
+    "LESS": "LessOptions",
+    "SELECT_V2": "SelectV2Options",
 }
 
 
@@ -378,8 +509,10 @@ def _sharing_builder() -> Any:
     import flatbuffers
 
     class SharingBuilder(flatbuffers.Builder):  # type: ignore[misc]
-        def __init__(self, size: int) -> None:
-            super().__init__(size)
+        def __init__(self, space: NDArray[np.uint8] | None) -> None:
+            super().__init__(1024)
+            if space is not None:
+                self.Bytes, self.head = space.data, len(space)
             self.known: dict[tuple[str, bytes], int] = {}
 
         def CreateNumpyVector(self, x: Array) -> int:  # noqa: N802 - the library's name
@@ -409,6 +542,19 @@ def _names(enumeration: str) -> dict[int, str]:
 
 def _aligned(offset: int) -> int:
     return -(-offset // _ALIGNMENT) * _ALIGNMENT
+
+
+def _ports(tensors: Mapping[str, int]) -> list[Any]:
+    ports = []
+    for name, tensor in tensors.items():
+        port = _schema().TensorMapT()
+        port.name, port.tensorIndex = name, tensor
+        ports.append(port)
+    return ports
+
+
+def _text(raw: Any) -> str:
+    return raw.decode("utf-8", "replace") if isinstance(raw, bytes) else str(raw)
 
 
 def _bytes(values: Array) -> NDArray[np.uint8]:

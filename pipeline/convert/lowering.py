@@ -11,14 +11,13 @@ what these cover and with `operators.py`.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from litert_converter.mlir import ir
-from litert_torch.backend import inline_consts
 from litert_torch.backend.debuginfo import _build
 from litert_torch.backend.experimental.torch_tfl import _lowerings
 from litert_torch.backend.lowerings import registry
@@ -38,6 +37,22 @@ def _lower_matmul(context: Any, x: ir.Value, y: ir.Value, transposed: bool) -> A
     )
 
 
+@registry.lower(torch.ops.pipeline.linear.default)
+def _lower_linear(context: Any, x: ir.Value, weight: ir.Value) -> Any:
+    # An absent bias can't be said here: the converter is given zeros, which `export` takes out again.
+    outputs = ir.RankedTensorType(weight.type).shape[0]
+    no_bias = lowering_utils.numpy_array_constant(np.zeros(outputs, np.float32))
+    attributes = {
+        "fused_activation_function": ir.StringAttr.get("NONE"),
+        "weights_format": ir.StringAttr.get("DEFAULT"),
+        "keep_num_dims": ir.BoolAttr.get(True),
+        "asymmetric_quantize_inputs": ir.BoolAttr.get(False),
+    }
+    return _lowerings._ir_operation(
+        "tfl.fully_connected", lowering_utils.node_meta_to_ir_types(context.node), [x, weight, no_bias], attributes
+    )
+
+
 @registry.lower(torch.ops.pipeline.lookup.default)
 def _lower_lookup(context: Any, ids: ir.Value, table: ir.Value) -> Any:
     return _lowerings._ir_operation(
@@ -46,7 +61,7 @@ def _lower_lookup(context: Any, ids: ir.Value, table: ir.Value) -> Any:
 
 
 @registry.lower(torch.ops.pipeline.normalise.default)
-def _lower_normalise(_context: Any, x: ir.Value, eps: float) -> Any:
+def _lower_normalise(_context: Any, x: ir.Value, weight: ir.Value | None, eps: float) -> Any:
     whole = ir.RankedTensorType(x.type)
     single = ir.RankedTensorType.get([*whole.shape[:-1], 1], whole.element_type)
     fused = {"fused_activation_function": ir.StringAttr.get("NONE")}
@@ -57,7 +72,22 @@ def _lower_normalise(_context: Any, x: ir.Value, eps: float) -> Any:
         "tfl.add", [single], [mean, lowering_utils.numpy_array_constant(np.array(eps, dtype=np.float32))], fused
     )
     inverse = _lowerings._ir_operation("tfl.rsqrt", [single], [shifted])
+    if weight is not None:
+        inverse = _lowerings._ir_operation("tfl.mul", [whole], [inverse, weight], fused)
     return _lowerings._ir_operation("tfl.mul", [whole], [x, inverse], fused)
+
+
+@registry.lower(torch.ops.pipeline.update.default)
+def _lower_update(context: Any, x: ir.Value, part: ir.Value, start: ir.Value) -> Any:
+    return _lowerings._ir_operation(
+        "tfl.dynamic_update_slice", lowering_utils.node_meta_to_ir_types(context.node), [x, part, start]
+    )
+
+
+@registry.lower(torch.ops.pipeline.window.default)
+def _lower_window(context: Any, x: ir.Value, start: ir.Value, size: Sequence[int]) -> Any:
+    sizes = lowering_utils.numpy_array_constant(np.array(size, dtype=np.int32))
+    return _lowerings._ir_operation("tfl.slice", lowering_utils.node_meta_to_ir_types(context.node), [x, start, sizes])
 
 
 def _module_path(node: torch.fx.Node) -> str:
@@ -67,23 +97,20 @@ def _module_path(node: torch.fx.Node) -> str:
     file, and it changes when code moves.
     """
     stack = list(node.meta.get("nn_module_stack", {}).values())
-    return (stack[-1][0].removeprefix("model.") if stack else "") + ";"
+    return (stack[-1][0].removeprefix("module.").removeprefix("model.") if stack else "") + ";"
 
 
 @contextmanager
 def dynamic_shapes() -> Iterator[None]:
-    """Convert with unknown dimensions, tensors named by module path, and weights left where they are."""
+    """Convert with unknown dimensions, and tensors named by module path."""
     before = os.environ.get(_SWITCH)
-    named, clamp = _build._get_hierarchy, inline_consts._clamp_inf_values
+    named = _build._get_hierarchy
     os.environ[_SWITCH] = "1"
     _build._get_hierarchy = _module_path
-    # The stock function clamps in place, which makes a private copy of every mapped weight. Weights are finite: they
-    # were checked when they were mapped (`weights.mapped`).
-    inline_consts._clamp_inf_values = lambda tensor: tensor
     try:
         yield
     finally:
-        _build._get_hierarchy, inline_consts._clamp_inf_values = named, clamp
+        _build._get_hierarchy = named
         if before is None:
             del os.environ[_SWITCH]
         else:

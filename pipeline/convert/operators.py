@@ -8,6 +8,8 @@ In eager mode they compute what their PyTorch namesakes do. How they become TFLi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -15,16 +17,24 @@ from torch.nn import functional
 
 @torch.library.custom_op("pipeline::matmul", mutates_args=())
 def matmul(x: Tensor, y: Tensor, transposed: bool) -> Tensor:
-    """x @ y, or x @ yᵀ over the last two axes if `transposed`; leading axes are equal, or `y` has none.
-
-    With a constant two-dimensional `y` the converter makes it FULLY_CONNECTED, else it is BATCH_MATMUL.
-    """
+    """x @ y, or x @ yᵀ over the last two axes if `transposed`, of two activations with equal leading axes."""
     return torch.matmul(x, y.transpose(-1, -2) if transposed else y)
 
 
 @matmul.register_fake
 def _(x: Tensor, y: Tensor, transposed: bool) -> Tensor:
     return x.new_empty((*x.shape[:-1], y.shape[-2 if transposed else -1]))
+
+
+@torch.library.custom_op("pipeline::linear", mutates_args=())
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weightᵀ over the last axis of `x`, of any rank; `weight` is [outputs, inputs]."""
+    return functional.linear(x, weight)
+
+
+@linear.register_fake
+def _(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
 @torch.library.custom_op("pipeline::lookup", mutates_args=())
@@ -39,24 +49,56 @@ def _(ids: Tensor, table: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("pipeline::normalise", mutates_args=())
-def normalise(x: Tensor, eps: float) -> Tensor:
-    """x / √(mean(x²) + ε) over the last axis.
+def normalise(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """x · (weight / √(mean(x²) + ε)) over the last axis, `weight` [H] or none.
 
-    Five TFLite operators, one node for torch.export: each node costs it some 10 ms once shapes are symbolic.
+    Some TFLite operators, one node for torch.export: each node costs it some 10 ms once shapes are symbolic. The weight
+    is multiplied with the inverse root and not with the result: the converter folds a constant factor on the input of a
+    linear layer into a copy of the layer's weights, in memory, and one copy per signature.
     """
-    return x * torch.rsqrt(torch.mean(x * x, dim=-1, keepdim=True) + eps)
+    inverse = torch.rsqrt(torch.mean(x * x, dim=-1, keepdim=True) + eps)
+    return x * (inverse if weight is None else inverse * weight)
 
 
 @normalise.register_fake
-def _(x: Tensor, eps: float) -> Tensor:
+def _(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return torch.empty_like(x)
+
+
+@torch.library.custom_op("pipeline::update", mutates_args=())
+def update(x: Tensor, part: Tensor, start: Tensor) -> Tensor:
+    """A copy of `x` with `part` (same rank) written at `start`, int32 [rank]; moved back where it would not fit."""
+    result = x.clone()
+    result[_place(x, start, part.shape)] = part
+    return result
+
+
+@update.register_fake
+def _(x: Tensor, part: Tensor, start: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("pipeline::window", mutates_args=())
+def window(x: Tensor, start: Tensor, size: Sequence[int]) -> Tensor:
+    """The part of `x` with shape `size` that begins at `start`, int32 [rank]."""
+    return x[_place(x, start, size)].clone()
+
+
+@window.register_fake
+def _(x: Tensor, start: Tensor, size: Sequence[int]) -> Tensor:
+    return x.new_empty(size)
+
+
+def _place(x: Tensor, start: Tensor, size: Sequence[int]) -> tuple[slice, ...]:
+    begins = [max(0, min(int(at), whole - part)) for at, whole, part in zip(start, x.shape, size, strict=True)]
+    return tuple(slice(begin, begin + part) for begin, part in zip(begins, size, strict=True))
 
 
 class Linear(nn.Linear):
     """`nn.Linear` on the last axis of an input of any rank, as one FULLY_CONNECTED."""
 
     def forward(self, x: Tensor) -> Tensor:
-        product: Tensor = matmul(x, self.weight, True)
+        product: Tensor = linear(x, self.weight)
         return product if self.bias is None else product + self.bias
 
 

@@ -33,18 +33,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.convert.calibrate import Statistics
-from pipeline.convert.flatbuffer import Array, Graph, Scales
+from pipeline.convert.flatbuffer import Array, Blocks, Graph, Scales
 from pipeline.core.errors import QuantiseError
 
 LOOKUP, LINEAR, PRODUCT = "EMBEDDING_LOOKUP", "FULLY_CONNECTED", "BATCH_MATMUL"
 # Operators that only move values: their output has the input's scale, so they are integer on the way into a product.
 _MOVES = ("RESHAPE", "TRANSPOSE", "SQUEEZE", "EXPAND_DIMS", "STRIDED_SLICE", "SLICE", "BROADCAST_TO")
 # Versions that TFLite's version rules demand: per-channel int8 weights, int8 rows with float output, float16 rows.
-_LINEAR_VERSION, _LOOKUP_INT8_VERSION, _LOOKUP_FLOAT16_VERSION, _DEQUANTIZE_FLOAT16_VERSION = 12, 3, 4, 3
+_LINEAR_VERSION, LOOKUP_INT8_VERSION, LOOKUP_FLOAT16_VERSION, DEQUANTIZE_FLOAT16_VERSION = 12, 3, 4, 3
 _LARGEST_HALF = 65504.0
 _SMALLEST_ROW = 2.0**-20
-# Rows quantised at a time: a table never stands in memory twice.
-_ROWS = 4096
 
 Keep = Callable[[str], bool]
 
@@ -58,32 +56,46 @@ def keeper(patterns: Iterable[str]) -> Keep:
 # --- weights
 
 
-def quantise_rows(values: Array) -> tuple[NDArray[np.int8], Scales]:
+def quantise_rows(values: Blocks) -> tuple[Blocks, Scales]:
     """Symmetric int8 with one scale per row: [rows, columns] float → int8 in −127 … 127, scale = max |row| / 127.
 
-    A row a million times smaller than the largest has that row's scale · 2⁻²⁰: XNNPACK refuses a product of scales
-    outside 2⁻³² … 2⁸.
+    Rows are read twice: now for their scales, and for their values when the file is written. A row a million times
+    smaller than the largest has that row's scale · 2⁻²⁰: XNNPACK refuses a product of scales outside 2⁻³² … 2⁸.
     """
-    peak = np.maximum(values.max(axis=1), -values.min(axis=1)).astype(np.float64)
-    scale = (np.maximum(peak, peak.max() * _SMALLEST_ROW) / 127 if peak.any() else np.ones_like(peak)).astype(
-        np.float32
-    )
-    made = np.empty(values.shape, np.int8)
-    for start in range(0, len(values), _ROWS):
-        block = values[start : start + _ROWS] / scale[start : start + _ROWS, None]
-        made[start : start + _ROWS] = np.clip(np.rint(block), -127, 127)
+    scale = scales_of_peaks(np.concatenate(list(values.each(row_peaks))))
+    made = values.map(np.int8, lambda block, row: round_rows(block, scale[row : row + len(block)]))
     return made, Scales.channels(scale)
+
+
+def row_peaks(values: Array) -> NDArray[np.float64]:
+    """The largest magnitude in each row."""
+    peaks: NDArray[np.float64] = np.maximum(values.max(axis=1), -values.min(axis=1)).astype(np.float64)
+    return peaks
+
+
+def scales_of_peaks(peak: NDArray[np.float64]) -> NDArray[np.float32]:
+    """The scale of each row of a whole tensor, from the rows' largest magnitudes."""
+    if not peak.any():
+        return np.ones(peak.shape, np.float32)
+    scale: NDArray[np.float32] = (np.maximum(peak, peak.max() * _SMALLEST_ROW) / 127).astype(np.float32)
+    return scale
+
+
+def round_rows(values: Array, scale: Array) -> NDArray[np.int8]:
+    """Rows as int8, each by its scale."""
+    return np.clip(np.rint(values / scale[:, None]), -127, 127).astype(np.int8)
 
 
 def quantise_weights(graph: Graph, keep: Keep) -> None:
     """Make tables and the weights of linear layers int8, except where `keep` says otherwise."""
-    for operator in graph.operators():
-        code, weight = graph.code(operator), int(operator.inputs[1]) if len(operator.inputs) > 1 else -1
-        if code not in (LINEAR, LOOKUP) or not graph.is_constant(weight):
-            continue
-        graph.opcode(code, _LINEAR_VERSION if code == LINEAR else _LOOKUP_INT8_VERSION)
-        if graph.type_of(weight) == "FLOAT32" and not keep(graph.operator_name(operator)):
-            graph.set_constant(weight, *quantise_rows(graph.constant(weight)))
+    for view in graph.each():
+        for operator in view.operators():
+            code, weight = view.code(operator), int(operator.inputs[1]) if len(operator.inputs) > 1 else -1
+            if code not in (LINEAR, LOOKUP) or not view.is_constant(weight):
+                continue
+            view.opcode(code, _LINEAR_VERSION if code == LINEAR else LOOKUP_INT8_VERSION)
+            if view.type_of(weight) == "FLOAT32" and not keep(view.operator_name(operator)):
+                view.set_constant(weight, *quantise_rows(view.blocks(weight)))
 
 
 def make_dynamic(graph: Graph, keep: Keep) -> None:
@@ -97,6 +109,11 @@ def make_half(graph: Graph) -> None:
     Raises:
         QuantiseError: a weight is too large for float16.
     """
+    for view in graph.each():
+        _halve_weights(view)
+
+
+def _halve_weights(graph: Graph) -> None:
     widened: dict[int, int] = {}
 
     def change(operator: Any) -> list[Any]:
@@ -111,7 +128,7 @@ def make_half(graph: Graph) -> None:
                 _halve(graph, tensor)
                 widened[tensor] = graph.add_tensor(graph.name(tensor) + ";float32", "FLOAT32", graph.shape(tensor))
                 before.append(
-                    graph.operator("DEQUANTIZE", [tensor], [widened[tensor]], version=_DEQUANTIZE_FLOAT16_VERSION)
+                    graph.operator("DEQUANTIZE", [tensor], [widened[tensor]], version=DEQUANTIZE_FLOAT16_VERSION)
                 )
             operator.inputs[place] = widened[tensor]
         return [*before, operator]
@@ -124,22 +141,31 @@ def _half_lookup(graph: Graph, operator: Any) -> list[Any]:
     _halve(graph, table)
     rows = graph.add_tensor(graph.name(result) + ";float16", "FLOAT16", graph.shape(result))
     return [
-        graph.operator(LOOKUP, [ids, table], [rows], version=_LOOKUP_FLOAT16_VERSION),
-        graph.operator("DEQUANTIZE", [rows], [result], version=_DEQUANTIZE_FLOAT16_VERSION),
+        graph.operator(LOOKUP, [ids, table], [rows], version=LOOKUP_FLOAT16_VERSION),
+        graph.operator("DEQUANTIZE", [rows], [result], version=DEQUANTIZE_FLOAT16_VERSION),
     ]
 
 
 def _halve(graph: Graph, tensor: int) -> None:
     if graph.type_of(tensor) == "FLOAT16":
         return
-    values = graph.constant(tensor)
-    largest = float(np.abs(values).max())
+    name = graph.name(tensor)
+    graph.set_constant(tensor, graph.blocks(tensor).map(np.float16, lambda block, _: to_half(block, name)))
+
+
+def to_half(values: Array, name: str) -> NDArray[np.float16]:
+    """`values` of the tensor `name` in float16.
+
+    Raises:
+        QuantiseError: one is too large.
+    """
+    largest = float(np.abs(values).max(initial=0.0))
     if largest > _LARGEST_HALF:
         raise QuantiseError(
-            f"{graph.name(tensor)} has a weight of {largest:g}, float16 ends at {_LARGEST_HALF:g}",
+            f"{name} has a weight of {largest:g}, float16 ends at {_LARGEST_HALF:g}",
             remedy="use int8, or leave out fp16 for this model",
         )
-    graph.set_constant(tensor, values.astype(np.float16))
+    return values.astype(np.float16)
 
 
 # --- static

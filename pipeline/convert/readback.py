@@ -6,8 +6,9 @@ did so for a 1 GB model. So every file is read back and held against what it was
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -36,7 +37,7 @@ _LISTED = 40
 
 @dataclass(frozen=True, kw_only=True)
 class Product:
-    """A matrix product: its operator's name, its multiply-adds, and the arithmetic of its kernel.
+    """A matrix product: its operator's name, its multiply-adds, the arithmetic of its kernel, whether it has weights.
 
     `integer`: activations and weights are int8 in the file. `hybrid`: float32 activations, quantised by the kernel,
     times int8 weights. `float`: the rest.
@@ -45,6 +46,7 @@ class Product:
     name: str
     multiply_adds: int
     arithmetic: Arithmetic
+    weights: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,18 +64,23 @@ class ReadBack:
     float_operators: Mapping[str, int]
     tables: tuple[str, ...]
 
-    def share(self, *arithmetic: Arithmetic) -> float:
-        """The share of multiply-adds in kernels of these kinds."""
-        total = sum(product.multiply_adds for product in self.products)
-        return sum(p.multiply_adds for p in self.products if p.arithmetic in arithmetic) / max(total, 1)
+    def share(self, *arithmetic: Arithmetic, weights_only: bool = False) -> float:
+        """The share of multiply-adds in kernels of these kinds, of all products or of those with weights."""
+        counted = [product for product in self.products if product.weights or not weights_only]
+        total = sum(product.multiply_adds for product in counted)
+        return sum(p.multiply_adds for p in counted if p.arithmetic in arithmetic) / max(total, 1)
 
 
 def read_back(file: Path) -> ReadBack:
-    """Look into a step graph file; runs it once, with the plain kernels, to learn its shapes."""
-    graph = Graph.read(file)
+    """Look into a step graph or a decoder; of several signatures, `decode` is counted.
+
+    A step graph is run once, with the plain kernels, to learn its shapes.
+    """
+    views = {view.signature(): view for view in Graph.read(file).each()}
+    graph = views.get("decode") or next(iter(views.values()))
     sizes = graph.bytes_by_type()
     elements = {kind: sizes[kind] // width for kind, width in _WIDTHS.items() if kind in sizes}
-    shapes = _live_shapes(file, len(graph.main.tensors))
+    shapes = _shapes(graph, file)
     operators = list(graph.operators())
     return ReadBack(
         size=file.stat().st_size,
@@ -84,20 +91,46 @@ def read_back(file: Path) -> ReadBack:
     )
 
 
+def stored_weights(files: Iterable[Path]) -> Facts:
+    """`stored`: elements of all matrices and tables in `files`. `weight_bytes`: what they take, scales included."""
+    stored = size = 0
+    for file in files:
+        graph, seen = Graph.read(file), set[int]()
+        for view in graph.each():
+            for tensor, entry in enumerate(view.main.tensors):
+                if entry.buffer in seen or not view.is_constant(tensor) or len(view.shape(tensor)) < 2:
+                    continue
+                seen.add(entry.buffer)
+                scales = view.scales(tensor)
+                stored += math.prod(view.shape(tensor))
+                size += len(graph.model.buffers[entry.buffer].data) + (scales.scale.nbytes if scales else 0)
+    return {"stored": stored, "weight_bytes": size}
+
+
+def _shapes(graph: Graph, file: Path) -> list[tuple[int, ...]]:
+    """The shape of each tensor; where it is chosen at run time, that of batch 1 and 128 tokens."""
+    shapes = [graph.shape(tensor) for tensor in range(len(graph.main.tensors))]
+    return _live_shapes(file, len(shapes)) if any(-1 in shape for shape in shapes) else shapes
+
+
 def _live_shapes(file: Path, count: int) -> list[tuple[int, ...]]:
-    """The shape of each tensor of the main subgraph after a run at batch 1 and 128 tokens.
+    """The shape of each tensor of a step graph after a run at batch 1 and 128 tokens.
 
     Inside XNNPACK's partitions shapes are not kept, so the plain kernels run.
     """
-    from ai_edge_litert.interpreter import Interpreter, OpResolverType
-
-    interpreter = Interpreter(
-        model_path=str(file), experimental_op_resolver_type=OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
-    )
+    interpreter = _open(file)
     ones = np.ones((1, _SEQUENCE), np.int32)
     interpreter.get_signature_runner()(input_ids=ones, attention_mask=ones)
     details = {detail["index"]: detail["shape"] for detail in interpreter.get_tensor_details()}
     return [tuple(int(n) for n in details.get(index, ())) for index in range(count)]
+
+
+def _open(file: Path) -> Any:
+    """LiteRT's interpreter with its built-in kernels."""
+    from ai_edge_litert.interpreter import Interpreter, OpResolverType
+
+    kind = OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
+    return Interpreter(model_path=str(file), experimental_op_resolver_type=kind)
 
 
 def _product(graph: Graph, operator: Any, shapes: Sequence[tuple[int, ...]]) -> Product:
@@ -113,6 +146,7 @@ def _product(graph: Graph, operator: Any, shapes: Sequence[tuple[int, ...]]) -> 
         name=name if not name.startswith(";") else f"step{name}",
         multiply_adds=int(np.prod(shapes[result])) * summed,
         arithmetic=kinds.get(types, "float"),
+        weights=graph.is_constant(right),
     )
 
 
@@ -137,15 +171,16 @@ def check(found: ReadBack, target: Target, file: Path) -> Facts:
     """
     wanted = "FLOAT16" if target == "fp16" else "INT8"
     share = found.shares.get(wanted, 0.0)
-    integer = found.share("integer") if target == "static" else found.share("integer", "hybrid")
+    kinds: tuple[Arithmetic, ...] = ("integer",) if target == "static" else ("integer", "hybrid")
+    integer, linear = found.share(*kinds), found.share(*kinds, weights_only=True)
     wrong = []
     if share < _LEAST_WEIGHTS:
         types = ", ".join(f"{value:.1%} {kind.lower()}" for kind, value in sorted(found.shares.items()))
         wrong.append(f"its weights are {types}")
     if set(found.tables) - {wanted}:
         wrong.append(f"its embedding tables are {', '.join(sorted({t.lower() for t in found.tables}))}")
-    if target != "fp16" and integer < _LEAST_INTEGER:
-        wrong.append(f"only {integer:.1%} of its multiply-adds are integer")
+    if target != "fp16" and linear < _LEAST_INTEGER:
+        wrong.append(f"only {linear:.1%} of the multiply-adds with its weights are integer")
     if wrong:
         raise QuantiseError(
             f"{file} is not a {target} file: {'; '.join(wrong)}",
@@ -175,21 +210,30 @@ def _facts(found: ReadBack, target: Target, share: float, integer: float) -> Fac
 
 
 def round_trip(file: Path) -> None:
-    """Open the file as an application would and run one step.
+    """Open the file and run one step on an example of each input: a decoder's `decode`, else the only signature.
+
+    The built-in kernels run: XNNPACK would repack the weights of every signature into memory.
 
     Raises:
-        QuantiseError: it does not run, or its logits are not finite.
+        QuantiseError: it does not run, or a result is not finite.
     """
-    from ai_edge_litert.interpreter import Interpreter
-
-    ids = np.arange(8, dtype=np.int32)[None]
     try:
-        logits = Interpreter(model_path=str(file)).get_signature_runner()(
-            input_ids=ids, attention_mask=np.ones_like(ids)
-        )["logits"]
+        interpreter = _open(file)
+        names = list(interpreter.get_signature_list())
+        runner = interpreter.get_signature_runner("decode" if "decode" in names else names[0])
+        results = runner(**{name: _example(detail) for name, detail in runner.get_input_details().items()})
+        if not all(np.isfinite(result).all() for result in results.values()):
+            raise QuantiseError(
+                f"{file} gives values that are not finite", cause="a range or a weight is out of bounds"
+            )
     except (RuntimeError, ValueError) as error:
         raise QuantiseError(
             f"{file} does not run: {error}", cause="an operator was quantised in a way that LiteRT has no kernel for"
         ) from error
-    if not np.isfinite(logits).all():
-        raise QuantiseError(f"{file} gives logits that are not finite", cause="a range or a weight is out of bounds")
+
+
+def _example(detail: Mapping[str, Any]) -> Any:
+    """Zeros for floats, a mask or a cache; ones for integers, tokens and what masks them; 8 where any size will do."""
+    shape = [8 if wanted < 0 else size for size, wanted in zip(detail["shape"], detail["shape_signature"], strict=True)]
+    make = np.ones if np.issubdtype(detail["dtype"], np.integer) else np.zeros  # zeros of a long cache take no memory
+    return make(shape, detail["dtype"])

@@ -1,50 +1,65 @@
-"""Checkpoint weights as float32 torch tensors that stay on disk.
+"""A checkpoint's matrices and tables, attached to a graph as constants that are read when the file is written.
 
-The tensors a graph needs are written once, in row blocks, to a scratch file that is then mapped: whatever the model's
-size, its weights take no anonymous memory on their way into the flatbuffer.
+Whatever the model's size, its weights take no memory on their way from the checkpoint into the file: they are read,
+widened, narrowed to the file's type and written a block of rows at a time.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Mapping
 
 import numpy as np
-import torch
 
-from pipeline.convert.checkpoint import Checkpoint
-from pipeline.core import log
+from pipeline.convert.checkpoint import Checkpoint, Float32
+from pipeline.convert.flatbuffer import Blocks, Graph
 from pipeline.core.errors import IntegrityError
 
+PREFIX = "weights."
+"""How the inputs of an exported graph are called that are no inputs, but weights by parameter name."""
+_MODEL = PREFIX + "model."
 
-@contextmanager
-def mapped(checkpoint: Checkpoint, names: Mapping[str, str], scratch: Path) -> Iterator[dict[str, torch.Tensor]]:
-    """The tensors `names` (canonical → checkpoint name) by canonical name; `scratch` is removed at the end.
+
+def attach(graph: Graph, checkpoint: Checkpoint, names: Mapping[str, str]) -> None:
+    """Make the weight inputs of every signature float32 constants; equal names share one buffer.
+
+    Args:
+        graph: as `export` wrote it.
+        checkpoint: where the values are.
+        names: canonical → checkpoint name.
+    """
+    buffers: dict[str, int] = {}
+    for view in graph.each():
+        for port in [port for port in view.ports() if port.name.startswith(PREFIX)]:
+            name = port.name.removeprefix(_MODEL)
+            stored = names[name]
+            if stored not in buffers:
+                buffers[stored] = graph.add_buffer(rows(checkpoint, stored))
+            view.make_constant(port, buffers[stored], name)
+
+
+def rows(checkpoint: Checkpoint, tensor: str) -> Blocks:
+    """A tensor of the checkpoint in float32, read when it is needed.
+
+    Its blocks raise IntegrityError where a value is not finite.
+    """
+    return Blocks(checkpoint.tensors[tensor].shape, np.float32, lambda *part: _finite(checkpoint, tensor, *part))
+
+
+def vector(checkpoint: Checkpoint, tensor: str) -> Float32:
+    """A whole tensor in float32, for small ones.
 
     Raises:
-        IntegrityError: a weight is not finite.
+        IntegrityError: a value is not finite.
     """
-    shapes = {canonical: checkpoint.tensors[stored].shape for canonical, stored in names.items()}
-    total = sum(math.prod(shape) for shape in shapes.values())
-    try:
-        with scratch.open("wb") as stream, log.progress("weights to float32", 4 * total) as bar:
-            for stored in names.values():
-                for block in checkpoint.blocks(stored):
-                    if not np.isfinite(block).all():
-                        raise IntegrityError(
-                            f"tensor {stored} holds values that are not finite",
-                            cause="the fine-tune diverged or the file is corrupt",
-                            remedy="use an earlier checkpoint of the fine-tune",
-                        )
-                    block.tofile(stream)
-                    bar.advance(block.nbytes)
-        flat = torch.from_file(str(scratch), shared=False, size=total, dtype=torch.float32)
-        tensors, start = {}, 0
-        for canonical, shape in shapes.items():
-            tensors[canonical] = flat[start : start + math.prod(shape)].view(shape)
-            start += math.prod(shape)
-        yield tensors
-    finally:
-        scratch.unlink(missing_ok=True)
+    return _finite(checkpoint, tensor, 0, checkpoint.tensors[tensor].shape[0])
+
+
+def _finite(checkpoint: Checkpoint, tensor: str, start: int, stop: int) -> Float32:
+    block = checkpoint.rows(tensor, start, stop)
+    if not np.isfinite(block).all():
+        raise IntegrityError(
+            f"tensor {tensor} holds values that are not finite",
+            cause="the fine-tune diverged or the file is corrupt",
+            remedy="use an earlier checkpoint of the fine-tune",
+        )
+    return block

@@ -1,7 +1,7 @@
 """The one place that prints.
 
-Everything goes to standard error as plain lines. On a terminal a progress line is redrawn in place; elsewhere it is
-printed at most every few seconds, so that a CI log stays readable.
+Everything goes to standard error as plain lines, except what a model says: that goes to standard output. On a terminal
+a progress line is redrawn in place; elsewhere it is printed at most every few seconds, so that a CI log stays readable.
 """
 
 from __future__ import annotations
@@ -38,6 +38,11 @@ def human_seconds(seconds: float) -> str:
 def line(text: str = "") -> None:
     """Print one line."""
     print(text, file=sys.stderr, flush=True)
+
+
+def answer(text: str) -> None:
+    """Print a piece of a model's answer to standard output, as it comes and without a line's end."""
+    print(text, end="", flush=True)
 
 
 def step(text: str) -> None:

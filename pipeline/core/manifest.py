@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from pipeline.core import parallel
 from pipeline.core.errors import IntegrityError
 
 SCHEMA = 1
@@ -137,21 +138,25 @@ def check(records: Iterable[FileRecord], base: Path) -> None:
     Raises:
         IntegrityError: names the first file that differs, and how.
     """
-    for record in records:
-        file = base / record.path
-        stage = record.path.split("/", 1)[0]
-        remedy = f"remove {base / stage} and run make again"
-        if not file.is_file():
-            raise IntegrityError(f"{file} is missing", cause="it was removed after it was made", remedy=remedy)
-        if file.stat().st_size != record.size:
-            raise IntegrityError(
-                f"{file} has {file.stat().st_size} bytes, its manifest says {record.size}",
-                cause="it was truncated or replaced after it was made",
-                remedy=remedy,
-            )
-        if FileRecord.of(file, base).sha256 != record.sha256:
-            raise IntegrityError(
-                f"{file} does not have the sha256 in its manifest",
-                cause="it was changed after it was made",
-                remedy=remedy,
-            )
+    for _ in parallel.ordered(lambda record: _check(record, base), records):
+        pass
+
+
+def _check(record: FileRecord, base: Path) -> None:
+    file = base / record.path
+    stage = record.path.split("/", 1)[0]
+    remedy = f"remove {base / stage} and run make again"
+    if not file.is_file():
+        raise IntegrityError(f"{file} is missing", cause="it was removed after it was made", remedy=remedy)
+    if file.stat().st_size != record.size:
+        raise IntegrityError(
+            f"{file} has {file.stat().st_size} bytes, its manifest says {record.size}",
+            cause="it was truncated or replaced after it was made",
+            remedy=remedy,
+        )
+    if FileRecord.of(file, base).sha256 != record.sha256:
+        raise IntegrityError(
+            f"{file} does not have the sha256 in its manifest",
+            cause="it was changed after it was made",
+            remedy=remedy,
+        )

@@ -21,6 +21,8 @@ SCHEMA = 1
 PROJECT = Path(__file__).resolve().parents[2]
 
 Scheme = Literal["dynamic", "static"]
+Graphs = Literal["step", "bundle", "all"]
+BundlePrecision = Literal["fp32", "int8"]
 Padding = Literal["none", "left", "right"]
 
 
@@ -30,6 +32,31 @@ class StepLimits:
 
     max_batch: int
     max_sequence: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bundle:
+    """The on-device bundle: LiteRT-LM's decoder with its cache.
+
+    `cache_length` positions, `prefill` tokens that each prefill signature takes, `precisions` that become bundles.
+    Verify decodes `decode` tokens in each of its conversations, and holds LiteRT-LM's greedy text of `continuation`
+    tokens after each of `prompts` prompts against Hugging Face's.
+    """
+
+    cache_length: int
+    prefill: tuple[int, ...]
+    precisions: tuple[BundlePrecision, ...]
+    decode: int
+    prompts: int
+    continuation: int
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens that a conversation can have: a prefill padded to the longest signature must fit behind them.
+
+        The cache is written with one slice, which the runtime would move back, over older tokens, if it did not fit.
+        """
+        return self.cache_length - max(self.prefill) + 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +103,8 @@ class Gate:
 
     `nmse` worst normalised mean square error of logits against Hugging Face over all shapes; `kld` mean
     KL(reference || file) in nats; `top1` share of equal most likely tokens; `size_ratio` bytes over the bytes of the
-    fp32 file; `size_per_parameter` bytes per parameter; `integer_share` share of multiply-adds in integer kernels.
+    fp32 file; `size_per_parameter` bytes per parameter; `bytes_per_weight` bytes of a bundle's weights and scales per
+    stored weight; `integer_share` share of multiply-adds in integer kernels.
     """
 
     nmse: float | None = None
@@ -84,6 +112,7 @@ class Gate:
     top1: float | None = None
     size_ratio: float | None = None
     size_per_parameter: float | None = None
+    bytes_per_weight: float | None = None
     integer_share: float | None = None
 
 
@@ -93,7 +122,9 @@ class Recipe:
 
     name: str
     model_types: tuple[str, ...]
+    graphs: Graphs
     step: StepLimits
+    bundle: Bundle
     corpus: Corpus
     shapes: Shapes
     int8: Int8
@@ -123,9 +154,19 @@ def load(file: Path) -> Recipe:
         if "sha256" in table:
             raise ValueError("unknown key `recipe.sha256`")
         recipe = _build(Recipe, {**table, "sha256": hashlib.sha256(data).hexdigest()}, "recipe")
+        assert isinstance(recipe, Recipe)
+        if recipe.bundle.max_tokens < 1:
+            raise ValueError(
+                f"`bundle.cache_length` is {recipe.bundle.cache_length}, "
+                f"shorter than a prefill of {max(recipe.bundle.prefill)}"
+            )
+        if recipe.bundle.decode >= recipe.bundle.max_tokens:
+            raise ValueError(
+                f"`bundle.decode` is {recipe.bundle.decode}, "
+                f"too many for conversations of at most {recipe.bundle.max_tokens} tokens"
+            )
     except ValueError as error:
         raise UsageError(f"recipe {file}: {error}", remedy="compare it with pipeline/recipes/gemma3n.toml") from error
-    assert isinstance(recipe, Recipe)
     return recipe
 
 

@@ -28,10 +28,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipeline.core import log, manifest, process, versions
+from pipeline.core import log, manifest, parallel, process, versions
 from pipeline.core.errors import PipelineError, ResourceError
 from pipeline.core.manifest import Facts, FileRecord, Manifest, Source
-from pipeline.core.recipe import PROJECT, Recipe
+from pipeline.core.recipe import PROJECT, Graphs, Recipe
 from pipeline.core.recipe import load as load_recipe
 
 DEFAULT_MODEL = "examples/tiny-gemma3n"
@@ -51,6 +51,12 @@ class Context:
     recipe: Recipe
     upstream: Mapping[str, Manifest]
 
+    @property
+    def graphs(self) -> Graphs:
+        """Which graphs are built and judged: the step graph, the bundle's sections, or both."""
+        chosen: Graphs = self.arguments.graphs
+        return chosen
+
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
@@ -65,7 +71,7 @@ class Outcome:
 class Stage:
     """One stage: `name` is its folder, `needs` the stages whose folders it reads.
 
-    `name_of` and `needs_of` let an argument choose the folder and what is read (int8's scheme, verify's variants).
+    `name_of` and `needs_of` let arguments and recipe choose the folder and what is read (int8's scheme, say).
     `after` runs once the manifest is written: the place to remove what a killed run would have gone on from.
     `measured` are files, by path in the stage's folder, that hold timings: they differ from run to run, so the manifest
     does not list them.
@@ -77,7 +83,7 @@ class Stage:
     needs: tuple[str, ...] = ()
     add_arguments: Callable[[argparse.ArgumentParser], None] | None = None
     name_of: Callable[[argparse.Namespace], str] | None = None
-    needs_of: Callable[[argparse.Namespace], tuple[str, ...]] | None = None
+    needs_of: Callable[[argparse.Namespace, Recipe], tuple[str, ...]] | None = None
     after: Callable[[Context], None] | None = None
     measured: tuple[str, ...] = ()
 
@@ -112,6 +118,7 @@ def _parse(stage: Stage, argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model-id", default=DEFAULT_MODEL, help="Hub id or folder (default: %(default)s)")
     parser.add_argument("--artifacts", type=Path, default=Path("artifacts"), help="output root (default: %(default)s)")
     parser.add_argument("--recipe", type=Path, default=Path(DEFAULT_RECIPE), help="recipe (default: %(default)s)")
+    parser.add_argument("--graphs", choices=("step", "bundle", "all"), help="what to build (default: the recipe's)")
     if stage.add_arguments:
         stage.add_arguments(parser)
     return parser.parse_args(argv)
@@ -135,9 +142,10 @@ def _report_machine_error(error: OSError | MemoryError) -> int:
 
 
 def _run(stage: Stage, arguments: argparse.Namespace) -> None:
-    name = stage.name_of(arguments) if stage.name_of else stage.name
-    needs = stage.needs_of(arguments) if stage.needs_of else stage.needs
     recipe = load_recipe(arguments.recipe)
+    arguments.graphs = arguments.graphs or recipe.graphs
+    name = stage.name_of(arguments) if stage.name_of else stage.name
+    needs = stage.needs_of(arguments, recipe) if stage.needs_of else stage.needs
     tools = versions.installed()
     versions.check(tools, PROJECT / "locks" / "cpu.txt")
     root = arguments.artifacts / model_name(arguments.model_id)
@@ -152,7 +160,7 @@ def _run(stage: Stage, arguments: argparse.Namespace) -> None:
         )
         with _measure() as usage:
             outcome = stage.work(context)
-        outputs = tuple(FileRecord.of(file, root) for file in _files(folder, stage.measured))
+        outputs = tuple(parallel.ordered(lambda file: FileRecord.of(file, root), _files(folder, stage.measured)))
         manifest.write_atomically(folder / "run.json", manifest.dump_json(usage.facts()))
         first = next(iter(upstream.values()), None)
         manifest.write(

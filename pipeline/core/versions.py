@@ -12,7 +12,15 @@ from pipeline.core import log
 from pipeline.core.errors import UsageError
 
 SHOWN = ("torch", "transformers", "litert-torch", "ai-edge-quantizer", "ai-edge-litert")
-RECORDED = (*SHOWN, "litert-converter", "huggingface-hub", "safetensors", "numpy")
+RECORDED = (
+    *SHOWN,
+    "litert-converter",
+    "litert-lm-api",
+    "litert-lm-builder",
+    "huggingface-hub",
+    "safetensors",
+    "numpy",
+)
 
 
 def installed(packages: tuple[str, ...] = RECORDED) -> dict[str, str]:

@@ -150,9 +150,9 @@ def count_unsound(model: StepModel, reference: Reference, most: float = math.inf
     return bad, [name for name, _, _ in corners]
 
 
-def greedy(model: StepModel, reference: Reference, count: int, stop: Sequence[int]) -> list[list[int]]:
-    """The file's own continuation of each of the reference's prompts."""
-    return [model.continue_greedily(row.prompt_ids, count, stop) for row in reference.greedy()]
+def greedy(model: StepModel, reference: Reference, prompts: int, count: int, stop: Sequence[int]) -> list[list[int]]:
+    """The file's own continuation of the first `prompts` of the reference's prompts."""
+    return [model.continue_greedily(row.prompt_ids, count, stop) for row in reference.greedy()[:prompts]]
 
 
 def agreement(ours: Sequence[int], theirs: Sequence[int]) -> int:

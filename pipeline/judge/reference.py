@@ -97,12 +97,14 @@ def _map_tensor(file: Path, name: str) -> NDArray[Any] | None:
 
 @dataclass(frozen=True)
 class Greedy:
-    """One greedy continuation of the reference, ids and texts."""
+    """One greedy continuation of the reference, ids and texts; per token the lead in logits, and log p."""
 
     prompt: str
     prompt_ids: list[int]
     continuation_ids: list[int]
     text: str
+    margins: list[float]
+    log_likelihoods: list[float]
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,11 @@ class Reference:
             for name in sorted(names, key=_case_order):
                 ids, mask, hidden = (tensors.get_tensor(f"{name}.{part}") for part in _CASE_PARTS)
                 yield name, ids, mask, hidden
+
+    def cache(self) -> tuple[Tokens, Floats, Floats]:
+        """The conversations through the cache: tokens [2, L], hidden states [2, L, H], and with the cache [2, D, H]."""
+        tensors = _load(self.folder / "cache.safetensors")
+        return tensors["input_ids"], tensors["hidden"], tensors["cached"]
 
     def greedy(self) -> list[Greedy]:
         """The greedy continuations."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +54,16 @@ def render(report: Report) -> str:
     return environment.get_template("report.html.jinja").render(
         report=report,
         variants=variants(report),
-        distributions=Markup(plots.kld_distributions(_distributions(report))),  # noqa: S704 - escaped where it is made
-        quality=Markup(plots.size_against_quality(_points(report))),  # noqa: S704
+        distributions=_drawing(plots.kld_distributions, _distributions(report)),
+        quality=_drawing(plots.size_against_quality, _points(report)),
         failed=[check for check in report["checks"] if not check["passed"]],
         reference_name=REFERENCE,
     )
+
+
+def _drawing(draw: Callable[[Sequence[Any]], str], rows: Sequence[Any]) -> Markup:
+    """A plot of `rows`; nothing without any."""
+    return Markup(draw(rows) if rows else "")  # noqa: S704 - escaped where it is made
 
 
 def variants(report: Report) -> dict[str, Any]:
@@ -130,7 +135,32 @@ def _points(report: Report) -> list[plots.Point]:
 
 
 def table(report: Report) -> list[str]:
-    """The strategy table as aligned lines of text."""
+    """The step graphs and the bundles compared, as aligned lines of text."""
+    steps = _steps(report) if report["variants"] else []
+    return steps + (_bundles(report) if report["bundles"] else [])
+
+
+def _bundles(report: Report) -> list[str]:
+    rows = [["bundle", "size", "worst NMSE/HF", "KLD/HF", "top-1/HF", "ids", "prompts", "texts", "verdict"]]
+    for name, bundle in sorted(report["bundles"].items()):
+        ids, prompts, greedy, scores = (bundle[key] for key in ("token_ids", "prompts", "greedy", "against_reference"))
+        rows.append(
+            [
+                name,
+                log.human_bytes(bundle["size"]),
+                figure(scores["nmse_max"]),
+                figure(scores["kld"]),
+                percent(scores["top1"]),
+                f"{ids['total'] - ids['wrong']}/{ids['total']}",
+                f"{prompts['total'] - prompts['wrong']}/{prompts['total']}",
+                f"{greedy['same']}/{len(greedy['rows'])}",
+                "passed" if bundle["fit"] else "FAILED",
+            ]
+        )
+    return _align(rows)
+
+
+def _steps(report: Report) -> list[str]:
     head = ["file", "size", "ratio", "load ms", *(f"S={sequence} ms" for sequence in report["sequences"])]
     head += ["KLD/fp32", "top-1/fp32", "KLD/HF", "top-1/HF", "perplexity", "integer", "verdict"]
     rows = [head]

@@ -1,13 +1,17 @@
-"""Running a step graph in LiteRT, with or without the XNNPACK delegate, and timing it."""
+"""Running a graph in LiteRT, with or without the XNNPACK delegate, and timing it."""
 
 from __future__ import annotations
 
+import atexit
+import math
 import os
 import platform
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -35,6 +39,118 @@ def litert(path: Path, *, xnnpack: bool, threads: int) -> Any:
 
     kind = OpResolverType.BUILTIN if xnnpack else OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
     return Interpreter(model_path=str(path), num_threads=threads, experimental_op_resolver_type=kind)
+
+
+class MappedModel:
+    """A file of several signatures whose weights XNNPACK repacks once, into a file, as LiteRT-LM does.
+
+    LiteRT's interpreter, whose methods these are, would hold every signature's repacked weights in memory: of a 1 GB
+    decoder 2 GB. Tensors of one name and shape, such as a cache, share one buffer among the signatures.
+
+    Args:
+        path: the `.tflite` file.
+        weights: the file for the repacked weights, of this model alone.
+        threads: how many threads run the kernels.
+
+    Raises:
+        IntegrityError: the file is not a model.
+    """
+
+    def __init__(self, path: Path, weights: Path, threads: int) -> None:
+        from ai_edge_litert.compiled_model import CompiledModel
+        from ai_edge_litert.options import CpuOptions, Options
+
+        cpu = CpuOptions(num_threads=threads, xnnpack_weight_cache_path=str(weights))
+        self._buffers: dict[tuple[str, str, tuple[int, ...]], Any] = {}
+        try:
+            with _quiet():
+                options = Options(cpu_options=cpu)
+                self._model = CompiledModel.from_file(str(path), environment=_environment(), options=options)
+                for signature in self.get_signature_list():
+                    self._make_buffers(signature)
+        except RuntimeError as error:
+            raise IntegrityError(
+                f"{path} can't be loaded: {error}", remedy="remove its folder and run make again"
+            ) from error
+
+    def get_signature_list(self) -> dict[str, dict[str, list[str]]]:
+        """Names of inputs and outputs by signature."""
+        signatures: dict[str, dict[str, list[str]]] = self._model.get_signature_list()
+        return signatures
+
+    def get_signature_runner(self, signature: str) -> MappedRunner:
+        """Runs one signature."""
+        return MappedRunner(self._model, signature, self.details(signature), self._buffers)
+
+    def details(self, signature: str) -> dict[str, dict[str, Any]]:
+        """By `in` and `out`, name, shape and type of each tensor."""
+        inputs = self._model.get_input_tensor_details(signature)
+        return {"in": inputs, "out": self._model.get_output_tensor_details(signature)}
+
+    def _make_buffers(self, signature: str) -> None:
+        make = {"in": self._model.create_input_buffer_by_name, "out": self._model.create_output_buffer_by_name}
+        for way, tensors in self.details(signature).items():
+            for name, detail in tensors.items():
+                key = (way, name, tuple(detail["shape"]))
+                if key not in self._buffers:
+                    self._buffers[key] = made = make[way](signature, name)
+                    made.write(np.zeros(detail["shape"], np.dtype(detail["dtype"])))
+
+
+class MappedRunner:
+    """One signature of a `MappedModel`, called with arrays by name; gives arrays by name."""
+
+    def __init__(
+        self, model: Any, signature: str, details: Mapping[str, Mapping[str, Any]], buffers: Mapping[Any, Any]
+    ) -> None:
+        self._model, self._signature, self._details = model, signature, details
+        self._buffers = {
+            way: {name: buffers[way, name, tuple(detail["shape"])] for name, detail in tensors.items()}
+            for way, tensors in details.items()
+        }
+
+    def get_input_details(self) -> Mapping[str, Any]:
+        """Shape and type of each input."""
+        return self._details["in"]
+
+    def __call__(self, **inputs: NDArray[Any]) -> dict[str, NDArray[Any]]:
+        for name, value in inputs.items():
+            self._buffers["in"][name].write(value)
+        self._model.run_by_name(self._signature, self._buffers["in"], self._buffers["out"])
+        return {name: self._read(name, detail) for name, detail in self._details["out"].items()}
+
+    def _read(self, name: str, detail: Mapping[str, Any]) -> NDArray[Any]:
+        values: NDArray[Any] = self._buffers["out"][name].read(math.prod(detail["shape"]), np.dtype(detail["dtype"]))
+        return values.reshape(detail["shape"])
+
+
+@cache
+def _environment() -> Any:
+    """LiteRT's one environment. It tells of every accelerator that it looks for, and again of each when it ends."""
+    from ai_edge_litert.environment import Environment
+
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    atexit.register(os.dup2, nowhere, 2)
+    return Environment.create()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Nothing on standard error, native code's neither."""
+    with open(os.devnull, "wb") as nowhere, standard_error(nowhere.fileno()):
+        yield
+
+
+@contextmanager
+def standard_error(target: int) -> Iterator[None]:
+    """Send what native code prints to standard error to the file descriptor `target`."""
+    saved = os.dup(2)
+    try:
+        os.dup2(target, 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
 
 
 def default_threads() -> int:

@@ -53,6 +53,7 @@ class Setting:
 
     reference: Reference
     panel: Panel
+    prompts: int
     continuation: int
     stop: Sequence[int]
     scratch: Path
@@ -106,7 +107,9 @@ def judge_file(subject: Subject, setting: Setting, baseline: Verdict | None) -> 
     logits = examine.run_positions(models["xnnpack"], panel, subject.name, setting.scratch / subject.name)
     scores = examine.against_reference(logits, panel)
     summary = metrics.summarise(scores, panel.positions.window)
-    continuations = examine.greedy(models["xnnpack"], setting.reference, setting.continuation, setting.stop)
+    continuations = examine.greedy(
+        models["xnnpack"], setting.reference, setting.prompts, setting.continuation, setting.stop
+    )
     grids: dict[str, GridResult] = {}
     if baseline is None:
         grids = {
@@ -222,20 +225,23 @@ def _soundness(subject: Subject, models: Mapping[str, StepModel], reference: Ref
     return checks
 
 
-def greedy_rows(reference: Reference, verdicts: Sequence[Verdict], decode: Callable[[list[int]], str]) -> list[Any]:
+def greedy_rows(
+    reference: Reference, verdicts: Sequence[Verdict], setting: Setting, decode: Callable[[list[int]], str]
+) -> list[Any]:
     """The continuations side by side: per prompt the reference's text and each file's, with how far they agree."""
     rows = []
-    for index, row in enumerate(reference.greedy()):
+    for index, row in enumerate(reference.greedy()[: setting.prompts]):
+        expected = row.continuation_ids[: setting.continuation]
         files = {}
         for verdict in verdicts:
             ids = verdict.continuations[index]
             files[verdict.subject.name] = {
                 "ids": ids,
                 "text": decode(ids),
-                "agree": examine.agreement(ids, row.continuation_ids),
-                "same": ids == row.continuation_ids,
+                "agree": examine.agreement(ids, expected),
+                "same": ids == expected,
             }
-        rows.append({"prompt": row.prompt, "reference": row.text, "tokens": len(row.continuation_ids), "files": files})
+        rows.append({"prompt": row.prompt, "reference": decode(expected), "tokens": len(expected), "files": files})
     return rows
 
 

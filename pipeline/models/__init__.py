@@ -1,10 +1,12 @@
 """One file per architecture: graph modules, signatures, and how checkpoint tensors map to them.
 
-To add an architecture, write its file with an `ARCHITECTURE` and list it here.
+To add an architecture, write its file with an `ARCHITECTURE`, and a recipe that names its model types.
 """
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -12,22 +14,38 @@ from pipeline.core.errors import FetchError
 
 
 class Architecture(Protocol):
-    """What the stages need to know of a model family."""
+    """What the stages need to know of a model family.
+
+    `model_types` are those of `config.json`, `runtime_type` is what LiteRT-LM calls the family. Every method raises
+    FetchError where the configuration asks for something that the graph modules don't do.
+    """
 
     model_types: tuple[str, ...]
+    runtime_type: str
 
     def tensors(self, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-        """Every tensor of the text model: canonical name → shape.
-
-        Raises:
-            FetchError: the configuration asks for something the graph modules don't do.
-        """
+        """Every tensor of the text model: canonical name → shape."""
 
     def step(self, config: Mapping[str, Any]) -> Any:
         """The step graph (a `torch.nn.Module`, its text model `model`), its weights still to be assigned."""
 
+    def decoder(self, config: Mapping[str, Any], *, logits: bool) -> Any:
+        """The bundle's decoder graph with or without `logits` (as `step`), its weights still to be assigned."""
+
+    def decoder_inputs(self, config: Mapping[str, Any], tokens: int, length: int) -> dict[str, Any]:
+        """Examples of the decoder graph's inputs but `input_pos` and `mask`: `tokens` tokens, a cache of `length`."""
+
+    def tables(self, config: Mapping[str, Any]) -> tuple[Any, ...]:
+        """The embedding tables (`transformer.Table`) that are sections of their own."""
+
     def canonical(self, name: str, config: Mapping[str, Any]) -> str | None:
         """The canonical name of checkpoint tensor `name`, or None if the text model knowingly leaves it out."""
+
+
+def architectures() -> list[Architecture]:
+    """Every `ARCHITECTURE` in this folder, by file name."""
+    modules = (importlib.import_module(f"{__name__}.{found.name}") for found in pkgutil.iter_modules(__path__))
+    return [module.ARCHITECTURE for module in modules if hasattr(module, "ARCHITECTURE")]
 
 
 def architecture_for(config: Mapping[str, Any]) -> Architecture:
@@ -36,9 +54,7 @@ def architecture_for(config: Mapping[str, Any]) -> Architecture:
     Raises:
         FetchError: no file here handles that `model_type`; the message names the supported ones.
     """
-    from pipeline.models import gemma3n
-
-    known: tuple[Architecture, ...] = (gemma3n.ARCHITECTURE,)
+    known = architectures()
     model_type = config.get("model_type")
     for architecture in known:
         if model_type in architecture.model_types:

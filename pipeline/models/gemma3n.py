@@ -23,13 +23,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pipeline.convert.operators import Embedding, Linear, matmul, normalise
+from pipeline.convert.operators import Embedding, Linear, matmul
 from pipeline.core.errors import FetchError
-
-FULL, SLIDING = "full_attention", "sliding_attention"
-# Far below any score (queries and keys are normalised, so scores stay within ± head size × the norms' weights), yet
-# finite: a row with nothing to attend to must not become NaN.
-MASKED = -1e9
+from pipeline.models.transformer import (
+    FULL,
+    SLIDING,
+    Attend,
+    DecoderGraph,
+    RMSNorm,
+    Rotation,
+    StepGraph,
+    Table,
+    cache_tensors,
+    split_heads,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,19 +144,6 @@ def _refuse_unknown(text: Mapping[str, Any], config: TextConfig) -> None:
         raise FetchError("config.json shares keys and values of a layer type that no unshared layer has")
 
 
-class RMSNorm(nn.Module):
-    """factor · weight · x / √(mean(x²) + ε) over the last axis; without `weight` for values."""
-
-    def __init__(self, size: int, eps: float, *, scaled: bool = True, factor: float = 1.0) -> None:
-        super().__init__()
-        self.eps, self.factor = eps, factor
-        self.weight = nn.Parameter(torch.ones(size)) if scaled else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        normed: Tensor = normalise(x, self.eps)
-        return normed if self.weight is None else normed * (self.weight * self.factor)
-
-
 class Laurel(nn.Module):
     """Learned augmented residual layer: x + norm(right(left(x))), low rank. [B, S, 1, H] → [B, S, 1, H]."""
 
@@ -230,71 +224,32 @@ def state(states: Tensor, index: int) -> Tensor:
     return states[:, :, index : index + 1]
 
 
-@dataclass(frozen=True)
-class Rotation:
-    """Cosine and signed sine of the rotary position embedding, each [B, S, 1, D]."""
-
-    cos: Tensor
-    sin: Tensor
-
-    @classmethod
-    def at(cls, positions: Tensor, theta: float, head_dim: int) -> Rotation:
-        """Angles positions / theta^(2i/D) (Su et al., RoFormer, 2021); `positions` is float [B, S]."""
-        exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
-        angles = positions[:, :, None, None] * (1.0 / (theta**exponents))
-        cos, sin = torch.cos(angles), torch.sin(angles)
-        return cls(torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1))
-
-    def apply(self, x: Tensor) -> Tensor:
-        """Rotate [B, S, heads, D]: the first half of D against the second."""
-        half = x.shape[-1] // 2
-        return x * self.cos + torch.cat((x[..., half:], x[..., :half]), dim=-1) * self.sin
-
-
 class Attention(nn.Module):
     """Grouped-query attention with normalised queries, keys and values; scores are not scaled."""
 
     def __init__(self, config: TextConfig, layer: int) -> None:
         super().__init__()
-        self.heads, self.kv_heads, self.head_dim = (
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-        )
-        bias, eps = config.attention_bias, config.rms_norm_eps
-        self.q_proj = Linear(config.hidden_size, self.heads * self.head_dim, bias=bias)
-        self.q_norm = RMSNorm(self.head_dim, eps)
-        if config.kv_source(layer) == layer:
-            self.k_proj = Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=bias)
-            self.v_proj = Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=bias)
-            self.k_norm = RMSNorm(self.head_dim, eps)
-            self.v_norm = RMSNorm(self.head_dim, eps, scaled=False)
-        self.o_proj = Linear(self.heads * self.head_dim, config.hidden_size, bias=bias)
+        self.layer, self.heads, self.kv_heads = layer, config.num_attention_heads, config.num_key_value_heads
+        bias, eps, size = config.attention_bias, config.rms_norm_eps, config.head_dim
+        self.q_proj = Linear(config.hidden_size, self.heads * size, bias=bias)
+        self.q_norm = RMSNorm(size, eps)
+        self.shared = config.kv_source(layer) != layer
+        if not self.shared:
+            self.k_proj = Linear(config.hidden_size, self.kv_heads * size, bias=bias)
+            self.v_proj = Linear(config.hidden_size, self.kv_heads * size, bias=bias)
+            self.k_norm = RMSNorm(size, eps)
+            self.v_norm = RMSNorm(size, eps, scaled=False)
+        self.o_proj = Linear(self.heads * size, config.hidden_size, bias=bias)
 
-    def keys_values(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
-        """[B, S, 1, H] → keys and values, each [B, K · G, S, D]."""
-        keys = rotation.apply(self.k_norm(self._split(self.k_proj(x), self.kv_heads)))
-        values = self.v_norm(self._split(self.v_proj(x), self.kv_heads))
-        return self._repeat(keys).transpose(1, 2), self._repeat(values).transpose(1, 2)
+    def forward(self, x: Tensor, rotation: Rotation, attend: Attend) -> Tensor:
+        """[B, S, 1, H] → [B, S, 1, H]."""
+        queries = rotation.apply(self.q_norm(split_heads(self.q_proj(x), self.heads)))
+        return self.o_proj(attend(self.layer, queries, None if self.shared else self._keys_values(x, rotation)))
 
-    def forward(self, x: Tensor, rotation: Rotation, mask: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Attend from `x` [B, S, 1, H] to `keys` and `values` [B, K · G, T, D] under additive `mask` [B, 1, S, T]."""
-        queries = rotation.apply(self.q_norm(self._split(self.q_proj(x), self.heads))).transpose(1, 2)
-        mixed = matmul(torch.softmax(matmul(queries, keys, True) + mask, dim=-1), values, False)
-        return self.o_proj(mixed.transpose(1, 2).reshape(x.shape[0], x.shape[1], 1, self.heads * self.head_dim))
-
-    def _repeat(self, x: Tensor) -> Tensor:
-        """[B, S, K, D] → [B, S, K · G, D], each head G times.
-
-        By concatenation: an `expand` to a symbolic batch fails at run time. Folding the G query heads into S instead
-        would repeat nothing, but merging two unknown dimensions makes torch.export guard on their values.
-        """
-        groups = self.heads // self.kv_heads
-        return torch.cat([x] * groups, dim=-1).reshape(x.shape[0], x.shape[1], self.heads, self.head_dim)
-
-    def _split(self, x: Tensor, heads: int) -> Tensor:
-        """[B, S, 1, heads · D] → [B, S, heads, D]."""
-        return x.reshape(x.shape[0], x.shape[1], heads, self.head_dim)
+    def _keys_values(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
+        """[B, S, 1, H] → keys and values, each [B, S, K, D]."""
+        keys = rotation.apply(self.k_norm(split_heads(self.k_proj(x), self.kv_heads)))
+        return keys, self.v_norm(split_heads(self.v_proj(x), self.kv_heads))
 
 
 class DecoderLayer(nn.Module):
@@ -316,20 +271,12 @@ class DecoderLayer(nn.Module):
         self.per_layer_projection = Linear(config.hidden_size_per_layer_input, size, bias=False)
         self.post_per_layer_input_norm = RMSNorm(size, eps)
 
-    def forward(
-        self,
-        states: Tensor,
-        per_layer_input: Tensor,
-        rotation: Rotation,
-        mask: Tensor,
-        shared: tuple[Tensor, Tensor] | None,
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """The new states, and the keys and values that were attended to (`shared` if given, else the layer's own)."""
+    def forward(self, states: Tensor, per_layer_input: Tensor, rotation: Rotation, attend: Attend) -> Tensor:
+        """The new states; `per_layer_input` is [B, S, 1, P]."""
         predictions = self.altup.predict(states)
         active = state(predictions, self.active)
         normed = self.input_layernorm(active)
-        keys, values = shared or self.self_attn.keys_values(normed, rotation)
-        attended = self.post_attention_layernorm(self.self_attn(normed, rotation, mask, keys, values))
+        attended = self.post_attention_layernorm(self.self_attn(normed, rotation, attend))
         mixed = (active + attended + self.laurel(normed)) * (1 / math.sqrt(2))
         output = mixed + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(mixed)))
         corrected = self.altup.correct(predictions, output)
@@ -337,7 +284,7 @@ class DecoderLayer(nn.Module):
         # transformers: corrected[1:] += update. Such a slice update is dropped, without an error, when shapes are
         # dynamic (litert-torch 0.10.0), so the first state gets the update times zero.
         but_first = torch.tensor([0.0] + [1.0] * (corrected.shape[2] - 1))[:, None]
-        return corrected + update * but_first, (keys, values)
+        return corrected + update * but_first
 
     def _per_layer_update(self, x: Tensor, per_layer_input: Tensor) -> Tensor:
         """What the layer's own token embedding [B, S, 1, P] adds to every state but the first."""
@@ -348,53 +295,66 @@ class DecoderLayer(nn.Module):
 
 
 class TextModel(nn.Module):
-    """The text model without its head: token ids to final hidden states."""
+    """The text model without its head: token ids to final hidden states.
 
-    def __init__(self, config: TextConfig) -> None:
+    Without `lookup` it has no per-layer table and can't `embed`: LiteRT-LM has looked that up.
+    """
+
+    def __init__(self, config: TextConfig, *, lookup: bool = True) -> None:
         super().__init__()
         self.config = config
         size, inputs = config.hidden_size, config.altup_num_inputs
         per_layer = config.num_hidden_layers * config.hidden_size_per_layer_input
         self.embed_tokens = Embedding(config.vocab_size, size)
-        self.embed_tokens_per_layer = Embedding(config.vocab_size_per_layer_input, per_layer)
+        if lookup:
+            self.embed_tokens_per_layer = Embedding(config.vocab_size_per_layer_input, per_layer)
         self.per_layer_model_projection = Linear(size, per_layer, bias=False)
-        self.per_layer_projection_norm = RMSNorm(config.hidden_size_per_layer_input, config.rms_norm_eps)
+        # The projection is scaled by H^(−1/2) before its norm, which is the same as a norm with H · ε. A factor on a
+        # linear layer's output would be folded into a copy of its weights.
+        self.per_layer_projection_norm = RMSNorm(config.hidden_size_per_layer_input, size * config.rms_norm_eps)
         self.altup_projections = nn.ModuleList(Linear(size, size, bias=False) for _ in range(1, inputs))
         self.altup_unembed_projections = nn.ModuleList(Linear(size, size, bias=False) for _ in range(1, inputs))
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(size, config.rms_norm_eps)
 
-    def forward(self, input_ids: Tensor, positions: Tensor, masks: Mapping[str, Tensor]) -> Tensor:
-        """[B, S] token ids, [B, S] float positions, one additive [B, 1, S, S] mask per layer type → [B, S, 1, H]."""
-        embedded = self.embed_tokens(input_ids)[:, :, None] * self.config.hidden_size**0.5
-        per_layer = self._per_layer_inputs(input_ids, embedded)
+    def forward(self, positions: Tensor, attend: Attend, embedded: Tensor, tokens: Tensor) -> Tensor:
+        """Final hidden states [B, S, 1, H].
+
+        Args:
+            positions: float [B, S].
+            attend: where keys and values go and what is seen of them.
+            embedded: the scaled token embedding [B, S, 1, H].
+            tokens: the scaled rows of the per-layer table [B, S, L, P].
+        """
+        per_layer = self._per_layer_inputs(embedded, tokens)
         rotations = {
             kind: Rotation.at(positions, theta, self.config.head_dim) for kind, theta in self.config.rope_theta.items()
         }
         states = self._spread(embedded)
-        cache: dict[int, tuple[Tensor, Tensor]] = {}
         for i, layer in enumerate(self.layers):
-            kind = self.config.layer_types[i]
-            shared = cache.get(self.config.kv_source(i))
-            states, cache[i] = layer(states, state(per_layer, i), rotations[kind], masks[kind], shared)
+            states = layer(states, state(per_layer, i), rotations[self.config.layer_types[i]], attend)
         return self.norm(self._gather(states))
 
-    def _per_layer_inputs(self, input_ids: Tensor, embedded: Tensor) -> Tensor:
-        """[B, S, L, P]: the token's own rows of the per-layer table plus a projection of its embedding.
+    def embed(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Token ids [B, S] → scaled embedding [B, S, 1, H] and scaled rows of the per-layer table [B, S, L, P].
 
         Ids beyond the per-layer table (image and audio tokens) use row 0, as transformers does.
         """
         config = self.config
-        shape = (*input_ids.shape, config.num_hidden_layers, config.hidden_size_per_layer_input)
         first, limit = (
             torch.tensor(0, dtype=torch.int32),
             torch.tensor(config.vocab_size_per_layer_input, dtype=torch.int32),
         )
         ids = torch.where(torch.lt(input_ids, limit), input_ids, first)
         tokens = self.embed_tokens_per_layer(ids) * config.hidden_size_per_layer_input**0.5
-        context = self.per_layer_model_projection(embedded) * config.hidden_size**-0.5
-        normed = self.per_layer_projection_norm(context.reshape(shape))
-        return (normed + tokens.reshape(shape)) * (1 / math.sqrt(2))
+        shape = (*input_ids.shape, config.num_hidden_layers, config.hidden_size_per_layer_input)
+        return self.embed_tokens(input_ids)[:, :, None] * config.hidden_size**0.5, tokens.reshape(shape)
+
+    def _per_layer_inputs(self, embedded: Tensor, tokens: Tensor) -> Tensor:
+        """[B, S, L, P]: the token's own rows of the per-layer table plus a projection of its embedding."""
+        context = self.per_layer_model_projection(embedded)
+        normed = self.per_layer_projection_norm(context.reshape(tokens.shape))
+        return (normed + tokens) * (1 / math.sqrt(2))
 
     def _spread(self, embedded: Tensor) -> Tensor:
         """The initial states [B, S, A, H]: the embedding and projections of it, all of the embedding's magnitude."""
@@ -422,65 +382,36 @@ def _with_magnitude(x: Tensor, magnitude: Tensor) -> Tensor:
     return x * magnitude * torch.rsqrt(torch.maximum(square, torch.tensor(1e-5)))
 
 
-class Gemma3nForTFLite(nn.Module):
-    """The step graph: next-token logits of whole prompts, any batch and length, left or right padding."""
+class Gemma3nForTFLite(StepGraph):
+    """The step graph of a Gemma 3n text model."""
 
     def __init__(self, config: TextConfig) -> None:
-        super().__init__()
-        self.model = TextModel(config)
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
-        """Logits of each row's last attended position.
-
-        Args:
-            input_ids: int32 [B, S] token ids; what stands at masked positions does not matter.
-            attention_mask: int32 [B, S], 1 for tokens and 0 for padding.
-
-        Returns:
-            `logits`, float32 [B, V], soft-capped: cap · tanh(x / cap).
-        """
-        config = self.model.config
-        attended = attention_mask.to(torch.float32)
-        index = torch.arange(0, attention_mask.shape[1], dtype=torch.int32).to(torch.float32)
-        distance = index[None, :, None] - index[None, None, :]  # query − key, [1, S, S]
-        causal = torch.gt(distance, torch.tensor(-0.5)) & torch.gt(attended[:, None, :], torch.tensor(0.5))
-        near = causal & torch.lt(distance, torch.tensor(config.sliding_window - 0.5))
-        hidden = self.model(input_ids, _positions(causal), {FULL: _additive(causal), SLIDING: _additive(near)})
-        cap = config.final_logit_softcapping
-        # Dividing by the cap before the head, not after it: the converter folds a factor on the head's output into a
-        # second copy of the tied embedding.
-        chosen = self._last(hidden, attended, distance, 1 / cap if cap else 1.0)
-        logits = matmul(chosen, self.model.embed_tokens.weight, True).squeeze(1)
-        return {"logits": torch.tanh(logits) * cap if cap else logits}
-
-    @staticmethod
-    def _last(hidden: Tensor, attended: Tensor, distance: Tensor, factor: float) -> Tensor:
-        """[B, S, 1, H] → [B, 1, H] at each row's last attended position, so that the head runs on one position only.
-
-        A product with a row that is `factor` there and 0 elsewhere: free of the negative index, which lowers to an
-        empty slice (litert-torch 0.10.0).
-        """
-        after = torch.where(torch.lt(distance, torch.tensor(-0.5)), torch.tensor(1.0), torch.tensor(0.0))
-        later = torch.sum(after * attended[:, None, :], dim=-1)
-        last = torch.where(torch.gt(later, torch.tensor(0.5)), torch.tensor(0.0), attended * factor)
-        return matmul(last[:, None, :], hidden.squeeze(2), False)
+        super().__init__(TextModel(config))
 
 
-def _positions(causal: Tensor) -> Tensor:
-    """Each token's position among its row's attended ones, from 0: bool [B, S, S] → float [B, S]."""
-    count = torch.sum(torch.where(causal, torch.tensor(1.0), torch.tensor(0.0)), dim=-1)
-    return torch.maximum(count - 1.0, torch.tensor(0.0))
+class Gemma3nDecoder(DecoderGraph):
+    """The decoder section of a Gemma 3n bundle: LiteRT-LM looks both embeddings up and passes them."""
 
+    def __init__(self, config: TextConfig, logits: bool) -> None:
+        super().__init__(TextModel(config, lookup=False), logits)
 
-def _additive(allowed: Tensor) -> Tensor:
-    """bool [B, S, S] → float [B, 1, S, S], 0 where allowed."""
-    return torch.where(allowed, torch.tensor(0.0), torch.tensor(MASKED))[:, None]
+    def forward(
+        self,
+        embeddings: Tensor,
+        per_layer_embeddings: Tensor,
+        input_pos: Tensor,
+        mask: Tensor,
+        kv_cache: Mapping[str, Tensor],
+    ) -> dict[str, Any]:
+        """`embeddings` [1, T, H] and `per_layer_embeddings` [1, T, L, P] are scaled; the rest as in `run`."""
+        return self.run((embeddings[:, :, None], per_layer_embeddings), input_pos, mask, kv_cache)
 
 
 class Gemma3n:
     """The `Architecture` of both Gemma 3n model types."""
 
     model_types: tuple[str, ...] = ("gemma3n", "gemma3n_text")
+    runtime_type = "gemma3n"
     _prefixes = ("model.language_model.", "language_model.model.", "model.")
     _left_out = re.compile(
         r"(model\.)?(vision_tower|audio_tower|embed_vision|embed_audio)\.|(language_model\.)?lm_head\.weight$"
@@ -496,6 +427,34 @@ class Gemma3n:
     def step(self, config: Mapping[str, Any]) -> Gemma3nForTFLite:
         """The step graph, its weights still to be assigned."""
         return Gemma3nForTFLite(TextConfig.from_config(config))
+
+    def decoder(self, config: Mapping[str, Any], *, logits: bool) -> Gemma3nDecoder:
+        """The decoder graph, its weights still to be assigned."""
+        return Gemma3nDecoder(TextConfig.from_config(config), logits)
+
+    def decoder_inputs(self, config: Mapping[str, Any], tokens: int, length: int) -> dict[str, Any]:
+        """Examples of what the decoder graph takes beside `input_pos` and `mask`, for `tokens` tokens."""
+        text = TextConfig.from_config(config)
+        per_layer = (1, tokens, text.num_hidden_layers, text.hidden_size_per_layer_input)
+        return {
+            "embeddings": torch.zeros(1, tokens, text.hidden_size),
+            "per_layer_embeddings": torch.zeros(per_layer),
+            "kv_cache": cache_tensors(text, length),
+        }
+
+    def tables(self, config: Mapping[str, Any]) -> tuple[Table, ...]:
+        """The sections that LiteRT-LM looks tokens up in."""
+        text = TextConfig.from_config(config)
+        per_layer = (text.num_hidden_layers, text.hidden_size_per_layer_input)
+        return (
+            Table("embedder", "embed_tokens.weight", text.hidden_size**0.5, (text.hidden_size,)),
+            Table(
+                "per_layer_embedder",
+                "embed_tokens_per_layer.weight",
+                text.hidden_size_per_layer_input**0.5,
+                per_layer,
+            ),
+        )
 
     def canonical(self, name: str, config: Mapping[str, Any]) -> str | None:
         """The text model's name of checkpoint tensor `name`.

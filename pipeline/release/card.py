@@ -5,7 +5,7 @@ A card holds no timings, so that it is the same bytes in every build; speeds sta
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
@@ -20,13 +20,23 @@ from pipeline.core.errors import PublishError
 from pipeline.release.licence import GEMMA, GEMMA_NOTICE, Licence
 
 _TEMPLATE = Path(__file__).with_name("card.md")
+_USAGE = {
+    ".litertlm": Path(__file__).with_name("card_bundle.md"),
+    ".tflite": Path(__file__).with_name("card_step.md"),
+}
 _CARRIED = ("language", "extra_gated_heading", "extra_gated_prompt", "extra_gated_button_content")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Product:
-    """A published file: its `precision` for people (`int8, dynamic`), and `size` in bytes."""
+    """A published file.
 
+    `variant` is what verify calls it, `source` where it lies below the model's folder, `file` its published name,
+    `precision` what it is for people (`int8, dynamic`), `size` in bytes.
+    """
+
+    variant: str
+    source: str
     file: str
     precision: str
     size: int
@@ -66,12 +76,13 @@ class Subject:
 
 @dataclass(frozen=True, kw_only=True)
 class Build:
-    """How the files were made: recipe, limits of the step graph, source commit or empty, versions, what was changed."""
+    """How the files were made: recipe, limits of the graphs, source commit or empty, versions, what was changed."""
 
     recipe: str
     recipe_sha256: str
     max_batch: int
     max_sequence: int
+    max_tokens: int
     commit: str
     tools: Mapping[str, str]
     changes: str
@@ -111,9 +122,7 @@ def text(
         "terms": f"{GEMMA_NOTICE}." if licence.identifier == GEMMA else f"They stay under its licence, {licence.name}.",
         "files": _files(products),
         "checks": _checks(checks),
-        "example": products[-1].file,
-        "max_batch": build.max_batch,
-        "max_sequence": build.max_sequence,
+        "usage": "\n\n".join(_usage(products, build)),
         "revision": subject.revision,
         "recipe": build.recipe,
         "recipe_sha256": build.recipe_sha256,
@@ -138,7 +147,7 @@ def _metadata(subject: Subject, licence: Licence, source: Mapping[str, Any]) -> 
         base_model_relation=relation if bases else None,
         library_name="litert",
         pipeline_tag="text-generation",
-        tags=["litert", "tflite", subject.model_type, "float16", "int8"],
+        tags=["litert", "litert-lm", "tflite", subject.model_type, "float16", "int8"],
         **{key: source[key] for key in _CARRIED if key in source},
     )
     return str(card.to_yaml())
@@ -152,12 +161,26 @@ def _origin(subject: Subject) -> str:
 
 
 def _files(products: Sequence[Product]) -> str:
-    """The table of files; the first one is what the others are measured against."""
-    rows = [
-        (f"`{item.file}`", item.precision, log.human_bytes(item.size), f"{item.size / products[0].size:.3f}")
-        for item in products
-    ]
-    return _table(("file", "precision", "size", "size / float32"), rows)
+    """The table of files."""
+    rows = [(f"`{item.file}`", item.precision, log.human_bytes(item.size)) for item in products]
+    return _table(("file", "what", "size"), rows)
+
+
+def _usage(products: Sequence[Product], build: Build) -> Iterator[str]:
+    """How to run each kind of file that there is, shown on the smallest of it."""
+    for kind, template in _USAGE.items():
+        files = [item for item in products if item.file.endswith(kind)]
+        if files:
+            yield (
+                Template(template.read_text(encoding="utf-8"))
+                .substitute(
+                    example=min(files, key=lambda item: item.size).file,
+                    max_batch=build.max_batch,
+                    max_sequence=build.max_sequence,
+                    max_tokens=build.max_tokens,
+                )
+                .strip()
+            )
 
 
 def _checks(checks: Sequence[Check]) -> str:

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from pipeline.judge import sections
 from pipeline.judge.runtime import StepModel
+from pipeline.judge.sections import Conversation, Sections
 
 ROOT = Path("artifacts/tiny-gemma3n")
 
@@ -31,5 +33,22 @@ def test_same_logits(variant: str, nmse: float, batch: int, sequence: int) -> No
     mask[-1, : sequence // 3] = 0
     ours = StepModel(file).logits(ids, mask).astype(np.float64)
     theirs = StepModel(file, interpreter=tensorflow_interpreter).logits(ids, mask)
+    assert ((ours - theirs) ** 2).sum() / (ours**2).sum() < nmse
+    assert (ours.argmax(-1) == theirs.argmax(-1)).mean() >= (1 if variant != "int8" else 0.8)
+
+
+@pytest.mark.parametrize(("variant", "nmse"), [("fp32", 1e-9), ("fp16", 1e-9), ("int8", 1e-3)])
+def test_same_logits_through_the_cache(variant: str, nmse: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = [int(token) for token in np.random.default_rng(1).integers(4, 1900, 80)]
+
+    def spoken() -> np.ndarray[Any, Any]:
+        conversation = Conversation(Sections(ROOT / variant))
+        for part in (ids[:32], ids[32:40], ids[40:41]):
+            conversation.prefill(part)
+        return np.stack([conversation.decode(token) for token in ids[41:]]).astype(np.float64)
+
+    ours = spoken()
+    monkeypatch.setattr(sections, "litert", tensorflow_interpreter)
+    theirs = spoken()
     assert ((ours - theirs) ** 2).sum() / (ours**2).sum() < nmse
     assert (ours.argmax(-1) == theirs.argmax(-1)).mean() >= (1 if variant != "int8" else 0.8)

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from pipeline import fetch, fp16, fp32, golden, int8
+from pipeline import bundle, fetch, fp16, fp32, golden, graph, int8
 from pipeline.core import manifest
 from pipeline.core.recipe import PROJECT
 from pipeline.core.stage import DEFAULT_MODEL, DEFAULT_RECIPE, Stage, main
 
 SMALL = {
+    "cache_length = 4096": "cache_length = 512",
+    "prefill = [32, 128]": "prefill = [8, 32]",
+    "decode = 128": "decode = 24",
+    "prompts = 16": "prompts = 4",
+    "continuation = 128": "continuation = 12",
     "window = 128": "window = 32",
     "positions = 2048": "positions = 192",
     "prompts = 6": "prompts = 3",
@@ -26,20 +32,38 @@ SMALL = {
 
 @dataclass(frozen=True)
 class Line:
-    """Stages of the shipped model below `artifacts`, run with `recipe`."""
+    """Stages of a model, the shipped one if no other is given, below `artifacts`, run with `recipe`."""
 
     artifacts: Path
     recipe: Path
+    model: Path = PROJECT / DEFAULT_MODEL
 
     @property
     def root(self) -> Path:
         """The model's artefact folder."""
-        return self.artifacts / Path(DEFAULT_MODEL).name
+        return self.artifacts / self.model.name
 
     def run(self, stage: Stage, *options: str, recipe: Path | None = None) -> int:
         """Run one stage and return its exit code."""
-        common = ["--model-id", str(PROJECT / DEFAULT_MODEL), "--artifacts", str(self.artifacts)]
+        common = ["--model-id", str(self.model), "--artifacts", str(self.artifacts)]
         return main(stage, [*common, "--recipe", str(recipe or self.recipe), *options])
+
+    def copy(self, artifacts: Path, *stages: str, model: Path | None = None) -> Line:
+        """The same line elsewhere, with copies of the finished `stages`; `model` may be a changed one of that name."""
+        other = dataclasses.replace(self, artifacts=artifacts, model=model or self.model)
+        assert other.model.name == self.model.name
+        for name in stages:
+            shutil.copytree(self.root / name, other.root / name, symlinks=True)
+        return other
+
+
+def changed_model(folder: Path, **files: str) -> Path:
+    """The shipped model in `folder`, with other contents of `files` (`config` is config.json)."""
+    copy = folder / Path(DEFAULT_MODEL).name
+    shutil.copytree(PROJECT / DEFAULT_MODEL, copy, ignore=shutil.ignore_patterns("corpus"))
+    for name, text in files.items():
+        (copy / (name if "." in name else f"{name}.json")).write_text(text, encoding="utf-8")
+    return copy
 
 
 def small_recipe(file: Path, **more: str) -> Path:
@@ -73,7 +97,7 @@ def judged(tmp_path_factory: pytest.TempPathFactory) -> Line:
 
 @pytest.fixture(scope="session")
 def built(judged: Line) -> Line:
-    """The same with fp32, fp16 and int8."""
-    for stage in (fp32.STAGE, fp16.STAGE, int8.STAGE):
+    """The same with the graphs, fp32, fp16, int8 and the bundles."""
+    for stage in (graph.STAGE, fp32.STAGE, fp16.STAGE, int8.STAGE, bundle.STAGE):
         assert judged.run(stage) == 0
     return judged

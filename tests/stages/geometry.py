@@ -1,24 +1,30 @@
-"""Random Gemma 3n checkpoints of odd geometry, and Hugging Face's answers for them."""
+"""Random checkpoints of odd geometry, and Hugging Face's answers for them: whole prompts, and through a cache."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import strategies as st
-from transformers import Gemma3nForCausalLM, Gemma3nTextConfig
+from transformers import Gemma3ForCausalLM, Gemma3nForCausalLM
 
-from pipeline import fp32
-from pipeline.convert import weights
-from pipeline.convert.checkpoint import open_checkpoint
-from pipeline.core.recipe import StepLimits
+from pipeline.convert.checkpoint import Checkpoint, open_checkpoint
+from pipeline.core.recipe import Bundle, StepLimits
+from pipeline.judge import cache
+from pipeline.judge.cache import Logits, Recital
 from pipeline.judge.metrics import compare, join
+from pipeline.judge.sections import Sections
+from pipeline.models import Architecture, architecture_for, build
 
 FULL, SLIDING = "full_attention", "sliding_attention"
+Model = Gemma3nForCausalLM | Gemma3ForCausalLM
+BUNDLE = Bundle(cache_length=160, prefill=(8,), precisions=("fp32",), decode=40, prompts=1, continuation=1)
+"""One prefill and a short cache: a decoder that converts quickly, and conversations that cross windows up to 32."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +38,9 @@ class Agreement:
 
 
 @st.composite
-def geometries(draw: st.DrawFn) -> dict[str, Any]:
+def geometries(draw: st.DrawFn, most_layers: int = 5, windows: tuple[int, ...] = (2, 5, 16, 600)) -> dict[str, Any]:
     """Arguments of `Gemma3nTextConfig`: small, and odd in every structural feature."""
-    layers = draw(st.integers(2, 5))
+    layers = draw(st.integers(2, most_layers))
     shared = draw(st.integers(0, layers - 2))
     kinds = draw(
         st.permutations([FULL, SLIDING, *draw(st.lists(st.sampled_from([FULL, SLIDING]), min_size=3, max_size=3))])
@@ -65,27 +71,63 @@ def geometries(draw: st.DrawFn) -> dict[str, Any]:
         "altup_num_inputs": inputs,
         "altup_active_idx": draw(st.integers(0, inputs - 1)),
         "altup_correct_scale": draw(st.booleans()),
-        "sliding_window": draw(st.sampled_from([2, 5, 16, 600])),
+        "sliding_window": draw(st.sampled_from(windows)),
         "final_logit_softcapping": draw(st.sampled_from([5.0, 30.0])),
     }
 
 
-def reference(geometry: dict[str, Any], seed: int) -> Gemma3nForCausalLM:
+@st.composite
+def gemma3_geometries(
+    draw: st.DrawFn,
+    most_layers: int = 4,
+    windows: tuple[int, ...] = (2, 5, 16, 600),
+    factors: tuple[float, ...] = (1.0, 2.0, 8.0),
+) -> dict[str, Any]:
+    """Arguments of `Gemma3TextConfig`, as `geometries`; `factors` of linear rope scaling."""
+    layers = draw(st.integers(2, most_layers))
+    kinds = draw(st.permutations([FULL, SLIDING])) + draw(
+        st.lists(st.sampled_from([FULL, SLIDING]), min_size=layers - 2, max_size=layers - 2)
+    )
+    kv_heads, size = draw(st.sampled_from([1, 2, 3])), draw(st.sampled_from([8, 12, 32]))
+    heads = kv_heads * draw(st.sampled_from([1, 2, 3]))
+    factor = draw(st.sampled_from(factors))
+    scaling = {"rope_type": "linear", "factor": factor} if factor > 1 else {"rope_type": "default"}
+    return {
+        "vocab_size": draw(st.integers(40, 300)),
+        "hidden_size": heads * draw(st.sampled_from([6, 10, 16])),
+        "intermediate_size": draw(st.sampled_from([24, 40, 64])),
+        "num_hidden_layers": layers,
+        "layer_types": kinds,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": size,
+        "query_pre_attn_scalar": draw(st.sampled_from([size, 24])),
+        "attention_bias": draw(st.booleans()),
+        "sliding_window": draw(st.sampled_from(windows)),
+        "final_logit_softcapping": draw(st.sampled_from([None, 5.0, 30.0])),
+        "rope_parameters": {
+            FULL: {"rope_theta": draw(st.sampled_from([1e6, 3e4])), **scaling},
+            SLIDING: {"rope_theta": draw(st.sampled_from([1e4, 1e3])), "rope_type": "default"},
+        },
+    }
+
+
+def reference(geometry: dict[str, Any], seed: int, kind: Any = Gemma3nForCausalLM) -> Any:
     """Hugging Face's model with every parameter, also those that start at a constant, at a random value."""
     torch.manual_seed(seed)
-    model = Gemma3nForCausalLM(Gemma3nTextConfig(**geometry, attn_implementation="eager")).eval()
+    model = kind(kind.config_class(**geometry, attn_implementation="eager")).eval()
     for parameter in model.parameters():
         parameter.data += torch.randn(parameter.shape) * (0.2 if parameter.dim() == 1 else 0.08)
     return model
 
 
-def save(model: Gemma3nForCausalLM, folder: Path) -> Path:
+def save(model: Model, folder: Path) -> Path:
     """Write the model as a checkpoint in float32."""
     model.save_pretrained(folder)
     return folder
 
 
-def logits(model: Gemma3nForCausalLM, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+def logits(model: Model, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Hugging Face's logits float32 [B, V] at each row's last attended position."""
     tokens, attention = torch.from_numpy(ids).long(), torch.from_numpy(mask).long()
     positions = (attention.cumsum(-1) - 1).clamp(min=0)
@@ -121,12 +163,15 @@ def cases(
                 yield f"b{batch}_s{sequence}_{padding}", ids, mask
 
 
-def compare_on_grid(
-    model: Any, expected: Gemma3nForCausalLM, batches: tuple[int, ...], sequences: tuple[int, ...]
-) -> Agreement:
+def known_tokens(model: Model) -> int:
+    """How many tokens Hugging Face's text model takes: those of the shorter table."""
+    return int(getattr(model.config, "vocab_size_per_layer_input", model.config.vocab_size))
+
+
+def compare_on_grid(model: Any, expected: Model, batches: tuple[int, ...], sequences: tuple[int, ...]) -> Agreement:
     """Worst NMSE and top-1 agreement of `model.logits` with Hugging Face over a grid of shapes."""
     parts, names = [], []
-    for name, ids, mask in cases(expected.config.vocab_size_per_layer_input, batches, sequences):
+    for name, ids, mask in cases(known_tokens(expected), batches, sequences):
         parts.append(compare(logits(expected, ids, mask), model.logits(ids, mask)))
         names += [name] * len(ids)
     scores = join(parts)
@@ -152,8 +197,108 @@ class Eager:
 
 
 def convert(checkpoint: Path, out: Path) -> Path:
-    """The fp32 step graph of a checkpoint folder, made as stage fp32 makes it."""
-    opened = open_checkpoint(checkpoint)
-    with weights.mapped(opened, fp32.tensor_names(opened), out.with_suffix(".scratch")) as tensors:
-        fp32.export_step(opened, tensors, StepLimits(max_batch=8, max_sequence=2048), out)
+    """The fp32 step graph of a checkpoint folder, made as stages graph and fp32 make it."""
+    opened, bare = open_checkpoint(checkpoint), out.with_name(f"bare-{out.name}")
+    build.export_step(opened, StepLimits(max_batch=8, max_sequence=2048), bare)
+    return fill(opened, bare, out)
+
+
+def fill(checkpoint: Checkpoint, bare: Path, out: Path) -> Path:
+    """An exported graph with the checkpoint's weights, made as stage fp32 makes it."""
+    graph = build.with_weights(checkpoint, bare)
+    graph.prune()
+    graph.write(out)
     return out
+
+
+def convert_decoder(checkpoint: Path, bundle: Bundle, folder: Path) -> Path:
+    """The fp32 sections of a checkpoint folder in `folder`, made as stages graph and fp32 make them."""
+    opened, bare = open_checkpoint(checkpoint), folder / "bare-decoder.tflite"
+    build.export_decoder(opened, bundle, bare)
+    fill(opened, bare, folder / build.DECODER)
+    build.write_tables(opened, "fp32", folder)
+    return folder
+
+
+def compare_conversations(play: Callable[[Recital], Logits], expected: Model, bundle: Bundle, seed: int) -> Agreement:
+    """Hugging Face without a cache against `play`: two random conversations, as `cache.scripts` has them."""
+    scripts = cache.scripts(bundle, expected.config.sliding_window)
+    tokens = np.random.default_rng(seed).integers(0, known_tokens(expected), (2, scripts[0].length), dtype=np.int32)
+    with torch.inference_mode():
+        right = expected(input_ids=torch.from_numpy(tokens).long(), use_cache=False).logits.numpy()
+    order = (0, 1, 0)
+    judged = [(row, int(position)) for row in order for position in scripts[row].judged]
+    nothing = np.empty((2, 0, 0), np.float32)
+    spoken = play(Recital(scripts=scripts, tokens=tokens, hidden=nothing, cached=nothing))
+    scores = compare(np.stack([right[row, position] for row, position in judged]), spoken)
+    worst = int(scores.nmse.argmax())
+    row, position = judged[worst]
+    return Agreement(
+        cases=len(judged),
+        nmse=float(scores.nmse[worst]),
+        where=f"conversation {row}, position {position}",
+        top1=float(scores.top1.mean()),
+    )
+
+
+def in_file(folder: Path, *, xnnpack: bool = True) -> Callable[[Recital], Logits]:
+    """How the sections in `folder` are played."""
+    return _played(Sections(folder, xnnpack=xnnpack))
+
+
+def in_pytorch(
+    config: dict[str, Any], state: Mapping[str, torch.Tensor], bundle: Bundle
+) -> Callable[[Recital], Logits]:
+    """How the decoder modules in PyTorch are played, with weights by canonical name."""
+    return _played(EagerSections(architecture_for(config), config, state, bundle))
+
+
+def _played(sections: Sections) -> Callable[[Recital], Logits]:
+    def play(recital: Recital) -> Logits:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cache, "Sections", lambda _folder: sections)
+            return cache.play(Path(), recital, "odd")
+
+    return play
+
+
+class EagerSections(Sections):
+    """A decoder in PyTorch in place of an open file; what is fed to it is up to `Sections`."""
+
+    def __init__(
+        self, architecture: Architecture, config: dict[str, Any], state: Mapping[str, torch.Tensor], bundle: Bundle
+    ) -> None:
+        lengths = {f"prefill_{length}": length for length in bundle.prefill} | {"decode": 1}
+        self.signatures = dict.fromkeys(lengths)
+        self._runners, self._shapes = {}, {}
+        for name, length in lengths.items():
+            module = architecture.decoder(config, logits=name == "decode").eval()
+            module.model.load_state_dict({key: state[key] for key in module.model.state_dict()})
+            self._runners[name] = _runner(module)
+            inputs = architecture.decoder_inputs(config, length, bundle.cache_length)
+            kept = {f"kv_cache_{key}": value for key, value in inputs.pop("kv_cache").items()}
+            shapes = {key: tuple(value.shape) for key, value in {**inputs, **kept}.items()}
+            self._shapes[name] = {"input_pos": (length,), "mask": (1, 1, length, bundle.cache_length), **shapes}
+        keys = {"embedder": "embeddings", "per_layer_embedder": "per_layer_embeddings"}
+        self._embedders = {
+            keys[table.name]: _looked_up(state[table.tensor] * table.scale, table.shape)
+            for table in architecture.tables(config)
+        }
+
+
+def _runner(module: torch.nn.Module) -> Callable[..., dict[str, np.ndarray]]:
+    def run(**inputs: np.ndarray) -> dict[str, np.ndarray]:
+        tensors = {name: torch.from_numpy(value) for name, value in inputs.items()}
+        names = [name for name in tensors if name.startswith("kv_cache_")]
+        kept = {name.removeprefix("kv_cache_"): tensors.pop(name) for name in names}
+        with torch.inference_mode():
+            outputs = module(**tensors, kv_cache=kept)
+        new = {f"kv_cache_{name}": value for name, value in outputs.pop("kv_cache").items()}
+        return {name: value.numpy() for name, value in {**outputs, **new}.items()}
+
+    return run
+
+
+def _looked_up(table: torch.Tensor, shape: tuple[int, ...]) -> Callable[..., dict[str, np.ndarray]]:
+    rows = table.numpy().reshape(len(table), 1, 1, *shape)
+    return lambda token_ids: {"embeddings": rows[int(token_ids[0, 0])]}

@@ -11,14 +11,17 @@ import pytest
 import torch
 from conftest import Line
 
-from pipeline.convert import export, intake
+from pipeline.convert import intake
 from pipeline.convert.checkpoint import open_checkpoint
 from pipeline.core.recipe import load
 from pipeline.judge import examine, gates
 from pipeline.judge.gates import Check, Figure
 from pipeline.judge.reference import Head, Reference
-from pipeline.models import gemma3n
-from pipeline.models.gemma3n import ARCHITECTURE, AltUp, Gemma3nForTFLite, Rotation, TextConfig
+from pipeline.judge.runtime import StepModel
+from pipeline.models import build as made
+from pipeline.models import gemma3n, transformer
+from pipeline.models.gemma3n import ARCHITECTURE, AltUp, Gemma3nForTFLite, TextConfig
+from pipeline.models.transformer import Rotation
 
 Weights = dict[str, torch.Tensor]
 
@@ -56,7 +59,7 @@ def config(judged: Line) -> TextConfig:
 
 def build(config: TextConfig, weights: Weights) -> Gemma3nForTFLite:
     module = Gemma3nForTFLite(config)
-    export.assign(module.model, weights)
+    module.model.load_state_dict(weights)
     return module
 
 
@@ -128,7 +131,7 @@ def test_mask_that_ignores_padding(judge: Callable, config: TextConfig, weights:
             return super().forward(input_ids, torch.ones_like(attention_mask))
 
     module = Unpadded(config)
-    export.assign(module.model, weights)
+    module.model.load_state_dict(weights)
     assert red(judge(module))
 
 
@@ -136,8 +139,8 @@ def test_positions_that_count_padding(
     judge: Callable, config: TextConfig, weights: Weights, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rotary positions are relative, so only a shift within a row shows: here positions stop at the window."""
-    counted = gemma3n._positions
-    monkeypatch.setattr(gemma3n, "_positions", lambda causal: counted(causal).clamp(max=config.sliding_window))
+    counted = transformer._positions
+    monkeypatch.setattr(transformer, "_positions", lambda causal: counted(causal).clamp(max=config.sliding_window))
     assert red(judge(build(config, weights)))
 
 
@@ -167,7 +170,9 @@ def test_per_layer_rows_of_another_layer(
 ) -> None:
     right = gemma3n.TextModel._per_layer_inputs
     monkeypatch.setattr(
-        gemma3n.TextModel, "_per_layer_inputs", lambda self, ids, embedded: right(self, ids, embedded).roll(1, dims=2)
+        gemma3n.TextModel,
+        "_per_layer_inputs",
+        lambda self, embedded, tokens: right(self, embedded, tokens).roll(1, dims=2),
     )
     assert red(judge(build(config, weights)))
 
@@ -185,17 +190,15 @@ def test_transposed_prediction_coefficients(
 
 
 def test_a_defect_is_red_in_the_file_too(
-    judged: Line, config: TextConfig, weights: Weights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    judged: Line, config: TextConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One defect through the converter: what the gate sees in PyTorch it sees in LiteRT."""
-    from pipeline import fp32
-    from pipeline.judge.runtime import StepModel
-
     checkpoint = open_checkpoint(judged.root / "fetch" / "checkpoint")
     monkeypatch.setattr(TextConfig, "from_config", lambda _: replace(config, final_logit_softcapping=None))
     recipe = load(judged.recipe)
-    fp32.export_step(checkpoint, weights, recipe.step, tmp_path / "step.tflite")
+    made.export_step(checkpoint, recipe.step, tmp_path / "bare.tflite")
     monkeypatch.undo()
+    geometry.fill(checkpoint, tmp_path / "bare.tflite", tmp_path / "step.tflite")
     reference = Reference(judged.root / "golden", Head.of_checkpoint(checkpoint.folder))
     grid = examine.run_grid(StepModel(tmp_path / "step.tflite"), reference, "no soft-cap")
     assert red(gates.judge("fp32", recipe.gates["fp32"], [Figure(metric="nmse", name="nmse", value=grid.nmse)])[:1])

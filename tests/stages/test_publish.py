@@ -32,7 +32,9 @@ tags: {tags}
 ---
 # A model
 """
-VARIANTS = ("fp32", "fp16", "int8", "int8-static")
+STEPS = ("fp32", "fp16", "int8", "int8-static")
+BUNDLES = ("fp32", "int8")
+STAGES = (*STEPS, "bundle")
 
 
 def judgement(passed: bool = True) -> dict[str, Any]:
@@ -48,7 +50,7 @@ def judgement(passed: bool = True) -> dict[str, Any]:
             "against": "Hugging Face" if variant == "fp32" else "fp32",
             "detail": "2048 positions",
         }
-        for variant in VARIANTS
+        for variant in (*(f"bundle-{name}" for name in BUNDLES), *STEPS)
     ]
     alternative = {**checks.pop(), "passed": False}  # judged and not good enough: no reason to hold back the others
     return {"passed": passed, "checks": checks, "alternative_checks": [alternative]}
@@ -75,10 +77,9 @@ class Line:
     def folder(self) -> Path:
         return self.root / "publish"
 
-    def run(self, made: Stage) -> int:
-        return stage.main(
-            made, ["--model-id", self.model, "--artifacts", str(self.artifacts), "--recipe", str(self.recipe)]
-        )
+    def run(self, made: Stage, *options: str) -> int:
+        where = ["--model-id", self.model, "--artifacts", str(self.artifacts), "--recipe", str(self.recipe)]
+        return stage.main(made, [*where, *options])
 
     def fetch(self) -> None:
         def work(context: Context) -> Outcome:
@@ -101,12 +102,13 @@ class Line:
 
     def variant(self, name: str, data: bytes) -> None:
         def work(context: Context) -> Outcome:
-            (context.folder / "step.tflite").write_bytes(data)
+            for file in [f"{kind}.litertlm" for kind in BUNDLES] if name == "bundle" else ["step.tflite"]:
+                (context.folder / file).write_bytes(data + file.encode())
             return Outcome()
 
         assert self.run(Stage(name=name, summary="", work=work, needs=("fetch",))) == 0
 
-    def verify(self, variants: tuple[str, ...] = VARIANTS, write: Callable[[Context], None] | None = None) -> int:
+    def verify(self, variants: tuple[str, ...] = STAGES, write: Callable[[Context], None] | None = None) -> int:
         def work(context: Context) -> Outcome:
             text = json.dumps(judgement(self.passed))
             for name in ("judgement.json", "report.json", "report.html"):
@@ -130,7 +132,7 @@ def line(tmp_path: Path) -> Line:
     """Everything before verify, with other bytes in each variant."""
     made = Line(tmp_path)
     made.fetch()
-    for name in VARIANTS:
+    for name in STAGES:
         made.variant(name, name.encode() * (400 if name == "fp32" else 100))
     return made
 
@@ -167,18 +169,20 @@ def test_the_folder_holds_exactly_what_would_be_uploaded(ready: Line, capsys: py
             "README.md",
             "SHA256SUMS",
             "checkpoint/LICENSE",
-            *(f"manifests/{name}.json" for name in ("fetch", *VARIANTS, "verify")),
+            *(f"manifests/{name}.json" for name in ("fetch", *STAGES, "verify")),
             "report.html",
             "report.json",
             "tiny-gemma3n_fp16.tflite",
+            "tiny-gemma3n_fp32.litertlm",
             "tiny-gemma3n_fp32.tflite",
+            "tiny-gemma3n_int8.litertlm",
             "tiny-gemma3n_int8.tflite",
             "tokenizer.model",
             "tokenizer_config.json",
         ]
     )
     said = capsys.readouterr().err
-    assert "dry run: would upload 18 files" in said
+    assert "dry run: would upload 21 files" in said
     assert "nothing was sent" in said
     for name in names(ready.folder):
         assert re.search(rf"^ .*B  {re.escape(name)}$", said, flags=re.MULTILINE)
@@ -186,9 +190,10 @@ def test_the_folder_holds_exactly_what_would_be_uploaded(ready: Line, capsys: py
 
 def test_model_files_are_the_verified_ones_and_take_no_room_of_their_own(ready: Line) -> None:
     assert ready.publish() == 0
-    for kind in ("fp32", "fp16", "int8"):
-        published, made = ready.folder / f"tiny-gemma3n_{kind}.tflite", ready.root / kind / "step.tflite"
-        assert published.samefile(made)
+    steps = {f"{kind}.tflite": f"{kind}/step.tflite" for kind in ("fp32", "fp16", "int8")}
+    bundles = {f"{kind}.litertlm": f"bundle/{kind}.litertlm" for kind in BUNDLES}
+    for published, made in (steps | bundles).items():
+        assert (ready.folder / f"tiny-gemma3n_{published}").samefile(ready.root / made)
 
 
 def test_without_hard_links_model_files_are_copies(ready: Line, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,7 +240,8 @@ def test_the_card_has_the_figures_the_licence_and_the_languages(ready: Line) -> 
     page = (ready.folder / "README.md").read_text(encoding="utf-8")
     assert "| `tiny-gemma3n_int8.tflite` | KLD on the corpus | fp32 | 0.001235 | ≤ 0.01 | 2048 positions |" in page
     assert "int8-static" not in page
-    assert "| `tiny-gemma3n_int8.tflite` | int8, dynamic | 400 B | 0.250 |" in page
+    assert "| `tiny-gemma3n_int8.tflite` | int8, dynamic, step graph | 411 B |" in page
+    assert "| `tiny-gemma3n_int8.litertlm` | int8, dynamic, bundle for LiteRT-LM | 613 B |" in page
 
 
 def test_a_model_under_the_gemma_terms_goes_with_terms_and_notice(tmp_path: Path) -> None:
@@ -247,7 +253,7 @@ def test_a_model_under_the_gemma_terms_goes_with_terms_and_notice(tmp_path: Path
         licence_files=("LICENSE.md", "USE_POLICY.md"),
     )
     line.fetch()
-    for name in VARIANTS:
+    for name in STAGES:
         line.variant(name, name.encode())
     assert (line.verify(), line.publish()) == (0, 0)
     notice = (line.folder / "NOTICE").read_text(encoding="utf-8")
@@ -263,7 +269,7 @@ def test_a_model_under_the_gemma_terms_goes_with_terms_and_notice(tmp_path: Path
 def test_a_checkpoint_without_licence_files_needs_no_folder_for_them(tmp_path: Path) -> None:
     line = Line(tmp_path, licence_files=())
     line.fetch()
-    for name in VARIANTS:
+    for name in STAGES:
         line.variant(name, name.encode())
     assert (line.verify(), line.publish()) == (0, 0)
     assert not (line.folder / "checkpoint").exists()
@@ -330,12 +336,13 @@ def test_refused_without_a_report(ready: Line, capsys: pytest.CaptureFixture[str
     assert f"{name} is missing" in refused(ready, capsys)
 
 
-@pytest.mark.parametrize("kind", ["fp32", "fp16", "int8", "int8-static"])
+@pytest.mark.parametrize("kind", STAGES)
 def test_refused_when_a_file_was_made_again_after_verify(
     ready: Line, capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:
     ready.variant(kind, b"other bytes")
-    assert f"{kind}/step.tflite is not the file that was verified" in refused(ready, capsys)
+    file = "fp32.litertlm" if kind == "bundle" else "step.tflite"
+    assert f"{kind}/{file} is not the file that was verified" in refused(ready, capsys)
 
 
 def test_refused_when_the_checkpoint_was_fetched_again_as_something_else(
@@ -347,8 +354,20 @@ def test_refused_when_the_checkpoint_was_fetched_again_as_something_else(
 
 
 def test_refused_when_a_product_was_left_out_of_verify(line: Line, capsys: pytest.CaptureFixture[str]) -> None:
-    assert line.verify(("fp32", "int8")) == 0
+    assert line.verify(("fp32", "int8", "bundle")) == 0
     assert "fp16/step.tflite was not verified" in refused(line, capsys)
+
+
+@pytest.mark.parametrize(
+    ("graphs", "stages", "endings"), [("step", STEPS, {".tflite"}), ("bundle", ("bundle",), {".litertlm"})]
+)
+def test_only_the_graphs_that_are_wanted_are_published(
+    line: Line, graphs: str, stages: tuple[str, ...], endings: set[str]
+) -> None:
+    assert line.verify(stages) == 0
+    assert line.run(publish.STAGE, "--graphs", graphs) == 0
+    models = {file.suffix for file in line.folder.glob("tiny-gemma3n_*")}
+    assert models == endings
 
 
 def test_a_file_edited_in_place_is_damage_and_not_a_matter_of_opinion(ready: Line) -> None:
@@ -380,7 +399,7 @@ def test_refused_when_the_licence_is_missing_or_contradicts_the_chain(
 ) -> None:
     line = Line(tmp_path, **changes)
     line.fetch()
-    for name in VARIANTS:
+    for name in STAGES:
         line.variant(name, name.encode())
     assert line.verify() == 0
     assert said in refused(line, capsys)

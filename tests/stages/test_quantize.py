@@ -110,7 +110,7 @@ def test_a_file_has_the_size_of_its_type(root: Path, variant: str) -> None:
 def test_every_table_and_matrix_is_stored_once_and_as_int8(root: Path) -> None:
     for variant in ("int8-dynamic", "int8-static"):
         graph = Graph.read(root / variant / "step.tflite")
-        parameters = manifest.read(root / "fp32").facts["parameters"]
+        parameters = manifest.read(root / "fetch").facts["parameters"]
         stored = graph.bytes_by_type()
         assert isinstance(parameters, int) and 0.99 * parameters < stored["INT8"] <= parameters
         assert stored["FLOAT32"] < 0.01 * 4 * parameters
@@ -120,7 +120,9 @@ def test_every_table_and_matrix_is_stored_once_and_as_int8(root: Path) -> None:
 
 
 def test_the_manifest_says_what_is_in_the_file(root: Path) -> None:
-    static, dynamic = (manifest.read(root / f"int8-{scheme}").facts for scheme in ("static", "dynamic"))
+    made = [manifest.read(root / f"int8-{scheme}").facts for scheme in ("static", "dynamic")]
+    assert [facts["scheme"] for facts in made] == ["static", "dynamic"]
+    static, dynamic = (step(facts) for facts in made)
     assert static["scheme"] == "static" and dynamic["scheme"] == "dynamic"
     assert isinstance(static["integer_share"], float) and static["integer_share"] >= 0.97
     assert isinstance(dynamic["integer_share"], float) and 0.5 < dynamic["integer_share"] < 1
@@ -128,20 +130,28 @@ def test_the_manifest_says_what_is_in_the_file(root: Path) -> None:
         isinstance(static["float_operators"], dict) and {"SOFTMAX", "RSQRT", "TANH"} <= static["float_operators"].keys()
     )
     assert "FULLY_CONNECTED" not in static["float_operators"] and "BATCH_MATMUL" not in static["float_operators"]
-    assert static["calibration_samples"] == load_recipe(RECIPE).int8.calibration_samples
-    assert manifest.read(root / "fp16").facts["weights_float16_share"] == pytest.approx(1, abs=0.01)
+    assert made[0]["calibration_samples"] == load_recipe(RECIPE).int8.calibration_samples
+    assert step(manifest.read(root / "fp16").facts)["weights_float16_share"] == pytest.approx(1, abs=0.01)
+
+
+def step(facts: manifest.Facts) -> dict[str, manifest.Fact]:
+    """What a manifest says of the step graph."""
+    found = facts["step"]
+    assert isinstance(found, dict)
+    return found
 
 
 def test_int8_without_a_scheme_is_the_recipes_and_the_same_bytes(root: Path) -> None:
     scheme = load_recipe(RECIPE).int8.scheme
-    made = [manifest.read(root / name).outputs[0].sha256 for name in ("int8", f"int8-{scheme}")]
+    made = [manifest.read(root / name).output("step.tflite").sha256 for name in ("int8", f"int8-{scheme}")]
     assert made[0] == made[1]
+    assert [record.path for record in manifest.read(root / f"int8-{scheme}").outputs] == [f"int8-{scheme}/step.tflite"]
 
 
 def test_static_is_the_same_bytes_twice(line: Line, tmp_path: Path, quick: Path) -> None:
     """The second time in a process of its own, with another order of sets."""
     copy = Line(artifacts=tmp_path, recipe=quick)
-    for name in ("fetch", "fp32"):
+    for name in ("fetch", "graph", "fp32"):
         shutil.copytree(line.root / name, copy.root / name, symlinks=True)
     assert copy.run(int8.STAGE, "--scheme", "static") == 0
     first = manifest.read(copy.root / "int8-static").outputs
@@ -182,14 +192,14 @@ def test_a_file_that_is_not_what_its_name_says_is_refused(
 
 def test_a_dynamic_file_is_not_a_static_one(root: Path) -> None:
     file = root / "int8-dynamic" / "step.tflite"
-    with pytest.raises(QuantiseError, match=r"only 0\.0% of its multiply-adds are integer"):
+    with pytest.raises(QuantiseError, match=r"only 0\.0% of the multiply-adds with its weights are integer"):
         readback.check(readback.read_back(file), "static", file)
 
 
 def test_the_stage_refuses_an_unquantised_file(line: Line, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quantize, "quantise_weights", lambda graph, keep: None)
     copy = Line(artifacts=tmp_path, recipe=line.recipe)
-    for name in ("fetch", "fp32"):
+    for name in ("fetch", "graph"):
         shutil.copytree(line.root / name, copy.root / name, symlinks=True)
     assert copy.run(int8.STAGE, "--scheme", "dynamic") == QuantiseError.exit_code
     assert not (copy.root / "int8-dynamic" / manifest.NAME).exists()

@@ -1,4 +1,4 @@
-"""The verdict on the shipped model's files, and files that must be refused."""
+"""The verdict on the shipped model's files, and step graphs that must be refused (bundles: `test_bundle.py`)."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from pipeline.judge.reference import Head, Reference
 from pipeline.judge.runtime import StepModel, measure_speed
 
 STEP = "step.tflite"
+BUNDLES = ("bundle-fp32", "bundle-int8")
 FILES = {"judgement.json", "manifest.json", "report.html", "report.json", "run.json"}
 
 
@@ -40,11 +41,11 @@ def verified(built: Line, recipe: Path) -> Line:
 
 @pytest.fixture
 def judge(built: Line, recipe: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., tuple[int, str]]]:
-    """Judge `variants`; gives the exit code and what was printed. Clears verify's folder afterwards."""
+    """Judge the step graphs of `variants`; gives the exit code and what was printed. Clears verify's folder after."""
 
     def run(*variants: str, with_recipe: Path = recipe) -> tuple[int, str]:
         capsys.readouterr()
-        code = built.run(verify.STAGE, "--variants", *variants, recipe=with_recipe)
+        code = built.run(verify.STAGE, "--graphs", "step", "--variants", *variants, recipe=with_recipe)
         return code, capsys.readouterr().err
 
     yield run
@@ -105,18 +106,49 @@ class TestAPass:
                 assert (variant, f"KLD on text, {kernels}") in names
                 assert (variant, f"top-1 agreement on text, {kernels}") in names
         assert {("fp32", "bytes per parameter"), ("int8", "size / size of fp32")} <= names
+        for way in ("without a cache", "with its cache"):
+            for figure in ("worst logits NMSE", "KLD", "top-1 agreement"):
+                assert ("bundle-fp32", f"{figure} through the cache, {way}") in names
+        assert {("bundle-int8", "KLD through the cache"), ("bundle-int8", "top-1 agreement through the cache")} <= names
+        for held in ("greedy texts of LiteRT-LM that differ", "scores of LiteRT-LM that are off"):
+            assert ("bundle-fp32", held) in names and ("bundle-int8", held) not in names
+        for bundle in ("bundle-fp32", "bundle-int8"):
+            for held in (
+                "texts with other token ids in LiteRT-LM",
+                "conversations rendered differently by LiteRT-LM",
+                "stop tokens that LiteRT-LM does not know",
+                "positions with logits that are not finite",
+                "bytes per stored weight, scales included",
+            ):
+                assert (bundle, held) in names
         assert all(check["limit"] is not None and check["value"] is not None for check in judgement["checks"])
 
     def test_the_two_gates_have_their_own_references(self, verified: Line) -> None:
         for check in found(verified)["checks"]:
             if check["name"].startswith(("KLD", "top-1")):
-                assert check["against"] == ("Hugging Face" if check["variant"] == "fp32" else "fp32")
+                assert check["against"] == ("Hugging Face" if check["variant"].endswith("fp32") else "fp32")
 
     def test_fp32_is_exact_and_int8_is_not(self, verified: Line) -> None:
         variants = found(verified)["variants"]
         assert variants["fp32"]["against_reference"]["kld"]["value"] < 1e-9
         assert variants["fp32"]["against_reference"]["top1"]["value"] == 1.0
         assert variants["int8"]["against_fp32"]["kld"]["value"] > 1e-6
+
+    def test_bundles_are_judged_through_the_cache_and_in_the_runtime(self, verified: Line) -> None:
+        bundles = found(verified)["bundles"]
+        assert set(bundles) == {"bundle-fp32", "bundle-int8"}
+        exact, small = bundles["bundle-fp32"], bundles["bundle-int8"]
+        assert exact["against_reference"]["nmse_max"] < 1e-9 and exact["against_cached"]["nmse_max"] < 1e-9
+        assert exact["against_reference"]["top1"] == exact["against_cached"]["top1"] == 1.0
+        assert small["against_fp32"]["kld"] > 1e-6
+        assert exact["positions"] == small["positions"] == 24 + (24 + 24) + 24
+        for bundle in (exact, small):
+            assert bundle["token_ids"]["total"] >= 1000 and bundle["token_ids"]["wrong"] == 0
+            assert bundle["prompts"]["total"] >= 8 and bundle["prompts"]["wrong"] == 0
+            assert bundle["stop"]["total"] == 2
+        assert len(exact["greedy"]["rows"]) == 4 and exact["greedy"]["same"] == 4
+        assert exact["scored"] > 0 and exact["score_error"] < 1e-3
+        assert exact["bytes_per_weight"] == 4.0 and small["bytes_per_weight"] < 1.06
 
     def test_the_text_is_predicted_better_than_by_chance(self, verified: Line) -> None:
         variants = found(verified)["variants"]
@@ -134,14 +166,18 @@ class TestAPass:
         folder = verified.root / "verify"
         made = manifest.read(folder)
         assert [record.path for record in made.outputs] == ["verify/judgement.json"]
-        assert made.facts["passed"] is True and made.facts["fit"] == ["fp32", "fp16", "int8"]
+        assert made.facts["passed"] is True and made.facts["fit"] == ["fp32", "fp16", "int8", *BUNDLES]
         assert {file.name for file in folder.iterdir()} == FILES
-        assert {f"{name}/{STEP}" for name in ("fp32", "fp16", "int8")} <= {record.path for record in made.inputs}
+        read = {record.path for record in made.inputs}
+        assert {f"{name}/{STEP}" for name in ("fp32", "fp16", "int8")} <= read
+        assert {f"bundle/{name}.litertlm" for name in ("fp32", "int8")} <= read
+        assert {f"{name}/decoder.tflite" for name in ("fp32", "int8")} <= read
 
     def test_the_report_is_the_judgement_and_timings(self, verified: Line) -> None:
         judgement, report = found(verified), found(verified, "report.json")
         assert {key: report[key] for key in judgement} == judgement
         assert set(report) - set(judgement) == {"speed", "sequences", "machine", "date"}
+        assert set(report["speed"]) == {"fp32", "fp16", "int8"}
         for speed in report["speed"].values():
             for kernels in ("xnnpack", "builtin"):
                 assert set(speed[kernels]["latency"]) == {"1", "128"}
@@ -202,7 +238,11 @@ class TestARefusal:
 
     def test_an_int8_file_that_is_worse_than_its_limit(self, built: Line, judge: Judge, tmp_path: Path) -> None:
         strict = small_recipe(
-            tmp_path / "r.toml", **{"max_sequence = 2048": "max_sequence = 16", "kld = 0.01\n": "kld = 1e-9\n"}
+            tmp_path / "r.toml",
+            **{
+                "max_sequence = 2048": "max_sequence = 16",
+                "[gates.int8-dynamic]\nkld = 0.01": "[gates.int8-dynamic]\nkld = 1e-9",
+            },
         )
         code, text = judge("fp32", "int8", with_recipe=strict)
         assert code == 8 and "int8: KLD on text, XNNPACK is" in text and "<= 1e-09 (against fp32)" in text
@@ -220,7 +260,7 @@ class TestARefusal:
 
 class TestTheAlternative:
     def test_it_may_miss_its_limits_and_is_marked(self, built: Line, judge: Judge, place: Place) -> None:
-        place("int8-static", step(built).read_bytes(), {"scheme": "static", "integer_share": 0.0})
+        place("int8-static", step(built).read_bytes(), {"scheme": "static", "step": {"integer_share": 0.0}})
         code, text = judge("fp32", "int8-static")
         assert code == 0, text
         assert "not fit to publish: int8-static: size / size of fp32 is 1" in text

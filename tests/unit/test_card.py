@@ -19,10 +19,17 @@ HUB = Subject(model="google/gemma-3n-E2B-it", revision="a" * 40, base_models=(),
 FOLDER = Subject(model="tiny-gemma3n", revision="b" * 64, base_models=(), model_type="gemma3n_text")
 TERMS = Licence(identifier="gemma", name="Gemma Terms of Use", link="https://ai.google.dev/gemma/terms")
 CC0 = Licence(identifier="cc0-1.0", name="CC0", link="https://creativecommons.org/publicdomain/zero/1.0/")
-PRODUCTS = (
-    Product(file="m_fp32.tflite", precision="float32", size=4_000_000),
-    Product(file="m_int8.tflite", precision="int8, dynamic", size=1_040_000),
+STEPS = (
+    Product(variant="fp32", source="fp32/step.tflite", file="m_fp32.tflite", precision="float32", size=4_000_000),
+    Product(variant="int8", source="int8/step.tflite", file="m_int8.tflite", precision="int8, dynamic", size=1_040_000),
 )
+BUNDLES = tuple(
+    Product(
+        variant=f"bundle-{kind}", source=f"bundle/{kind}.litertlm", file=f"m_{kind}.litertlm", precision=kind, size=n
+    )
+    for kind, n in (("fp32", 5_000_000), ("int8", 1_500_000))
+)
+PRODUCTS = (*BUNDLES, *STEPS)
 CHECKS = (
     Check(
         file="m_fp32.tflite", what="NMSE", against="Hugging Face", value="9.1e-11", limit="≤ 1e-06", detail="84 shapes"
@@ -34,6 +41,7 @@ BUILD = Build(
     recipe_sha256="c" * 64,
     max_batch=8,
     max_sequence=2048,
+    max_tokens=3969,
     commit="d" * 40,
     tools={"torch": "2.13.0", "ai-edge-litert": "2.3.0"},
     changes="weights were quantised.",
@@ -61,7 +69,7 @@ def test_front_matter_of_a_model_from_the_hub(tmp_path: Path) -> None:
         "base_model_relation": "quantized",
         "library_name": "litert",
         "pipeline_tag": "text-generation",
-        "tags": ["litert", "tflite", "gemma3n", "float16", "int8"],
+        "tags": ["litert", "litert-lm", "tflite", "gemma3n", "float16", "int8"],
     }
 
 
@@ -93,7 +101,7 @@ def test_the_figures_and_their_limits_are_in_the_table() -> None:
     text = made()
     assert "| `m_fp32.tflite` | NMSE | Hugging Face | 9.1e-11 | ≤ 1e-06 | 84 shapes |" in text
     assert "| `m_int8.tflite` | top-1 | fp32 | 0.9871 | ≥ 0.96 |  |" in text
-    assert "| `m_int8.tflite` | int8, dynamic | 1.0 MB | 0.260 |" in text
+    assert "| `m_int8.tflite` | int8, dynamic | 1.0 MB |" in text
 
 
 def test_a_bar_in_a_figure_does_not_break_the_table() -> None:
@@ -117,11 +125,17 @@ def test_nothing_is_left_to_fill_in_and_two_cards_are_the_same() -> None:
         assert made(subject) == text
 
 
-def test_the_example_is_python_that_names_the_last_file() -> None:
-    example = re.search(r"```python\n(.*?)```", made(), flags=re.DOTALL)
-    assert example is not None
-    compile(example[1], "card", "exec")
-    assert 'Interpreter("m_int8.tflite")' in example[1]
+def test_examples_are_python_that_names_the_smallest_file_of_each_kind() -> None:
+    examples = re.findall(r"```python\n(.*?)```", made(), flags=re.DOTALL)
+    for example, call in zip(examples, ('Engine("m_int8.litertlm")', 'Interpreter("m_int8.tflite")'), strict=True):
+        compile(example, "card", "exec")
+        assert call in example
+
+
+@pytest.mark.parametrize(("products", "absent"), [(STEPS, "litert_lm"), (BUNDLES, "serving_default")])
+def test_only_files_that_are_there_are_explained(products: tuple[Product, ...], absent: str) -> None:
+    text = card.text(HUB, TERMS, {}, products, CHECKS, BUILD)
+    assert absent not in text and products[1].file in text
 
 
 def test_front_matter_of_a_checkpoint_is_read(tmp_path: Path) -> None:

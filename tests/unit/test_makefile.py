@@ -12,7 +12,7 @@ from pipeline.core.recipe import PROJECT
 from pipeline.core.stage import model_name
 
 MAKEFILE = (PROJECT / "Makefile").read_text(encoding="utf-8")
-STAGES = ("fetch", "golden", "fp32", "fp16", "int8", "int8-static", "verify", "publish")
+STAGES = ("fetch", "golden", "graph", "fp32", "fp16", "int8", "int8-static", "bundle", "verify", "publish")
 
 
 def make(*arguments: str) -> str:
@@ -58,11 +58,30 @@ def test_a_clean_run_makes_every_stage_after_what_it_reads(tmp_path: Path) -> No
     order = planned(f"ARTIFACTS={tmp_path}")
     assert sorted(order) == sorted(STAGES)
     assert order[0] == "fetch" and order[-2:] == ["verify", "publish"]
-    assert order.index("fp32") < min(order.index("fp16"), order.index("int8"), order.index("int8-static"))
+    assert order.index("graph") < min(order.index(name) for name in ("fp32", "fp16", "int8", "int8-static"))
+    assert order.index("fp32") < order.index("int8-static"), "it takes its ranges from there"
+    assert max(order.index("fp32"), order.index("int8")) < order.index("bundle")
 
 
 def test_one_precision_alone_builds_only_what_it_needs(tmp_path: Path) -> None:
-    assert planned("int8", f"ARTIFACTS={tmp_path}") == ["fetch", "fp32", "int8"]
+    for name in ("fp32", "fp16", "int8"):
+        assert planned(name, f"ARTIFACTS={tmp_path}") == ["fetch", "graph", name]
+
+
+def test_graphs_leave_out_what_others_need(tmp_path: Path) -> None:
+    recipe = (f"RECIPE={PROJECT / 'pipeline' / 'recipes' / 'gemma3n.toml'}", f"ARTIFACTS={tmp_path}")
+    without = {"fp16", "int8-static"}
+    assert set(STAGES) - set(planned(*recipe, "GRAPHS=bundle")) == without
+    assert set(STAGES) - set(planned(*recipe, "GRAPHS=step")) == {"bundle"}
+    plan = make("-n", *recipe, "GRAPHS=bundle")
+    runs = re.findall(r"-m pipeline\.(\w+)(.*)", plan)
+    assert {name for name, options in runs if "--graphs bundle" not in options} == {"fetch"}
+
+
+def test_unknown_graphs_are_refused_with_a_sentence() -> None:
+    done = subprocess.run(["make", "-n", "GRAPHS=decoder"], cwd=PROJECT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "GRAPHS=decoder is unknown: step, bundle or all" in done.stderr
 
 
 def test_nothing_changed_does_nothing(finished: tuple[str, ...]) -> None:
@@ -73,7 +92,7 @@ def test_nothing_changed_does_nothing(finished: tuple[str, ...]) -> None:
     ("setting", "stages"),
     [
         ("DEVICE=cpu", ["golden", "verify", "publish"]),
-        ("CALIBRATION=README.md", ["int8", "int8-static", "verify", "publish"]),
+        ("CALIBRATION=README.md", ["int8", "bundle", "int8-static", "verify", "publish"]),
         ("THREADS=1", []),
     ],
 )
@@ -101,7 +120,7 @@ def test_a_changed_checkpoint_file_rebuilds_everything(finished: tuple[str, ...]
 
 def test_a_removed_manifest_rebuilds_that_stage_and_what_follows(finished: tuple[str, ...], tmp_path: Path) -> None:
     (tmp_path / "out" / "tiny" / "int8" / "manifest.json").unlink()
-    assert planned(*finished) == ["int8", "verify", "publish"]
+    assert planned(*finished) == ["int8", "bundle", "verify", "publish"]
 
 
 def test_a_static_recipe_makes_dynamic_the_alternative(tmp_path: Path) -> None:

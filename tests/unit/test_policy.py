@@ -13,7 +13,7 @@ import yaml
 from pipeline.core.recipe import PROJECT
 
 LOCKS = PROJECT / "locks"
-NAMES = ("cpu", "cuda", "dev", "publish", "tensorflow")
+NAMES = ("cpu", "cuda", "dev", "publish", "tensorflow", "material", "stock")
 WORKFLOWS = sorted((PROJECT / ".github" / "workflows").glob("*.yml"))
 PIN = re.compile(r"^([A-Za-z0-9_.-]+)==([^\s\\;]+)")
 

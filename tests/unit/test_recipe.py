@@ -76,6 +76,9 @@ def test_the_shipped_recipe_loads() -> None:
     assert loaded.name == "gemma3n"
     assert loaded.sha256 == hashlib.sha256(FILE.read_bytes()).hexdigest()
     assert loaded.shapes.batch == (1, 2, 3, 8)
+    assert loaded.graphs == "all"
+    assert loaded.bundle.prefill == (32, 128) and loaded.bundle.precisions == ("fp32", "int8")
+    assert loaded.bundle.max_tokens == 4096 - 127
     assert loaded.gates["int8-dynamic"].kld == GOOD["gates"]["int8-dynamic"]["kld"]
     assert loaded.gates["fp16"].nmse is None
 
@@ -144,6 +147,15 @@ def test_an_unknown_key_is_named(tmp_path: Path, place: Place, key: str) -> None
         (("shapes", "batch", 1), 0),
         (("shapes", "padding", 0), "middle"),
         (("int8", "scheme"), "weight-only"),
+        (("graphs",), "decoder"),
+        (("bundle", "cache_length"), 0),
+        (("bundle", "prefill"), []),
+        (("bundle", "prefill", 0), 0),
+        (("bundle", "prefill", 1), 8.0),
+        (("bundle", "precisions"), []),
+        (("bundle", "precisions", 0), "fp16"),
+        (("bundle", "decode"), 0),
+        (("bundle", "continuation"), True),
         (("model_types",), []),
         (("gates",), {}),
         (("gates", "fp32", "kld"), float("nan")),
@@ -159,6 +171,37 @@ def test_a_value_that_would_judge_or_build_nothing_is_refused(tmp_path: Path, pl
     what = refused(tmp_path, table)
     key = next(key for key in reversed(place) if isinstance(key, str))
     assert f"{key}" in what
+
+
+def with_bundle(**changes: Any) -> dict[str, Any]:
+    table = copy.deepcopy(GOOD)
+    table["bundle"] |= changes
+    return table
+
+
+@pytest.mark.parametrize(("length", "prefill"), [(127, [32, 128]), (1, [2]), (100, [8, 128, 16])])
+def test_a_cache_shorter_than_a_prefill_is_refused(tmp_path: Path, length: int, prefill: list[int]) -> None:
+    what = refused(tmp_path, with_bundle(cache_length=length, prefill=prefill))
+    assert what.endswith(f"`bundle.cache_length` is {length}, shorter than a prefill of {max(prefill)}")
+
+
+@pytest.mark.parametrize(("length", "decode"), [(128, 1), (255, 128), (140, 128)])
+def test_a_cache_without_room_to_decode_is_refused(tmp_path: Path, length: int, decode: int) -> None:
+    what = refused(tmp_path, with_bundle(cache_length=length, prefill=[128], decode=decode))
+    assert f"`bundle.decode` is {decode}" in what and f"{length - 127}" in what
+
+
+@in_any_folder
+@given(length=st.integers(1, 400), prefill=st.lists(st.integers(1, 300), min_size=1, max_size=3), decode=st.just(1))
+def test_a_prefill_padded_to_the_longest_signature_fits_behind_the_last_token(
+    tmp_path: Path, length: int, prefill: list[int], decode: int
+) -> None:
+    table = with_bundle(cache_length=length, prefill=prefill, decode=decode)
+    if length <= max(prefill):
+        refused(tmp_path, table)
+        return
+    bundle = load(tmp_path, table).bundle
+    assert bundle.max_tokens - 1 + max(prefill) == bundle.cache_length
 
 
 OTHER_KINDS: list[Any] = [True, 7, 0.5, "text", ["a", 1], {"a": 1}, [[]]]

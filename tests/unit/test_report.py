@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,49 @@ def check(name: str, value: float | None, limit: float | None, passed: bool) -> 
     }
 
 
+def scores(kld: float, top1: float) -> dict[str, float]:
+    return {"nmse_max": kld * 3, "kld": kld, "kld_max": kld * 9, "top1": top1, "max_abs": 0.1}
+
+
+def bundle(name: str, kld: float, *, fit: bool = True) -> dict[str, Any]:
+    said = [
+        {"prompt": "<i>x</i>", "expected": "a & b", "text": "a & b", "tokens": 9, "agree": 9, "same": True},
+        {"prompt": "الحق", "expected": "في", "text": "لكل", "tokens": 9, "agree": 2, "same": False},
+    ]
+    return {
+        "file": f"bundle/{name}.litertlm",
+        "sha256": "ef" * 32,
+        "size": 10_700_000,
+        "size_per_parameter": 4.6,
+        "bytes_per_weight": 4.0 if name == "fp32" else 1.03,
+        "fit": fit,
+        "positions": 411,
+        "against_reference": scores(kld, 1.0),
+        "against_cached": scores(kld, 1.0),
+        "against_fp32": None if name == "fp32" else scores(kld, 0.98),
+        "token_ids": {"total": 1350, "wrong": 0, "examples": []},
+        "prompts": {"total": 8, "wrong": 0 if fit else 1, "examples": [] if fit else ["'<u>'"]},
+        "greedy": {"same": 1, "ties": 1, "rows": [{**row, "tie": not row["same"]} for row in said]},
+        "stop": {"total": 2, "wrong": 0, "examples": []},
+        "stopped_at": [6],
+        "scored": 4,
+        "score_error": 2.5e-5,
+    }
+
+
+def without_bundles() -> dict[str, Any]:
+    return {**made_by_hand(), "bundles": {}}
+
+
+def without_step_graphs() -> dict[str, Any]:
+    """As GRAPHS=bundle gives it: nothing of the step graphs but their checks' places."""
+    whole = made_by_hand()
+    for name in ("continuation", "greedy", "positions"):
+        del whole[name]
+    checks = [check("bundle-fp32", 1e-11, 1e-6, True)]
+    return {**whole, "order": [], "variants": {}, "speed": {}, "checks": checks, "alternative_checks": []}
+
+
 def made_by_hand() -> dict[str, Any]:
     order = ["fp32", "fp16", "int8", "int8-static"]
     files = {
@@ -104,11 +148,14 @@ def made_by_hand() -> dict[str, Any]:
             "documents": 140,
             "windows": 119,
             "window": 128,
-            "positions": 2048,
             "shape_cases": 84,
             "self_floor": {"against": "1 instead of 2 threads", "positions": 256, "kld_mean": 1e-13},
+            "sliding_window": 16,
+            "conversation": 297,
         },
+        "bundles": {"bundle-fp32": bundle("fp32", 1e-12), "bundle-int8": bundle("int8", 3e-3)},
         "continuation": 24,
+        "positions": 2048,
         "order": order,
         "variants": {
             "fp32": variant("fp32", 1e-11),
@@ -204,11 +251,34 @@ def test_figures_that_are_missing_leave_a_page_and_a_table() -> None:
         holes["variants"][name]["against_reference"] = _emptied(holes["variants"][name]["against_reference"])
         holes["variants"][name]["against_fp32"] = _emptied(holes["variants"][name]["against_fp32"])
     outline(report.render(holes))
-    assert len(report.table(holes)) == 5
+    assert len(report.table(holes)) == 5 + 3
 
 
 def _emptied(value: Any) -> Any:
     return {key: _emptied(item) for key, item in value.items()} if isinstance(value, dict) else None
+
+
+@pytest.mark.parametrize(("part", "rows"), [(without_bundles, 5), (without_step_graphs, 3)])
+def test_either_kind_of_file_makes_a_page_alone(part: Callable[[], dict[str, Any]], rows: int) -> None:
+    page = report.render(part())
+    outline(page)
+    assert "Verified:" in page and len(report.table(part())) == rows
+    assert ("The bundles in LiteRT-LM" in page) == (part is without_step_graphs)
+    assert ("The step graphs compared" in page) == (part is without_bundles)
+
+
+def test_a_bundles_texts_stand_beside_the_originals() -> None:
+    page = report.render(made_by_hand())
+    assert "&lt;i&gt;x" in page and '<td dir="auto">لكل</td>' in page
+    assert "parts after 2 of 9, at a tie" in page
+
+
+def test_a_bundle_that_failed_is_marked() -> None:
+    failed = made_by_hand()
+    failed["bundles"]["bundle-int8"] = bundle("int8", 3e-3, fit=False)
+    page = report.render(failed)
+    assert "7 of 8" in page
+    assert report.table(failed)[-1].endswith("FAILED")
 
 
 def test_the_same_report_gives_the_same_page_also_after_json() -> None:
@@ -229,7 +299,8 @@ def test_the_table_has_a_row_per_file_in_the_order_of_judging(
     file.write_text(json.dumps(made_by_hand(), sort_keys=True), encoding="utf-8")
     assert report.main([str(file)]) == 0
     rows = capsys.readouterr().err.splitlines()
-    assert [row.split()[0] for row in rows] == ["file", "fp32", "fp16", "int8", "int8-static"]
+    names = ["file", "fp32", "fp16", "int8", "int8-static", "bundle", "bundle-fp32", "bundle-int8"]
+    assert [row.split()[0] for row in rows] == names
     assert re.search(r"1\.20 +1\.10 +12\.3 +400 ", rows[1])
     assert rows[4].endswith("not fit to publish") and rows[3].endswith("passed")
 

@@ -17,11 +17,13 @@ import pytest
 
 from pipeline.core import errors, manifest, stage
 from pipeline.core.errors import PipelineError
-from pipeline.core.recipe import PROJECT
+from pipeline.core.recipe import PROJECT, Recipe
+from pipeline.core.recipe import load as load_recipe
 from pipeline.core.stage import Context, Outcome, Stage
 
 Work = Callable[[Context], Outcome]
 Run = Callable[..., int]
+RECIPE = PROJECT / stage.DEFAULT_RECIPE
 
 SCRIPT = '''
 """A stage in a process of its own: writes `parts` files; between the two it says so and waits to be told."""
@@ -237,11 +239,36 @@ def test_arguments_may_choose_the_folder_and_what_is_read(run: Run, root: Path) 
         work=lambda context: Outcome(facts={"read": list(context.upstream)}),
         add_arguments=add,
         name_of=lambda arguments: f"int8-{arguments.scheme}",
-        needs_of=lambda arguments: ("first",) if arguments.scheme == "static" else (),
+        needs_of=lambda arguments, recipe: ("first",) if arguments.scheme != recipe.int8.scheme else (),
     )
     assert (run(FIRST), run(made, "--scheme", "static"), run(made)) == (0, 0, 0)
     assert manifest.read(root / "int8-static").facts == {"read": ["first"]}
     assert manifest.read(root / "int8-dynamic").facts == {"read": []}
+
+
+@pytest.mark.parametrize("wanted", [None, "step", "bundle", "all"])
+def test_graphs_are_the_recipes_unless_somebody_chooses(run: Run, root: Path, wanted: str | None) -> None:
+    def work(context: Context) -> Outcome:
+        return Outcome(facts={"graphs": context.graphs})
+
+    options = ("--graphs", wanted) if wanted else ()
+    assert run(Stage(name="first", summary="", work=work), *options) == 0
+    assert manifest.read(root / "first").facts == {"graphs": wanted or load_recipe(RECIPE).graphs}
+
+
+def test_unknown_graphs_end_with_2(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        run(FIRST, "--graphs", "decoder")
+    assert caught.value.code == 2
+    assert "--graphs" in capsys.readouterr().err
+
+
+def test_a_stage_that_needs_what_was_not_asked_for_touches_nothing(run: Run, root: Path) -> None:
+    def needs(arguments: argparse.Namespace, _recipe: Recipe) -> tuple[str, ...]:
+        raise errors.UsageError(f"GRAPHS={arguments.graphs} builds nothing here")
+
+    assert run(Stage(name="second", summary="", work=second_work, needs_of=needs), "--graphs", "step") == 2
+    assert not root.exists()
 
 
 def test_measured_files_stay_and_are_not_in_the_manifest(run: Run, root: Path) -> None:

@@ -1,0 +1,55 @@
+"""Stage bundle: what LiteRT-LM runs: sections, tokenizer, chat template and limits in one `.litertlm` per precision."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from pipeline.convert import litertlm, readback
+from pipeline.convert.checkpoint import open_checkpoint
+from pipeline.core import log
+from pipeline.core.errors import UsageError
+from pipeline.core.manifest import Fact
+from pipeline.core.recipe import Recipe
+from pipeline.core.stage import Context, Outcome, Stage, main
+from pipeline.models import architecture_for
+
+
+def work(context: Context) -> Outcome:
+    """Write a bundle per precision of the recipe."""
+    from transformers import AutoTokenizer
+
+    folder = context.root / "fetch" / "checkpoint"
+    checkpoint = open_checkpoint(folder)
+    architecture = architecture_for(checkpoint.config)
+    vocabulary = architecture.tensors(checkpoint.config)["embed_tokens.weight"][0]
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    metadata = litertlm.describe(
+        folder,
+        tokenizer,
+        model_type=architecture.runtime_type,
+        vocabulary=vocabulary,
+        max_tokens=context.recipe.bundle.max_tokens,
+    )
+    tokenizer_json = litertlm.tokenizer_json(tokenizer, vocabulary)
+    names = ("decoder", *(table.name for table in architecture.tables(checkpoint.config)))
+    facts: dict[str, Fact] = {}
+    for precision in context.recipe.bundle.precisions:
+        made, out = context.upstream[precision], context.folder / f"{precision}.litertlm"
+        models = {name: context.root / made.output(f"{name}.tflite").path for name in names}
+        held = litertlm.write(metadata, tokenizer_json, models, out)
+        facts[precision] = {**held, **readback.stored_weights(models.values())}
+        log.step(f"{out.name}: {log.human_bytes(out.stat().st_size)}")
+    return Outcome(facts=facts)
+
+
+def _needs(arguments: Any, recipe: Recipe) -> tuple[str, ...]:
+    if arguments.graphs == "step":
+        raise UsageError("GRAPHS=step builds no bundle", remedy="leave GRAPHS out, or say GRAPHS=bundle")
+    return ("fetch", *recipe.bundle.precisions)
+
+
+STAGE = Stage(name="bundle", summary="Pack the sections into LiteRT-LM bundles.", work=work, needs_of=_needs)
+
+if __name__ == "__main__":
+    sys.exit(main(STAGE))

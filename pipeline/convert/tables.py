@@ -1,0 +1,109 @@
+"""Embedding tables as `.tflite` sections of their own, written from the checkpoint in row blocks, without a graph.
+
+LiteRT-LM asks an embedder for one token at a time: one signature, one int32 token in, its scaled row out, rank 3 or
+more. The table of Gemma 3n E2B's per-layer embedding is 8 GB in float32, so rows are read, converted and written block
+by block; nothing of a table's size is ever in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from pipeline.convert import quantize, weights
+from pipeline.convert.checkpoint import Checkpoint
+from pipeline.convert.flatbuffer import Blocks, Graph, Scales
+from pipeline.core.errors import QuantiseError
+
+Precision = Literal["fp32", "fp16", "int8"]
+SIGNATURE, INPUT, OUTPUT = "lookup", "token_ids", "embeddings"
+_VERSIONS: dict[Precision, int] = {
+    "fp32": 1,
+    "fp16": quantize.LOOKUP_FLOAT16_VERSION,
+    "int8": quantize.LOOKUP_INT8_VERSION,
+}
+# The largest error of a value over the largest in its row: exact, half a float16 step, half an int8 step (rounded up).
+_ERROR: dict[Precision, float] = {"fp32": 0.0, "fp16": 2.0**-11 * 1.01, "int8": 0.5 / 127 * 1.01}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A table in a checkpoint: the tensor's name there, what each row is multiplied with, and the shape of a row."""
+
+    tensor: str
+    scale: float
+    shape: tuple[int, ...]
+
+
+def write(checkpoint: Checkpoint, source: Source, precision: Precision, file: Path) -> None:
+    """Write `file`: signature `lookup`, `token_ids` int32 [1, 1] → `embeddings` float32 [1, 1, *shape].
+
+    A token beyond the table (Gemma 3n's image and audio tokens have no row in the per-layer table) gives row 0.
+
+    Raises:
+        IntegrityError: a value is not finite.
+        QuantiseError: a value is too large for float16.
+    """
+    table, scales = weights.rows(checkpoint, source.tensor), None
+    if precision == "int8":
+        table, scales = quantize.quantise_rows(table)
+    elif precision == "fp16":
+        table = table.map(np.float16, lambda block, _: quantize.to_half(block, source.tensor))
+    _graph(table, scales, source, precision).write(file)
+
+
+def _graph(table: Blocks, scales: Scales | None, source: Source, precision: Precision) -> Graph:
+    """token → token if it has a row else 0 → its row in float32 → times scale → [1, 1, *shape]."""
+    graph = Graph.empty()
+    rows, columns = table.shape
+
+    def constant(name: str, value: Any, dtype: Any = np.int32) -> int:
+        return graph.add_constant(np.array(value, dtype), name)
+
+    def then(code: str, inputs: Sequence[int], name: str, kind: str, shape: Sequence[int], version: int = 1) -> int:
+        result = graph.add_tensor(name, kind, shape)
+        graph.main.operators.append(graph.operator(code, inputs, [result], version))
+        return result
+
+    token = graph.add_tensor(INPUT, "INT32", (1, 1))
+    flat = then("RESHAPE", [token, constant("one", [1])], "token", "INT32", (1,))
+    known = then("LESS", [flat, constant("rows", [rows])], "known", "BOOL", (1,))
+    first = constant("first", [0])
+    row = then("SELECT_V2", [known, flat, first], "row", "INT32", (1,))
+    weights = graph.add_constant(table, "table", scales)
+    kind = "FLOAT16" if precision == "fp16" else "FLOAT32"
+    found = then("EMBEDDING_LOOKUP", [row, weights], "found", kind, (1, columns), _VERSIONS[precision])
+    if precision == "fp16":
+        found = then("DEQUANTIZE", [found], "wide", "FLOAT32", (1, columns), quantize.DEQUANTIZE_FLOAT16_VERSION)
+    scaled = then("MUL", [found, constant("scale", source.scale, np.float32)], "scaled", "FLOAT32", (1, columns))
+    shape = (1, 1, *source.shape)
+    result = then("RESHAPE", [scaled, constant("shape", shape)], OUTPUT, "FLOAT32", shape)
+    graph.main.inputs, graph.main.outputs = [token], [result]
+    graph.add_signature(SIGNATURE, {INPUT: token}, {OUTPUT: result})
+    return graph
+
+
+def check(checkpoint: Checkpoint, source: Source, precision: Precision, file: Path) -> None:
+    """Open `file` as an application would and hold a few rows against the checkpoint's.
+
+    Raises:
+        QuantiseError: a row is further from the checkpoint's than its precision allows.
+    """
+    from ai_edge_litert.interpreter import Interpreter
+
+    rows = checkpoint.tensors[source.tensor].shape[0]
+    lookup = Interpreter(model_path=str(file)).get_signature_runner(SIGNATURE)
+    for token in sorted({0, 1, rows // 3, rows // 2, rows - 1} & set(range(rows))):
+        expected = checkpoint.rows(source.tensor, token, token + 1)[0] * np.float32(source.scale)
+        found = lookup(**{INPUT: np.array([[token]], np.int32)})[OUTPUT]
+        worst = float(np.abs(found.ravel() - expected).max(initial=0.0))
+        if found.shape != (1, 1, *source.shape) or worst > _ERROR[precision] * float(np.abs(expected).max(initial=0.0)):
+            raise QuantiseError(
+                f"{file}: row {token} is {worst:.3g} off the checkpoint's",
+                cause="the file holds another table, or LiteRT reads it differently",
+                remedy="remove its folder and run make again",
+            )

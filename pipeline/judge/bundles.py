@@ -1,0 +1,236 @@
+"""Examining one bundle and saying whether it may be used: its sections through the cache, the whole in LiteRT-LM."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.core.manifest import FileRecord
+from pipeline.core.recipe import Gate
+from pipeline.judge import cache, gates, metrics, speech
+from pipeline.judge.cache import Logits, Recital
+from pipeline.judge.gates import Check, Figure
+from pipeline.judge.lm_runtime import Message
+from pipeline.judge.metrics import Scores
+from pipeline.judge.reference import Greedy, Head
+from pipeline.judge.report import REFERENCE
+from pipeline.judge.speech import Speech, Tokenizer
+
+BASELINE = "fp32"
+SCORE_ERROR = 5e-3
+"""Nats by which a log-likelihood in LiteRT-LM may be off Hugging Face's for fp32.
+
+It sums over the vocabulary in float32: with 262,144 tokens and logits that are off by 0.0002 at most, 0.0007 were seen.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A bundle to judge: its file, the folder of its sections, and what the stages know of it.
+
+    `stored` is the number of parameters in the sections (a tied table counts where it is stored), `weight_bytes` what
+    they take there, scales included.
+    """
+
+    precision: str
+    path: Path
+    record: FileRecord
+    sections: Path
+    gate: Gate | None
+    parameters: int
+    stored: int
+    weight_bytes: int
+
+    @property
+    def name(self) -> str:
+        """What it is called in checks and reports."""
+        return f"bundle-{self.precision}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What every bundle of one run is held against; `scratch` is a folder for what would take gigabytes of memory."""
+
+    recital: Recital
+    head: Head
+    tokenizer: Tokenizer
+    conversations: Sequence[Sequence[Message]]
+    greedy: Sequence[Greedy]
+    stop: set[int]
+    scratch: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What was found about one bundle; `against_fp32` is None for the fp32 bundle."""
+
+    subject: Subject
+    checks: list[Check]
+    logits: Logits
+    against_reference: Scores
+    against_cached: Scores
+    against_fp32: Scores | None
+    speech: Speech
+
+    @property
+    def fit(self) -> bool:
+        """Whether every check passed, and there was one."""
+        return bool(self.checks) and all(check.passed for check in self.checks)
+
+    def facts(self) -> dict[str, Any]:
+        """The entry in the report."""
+        subject, heard = self.subject, self.speech
+        return {
+            "file": subject.record.path,
+            "sha256": subject.record.sha256,
+            "size": subject.record.size,
+            "size_per_parameter": subject.record.size / subject.parameters,
+            "bytes_per_weight": subject.weight_bytes / subject.stored,
+            "fit": self.fit,
+            "positions": len(self.logits),
+            "against_reference": _scores(self.against_reference),
+            "against_cached": _scores(self.against_cached),
+            "against_fp32": _scores(self.against_fp32) if self.against_fp32 else None,
+            "token_ids": asdict(heard.ids),
+            "prompts": asdict(heard.prompts),
+            "greedy": {
+                "same": sum(row.same for row in heard.spoken),
+                "ties": sum(row.tie for row in heard.spoken),
+                "rows": [asdict(row) for row in heard.spoken],
+            },
+            "stop": asdict(heard.stop),
+            "stopped_at": heard.stopped_at,
+            "scored": heard.scored,
+            "score_error": heard.score_error,
+        }
+
+
+def judge(subject: Subject, setting: Setting, baseline: Verdict | None) -> Verdict:
+    """Run the bundle on everything that its limits need; `baseline` is the fp32 bundle's verdict, None for itself."""
+    logits = cache.play(subject.sections, setting.recital, subject.name, setting.scratch)
+    plain, cached = (cache.against_hidden(logits, hidden, setting.head) for hidden in setting.recital.expected())
+    own = metrics.compare(baseline.logits, logits) if baseline else None
+    heard = speech.listen(
+        subject.path, setting.tokenizer, setting.conversations, setting.greedy, setting.stop, setting.scratch
+    )
+    figures = [*_quality(own), *_sizes(subject)] if own else [*_exactness(plain, cached), *_sizes(subject)]
+    holds = [*_speech_checks(subject, heard, exact=own is None), _finite(subject, logits)]
+    return Verdict(
+        subject=subject,
+        checks=gates.judge(subject.name, subject.gate, figures) + holds,
+        logits=logits,
+        against_reference=plain,
+        against_cached=cached,
+        against_fp32=own,
+        speech=heard,
+    )
+
+
+def _exactness(plain: Scores, cached: Scores) -> list[Figure]:
+    """fp32 against Hugging Face, without and with its own cache."""
+    figures = []
+    for scores, way in ((plain, "without a cache"), (cached, "with its cache")):
+        detail = f"{len(scores.kld)} decoded positions, against {REFERENCE} {way}"
+        worst, mean, top1 = float(scores.nmse.max()), float(scores.kld.mean()), float(scores.top1.mean())
+        figures += [
+            Figure(
+                metric="nmse",
+                name=f"worst logits NMSE through the cache, {way}",
+                value=worst,
+                against=REFERENCE,
+                detail=detail,
+            ),
+            Figure(metric="kld", name=f"KLD through the cache, {way}", value=mean, against=REFERENCE, detail=detail),
+            Figure(
+                metric="top1",
+                name=f"top-1 agreement through the cache, {way}",
+                value=top1,
+                against=REFERENCE,
+                detail=detail,
+            ),
+        ]
+    return figures
+
+
+def _quality(own: Scores) -> list[Figure]:
+    """A smaller bundle against the fp32 one."""
+    detail = f"{len(own.kld)} decoded positions"
+    return [
+        Figure(
+            metric="kld", name="KLD through the cache", value=float(own.kld.mean()), against=BASELINE, detail=detail
+        ),
+        Figure(
+            metric="top1",
+            name="top-1 agreement through the cache",
+            value=float(own.top1.mean()),
+            against=BASELINE,
+            detail=detail,
+        ),
+    ]
+
+
+def _sizes(subject: Subject) -> list[Figure]:
+    size = subject.record.size
+    return [
+        Figure(
+            metric="size_per_parameter",
+            name="bytes per parameter",
+            value=size / subject.parameters,
+            detail=f"{size} bytes",
+        ),
+        Figure(
+            metric="bytes_per_weight",
+            name="bytes per stored weight, scales included",
+            value=subject.weight_bytes / subject.stored,
+            detail=f"{subject.stored} weights; one that two sections need is stored twice",
+        ),
+    ]
+
+
+def _finite(subject: Subject, logits: Logits) -> Check:
+    bad = int((~np.isfinite(logits).all(axis=1)).sum())
+    return gates.must_hold(subject.name, "positions with logits that are not finite", bad, f"{len(logits)} positions")
+
+
+def _speech_checks(subject: Subject, heard: Speech, *, exact: bool) -> list[Check]:
+    """What must hold in LiteRT-LM; text and scores equal Hugging Face's only if arithmetic does."""
+    name = subject.name
+    checks = [
+        gates.must_hold(name, "texts with other token ids in LiteRT-LM", heard.ids.wrong, _examples(heard.ids)),
+        gates.must_hold(
+            name, "conversations rendered differently by LiteRT-LM", heard.prompts.wrong, _examples(heard.prompts)
+        ),
+        gates.must_hold(name, "stop tokens that LiteRT-LM does not know", heard.stop.wrong, _stops(heard)),
+    ]
+    if exact:
+        different = [row for row in heard.spoken if not row.same and not row.tie]
+        ties = sum(row.tie for row in heard.spoken)
+        detail = f"{len(heard.spoken)} prompts, {sum(row.tokens for row in heard.spoken)} tokens; {ties} part at a tie"
+        checks.append(gates.must_hold(name, "greedy texts of LiteRT-LM that differ", len(different), detail))
+        off = 0 if heard.score_error is not None and heard.score_error <= SCORE_ERROR else 1  # NaN is off
+        detail = f"{heard.scored} texts scored; largest error {heard.score_error} nats, limit {SCORE_ERROR}"
+        checks.append(gates.must_hold(name, "scores of LiteRT-LM that are off", off, detail))
+    return checks
+
+
+def _stops(heard: Speech) -> str:
+    reached = ", ".join(map(str, heard.stopped_at)) or "none"
+    return f"{heard.stop.total} stop tokens; text ended where the reference's did at: {reached}"
+
+
+def _examples(tally: speech.Tally) -> str:
+    return f"{tally.total} in all" + (f"; e.g. {'; '.join(tally.examples)}" if tally.examples else "")
+
+
+def _scores(scores: Scores) -> Mapping[str, float]:
+    return {
+        "nmse_max": float(scores.nmse.max()),
+        "kld": float(scores.kld.mean()),
+        "kld_max": float(scores.kld.max()),
+        "top1": float(scores.top1.mean()),
+        "max_abs": float(scores.max_abs.max()),
+    }

@@ -1,0 +1,93 @@
+"""From a checkpoint to files, whatever its architecture: the step graph, and the sections of the on-device bundle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from pipeline.convert import intake, tables, weights
+from pipeline.convert.checkpoint import Checkpoint
+from pipeline.convert.export import Signature, export
+from pipeline.convert.flatbuffer import Graph
+from pipeline.core.manifest import Manifest
+from pipeline.core.recipe import Bundle, Graphs, StepLimits
+from pipeline.models import architecture_for
+
+STEP, DECODER = "step.tflite", "decoder.tflite"
+
+
+def tensor_names(checkpoint: Checkpoint) -> dict[str, str]:
+    """Canonical → checkpoint name of every tensor of the text model."""
+    architecture, config = architecture_for(checkpoint.config), checkpoint.config
+    return intake.match(
+        checkpoint.tensors,
+        architecture.tensors(config),
+        lambda name: architecture.canonical(name, config),
+        str(checkpoint.folder),
+    )
+
+
+def export_step(checkpoint: Checkpoint, limits: StepLimits, out: Path) -> None:
+    """Write the step graph, its weights still to be attached, to `out`."""
+    shape = {0: ("batch", 1, limits.max_batch), 1: ("sequence", 1, limits.max_sequence)}
+    inputs = {name: torch.ones((2, 128), dtype=torch.int32) for name in ("input_ids", "attention_mask")}
+    with torch.device("meta"):
+        module = architecture_for(checkpoint.config).step(checkpoint.config)
+    dimensions = {name: shape for name in inputs}
+    export([Signature("serving_default", module, _vectors(checkpoint), inputs, dimensions)], out)
+
+
+def export_decoder(checkpoint: Checkpoint, bundle: Bundle, out: Path) -> None:
+    """Write the bundle's decoder, as `export_step`: signatures `prefill_<n>` for the recipe's lengths, and `decode`."""
+    lengths = {f"prefill_{length}": length for length in bundle.prefill} | {"decode": 1}
+    export([_call(checkpoint, bundle, name, length) for name, length in lengths.items()], out)
+
+
+def _call(checkpoint: Checkpoint, bundle: Bundle, name: str, length: int) -> Signature:
+    architecture, config = architecture_for(checkpoint.config), checkpoint.config
+    with torch.device("meta"):
+        module = architecture.decoder(config, logits=name == "decode")
+    inputs = {
+        **architecture.decoder_inputs(config, length, bundle.cache_length),
+        "input_pos": torch.arange(length, dtype=torch.int32),
+        "mask": torch.zeros(1, 1, length, bundle.cache_length),
+    }
+    return Signature(name, module, _vectors(checkpoint), inputs)
+
+
+def _vectors(checkpoint: Checkpoint) -> Callable[[str], torch.Tensor]:
+    """What a graph's norms and biases are, by parameter name."""
+    names = tensor_names(checkpoint)
+
+    return lambda name: torch.from_numpy(weights.vector(checkpoint, names[name.removeprefix("model.")]).copy())
+
+
+def with_weights(checkpoint: Checkpoint, file: Path) -> Graph:
+    """An exported graph with the checkpoint's weights in float32, which are read when it is written."""
+    graph = Graph.read(file)
+    weights.attach(graph, checkpoint, tensor_names(checkpoint))
+    return graph
+
+
+def write_tables(checkpoint: Checkpoint, precision: tables.Precision, folder: Path) -> list[Path]:
+    """Write the embedding tables that are sections of their own into `folder`, straight from the checkpoint."""
+    names, written = tensor_names(checkpoint), []
+    for table in architecture_for(checkpoint.config).tables(checkpoint.config):
+        source = tables.Source(tensor=names[table.tensor], scale=table.scale, shape=table.shape)
+        file = folder / f"{table.name}.tflite"
+        tables.write(checkpoint, source, precision, file)
+        tables.check(checkpoint, source, precision, file)
+        written.append(file)
+    return written
+
+
+def graph_files(made: Manifest, root: Path, graphs: Graphs) -> dict[str, Path]:
+    """The files of stage graph that `graphs` need: name → where it is, below the model's `root`.
+
+    Raises:
+        IntegrityError: the stage was run for others.
+    """
+    wanted = {"step": (STEP,), "bundle": (DECODER,), "all": (STEP, DECODER)}[graphs]
+    return {name: root / made.output(name).path for name in wanted}

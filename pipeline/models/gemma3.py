@@ -1,0 +1,263 @@
+"""Gemma 3, text: 270M, 1B, and the text tower of the larger ones.
+
+The modules follow the Gemma 3 text model of transformers 5.23.0 (`models/gemma3/modeling_gemma3.py`) and keep its
+parameter names, so a checkpoint loads by name. Shapes in docstrings as in `transformer.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pipeline.convert.operators import Embedding, Linear
+from pipeline.core.errors import FetchError
+from pipeline.models.transformer import (
+    FULL,
+    SLIDING,
+    Attend,
+    DecoderGraph,
+    RMSNorm,
+    Rotation,
+    StepGraph,
+    Table,
+    cache_tensors,
+    split_heads,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextConfig:
+    """The numbers that define a Gemma 3 text model; names as in transformers' `Gemma3TextConfig`.
+
+    `rope` is base and linear scaling factor of each layer type.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    attention_bias: bool
+    query_pre_attn_scalar: float
+    rms_norm_eps: float
+    sliding_window: int
+    layer_types: tuple[str, ...]
+    rope: Mapping[str, tuple[float, float]]
+    final_logit_softcapping: float | None
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> TextConfig:
+        """Read a checkpoint's `config.json` (either model type); absent keys have transformers' defaults.
+
+        Raises:
+            FetchError: a value that these modules do not implement.
+        """
+        text: Mapping[str, Any] = config.get("text_config", config)
+        layers = int(text.get("num_hidden_layers", 26))
+        pattern = int(text.get("sliding_window_pattern", text.get("_sliding_window_pattern", 6)))
+        default_types = [SLIDING if (i + 1) % pattern else FULL for i in range(layers)]
+        made = cls(
+            vocab_size=text.get("vocab_size", 262_208),
+            hidden_size=text.get("hidden_size", 2304),
+            intermediate_size=text.get("intermediate_size", 9216),
+            num_hidden_layers=layers,
+            num_attention_heads=text.get("num_attention_heads", 8),
+            num_key_value_heads=text.get("num_key_value_heads", 4),
+            head_dim=text.get("head_dim", 256),
+            attention_bias=text.get("attention_bias", False),
+            query_pre_attn_scalar=text.get("query_pre_attn_scalar", 256),
+            rms_norm_eps=text.get("rms_norm_eps", 1e-6),
+            sliding_window=text.get("sliding_window", 4096),
+            layer_types=tuple(text.get("layer_types") or default_types),
+            rope={kind: _rope(text, kind) for kind in (FULL, SLIDING)},
+            final_logit_softcapping=text.get("final_logit_softcapping"),
+        )
+        _refuse_unknown(text, made)
+        return made
+
+    def kv_source(self, layer: int) -> int:
+        """`layer`: every layer has its own keys and values."""
+        return layer
+
+
+def _rope(text: Mapping[str, Any], kind: str) -> tuple[float, float]:
+    """Base and linear factor of a layer type, from transformers 5's `rope_parameters` or version 4's keys."""
+    old = {FULL: ("rope_theta", 1_000_000.0), SLIDING: ("rope_local_base_freq", 10_000.0)}
+    key, default = old[kind]
+    scaling = (text.get("rope_parameters") or {}).get(kind) or {}
+    if kind == FULL and not scaling:
+        scaling = text.get("rope_scaling") or {}
+    rope_type = scaling.get("rope_type", scaling.get("type", "default"))
+    if rope_type not in ("default", "linear"):
+        raise FetchError(f"rope type {rope_type!r} of {kind} is not supported, only 'default' and 'linear'")
+    factor = scaling.get("factor", 1.0) if rope_type == "linear" else 1.0
+    return float(scaling.get("rope_theta", text.get(key, default))), float(factor)
+
+
+def _refuse_unknown(text: Mapping[str, Any], config: TextConfig) -> None:
+    activation = text.get("hidden_activation", "gelu_pytorch_tanh")
+    if activation != "gelu_pytorch_tanh":
+        raise FetchError(f"hidden activation {activation!r} is not supported, only 'gelu_pytorch_tanh'")
+    if not text.get("tie_word_embeddings", True):
+        raise FetchError("an output head that is not tied to the token embedding is not supported")
+    if text.get("attn_logit_softcapping"):
+        raise FetchError("attn_logit_softcapping is not supported: Gemma 3 has none")
+    if text.get("use_bidirectional_attention"):
+        raise FetchError("bidirectional attention is not supported: such a model embeds text, it does not write any")
+    if len(config.layer_types) != config.num_hidden_layers or set(config.layer_types) - {FULL, SLIDING}:
+        raise FetchError(f"config.json gives layer types {config.layer_types} for its layers")
+
+
+class MLP(nn.Module):
+    """Gated MLP. [B, S, 1, H] → [B, S, 1, H]."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = functional.gelu(self.gate_proj(x), approximate="tanh")
+        product: Tensor = self.down_proj(gate * self.up_proj(x))
+        return product
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with normalised queries and keys; scores are scaled by query_pre_attn_scalar^(−1/2)."""
+
+    def __init__(self, config: TextConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.heads, self.kv_heads = layer, config.num_attention_heads, config.num_key_value_heads
+        bias, eps, size = config.attention_bias, config.rms_norm_eps, config.head_dim
+        self.q_proj = Linear(config.hidden_size, self.heads * size, bias=bias)
+        self.k_proj = Linear(config.hidden_size, self.kv_heads * size, bias=bias)
+        self.v_proj = Linear(config.hidden_size, self.kv_heads * size, bias=bias)
+        self.o_proj = Linear(self.heads * size, config.hidden_size, bias=bias)
+        # A rotation is linear, so the scores' scale can stand in the norm before it.
+        self.q_norm = RMSNorm(size, eps, factor=config.query_pre_attn_scalar**-0.5, offset=1.0)
+        self.k_norm = RMSNorm(size, eps, offset=1.0)
+
+    def forward(self, x: Tensor, rotation: Rotation, attend: Attend) -> Tensor:
+        """[B, S, 1, H] → [B, S, 1, H]."""
+        queries = rotation.apply(self.q_norm(split_heads(self.q_proj(x), self.heads)))
+        keys = rotation.apply(self.k_norm(split_heads(self.k_proj(x), self.kv_heads)))
+        values = split_heads(self.v_proj(x), self.kv_heads)
+        mixed: Tensor = self.o_proj(attend(self.layer, queries, (keys, values)))
+        return mixed
+
+
+class DecoderLayer(nn.Module):
+    """One layer. [B, S, 1, H] → [B, S, 1, H]."""
+
+    def __init__(self, config: TextConfig, layer: int) -> None:
+        super().__init__()
+        size, eps = config.hidden_size, config.rms_norm_eps
+        self.self_attn = Attention(config, layer)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(size, eps, offset=1.0)
+        self.post_attention_layernorm = RMSNorm(size, eps, offset=1.0)
+        self.pre_feedforward_layernorm = RMSNorm(size, eps, offset=1.0)
+        self.post_feedforward_layernorm = RMSNorm(size, eps, offset=1.0)
+
+    def forward(self, x: Tensor, rotation: Rotation, attend: Attend) -> Tensor:
+        mixed = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), rotation, attend))
+        output: Tensor = mixed + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(mixed)))
+        return output
+
+
+class TextModel(nn.Module):
+    """The text model without its head: token ids to final hidden states."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, offset=1.0)
+
+    def forward(self, positions: Tensor, attend: Attend, embedded: Tensor) -> Tensor:
+        """Final hidden states [B, S, 1, H] at float `positions` [B, S] of scaled embeddings [B, S, 1, H]."""
+        rotations = {
+            kind: Rotation.at(positions, theta, self.config.head_dim, factor)
+            for kind, (theta, factor) in self.config.rope.items()
+        }
+        x = embedded
+        for i, layer in enumerate(self.layers):
+            x = layer(x, rotations[self.config.layer_types[i]], attend)
+        normed: Tensor = self.norm(x)
+        return normed
+
+    def embed(self, input_ids: Tensor) -> tuple[Tensor]:
+        """Token ids [B, S] → scaled embedding [B, S, 1, H]."""
+        return (self.embed_tokens(input_ids)[:, :, None] * self.config.hidden_size**0.5,)
+
+
+class Gemma3ForTFLite(StepGraph):
+    """The step graph of a Gemma 3 text model."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__(TextModel(config))
+
+
+class Gemma3Decoder(DecoderGraph):
+    """The decoder section of a Gemma 3 bundle. It looks tokens up itself, in the table that is also its head."""
+
+    def __init__(self, config: TextConfig, logits: bool) -> None:
+        super().__init__(TextModel(config), logits)
+
+    def forward(
+        self, tokens: Tensor, input_pos: Tensor, mask: Tensor, kv_cache: Mapping[str, Tensor]
+    ) -> dict[str, Any]:
+        """`tokens` are int32 [1, T]; the rest as in `run`."""
+        return self.run(self.model.embed(tokens), input_pos, mask, kv_cache)
+
+
+class Gemma3:
+    """The `Architecture` of both Gemma 3 model types."""
+
+    model_types: tuple[str, ...] = ("gemma3_text", "gemma3")
+    runtime_type = "gemma3"
+    _prefixes = ("model.language_model.", "language_model.model.", "model.")
+    _left_out = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.|(language_model\.)?lm_head\.weight$")
+
+    def tensors(self, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        """Every tensor of the text model: canonical name → shape."""
+        with torch.device("meta"):
+            state = TextModel(TextConfig.from_config(config)).state_dict()
+        return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+    def step(self, config: Mapping[str, Any]) -> Gemma3ForTFLite:
+        """The step graph, its weights still to be assigned."""
+        return Gemma3ForTFLite(TextConfig.from_config(config))
+
+    def decoder(self, config: Mapping[str, Any], *, logits: bool) -> Gemma3Decoder:
+        """The decoder graph, its weights still to be assigned."""
+        return Gemma3Decoder(TextConfig.from_config(config), logits)
+
+    def decoder_inputs(self, config: Mapping[str, Any], tokens: int, length: int) -> dict[str, Any]:
+        """Examples of what the decoder graph takes beside `input_pos` and `mask`, for `tokens` tokens."""
+        cache = cache_tensors(TextConfig.from_config(config), length)
+        return {"tokens": torch.zeros((1, tokens), dtype=torch.int32), "kv_cache": cache}
+
+    def tables(self, config: Mapping[str, Any]) -> tuple[Table, ...]:
+        """None: the decoder looks tokens up itself."""
+        return ()
+
+    def canonical(self, name: str, config: Mapping[str, Any]) -> str | None:
+        """The text model's name of checkpoint tensor `name`; None for the vision tower and the tied head."""
+        if self._left_out.match(name):
+            return None
+        prefix = next((p for p in self._prefixes if name.startswith(p)), "")
+        return name.removeprefix(prefix)
+
+
+ARCHITECTURE = Gemma3()

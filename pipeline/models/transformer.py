@@ -1,0 +1,341 @@
+"""What the architectures share: norms, rotary positions, attention within a prompt or through a cache, the two graphs.
+
+Shapes in docstrings: B batch, S sequence, H hidden size, V vocabulary, D head size, N query heads, K key/value heads,
+G = N / K query heads per key/value head, T tokens of one call, C length of the cache, W sliding window.
+
+Activations are carried as [B, S, 1, H]: the third axis is where heads, AltUp states and layers go, and an axis that is
+already there spares the graph many reshapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.convert.operators import linear, matmul, normalise, update, window
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+# Far below any score (queries and keys are normalised, so scores stay within ± head size × the norms' weights), yet
+# finite: a row with nothing to attend to must not become NaN.
+MASKED = -1e9
+
+
+class Config(Protocol):
+    """What the shared parts need to know of a model."""
+
+    @property
+    def num_hidden_layers(self) -> int: ...
+    @property
+    def num_attention_heads(self) -> int: ...
+    @property
+    def num_key_value_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def sliding_window(self) -> int: ...
+    @property
+    def layer_types(self) -> tuple[str, ...]: ...
+    @property
+    def final_logit_softcapping(self) -> float | None: ...
+
+    def kv_source(self, layer: int) -> int:
+        """The layer whose keys and values `layer` attends to, usually itself."""
+
+
+class RMSNorm(nn.Module):
+    """factor · (offset + weight) · x / √(mean(x²) + ε) over the last axis; without `weight` if it is not scaled."""
+
+    def __init__(self, size: int, eps: float, *, scaled: bool = True, factor: float = 1.0, offset: float = 0.0) -> None:
+        super().__init__()
+        self.eps, self.factor, self.offset = eps, factor, offset
+        self.weight = nn.Parameter(torch.ones(size)) if scaled else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed: Tensor = normalise(x, self._factors(), self.eps)
+        return normed
+
+    def _factors(self) -> Tensor | None:
+        if self.weight is None:
+            return None
+        return (self.weight + self.offset) * self.factor if self.offset else self.weight * self.factor
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """Cosine and signed sine of the rotary position embedding, each [B, S, 1, D]."""
+
+    cos: Tensor
+    sin: Tensor
+
+    @classmethod
+    def at(cls, positions: Tensor, theta: float, head_dim: int, factor: float = 1.0) -> Rotation:
+        """Angles positions / (factor · theta^(2i/D)); `positions` is float [B, S].
+
+        Su et al., RoFormer, 2021; `factor` is linear scaling (Chen et al., Position Interpolation, 2023).
+        """
+        exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
+        angles = positions[:, :, None, None] * (1.0 / (theta**exponents) / factor)
+        cos, sin = torch.cos(angles), torch.sin(angles)
+        return cls(torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1))
+
+    def apply(self, x: Tensor) -> Tensor:
+        """Rotate [B, S, heads, D]: the first half of D against the second."""
+        half = x.shape[-1] // 2
+        return x * self.cos + torch.cat((x[..., half:], x[..., :half]), dim=-1) * self.sin
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """[B, S, 1, heads · D] → [B, S, heads, D]."""
+    return x.reshape(x.shape[0], x.shape[1], heads, x.shape[-1] // heads)
+
+
+class Attend(Protocol):
+    """Where a layer's keys and values go, and what its queries see."""
+
+    def __call__(self, layer: int, queries: Tensor, own: tuple[Tensor, Tensor] | None) -> Tensor:
+        """Mix values for `queries` [B, S, N, D] → [B, S, 1, N · D].
+
+        `own` are the layer's keys and values, each [B, S, K, D]; None if it attends to those of `kv_source(layer)`.
+        """
+
+
+class PromptAttention:
+    """Attention among the tokens of whole prompts, batch and sequence unknown."""
+
+    def __init__(self, config: Config, causal: Tensor, near: Tensor) -> None:
+        """`causal` and `near` are bool [B, S, S]: which keys a query sees in full and in sliding layers."""
+        self.config = config
+        self.masks = {FULL: _additive(causal), SLIDING: _additive(near)}
+        self.attended: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, layer: int, queries: Tensor, own: tuple[Tensor, Tensor] | None) -> Tensor:
+        """As `Attend`."""
+        if own:
+            self.attended[layer] = self._repeat(own[0]), self._repeat(own[1])
+        keys, values = self.attended[self.config.kv_source(layer)]
+        scores = matmul(queries.transpose(1, 2), keys, True) + self.masks[self.config.layer_types[layer]]
+        mixed = matmul(torch.softmax(scores, dim=-1), values, False)
+        width = self.config.num_attention_heads * self.config.head_dim
+        return mixed.transpose(1, 2).reshape(queries.shape[0], queries.shape[1], 1, width)
+
+    def _repeat(self, x: Tensor) -> Tensor:
+        """[B, S, K, D] → [B, N, S, D], each head G times.
+
+        By concatenation: an `expand` to a symbolic batch fails at run time. Folding the G query heads into S instead
+        would repeat nothing, but merging two unknown dimensions makes torch.export guard on their values.
+        """
+        groups = self.config.num_attention_heads // self.config.num_key_value_heads
+        shape = (x.shape[0], x.shape[1], self.config.num_attention_heads, self.config.head_dim)
+        return torch.cat([x] * groups, dim=-1).reshape(shape).transpose(1, 2)
+
+
+class CacheAttention:
+    """Attention of T tokens at positions p … p + T − 1 of one conversation to everything up to themselves.
+
+    A cache holds keys [1, K, C, D] and values [1, K, D, C] of each layer that has its own: both products then read
+    their second operand along its rows. Sliding layers read only the W + T positions that can matter, so that their
+    cost does not grow with the cache.
+    """
+
+    def __init__(self, config: Config, input_pos: Tensor, mask: Tensor, cache: Mapping[str, Tensor]) -> None:
+        """Take what the runtime gives.
+
+        Args:
+            config: the model's.
+            input_pos: int32 [T]; the first is p, those of padding are 0.
+            mask: float [1, 1, T, C], 0 where the query may look, far below zero elsewhere.
+            cache: `k_<layer>` and `v_<layer>` of every layer with keys and values of its own.
+        """
+        self.config, self.cache = config, dict(cache)
+        self.tokens, self.length = mask.shape[2], mask.shape[3]
+        self.first = input_pos[:1]
+        self.zero = torch.zeros(1, dtype=torch.int32)
+        self.attended: dict[int, tuple[Tensor, Tensor]] = {}
+        self.near = min(self.length, config.sliding_window + self.tokens)
+        self.start = self._window_start()
+        self.masks = {FULL: self._tiled(mask), SLIDING: self._tiled(self._sliding_mask(input_pos, mask))}
+
+    def __call__(self, layer: int, queries: Tensor, own: tuple[Tensor, Tensor] | None) -> Tensor:
+        """As `Attend`, with B = 1 and S = T."""
+        kind = self.config.layer_types[layer]
+        if own:
+            self.attended[layer] = self._store(layer, *own)
+        keys, values = self.attended[self.config.kv_source(layer)]
+        # [1, T, N, D] → [1, K, G · T, D]: query heads that share keys become rows of one product, nothing is repeated
+        shape = (1, self.config.num_key_value_heads, -1, self.config.head_dim)
+        scores = matmul(queries.transpose(1, 2).reshape(shape), keys, True) + self.masks[kind]
+        mixed = matmul(torch.softmax(scores, dim=-1), values, True)
+        heads = mixed.reshape(1, self.config.num_attention_heads, self.tokens, self.config.head_dim)
+        return heads.transpose(1, 2).reshape(1, self.tokens, 1, -1)
+
+    def _store(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Write keys and values [1, T, K, D] of the new tokens into the cache; what the layer then reads of it."""
+        at = [self.zero, self.zero, self.first, self.zero]
+        keys = update(self.cache[f"k_{layer}"], keys.permute(0, 2, 1, 3), torch.cat(at))
+        values = update(
+            self.cache[f"v_{layer}"], values.permute(0, 2, 3, 1), torch.cat([*at[:2], self.zero, self.first])
+        )
+        self.cache[f"k_{layer}"], self.cache[f"v_{layer}"] = keys, values
+        if self.config.layer_types[layer] == FULL or self.near == self.length:
+            return keys, values
+        return self._cut(keys, 2), self._cut(values, 3)
+
+    def _window_start(self) -> Tensor:
+        """The first position that sliding layers read, int32 [1]: the last `near` ones up to the newest token."""
+        last = torch.tensor([self.length - self.near], dtype=torch.int32)
+        return torch.maximum(torch.minimum(self.first + (self.tokens - self.near), last), self.zero)
+
+    def _cut(self, x: Tensor, axis: int) -> Tensor:
+        """The positions along `axis` that sliding layers read."""
+        start = torch.cat([self.start if i == axis else self.zero for i in range(4)])
+        return window(x, start, [self.near if i == axis else size for i, size in enumerate(x.shape)])
+
+    def _sliding_mask(self, input_pos: Tensor, mask: Tensor) -> Tensor:
+        """[1, 1, T, C] → [1, 1, T, near], with what is W or more behind the query masked as well."""
+        index = torch.arange(0, self.near, dtype=torch.int32)
+        if self.near < self.length:
+            mask, index = self._cut(mask, 3), index + self.start
+        distance = input_pos[:, None] - index[None]
+        far = torch.gt(distance, torch.tensor(self.config.sliding_window - 1, dtype=torch.int32))
+        return torch.where(far[None, None], torch.tensor(MASKED), mask)
+
+    def _tiled(self, mask: Tensor) -> Tensor:
+        """[1, 1, T, n] → [1, 1, G · T, n]."""
+        groups = self.config.num_attention_heads // self.config.num_key_value_heads
+        return torch.cat([mask] * groups, dim=2) if groups > 1 else mask
+
+
+class Head(nn.Module):
+    """Logits by the token embedding, soft-capped: cap · tanh(x / cap)."""
+
+    def __init__(self, cap: float | None) -> None:
+        super().__init__()
+        self.cap = cap
+
+    @property
+    def factor(self) -> float:
+        """What hidden states are to be multiplied with on the way in.
+
+        Dividing by the cap before the head, not after it: the converter folds a factor on the head's output into a
+        second copy of the tied embedding.
+        """
+        return 1 / self.cap if self.cap else 1.0
+
+    def forward(self, hidden: Tensor, table: Tensor) -> Tensor:
+        """[B, S, H] (times `factor`) and the embedding [V, H] → [B, S, V]."""
+        logits = linear(hidden, table)
+        return torch.tanh(logits) * self.cap if self.cap else logits
+
+
+class StepGraph(nn.Module):
+    """Next-token logits of whole prompts, any batch and length, left or right padding."""
+
+    def __init__(self, model: Any) -> None:
+        """`model` has `config`, `embed_tokens`, `embed(ids)`, and maps (positions, attend, *embedded) to states."""
+        super().__init__()
+        self.model = model
+        self.head = Head(model.config.final_logit_softcapping)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
+        """Logits of each row's last attended position.
+
+        Args:
+            input_ids: int32 [B, S] token ids; what stands at masked positions does not matter.
+            attention_mask: int32 [B, S], 1 for tokens and 0 for padding.
+
+        Returns:
+            `logits`, float32 [B, V].
+        """
+        config = self.model.config
+        attended = attention_mask.to(torch.float32)
+        index = torch.arange(0, attention_mask.shape[1], dtype=torch.int32).to(torch.float32)
+        distance = index[None, :, None] - index[None, None, :]  # query − key, [1, S, S]
+        causal = torch.gt(distance, torch.tensor(-0.5)) & torch.gt(attended[:, None, :], torch.tensor(0.5))
+        near = causal & torch.lt(distance, torch.tensor(config.sliding_window - 0.5))
+        attend = PromptAttention(config, causal, near)
+        hidden = self.model(_positions(causal), attend, *self.model.embed(input_ids))
+        chosen = self._last(hidden, attended, distance, self.head.factor)
+        return {"logits": self.head(chosen, self.model.embed_tokens.weight).squeeze(1)}
+
+    @staticmethod
+    def _last(hidden: Tensor, attended: Tensor, distance: Tensor, factor: float) -> Tensor:
+        """[B, S, 1, H] → [B, 1, H] at each row's last attended position, so that the head runs on one position only.
+
+        A product with a row that is `factor` there and 0 elsewhere: free of the negative index, which lowers to an
+        empty slice (litert-torch 0.10.0).
+        """
+        after = torch.where(torch.lt(distance, torch.tensor(-0.5)), torch.tensor(1.0), torch.tensor(0.0))
+        later = torch.sum(after * attended[:, None, :], dim=-1)
+        last = torch.where(torch.gt(later, torch.tensor(0.5)), torch.tensor(0.0), attended * factor)
+        return matmul(last[:, None, :], hidden.squeeze(2), False)
+
+
+class DecoderGraph(nn.Module):
+    """One call of LiteRT-LM: T tokens through the cache, with logits (T = 1, `decode`) or without (`prefill_<T>`)."""
+
+    def __init__(self, model: Any, logits: bool) -> None:
+        """`model` as for `StepGraph`."""
+        super().__init__()
+        self.model, self.logits = model, logits
+        self.head = Head(model.config.final_logit_softcapping)
+
+    def run(
+        self, embedded: tuple[Tensor, ...], input_pos: Tensor, mask: Tensor, kv_cache: Mapping[str, Tensor]
+    ) -> dict[str, Any]:
+        """Run T tokens.
+
+        Args:
+            embedded: what the model's `embed` gives for them.
+            input_pos: int32 [T], their positions.
+            mask: float32 [1, 1, T, C], 0 where a token may look and far below zero elsewhere.
+            kv_cache: see `CacheAttention`.
+
+        Returns:
+            `kv_cache` with the new tokens, and `logits` float32 [1, T, V].
+        """
+        attend = CacheAttention(self.model.config, input_pos, mask, kv_cache)
+        hidden = self.model(input_pos.to(torch.float32)[None], attend, *embedded).squeeze(2)
+        output: dict[str, Any] = {"kv_cache": attend.cache}
+        if self.logits:
+            scaled = hidden * self.head.factor if self.head.cap else hidden
+            output["logits"] = self.head(scaled, self.model.embed_tokens.weight)
+        return output
+
+
+@dataclass(frozen=True)
+class Table:
+    """An embedding table as a section of its own: one token in, its scaled row out.
+
+    `name` of the section, `tensor` by canonical name, `scale` of its rows, `shape` of a row.
+    """
+
+    name: str
+    tensor: str
+    scale: float
+    shape: tuple[int, ...]
+
+
+def cache_tensors(config: Config, length: int) -> dict[str, Tensor]:
+    """Tensors like a cache of `length` positions: `k_<layer>` [1, K, C, D] and `v_<layer>` [1, K, D, C].
+
+    They hold nothing: an example of a long cache must not take memory.
+    """
+    heads, size = config.num_key_value_heads, config.head_dim
+    own = [layer for layer in range(config.num_hidden_layers) if config.kv_source(layer) == layer]
+    keys = {f"k_{layer}": torch.empty(1, heads, length, size) for layer in own}
+    return keys | {f"v_{layer}": torch.empty(1, heads, size, length) for layer in own}
+
+
+def _positions(causal: Tensor) -> Tensor:
+    """Each token's position among its row's attended ones, from 0: bool [B, S, S] → float [B, S]."""
+    count = torch.sum(torch.where(causal, torch.tensor(1.0), torch.tensor(0.0)), dim=-1)
+    return torch.maximum(count - 1.0, torch.tensor(0.0))
+
+
+def _additive(allowed: Tensor) -> Tensor:
+    """bool [B, S, S] → float [B, 1, S, S], 0 where allowed."""
+    return torch.where(allowed, torch.tensor(0.0), torch.tensor(MASKED))[:, None]

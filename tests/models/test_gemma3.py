@@ -1,0 +1,90 @@
+"""A real model, Gemma 3 270M, through the pipeline from its checkpoint to the verified bundle.
+
+`nox -s gemma3` makes the checkpoint and says in GEMMA3_CHECKPOINT where it lies; there these tests must run, elsewhere
+they are skipped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.core import manifest
+from pipeline.core.recipe import PROJECT
+
+CHECKPOINT = os.environ.get("GEMMA3_CHECKPOINT", "")
+BUILD = ("fetch", "graph", "fp32", "int8", "bundle")
+pytestmark = pytest.mark.skipif(not CHECKPOINT, reason="needs the checkpoint that `nox -s gemma3` makes")
+
+
+@dataclass(frozen=True)
+class Build:
+    """The model's folder below ARTIFACTS, and the exit code of `make`."""
+
+    root: Path
+    code: int
+
+    @classmethod
+    def make(cls, target: str, artifacts: Path, seed: int) -> Build:
+        """Run `make TARGET` on the checkpoint."""
+        settings = [f"MODEL_ID={CHECKPOINT}", "RECIPE=pipeline/recipes/gemma3.toml", "GRAPHS=bundle", "DEVICE=cpu"]
+        pinned = [f"PYTHONHASHSEED={seed}", "SOURCE_DATE_EPOCH=1764000000"]  # else the last commit's, which may change
+        command = ["make", target, *settings, *pinned, f"ARTIFACTS={artifacts}"]
+        return cls(root=artifacts / Path(CHECKPOINT).name, code=subprocess.call(command, cwd=PROJECT))
+
+    def read(self, name: str) -> dict[str, Any]:
+        """A JSON file of a stage."""
+        content: dict[str, Any] = json.loads((self.root / name).read_text(encoding="utf-8"))
+        return content
+
+    def bundle(self, precision: str) -> dict[str, Any]:
+        """What verify says of a bundle."""
+        found: dict[str, Any] = self.read("verify/report.json")["bundles"][f"bundle-{precision}"]
+        return found
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Build:
+    assert Path(CHECKPOINT).is_dir(), "GEMMA3_CHECKPOINT is no folder"
+    return Build.make("verify", tmp_path_factory.mktemp("first"), seed=1)
+
+
+def test_every_check_passes(built: Build) -> None:
+    assert built.code == 0
+    assert built.read("verify/report.json")["passed"]
+
+
+def test_fp32_is_exact_through_the_cache(built: Build) -> None:
+    found = built.bundle("fp32")
+    for scores in (found["against_reference"], found["against_cached"]):
+        assert scores["nmse_max"] <= 1e-6 and scores["top1"] == 1
+
+
+def test_litert_lm_reads_and_says_what_hugging_face_does(built: Build) -> None:
+    found = built.bundle("fp32")
+    assert found["token_ids"]["total"] >= 1000 and found["token_ids"]["wrong"] == 0
+    assert found["prompts"]["total"] >= 10 and found["prompts"]["wrong"] == 0
+    assert found["greedy"]["same"] + found["greedy"]["ties"] == len(found["greedy"]["rows"]) == 16
+    assert found["scored"] > 0 and found["score_error"] <= 5e-3
+
+
+def test_int8_takes_a_byte_per_parameter(built: Build) -> None:
+    assert built.bundle("int8")["size_per_parameter"] <= 1.06
+
+
+def test_building_needs_less_memory_than_the_weights_in_fp32_and_half_again(built: Build) -> None:
+    peaks = {stage: built.read(f"{stage}/run.json")["peak_anonymous"] for stage in BUILD}
+    assert max(peaks.values()) <= 1.5 * 2**30, peaks
+
+
+def test_the_same_bundles_come_out_again(built: Build, tmp_path_factory: pytest.TempPathFactory) -> None:
+    again = Build.make("bundle", tmp_path_factory.mktemp("second"), seed=2)
+    assert again.code == 0
+    first, second = (manifest.read(build.root / "bundle").outputs for build in (built, again))
+    assert first == second and {record.path for record in first} == {"bundle/fp32.litertlm", "bundle/int8.litertlm"}
