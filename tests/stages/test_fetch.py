@@ -301,6 +301,11 @@ class TestRefusedModel:
         server.add(NAME, with_config(model, model_type="llama"))
         refused(run, 3, "'llama' is not supported", "gemma3n, gemma3n_text")
 
+    def test_a_recipe_for_other_models_names_the_one_that_fits(self, server: HubServer, model: Files, run: Run) -> None:
+        server.add(NAME, with_config(model, model_type="gemma3_text"))
+        said = "type gemma3_text, recipe gemma3n is for gemma3n, gemma3n_text"
+        refused(run, 2, said, "RECIPE=pipeline/recipes/gemma3.toml")
+
     def test_missing_tensors(self, server: HubServer, model: Files, run: Run) -> None:
         server.add(NAME, changed(model, model__norm__weight=None))
         refused(run, 3, "1 tensor is missing: norm.weight", "do: ")
