@@ -249,8 +249,21 @@ def in_file(folder: Path, *, xnnpack: bool = True) -> Callable[[Recital], Logits
 def in_pytorch(
     config: dict[str, Any], state: Mapping[str, torch.Tensor], bundle: Bundle
 ) -> Callable[[Recital], Logits]:
-    """How the decoder modules in PyTorch are played, with weights by canonical name."""
-    return _played(EagerSections(architecture_for(config), config, state, bundle))
+    """How the decoder modules in PyTorch are played, with weights by canonical name.
+
+    In one thread: for operators as small as these, waiting for another one takes longer than the work.
+    """
+    played = _played(EagerSections(architecture_for(config), config, state, bundle))
+
+    def play(recital: Recital) -> Logits:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return played(recital)
+        finally:
+            torch.set_num_threads(threads)
+
+    return play
 
 
 def _played(sections: Sections) -> Callable[[Recital], Logits]:

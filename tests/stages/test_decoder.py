@@ -42,7 +42,7 @@ bundles = st.builds(
     prompts=st.just(1),
     continuation=st.just(1),
 )
-quickly = settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+quickly = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 once = settings(  # a conversion takes many seconds: the same ones each time, drawn once
     max_examples=3,
     deadline=None,

@@ -362,6 +362,15 @@ def test_a_conversation_in_the_terminal(
         assert text in printed.err
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """A shell that starts the tests in the background lets them ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_stops_an_answer_and_ctrl_d_leaves(endless: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
 
