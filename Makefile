@@ -97,7 +97,7 @@ NEEDS_verify := fetch golden $(sort $(VARIANTS) $(if $(BUNDLES),bundle $(BUNDLES
 NEEDS_publish := $(sort fetch $(VARIANTS) $(if $(BUNDLES),bundle $(BUNDLES))) verify
 
 ROOMS_fetch := core convert models release
-ROOMS_golden := core judge
+ROOMS_golden := core judge reference
 ROOMS_graph := core convert models
 ROOMS_fp32 := core convert models judge
 ROOMS_fp16 := core convert models

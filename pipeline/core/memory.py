@@ -9,10 +9,11 @@ from pipeline.core import log
 from pipeline.core.errors import ResourceError
 
 _UNLIMITED = 1 << 60
-_GROUPS = (
-    ("sys/fs/cgroup/memory.max", "sys/fs/cgroup/memory.current"),  # version 2, as containers see their own
-    ("sys/fs/cgroup/memory/memory.limit_in_bytes", "sys/fs/cgroup/memory/memory.usage_in_bytes"),  # version 1
+_KINDS = (
+    ("sys/fs/cgroup", "memory.max", "memory.current", ""),  # version 2
+    ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),  # version 1
 )
+"""Per version of cgroups: where they are mounted, the files with limit and use, and how names in memory.stat begin."""
 
 
 def available(root: Path = Path("/")) -> int | None:
@@ -30,11 +31,33 @@ def _limits(root: Path) -> Iterator[int]:
         rows = dict(line.split(":", 1) for line in meminfo.read_text(encoding="ascii").splitlines() if ":" in line)
         if "MemAvailable" in rows:
             yield int(rows["MemAvailable"].split()[0]) * 1024
-    for limit, used in _GROUPS:
-        if (root / limit).is_file() and (root / used).is_file():
-            most = (root / limit).read_text(encoding="ascii").strip()
+    for kind, group in _groups(root):
+        mount, limit, used, prefix = kind
+        folder = root / mount / group
+        if (folder / limit).is_file() and (folder / used).is_file():
+            most = (folder / limit).read_text(encoding="ascii").strip()
             if most.isdigit() and int(most) < _UNLIMITED:
-                yield max(0, int(most) - int((root / used).read_text(encoding="ascii")))
+                held = int((folder / used).read_text(encoding="ascii")) - _reclaimable(folder, prefix)
+                yield max(0, int(most) - max(0, held))
+
+
+def _groups(root: Path) -> Iterator[tuple[tuple[str, str, str, str], str]]:
+    """The memory cgroups that hold this process, from the root (all that a container sees) to the innermost."""
+    file = root / "proc" / "self" / "cgroup"
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    rows = [line.split(":", 2) for line in lines if line.count(":") >= 2]
+    for kind, names in zip(_KINDS, ("", "memory"), strict=True):
+        inner = next((path for _, controllers, path in rows if names in controllers.split(",")), "/")
+        parts = [part for part in inner.split("/") if part not in ("", "..")]
+        for depth in range(len(parts) + 1):
+            yield kind, "/".join(parts[:depth])
+
+
+def _reclaimable(folder: Path, prefix: str) -> int:
+    """Bytes of files that the group holds in the page cache, which the kernel gives up when memory runs short."""
+    file = folder / "memory.stat"
+    rows = dict(line.split() for line in file.read_text(encoding="ascii").splitlines()) if file.is_file() else {}
+    return sum(int(rows.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
 
 
 def require(needed: int, what: str, remedy: str, root: Path = Path("/")) -> None:

@@ -16,12 +16,13 @@ from transformers import Gemma3nForCausalLM
 
 from pipeline import fetch, golden
 from pipeline.core import manifest
-from pipeline.core.errors import IntegrityError
+from pipeline.core.errors import IntegrityError, UsageError
 from pipeline.core.recipe import PROJECT
 from pipeline.core.stage import DEFAULT_MODEL
-from pipeline.golden import HuggingFace
 from pipeline.judge import metrics
 from pipeline.judge.reference import Head, Reference
+from pipeline.reference import streaming
+from pipeline.reference.model import HuggingFace
 
 SHIPPED = PROJECT / DEFAULT_MODEL
 
@@ -94,6 +95,50 @@ def test_a_second_run_gives_the_same_bytes(judged: Line) -> None:
     assert lasting(folder, *names) == before
 
 
+@pytest.fixture
+def small_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shipped model's matrices are streamed too, although they are small."""
+    monkeypatch.setattr(streaming, "KEPT", 64)
+    monkeypatch.setattr(streaming, "_HEAD_BLOCK", 10_000)
+
+
+@pytest.mark.usefixtures("small_matrices")
+def test_a_streamed_reference_says_the_same(judged: Line, tmp_path: Path) -> None:
+    line = judged.copy(tmp_path / "artifacts", "fetch")
+    assert line.run(golden.STAGE, "--device", "cpu", "--weights", "streamed") == 0
+    assert manifest.read(line.root / "golden").facts["weights"] == "streamed"
+    ours, theirs = (Reference(one.root / "golden", Head.of_checkpoint(SHIPPED)) for one in (line, judged))
+    for mine, other in zip((*ours.corpus(), *ours.cache()), (*theirs.corpus(), *theirs.cache()), strict=True):
+        assert np.array_equal(mine, other)
+    for mine, other in zip(ours.shapes(), theirs.shapes(), strict=True):
+        assert mine[0] == other[0] and np.array_equal(mine[3], other[3])
+    for mine, other in zip(ours.greedy(), theirs.greedy(), strict=True):
+        assert mine.continuation_ids == other.continuation_ids and mine.text == other.text
+        assert np.allclose(mine.log_likelihoods, other.log_likelihoods, rtol=0, atol=1e-5)
+        assert np.allclose(mine.margins, other.margins, rtol=0, atol=1e-5)
+
+
+@pytest.mark.usefixtures("small_matrices")
+def test_a_streamed_matrix_is_in_memory_while_its_module_runs_and_not_after() -> None:
+    model = HuggingFace.load(SHIPPED, "cpu", streamed=True).model
+    seen: list[bool] = []
+    projection = model.model.layers[1].mlp.up_proj
+    projection.register_forward_hook(lambda module, *_: seen.append(module.weight.is_meta), prepend=True)
+    model.model(input_ids=torch.tensor([[2, 5, 7]]))
+    assert seen == [False] and projection.weight.is_meta
+    held = sum(parameter.numel() for parameter in model.parameters() if not parameter.is_meta)
+    assert held < sum(parameter.numel() for parameter in model.parameters()) / 10
+
+
+def test_weights_that_do_not_fit_are_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(golden.memory, "available", lambda: 10_000_000_000)
+    assert not golden._streamed("auto", "cpu", 1_000_000_000)
+    assert golden._streamed("auto", "cpu", 2_500_000_000)
+    assert not golden._streamed("loaded", "cpu", 2_500_000_000)
+    with pytest.raises(UsageError, match="on the CPU only"):
+        golden._streamed("streamed", "cuda", 1)
+
+
 def changed_checkpoint(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> Path:
     """The shipped checkpoint with `change` made to its tensors."""
     shutil.copytree(SHIPPED, folder, ignore=shutil.ignore_patterns("corpus"))
@@ -123,28 +168,32 @@ def test_the_text_tower_of_a_conditional_checkpoint_is_the_same_model(tmp_path: 
         *((HuggingFace.load(f, "cpu").hidden(ids, np.ones_like(ids)), Head.of_checkpoint(f)) for f in folders),
         strict=True,
     )
+    assert np.array_equal(hidden[0], HuggingFace.load(folders[1], "cpu", streamed=True).hidden(ids, np.ones_like(ids)))
     assert np.array_equal(*hidden)
     assert np.array_equal(heads[0].logits(hidden[0][0]), heads[1].logits(hidden[1][0]))
 
 
-def test_a_missing_tensor_is_refused_by_name(tmp_path: Path) -> None:
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_missing_tensor_is_refused_by_name(tmp_path: Path, streamed: bool) -> None:
     lost = "model.layers.1.mlp.up_proj.weight"
     folder = changed_checkpoint(tmp_path / "m", lambda t: {name: value for name, value in t.items() if name != lost})
     with pytest.raises(IntegrityError, match=lost):
-        HuggingFace.load(folder, "cpu")
+        HuggingFace.load(folder, "cpu", streamed=streamed)
 
 
-def test_a_tensor_that_belongs_nowhere_is_refused_by_name(tmp_path: Path) -> None:
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_tensor_that_belongs_nowhere_is_refused_by_name(tmp_path: Path, streamed: bool) -> None:
     folder = changed_checkpoint(tmp_path / "m", lambda t: {**t, "model.layers.0.surprise.weight": torch.ones(2)})
     with pytest.raises(IntegrityError, match="unknown: .*surprise"):
-        HuggingFace.load(folder, "cpu")
+        HuggingFace.load(folder, "cpu", streamed=streamed)
 
 
-def test_a_tensor_of_another_shape_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_tensor_of_another_shape_is_refused(tmp_path: Path, streamed: bool) -> None:
     name = "model.norm.weight"
     folder = changed_checkpoint(tmp_path / "m", lambda t: {**t, name: t[name][:-1].clone()})
     with pytest.raises((IntegrityError, RuntimeError), match="size|shape"):
-        HuggingFace.load(folder, "cpu")
+        HuggingFace.load(folder, "cpu", streamed=streamed)
 
 
 def test_judging_on_calibration_text_is_refused(

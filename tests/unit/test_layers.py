@@ -13,11 +13,12 @@ import pytest
 from pipeline.core.recipe import PROJECT
 
 PIPELINE = PROJECT / "pipeline"
-ROOMS = ("core", "convert", "judge", "release", "models")
+ROOMS = ("core", "convert", "judge", "reference", "release", "models")
 ALLOWED = {
     "core": {"core"},
     "convert": {"convert", "core"},
     "judge": {"judge", "core"},
+    "reference": {"reference", "core"},
     "release": {"release", "core"},
     "models": {"models", "convert", "core"},
     "stage": {*ROOMS},

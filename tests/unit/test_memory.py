@@ -43,6 +43,29 @@ def test_a_cgroup_of_version_1(tmp_path: Path) -> None:
     assert memory.available(root) == 0
 
 
+@pytest.mark.parametrize(
+    ("line", "folder", "limit", "used", "prefix"),
+    [
+        ("0::/jobs/one", "sys/fs/cgroup", "memory.max", "memory.current", ""),
+        ("4:memory:/jobs/one", "sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+    ],
+)
+def test_the_group_that_holds_this_process_counts_and_so_do_those_around_it(
+    tmp_path: Path, line: str, folder: str, limit: str, used: str, prefix: str
+) -> None:
+    root = machine(tmp_path, **MEMINFO, proc__self__cgroup=f"7:pids:/\n{line}\n")
+    outer, inner = root / folder / "jobs", root / folder / "jobs" / "one"
+    inner.mkdir(parents=True)
+    for group, most in ((outer, 900_000), (inner, 700_000)):
+        (group / limit).write_text(f"{most}\n")
+        (group / used).write_text("100000\n")
+    assert memory.available(root) == 600_000
+    (inner / "memory.stat").write_text(f"{prefix}active_file 50000\n{prefix}inactive_file 20000\nother 7\n")
+    assert memory.available(root) == 670_000  # files in the page cache are given up when memory runs short
+    (outer / limit).write_text("400000\n")
+    assert memory.available(root) == 300_000
+
+
 @pytest.mark.parametrize("unlimited", ["max", "9223372036854771712"])
 def test_no_limit_in_the_cgroup(tmp_path: Path, unlimited: str) -> None:
     root = machine(tmp_path, **MEMINFO)

@@ -1,0 +1,224 @@
+"""Hugging Face transformers as the reference: fp32, eager attention, position ids that count attended tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoTokenizer,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+)
+from transformers.utils import logging as transformers_logging
+
+from pipeline.core import log
+from pipeline.core.errors import IntegrityError
+from pipeline.reference import streaming
+
+Floats = NDArray[np.float32]
+Tokens = NDArray[np.int32]
+
+# Names of the text tower inside a conditional-generation checkpoint → names in the text-only model.
+_TEXT_TOWER = {r"^model\.language_model\.": "model.", r"^language_model\.(model|lm_head)\b": r"\1"}
+_NOT_TEXT = ("vision_tower", "audio_tower", "embed_vision", "embed_audio", "multi_modal_projector")
+_SCORES = 1 << 26
+"""Attention scores that one layer may materialise per batch (256 MiB in fp32)."""
+_MAX_ROWS = 16
+
+
+@dataclass(frozen=True)
+class HuggingFace:
+    """The fp32 reference model and the tokens that frame text."""
+
+    model: Any
+    tokenizer: Any
+    device: str
+    bos: int
+    pad: int
+    stop: tuple[int, ...]
+
+    @classmethod
+    def load(cls, checkpoint: Path, device: str, *, streamed: bool = False) -> HuggingFace:
+        """Load the text model of `checkpoint`; vision and audio weights are left alone.
+
+        Args:
+            checkpoint: a folder as Hugging Face has them.
+            device: where the model runs, as torch calls it.
+            streamed: read each matrix when it is needed (see `streaming`), on the CPU.
+
+        Raises:
+            IntegrityError: tensors are missing, have another shape, or belong to no part of the model.
+        """
+        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers ships no types
+        config = AutoConfig.from_pretrained(checkpoint, local_files_only=True).get_text_config()
+        # The class of the text configuration, and not AutoModelForCausalLM, which goes by the checkpoint's own type.
+        kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        model, report = (
+            streaming.load(kind, config, checkpoint, _TEXT_TOWER)
+            if streamed
+            else kind.from_pretrained(
+                checkpoint,
+                config=config,
+                key_mapping=_TEXT_TOWER,
+                dtype=torch.float32,
+                attn_implementation="eager",
+                local_files_only=True,
+                output_loading_info=True,
+            )
+        )
+        _check_loaded(checkpoint, report)
+        generation = _generation_config(checkpoint)
+        if streamed:
+            model.generation_config = generation
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)
+        stop = generation.eos_token_id or config.eos_token_id or []
+        return cls(
+            model=model.eval() if streamed else model.eval().to(device),
+            tokenizer=tokenizer,
+            device=device,
+            bos=int(_first(tokenizer.bos_token_id, config.bos_token_id)),
+            pad=int(_first(tokenizer.pad_token_id, config.pad_token_id, 0)),
+            stop=tuple(stop) if isinstance(stop, list) else (int(stop),),
+        )
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids without bos or other special tokens."""
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def as_turn(self, text: str) -> str:
+        """`text` as the user's turn of a conversation, by the checkpoint's template, up to where the model answers."""
+        turn = [{"role": "user", "content": text}]
+        return str(self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+
+    def hidden(self, ids: Tokens, mask: Tokens, bar: log.Progress | None = None) -> Floats:
+        """Final hidden states float32 [B, S, H] of `ids` and `mask` [B, S], in batches that bound the memory."""
+        rows = min(_MAX_ROWS, max(1, _SCORES // (self.model.config.num_attention_heads * ids.shape[1] ** 2)))
+        parts = []
+        for start in range(0, len(ids), rows):
+            attention, tokens = (
+                torch.from_numpy(part[start : start + rows]).long().to(self.device) for part in (mask, ids)
+            )
+            with torch.inference_mode():
+                output = self.model.model(
+                    input_ids=tokens,
+                    attention_mask=attention,
+                    position_ids=(attention.cumsum(-1) - 1).clamp(min=0),
+                    use_cache=False,
+                )
+            parts.append(output.last_hidden_state.cpu().numpy())
+            if bar:
+                bar.advance(tokens.numel())
+        return np.concatenate(parts)
+
+    def hidden_cached(self, ids: Tokens, count: int, bar: log.Progress) -> Floats:
+        """Final hidden states float32 [B, count, H] of the last `count` tokens of `ids` [B, S], with the cache.
+
+        What comes before is read at once, the last tokens one at a time.
+        """
+        tokens = torch.from_numpy(ids).long().to(self.device)
+        seen, parts, start = None, [], tokens.shape[1] - count
+        with torch.inference_mode():
+            for begin, end in [(0, start), *((i, i + 1) for i in range(start, tokens.shape[1]))]:
+                output = self.model.model(input_ids=tokens[:, begin:end], past_key_values=seen, use_cache=True)
+                seen = output.past_key_values
+                parts.append(output.last_hidden_state.cpu().numpy())
+                bar.advance((end - begin) * len(ids))
+        return np.concatenate(parts[1:], axis=1)
+
+    def continue_greedily(self, prompts: Sequence[str], count: int, bar: log.Progress) -> list[dict[str, Any]]:
+        """At most `count` greedy tokens after bos and each of `prompts`, with the cache, as `generate` gives them.
+
+        All prompts go through the model together, padded on the left. Per token, `margins` is how far it led, in
+        logits, and `log_likelihoods` how likely it was, in nats. `bar` is advanced by a token of all prompts at a time.
+        """
+        asked = [self._begin(prompt) for prompt in prompts]
+        longest = max(map(len, asked))
+        ids = torch.tensor([[self.pad] * (longest - len(row)) + row for row in asked], device=self.device)
+        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in asked], device=self.device)
+        settings = GenerationConfig(  # type: ignore[no-untyped-call]  # transformers ships no types for it
+            max_new_tokens=count, do_sample=False, eos_token_id=list(self.stop), pad_token_id=self.pad
+        )
+        leads = _Leads(bar)
+        with torch.inference_mode():
+            output = self.model.generate(
+                ids, attention_mask=mask, generation_config=settings, logits_processor=LogitsProcessorList([leads])
+            )
+        added = [self._ended(row) for row in output[:, longest:].tolist()]
+        margins, likelihoods = (list(zip(*steps, strict=True)) for steps in (leads.margins, leads.log_likelihoods))
+        return [
+            {
+                "prompt": prompts[row],
+                "prompt_ids": asked[row],
+                "continuation_ids": new,
+                "text": self.tokenizer.decode(new, skip_special_tokens=True),
+                "margins": margins[row][: len(new)],
+                "log_likelihoods": likelihoods[row][: len(new)],
+            }
+            for row, new in enumerate(added)
+        ]
+
+    def _begin(self, prompt: str) -> list[int]:
+        ids = self.tokenize(prompt)
+        return ids if ids[:1] == [self.bos] else [self.bos, *ids]
+
+    def _ended(self, tokens: list[int]) -> list[int]:
+        """Up to the first stop token, which is included; what follows is padding."""
+        return tokens[: next((i + 1 for i, token in enumerate(tokens) if token in self.stop), None)]
+
+
+class _Leads(LogitsProcessor):
+    """Looks at the logits [B, V] of each step and keeps two numbers a row; all of them would be gigabytes."""
+
+    def __init__(self, bar: log.Progress) -> None:
+        self.bar = bar
+        self.margins: list[list[float]] = []
+        self.log_likelihoods: list[list[float]] = []
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """`scores` as they are."""
+        wide = scores.double()
+        first, second = torch.topk(wide, 2).values.unbind(-1)
+        self.margins.append((first - second).tolist())
+        self.log_likelihoods.append((first - wide.logsumexp(-1)).tolist())
+        self.bar.advance(len(input_ids))
+        return scores
+
+
+def _generation_config(checkpoint: Path) -> Any:
+    """`generation_config.json`, or transformers' defaults where there is none."""
+    if (checkpoint / "generation_config.json").is_file():
+        return GenerationConfig.from_pretrained(checkpoint, local_files_only=True)
+    return GenerationConfig()  # type: ignore[no-untyped-call]  # transformers ships no types for it
+
+
+def _first(*values: int | None) -> int:
+    """The first value that is not None; 0 is a token like any other."""
+    found = [value for value in values if value is not None]
+    if not found:
+        raise IntegrityError(
+            "neither the tokenizer nor config.json names a bos token", remedy="add `bos_token_id` to config.json"
+        )
+    return found[0]
+
+
+def _check_loaded(checkpoint: Path, report: dict[str, Any]) -> None:
+    """Refuse a model in which transformers left a tensor at its initial value or ignored one that belongs to it."""
+    extra = [key for key in report["unexpected_keys"] if not any(part in key for part in _NOT_TEXT)]
+    wrong = {"missing": report["missing_keys"], "unknown": extra, "of another shape": report["mismatched_keys"]}
+    found = [f"{kind}: {', '.join(map(str, sorted(keys)))}" for kind, keys in wrong.items() if keys]
+    if found:
+        raise IntegrityError(
+            f"transformers can't load {checkpoint} whole: {'; '.join(found)}",
+            cause="the checkpoint does not fit its config.json",
+            remedy="fetch it again, or report it to the checkpoint's author",
+        )

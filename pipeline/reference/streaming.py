@@ -1,0 +1,156 @@
+"""A transformers model that does not fit into memory: a matrix is there while its module runs, and then gone.
+
+The modules are transformers' own and run unchanged; hooks lay the weights out in float32 before a module runs. What
+modules of one shape need is laid out in one place, one after the other, so that memory is bounded by the largest matrix
+and not by the model. Of an embedding only the rows of the tokens at hand are read, and the head is applied in blocks.
+
+What is read comes from memory-mapped safetensors files: pages of a file that the system may drop at any time.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+KEPT = 1 << 16
+"""Elements up to which a matrix stays in memory; norms and other vectors always do."""
+_HEAD_BLOCK = 1 << 24
+"""Elements of the head that are laid out at a time (64 MiB in float32)."""
+_HEAD = "lm_head.weight"
+
+Report = dict[str, list[Any]]
+
+
+def load(kind: Any, config: Any, checkpoint: Path, renamed: Mapping[str, str]) -> tuple[Any, Report]:
+    """A model that streams its weights, and what of the checkpoint did not fit, as `from_pretrained` reports it.
+
+    Args:
+        kind: the transformers class.
+        config: its configuration.
+        checkpoint: a folder with safetensors files.
+        renamed: regular expressions for stored names → what replaces them in the model's.
+    """
+    with torch.device("meta"):
+        model = kind._from_config(config, attn_implementation="eager", dtype=torch.float32)
+    _make_buffers(model)
+    stored = {_model_name(name, renamed): tensor for name, tensor in _stored(checkpoint)}
+    report = _fit(model, stored)
+    if not report["missing_keys"] and not report["mismatched_keys"]:
+        model.lm_head = Head(stored[_HEAD if _HEAD in stored else _tied(model)[_HEAD]])
+        _stream(model, stored)
+    return model, report
+
+
+def _make_buffers(model: Any) -> None:
+    """Buffers are no part of a checkpoint: transformers computes them, here once the meta device is left."""
+    for name, buffer in list(model.named_buffers()):
+        owner, _, attribute = name.rpartition(".")
+        module = model.get_submodule(owner)
+        persistent = attribute not in module._non_persistent_buffers_set
+        module.register_buffer(attribute, torch.empty_like(buffer, device="cpu"), persistent=persistent)
+    model.initialize_weights()
+
+
+def _stored(checkpoint: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor as a view into its file, in the type that it has there."""
+    for file in sorted(checkpoint.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            yield from ((name, tensors.get_tensor(name)) for name in tensors.keys())  # noqa: SIM118 - not a mapping
+
+
+def _model_name(name: str, renamed: Mapping[str, str]) -> str:
+    for pattern, new in renamed.items():
+        name, count = re.subn(pattern, new, name)
+        if count:
+            break
+    return name
+
+
+def _tied(model: Any) -> dict[str, str]:
+    return model.get_expanded_tied_weights_keys() if model.config.tie_word_embeddings else {}
+
+
+def _fit(model: Any, stored: Mapping[str, torch.Tensor]) -> Report:
+    needed = dict(model.named_parameters(remove_duplicate=False))
+    lost = needed.keys() - stored.keys() - _tied(model).keys()
+    shapes = [(name, stored[name].shape, needed[name].shape) for name in needed.keys() & stored.keys()]
+    return {
+        "missing_keys": sorted(lost),
+        "unexpected_keys": sorted(stored.keys() - needed.keys()),
+        "mismatched_keys": sorted(row for row in shapes if row[1] != row[2]),
+    }
+
+
+def _stream(model: Any, stored: Mapping[str, torch.Tensor]) -> None:
+    """Give every module its weights: small ones for good, large ones by hooks."""
+    room: dict[torch.Size, torch.Tensor] = {}
+    for path, module in model.named_modules():
+        for name, empty in module.named_parameters(path, recurse=False):
+            weight, attribute = stored[name], name.rpartition(".")[2]
+            if isinstance(module, nn.Embedding):
+                module.padding_idx = None  # of use in training only, and counted in rows of the whole table
+                module.register_forward_pre_hook(_Rows(weight))
+            elif weight.ndim < 2 or weight.numel() <= KEPT:
+                setattr(module, attribute, _parameter(weight.to(torch.float32, copy=True)))
+            else:
+                module.register_forward_pre_hook(_Laid(attribute, weight, room))
+                module.register_forward_hook(_Gone(attribute, empty))
+
+
+def _parameter(values: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(values, requires_grad=False)
+
+
+class _Laid:
+    """Before a module runs: its matrix in float32, in the room that all of its shape share."""
+
+    def __init__(self, attribute: str, weight: torch.Tensor, room: dict[torch.Size, torch.Tensor]) -> None:
+        self.attribute, self.weight, self.room = attribute, weight, room
+
+    def __call__(self, module: nn.Module, _inputs: Any) -> None:
+        shape = self.weight.shape
+        if shape not in self.room:
+            self.room[shape] = torch.empty(shape)
+        setattr(module, self.attribute, _parameter(self.room[shape].copy_(self.weight)))
+
+
+class _Gone:
+    """After a module ran: the empty parameter that it was made with."""
+
+    def __init__(self, attribute: str, empty: nn.Parameter) -> None:
+        self.attribute, self.empty = attribute, empty
+
+    def __call__(self, module: nn.Module, _inputs: Any, _output: Any) -> None:
+        setattr(module, self.attribute, self.empty)
+
+
+class _Rows:
+    """Before an embedding runs: the rows of the tokens at hand as its table, and tokens as rows of that."""
+
+    def __init__(self, table: torch.Tensor) -> None:
+        self.table = table
+
+    def __call__(self, module: nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        tokens, places = torch.unique(inputs[0], return_inverse=True)
+        module.weight = _parameter(self.table[tokens].to(torch.float32))
+        return (places,)
+
+
+class Head(nn.Module):
+    """The output projection `x @ weight.T`, a block of the vocabulary at a time."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__()
+        self.stored = weight  # not a parameter: it stays in its file
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., H] → [..., V]."""
+        rows = max(1, _HEAD_BLOCK // self.stored.shape[1])
+        blocks = (block.to(torch.float32) for block in torch.split(self.stored, rows))
+        return torch.cat([nn.functional.linear(x, block) for block in blocks], dim=-1)
