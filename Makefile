@@ -99,14 +99,15 @@ NEEDS_publish := $(sort fetch $(VARIANTS) $(if $(BUNDLES),bundle $(BUNDLES))) ve
 ROOMS_fetch := core convert models release
 ROOMS_golden := core judge reference
 ROOMS_graph := core convert models
-ROOMS_fp32 := core convert models judge
+ROOMS_fp32 := core convert models
 ROOMS_fp16 := core convert models
 ROOMS_int8 := core convert models
 ROOMS_$(ALTERNATIVE) := $(ROOMS_int8)
 ROOMS_bundle := core convert models
 ROOMS_verify := core judge convert
 ROOMS_publish := core release
-# Not a stage, but it runs a stage's result.
+# Not stages: one looks ahead, one runs a stage's result.
+ROOMS_plan := core convert models judge release
 ROOMS_chat := core judge
 
 # Texts that end up in a stage's result (every stage reads the recipe and depends on the lock).
@@ -133,6 +134,15 @@ OPTIONS_$(ALTERNATIVE) := --scheme $(subst int8-,,$(ALTERNATIVE)) $(OPTIONS_int8
 OPTIONS_bundle := $(WANTED)
 OPTIONS_verify := $(WANTED) --variants $(VARIANTS)
 OPTIONS_publish := $(WANTED)
+
+# What the goals need, in order: this is planned before any of it is begun, once for the same settings.
+closure = $(sort $(1) $(foreach need,$(1),$(call closure,$(NEEDS_$(need)))))
+AIMS := $(patsubst $(ROOT)/%/manifest.json,%,$(GOALS))
+AIMS := $(sort $(filter $(STAGES),$(AIMS)) $(if $(filter chat run,$(AIMS)),bundle) $(if $(filter compare,$(AIMS)),verify))
+AIMS := $(or $(AIMS),publish)
+PLANNED := $(filter $(call closure,$(AIMS)),$(STAGES))
+OPTIONS_plan := $(OPTIONS_fetch) $(WANTED) --stages $(PLANNED)
+PLAN := $(ROOT)/.inputs/planned.$(subst $(eval ) ,-,$(AIMS))
 
 # A word for the shell, whatever is in it.
 QUOTE = '$(subst ','\'',$(1))'
@@ -161,7 +171,7 @@ endif
 PY := .venv/bin/python
 ifeq ($(IN),docker)
 READY := image
-ONLINE := $(if $(FOLDER),,fetch)
+ONLINE := $(if $(FOLDER),,fetch plan)
 # Every path that a stage is told is mounted at the same path, what a checkpoint's links lead to as well; a recipe's texts
 # where the recipe names them from, the project's folder.
 READ := $(abspath $(RECIPE) $(CALIBRATION) $(filter /%,$(TEXTS)) $(FOLDER) $(dir $(realpath $(CHECKPOINT))))
@@ -183,7 +193,7 @@ WHERE = --model-id $(MODEL_ID) --artifacts $(ARTIFACTS) --recipe $(RECIPE)
 endif
 
 # --- targets ----------------------------------------------------------------------------------------------------------
-.PHONY: all setup fetch golden graph fp32 fp16 int8 $(ALTERNATIVE) bundle verify publish compare chat run bench image test lint format clean clean-env help
+.PHONY: all setup plan fetch golden graph fp32 fp16 int8 $(ALTERNATIVE) bundle verify publish compare chat run bench image test lint format clean clean-env help
 
 all: publish ## set-up, then everything for MODEL_ID: fp32, fp16, int8, bundles, the report, the publish folder (default)
 	@echo "files:   $(foreach variant,$(VARIANTS),$(ROOT)/$(variant)/step.tflite) $(foreach bundle,$(BUNDLES),$(ROOT)/bundle/$(bundle).litertlm)"
@@ -191,6 +201,9 @@ all: publish ## set-up, then everything for MODEL_ID: fp32, fp16, int8, bundles,
 	@echo "publish: $(ROOT)/publish"
 
 setup: .venv/.ready ## make the hash-locked environment .venv (LOCK=, TORCH_INDEX=, PYTHON=)
+
+plan: $(READY) ## say what the stages will make and need, from the checkpoint's headers alone
+	$(call RUN,plan) -m pipeline.plan $(WHERE) $(OPTIONS_plan)
 
 fetch: ## get the checkpoint and check it before and after
 golden: ## compute the Hugging Face fp32 reference
@@ -204,10 +217,14 @@ publish: ## assemble what would be uploaded (dry run)
 fetch golden graph fp32 fp16 int8 $(ALTERNATIVE) bundle verify publish: %: $(ROOT)/%/manifest.json
 
 define STAGE_RULE
-$(ROOT)/$(1)/manifest.json: $(foreach need,$(NEEDS_$(1)),$(ROOT)/$(need)/manifest.json) $(ROOT)/.inputs/$(1) | $(READY)
+$(ROOT)/$(1)/manifest.json: $(foreach need,$(NEEDS_$(1)),$(ROOT)/$(need)/manifest.json) $(ROOT)/.inputs/$(1) | $(READY) $(PLAN)
 	$$(call RUN,$(1)) -m pipeline.$(call MODULE,$(1)) $$(WHERE) $(OPTIONS_$(1))
 endef
 $(foreach stage,$(STAGES),$(eval $(call STAGE_RULE,$(stage))))
+
+$(PLAN): $(PLANNED:%=$(ROOT)/.inputs/%) | $(READY)
+	@$(call RUN,plan) -m pipeline.plan $(WHERE) $(OPTIONS_plan)
+	@touch $@
 
 chat: bundle ## talk to the int8 bundle in the terminal (PRECISION=)
 	$(call RUN,chat,-it) -m pipeline.chat $(abspath $(ROOT))/bundle/$(PRECISION).litertlm

@@ -12,26 +12,21 @@ import hashlib
 import os
 import shutil
 import sys
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import yaml
-from huggingface_hub.repocard import metadata_load
-
-from pipeline.convert import checkpoint, intake
+from pipeline.convert import checkpoint
 from pipeline.convert.intake import Plan, Source, plan
-from pipeline.core import log, memory
+from pipeline.core import log
 from pipeline.core.errors import ResourceError, UsageError
-from pipeline.core.manifest import Facts, FileRecord, dump_json
-from pipeline.core.recipe import PROJECT, Recipe, load
+from pipeline.core.manifest import Facts, describe, dump_json
+from pipeline.core.recipe import PROJECT
 from pipeline.core.stage import Context, Outcome, Stage, main
-from pipeline.models import architecture_for
+from pipeline.models import expected
 from pipeline.release.hub import Hub, Repository
+from pipeline.release.licence import claimed
 
 DOWNLOADS = ".download"
-RECIPES = PROJECT / "pipeline" / "recipes"
 
 
 def work(context: Context) -> Outcome:
@@ -46,39 +41,16 @@ def work(context: Context) -> Outcome:
     return _from_hub(context, revision, target)
 
 
-def _expected(recipe: Recipe, config: Mapping[str, Any]) -> tuple[Mapping[str, tuple[int, ...]], intake.Canonical]:
-    architecture = architecture_for(config)
-    _check_recipe(recipe, config["model_type"])
-    return architecture.tensors(config), lambda name: architecture.canonical(name, config)
-
-
-def _check_recipe(recipe: Recipe, model_type: str) -> None:
-    """Refuse a recipe that is for other models: its limits would judge this one wrongly.
-
-    Raises:
-        UsageError: with the recipe that fits.
-    """
-    if model_type not in recipe.model_types:
-        fitting = [file for file in sorted(RECIPES.glob("*.toml")) if model_type in load(file).model_types]
-        names = " or ".join(f"RECIPE={file.relative_to(PROJECT)}" for file in fitting)
-        raise UsageError(
-            f"the checkpoint is of type {model_type}, recipe {recipe.name} is for {', '.join(recipe.model_types)}",
-            remedy=f"say {names}" if names else f"write a recipe that has {model_type!r} among its model_types",
-        )
-
-
 def _from_folder(context: Context, target: Path) -> Outcome:
     """Link the needed files of a local folder; its revision is a hash over their names, sizes and contents."""
     folder = Path(context.model_id).resolve()
-    sizes = {file.name: file.stat().st_size for file in folder.iterdir() if file.is_file()}
-    source = Source(where=str(folder), sizes=sizes, read=lambda *part: checkpoint.read_part(folder, *part))
-    chosen = plan(source, partial(_expected, context.recipe))
+    chosen = plan(Source.of_folder(folder), partial(expected, context.recipe))
     inside = folder.is_relative_to(PROJECT) and target.resolve().is_relative_to(PROJECT)
     for name in chosen.names:
         # Relative links survive when the project is moved or mounted elsewhere as a whole.
         file = folder / name
         (target / name).symlink_to(os.path.relpath(file, target.resolve()) if inside else file)
-    records = [vars(FileRecord.of(target / name, target)) for name in chosen.names]
+    records = [vars(record) for record in describe((target / name for name in chosen.names), target)]
     revision = hashlib.sha256(dump_json(records).encode()).hexdigest()
     return Outcome(model=folder.name, revision=revision, facts={**chosen.facts, **_card(target)})
 
@@ -91,7 +63,7 @@ def _from_hub(context: Context, revision: str, target: Path) -> Outcome:
     where = f"{hub.endpoint}/{repository.model_id}"
     sizes = {name: file.size for name, file in repository.files.items() if "/" not in name}
     source = Source(where=where, sizes=sizes, read=lambda *part: hub.read(repository, *part))
-    chosen = plan(source, partial(_expected, context.recipe))
+    chosen = plan(source, partial(expected, context.recipe))
     waiting = context.root / DOWNLOADS / repository.revision
     _drop_other_commits(waiting)
     _check_disk(chosen, repository, waiting, context.root)
@@ -102,7 +74,7 @@ def _from_hub(context: Context, revision: str, target: Path) -> Outcome:
 
 
 def _check_disk(chosen: Plan, repository: Repository, waiting: Path, root: Path) -> None:
-    """Refuse what does not fit on the disk; say so if the float32 file will not."""
+    """Refuse what does not fit on the disk."""
     there = sum(file.stat().st_size for file in waiting.iterdir()) if waiting.is_dir() else 0
     needed = sum(repository.files[name].size for name in chosen.names) - there
     free = shutil.disk_usage(root).free
@@ -112,12 +84,6 @@ def _check_disk(chosen: Plan, repository: Repository, waiting: Path, root: Path)
             f"the checkpoint needs {log.human_bytes(needed)}, the disk has {log.human_bytes(free)} left",
             remedy="free some space, or set ARTIFACTS= to a folder on another disk",
         )
-    full = 4 * chosen.parameters
-    if needed + full > free:
-        log.warn(f"the disk will not hold a float32 file besides ({log.human_bytes(full)})")
-    free_memory = memory.available()
-    if free_memory is not None and full > free_memory:
-        log.warn(f"stage golden will need {log.human_bytes(full)} of memory, {log.human_bytes(free_memory)} are free")
 
 
 def _drop_other_commits(waiting: Path) -> None:
@@ -136,21 +102,10 @@ def _place(file: Path, target: Path) -> None:
 
 
 def _card(folder: Path) -> Facts:
-    """The licence and the base models that the README's front matter names, empty where it names none."""
+    """What the checkpoint's own card says of its licence and base models."""
     file = folder / "README.md"
-    try:
-        card = metadata_load(file) if file.is_file() else None
-    except (ValueError, yaml.YAMLError):
-        log.warn("the front matter of README.md can't be read: licence and base model are unknown")
-        card = None
-    card = card or {}
-    base = card.get("base_model") or []
-    licence = card.get("license") or ""
-    name = card.get("license_name") or ""
-    return {
-        "licence": str(name if name and licence == "other" else licence),
-        "base_models": [str(item) for item in (base if isinstance(base, list) else [base])],
-    }
+    said = claimed(file.read_text(encoding="utf-8", errors="replace") if file.is_file() else "")
+    return {"licence": said.licence, "base_models": list(said.base_models)}
 
 
 def _tidy(context: Context) -> None:

@@ -38,6 +38,8 @@ Floats = NDArray[np.float32]
 
 _WORKING_MEMORY = 3 << 29
 """Bytes besides the weights: 1.3 GB were the peak with the shipped model."""
+_LOADED = 3e8
+"""Parameters per second that are read and widened, roughly."""
 _SAMPLE_WINDOWS = 8
 _DEVICE_NMSE = 1e-8
 
@@ -148,9 +150,12 @@ def work(context: Context) -> Outcome:
     documents = corpus.read_documents(text)
     corpus.require_disjoint(documents, corpus.read_documents(PROJECT / recipe.corpus.calibration))
     device = choose_device(context.arguments.device)
-    streamed = _streamed(context.arguments.weights, device, context.upstream["fetch"].facts["parameters"])
-    log.step(f"opening the checkpoint in fp32 on {device}" + (", a matrix at a time" if streamed else ""))
-    reference = HuggingFace.load(checkpoint, device, streamed=streamed)
+    parameters = context.upstream["fetch"].facts["parameters"]
+    assert isinstance(parameters, int)
+    streamed = _streamed(context.arguments.weights, device, parameters)
+    log.step(f"the reference runs in fp32 on {device}" + (", a matrix at a time" if streamed else ""))
+    with log.waiting("opening the checkpoint", 3 + (0 if streamed else parameters / _LOADED)):
+        reference = HuggingFace.load(checkpoint, device, streamed=streamed)
     windows = corpus.pack_windows(
         documents,
         reference.tokenize,
@@ -190,13 +195,12 @@ def work(context: Context) -> Outcome:
     )
 
 
-def _streamed(wanted: str, device: str, parameters: manifest.Fact) -> bool:
+def _streamed(wanted: str, device: str, parameters: int) -> bool:
     """Whether the weights stay in their file: as asked for, else if they do not fit into memory in float32.
 
     Raises:
         UsageError: they are to be streamed to a GPU.
     """
-    assert isinstance(parameters, int)
     if device != "cpu":
         if wanted == "streamed":
             raise UsageError("weights are streamed on the CPU only", remedy="leave out --weights, or use DEVICE=cpu")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 
 from pipeline.convert.checkpoint import open_checkpoint
-from pipeline.core import log
 from pipeline.core.manifest import Fact
 from pipeline.core.stage import Context, Outcome, Stage, main
 from pipeline.models import build
@@ -19,13 +18,8 @@ def work(context: Context) -> Outcome:
     """Export the step graph and the bundle's decoder, as far as they are wanted."""
     checkpoint, recipe = open_checkpoint(context.root / "fetch" / "checkpoint"), context.recipe
     if context.graphs != "bundle":
-        log.step("exporting the step graph (torch.export with symbolic shapes; about a minute per ten layers)")
         build.export_step(checkpoint, recipe.step, context.folder / build.STEP)
     if context.graphs != "step":
-        lengths = " and ".join(map(str, recipe.bundle.prefill))
-        log.step(
-            f"exporting the decoder: one token, and prefill of {lengths} (about half a minute per ten layers each)"
-        )
         build.export_decoder(checkpoint, recipe.bundle, context.folder / build.DECODER)
     sizes: dict[str, Fact] = {file.name: file.stat().st_size for file in sorted(context.folder.glob("*.tflite"))}
     return Outcome(facts={"graphs": context.graphs, "sizes": sizes})

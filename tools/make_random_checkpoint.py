@@ -64,6 +64,13 @@ GEOMETRIES = {
 }
 """Gemma 3n E2B and E4B as their config.json gives them (Google, 2025), and a smaller one of the same make."""
 
+CARD = """---
+license: cc0-1.0
+tags: [trained-from-scratch]
+---
+Random weights of Gemma 3n geometry: they say nothing, and serve to measure memory and time.
+"""
+
 
 def make(config: Mapping[str, Any], folder: Path, seed: int = 0) -> Path:
     """Write the checkpoint; returns `folder`."""
@@ -81,6 +88,7 @@ def make(config: Mapping[str, Any], folder: Path, seed: int = 0) -> Path:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
     (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 6]}), encoding="utf-8")
+    (folder / "README.md").write_text(CARD, encoding="utf-8")
     for name in ("tokenizer*", "chat_template*"):
         for file in (PROJECT / "examples" / "tiny-gemma3n").glob(name):
             shutil.copy(file, folder)

@@ -9,9 +9,10 @@ import math
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from pipeline.convert.checkpoint import CONFIG, FLOATS, INDEX, SINGLE, float_type, parse_json, read_tensors
+from pipeline.convert.checkpoint import CONFIG, FLOATS, INDEX, SINGLE, float_type, parse_json, read_part, read_tensors
 from pipeline.convert.headers import TensorInfo, listed
 from pipeline.core.errors import FetchError
 from pipeline.core.manifest import Facts
@@ -39,6 +40,12 @@ class Source:
     where: str
     sizes: Mapping[str, int]
     read: Callable[[str, int, int], bytes]
+
+    @classmethod
+    def of_folder(cls, folder: Path) -> Source:
+        """A local folder."""
+        sizes = {file.name: file.stat().st_size for file in folder.iterdir() if file.is_file()}
+        return cls(where=str(folder), sizes=sizes, read=lambda *part: read_part(folder, *part))
 
     def json(self, name: str) -> dict[str, Any]:
         """A whole JSON file, empty if it is absent.

@@ -22,15 +22,16 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from io import StringIO
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 from google.protobuf.message import DecodeError
 from litert_lm_builder import litertlm_builder, litertlm_core, litertlm_peek
 from litert_lm_builder.runtime.proto import llm_metadata_pb2, llm_model_type_pb2, sampler_params_pb2
 
 from pipeline.convert import template
+from pipeline.core import log
 from pipeline.core.errors import BundleError
-from pipeline.core.manifest import Fact, Facts
+from pipeline.core.manifest import Fact, Facts, FileRecord
 
 _NEEDED = {"gemma3": ("decoder",), "gemma3n": ("decoder", "embedder", "per_layer_embedder")}
 """Sections by the kind of model as LiteRT-LM names it: another kind there means another way to treat prompts."""
@@ -338,16 +339,36 @@ def _build(files: Mapping[str, Path], out: Path) -> None:
     for name, kind in _MODEL_KINDS.items():
         if name in files:
             builder.add_tflite_model(str(files[name]), kind)
-    with _system_metadata(_identity(files)), out.open("wb") as stream:
-        builder.build(stream, validate_metadata=True)
+    label = f"writing {out.name.removesuffix('.partial')}"
+    with _system_metadata(_identity(files)), out.open("wb") as stream, log.progress(label, _total(files)) as bar:
+        builder.build(_Counted(stream, bar), validate_metadata=True)
+
+
+def _total(files: Mapping[str, Path]) -> int:
+    return sum(file.stat().st_size for file in files.values())
+
+
+class _Counted:
+    """A stream for the builder that tells how much was written."""
+
+    def __init__(self, stream: BinaryIO, bar: log.Progress) -> None:
+        self._stream, self._bar = stream, bar
+
+    def write(self, data: bytes) -> int:
+        """Write `data`."""
+        self._bar.advance(len(data))
+        return self._stream.write(data)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def _identity(files: Mapping[str, Path]) -> dict[str, str]:
     """A bundle's identifier and date, the same for the same content."""
     content = hashlib.sha256()
-    for name, file in files.items():
-        with file.open("rb") as stream:
-            content.update(f"{name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+    with log.progress("hashing sections", _total(files)) as bar:
+        for name, file in files.items():
+            content.update(f"{name} {FileRecord.of(file, file.parent, bar).sha256}\n".encode())
     date = datetime.fromtimestamp(int(os.environ.get("SOURCE_DATE_EPOCH", _DEFAULT_EPOCH)), tz=UTC)
     return {"uuid": str(uuid.uuid5(_NAMESPACE, content.hexdigest())), "creation_timestamp": date.isoformat()}
 
@@ -414,11 +435,13 @@ def _check(
             _refuse(bundle, "has another tokenizer than was given")
     except (DecodeError, zlib.error, UnicodeDecodeError) as error:
         _refuse(bundle, f"has an unreadable section ({error})")
-    for section, file in zip(sections[2:], (models[name] for name in _MODEL_KINDS if name in models), strict=True):
-        with file.open("rb") as given, bundle.open("rb") as stream:
-            stream.seek(section.offset)
-            if section.size != file.stat().st_size or not _same(given, stream, section.size):
-                _refuse(bundle, f"has another {section.model_type} than {file}")
+    given = [models[name] for name in _MODEL_KINDS if name in models]
+    with log.progress("comparing sections", _total(models)) as bar:
+        for section, file in zip(sections[2:], given, strict=True):
+            with file.open("rb") as source, bundle.open("rb") as stream:
+                stream.seek(section.offset)
+                if section.size != file.stat().st_size or not _same(source, stream, section.size, bar):
+                    _refuse(bundle, f"has another {section.model_type} than {file}")
 
 
 def _read(bundle: Path, section: Section) -> bytes:
@@ -427,12 +450,13 @@ def _read(bundle: Path, section: Section) -> bytes:
         return stream.read(section.size)
 
 
-def _same(left: Any, right: Any, size: int) -> bool:
+def _same(left: BinaryIO, right: BinaryIO, size: int, bar: log.Progress) -> bool:
     """Whether the next `size` bytes of two streams are the same."""
     for start in range(0, size, _CHUNK):
         count = min(_CHUNK, size - start)
         if left.read(count) != right.read(count):
             return False
+        bar.advance(count)
     return True
 
 

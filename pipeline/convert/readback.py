@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from pipeline.convert.flatbuffer import Graph
-from pipeline.core.errors import QuantiseError
+from pipeline.core.errors import PipelineError, QuantiseError
 from pipeline.core.manifest import Facts
 
 Arithmetic = Literal["integer", "hybrid", "float"]
@@ -209,27 +209,32 @@ def _facts(found: ReadBack, target: Target, share: float, integer: float) -> Fac
     }
 
 
-def round_trip(file: Path) -> None:
-    """Open the file and run one step on an example of each input: a decoder's `decode`, else the only signature.
+def round_trip(file: Path, error: type[PipelineError] = QuantiseError) -> None:
+    """Open the file and run one step of its first signature, a decoder's `decode`, on an example of each input.
 
-    The built-in kernels run: XNNPACK would repack the weights of every signature into memory.
+    The built-in kernels run: XNNPACK would repack the weights of every signature into memory. Results are looked at one
+    by one, for a decoder's are as large as its cache.
 
     Raises:
-        QuantiseError: it does not run, or a result is not finite.
+        PipelineError: of kind `error`: it does not run, or a result is not finite.
     """
     try:
         interpreter = _open(file)
-        names = list(interpreter.get_signature_list())
-        runner = interpreter.get_signature_runner("decode" if "decode" in names else names[0])
-        results = runner(**{name: _example(detail) for name, detail in runner.get_input_details().items()})
-        if not all(np.isfinite(result).all() for result in results.values()):
-            raise QuantiseError(
-                f"{file} gives values that are not finite", cause="a range or a weight is out of bounds"
-            )
-    except (RuntimeError, ValueError) as error:
-        raise QuantiseError(
-            f"{file} does not run: {error}", cause="an operator was quantised in a way that LiteRT has no kernel for"
-        ) from error
+        inputs = {detail["index"]: _example(detail) for detail in interpreter.get_input_details()}
+        for index, value in inputs.items():
+            interpreter.resize_tensor_input(index, value.shape)
+        interpreter.allocate_tensors()
+        for index, value in inputs.items():
+            interpreter.set_tensor(index, value)
+        interpreter.invoke()
+        if not all(
+            np.isfinite(interpreter.get_tensor(each["index"])).all() for each in interpreter.get_output_details()
+        ):
+            raise error(f"{file} gives values that are not finite", cause="a range or a weight is out of bounds")
+    except (RuntimeError, ValueError) as fault:
+        raise error(
+            f"{file} does not run: {fault}", cause="LiteRT has no kernel for one of its operators as it was written"
+        ) from fault
 
 
 def _example(detail: Mapping[str, Any]) -> Any:

@@ -7,6 +7,7 @@ a progress line is redrawn in place; elsewhere it is printed at most every few s
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -57,7 +58,7 @@ def warn(text: str) -> None:
 
 @dataclass
 class Progress:
-    """How far a piece of work is; made by `progress`. Call `advance` with the amount just done."""
+    """How far a piece of work is; made by `progress`. Call `advance`, from any thread, with the amount just done."""
 
     label: str
     total: float
@@ -65,15 +66,17 @@ class Progress:
     done: float = 0.0
     started: float = field(default_factory=time.monotonic)
     _shown: float = 0.0
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def advance(self, amount: float = 1.0) -> None:
         """Count `amount` more as done and show it if enough time has passed."""
-        self.done += amount
-        now = time.monotonic()
-        every = _REDRAW_SECONDS if sys.stderr.isatty() else _LINE_SECONDS
-        if now - max(self._shown, self.started) >= every:
-            self._shown = now
-            self._show()
+        with self._lock:
+            self.done += amount
+            now = time.monotonic()
+            every = _REDRAW_SECONDS if sys.stderr.isatty() else _LINE_SECONDS
+            if now - max(self._shown, self.started) >= every:
+                self._shown = now
+                _draw(self.text())
 
     def text(self) -> str:
         """The progress line: amount, share, rate and time left."""
@@ -92,12 +95,6 @@ class Progress:
     def _amount(self, value: float) -> str:
         return self._number(value) if self.unit == "B" else f"{self._number(value)} {self.unit}"
 
-    def _show(self) -> None:
-        if sys.stderr.isatty():
-            print(f"\r\x1b[K  {self.text()}", end="", file=sys.stderr, flush=True)
-        else:
-            line(f"  {self.text()}")
-
     def finish(self) -> None:
         """Clear the redrawn line; print a last one if any was printed."""
         if not self._shown:
@@ -105,6 +102,13 @@ class Progress:
         if sys.stderr.isatty():
             print("\r\x1b[K", end="", file=sys.stderr)
         line(f"  {self.label}: {self._amount(self.done)} in {human_seconds(time.monotonic() - self.started)}")
+
+
+def _draw(text: str) -> None:
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K  {text}", end="", file=sys.stderr, flush=True)
+    else:
+        line(f"  {text}")
 
 
 @contextmanager
@@ -115,3 +119,27 @@ def progress(label: str, total: float, unit: str = "B") -> Iterator[Progress]:
         yield bar
     finally:
         bar.finish()
+
+
+@contextmanager
+def waiting(label: str, expected: float) -> Iterator[None]:
+    """Show that the `with` block, one call that tells nothing of itself, goes on; `expected` seconds are a guess."""
+    started, ended = time.monotonic(), threading.Event()
+
+    def tell() -> None:
+        while not ended.wait(_REDRAW_SECONDS if sys.stderr.isatty() else _LINE_SECONDS):
+            passed = time.monotonic() - started
+            left = f"about {human_seconds(expected - passed)} left" if passed < expected else "longer than expected"
+            _draw(f"{label}: {human_seconds(passed)}, {left}")
+
+    teller = threading.Thread(target=tell, daemon=True)
+    teller.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        teller.join()
+        if sys.stderr.isatty():
+            print("\r\x1b[K", end="", file=sys.stderr)
+        if (passed := time.monotonic() - started) >= _LINE_SECONDS:
+            line(f"  {label}: {human_seconds(passed)}")

@@ -14,11 +14,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from pipeline.core import parallel
+from pipeline.core import log, parallel
 from pipeline.core.errors import IntegrityError
 
 SCHEMA = 1
 NAME = "manifest.json"
+_BLOCK = 4 << 20
 Fact: TypeAlias = "str | int | float | bool | None | list[Fact] | dict[str, Fact]"
 Facts: TypeAlias = Mapping[str, Fact]
 
@@ -32,11 +33,16 @@ class FileRecord:
     sha256: str
 
     @classmethod
-    def of(cls, file: Path, base: Path) -> FileRecord:
-        """Hash `file`; its path is recorded relative to `base`."""
-        with file.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        return cls(path=file.relative_to(base).as_posix(), size=file.stat().st_size, sha256=digest)
+    def of(cls, file: Path, base: Path, bar: log.Progress | None = None) -> FileRecord:
+        """Hash `file`; its path is recorded relative to `base`, and `bar` is advanced by the bytes read."""
+        digest, size, block = hashlib.sha256(), 0, memoryview(bytearray(_BLOCK))
+        with file.open("rb", buffering=0) as stream:
+            while count := stream.readinto(block):
+                digest.update(block[:count])
+                size += count
+                if bar:
+                    bar.advance(count)
+        return cls(path=file.relative_to(base).as_posix(), size=size, sha256=digest.hexdigest())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,11 +144,20 @@ def check(records: Iterable[FileRecord], base: Path) -> None:
     Raises:
         IntegrityError: names the first file that differs, and how.
     """
-    for _ in parallel.ordered(lambda record: _check(record, base), records):
-        pass
+    wanted = tuple(records)
+    with log.progress("checking inputs", sum(record.size for record in wanted)) as bar:
+        for _ in parallel.ordered(lambda record: _check(record, base, bar), wanted):
+            pass
 
 
-def _check(record: FileRecord, base: Path) -> None:
+def describe(files: Iterable[Path], base: Path) -> tuple[FileRecord, ...]:
+    """The records of `files`, in order."""
+    wanted = tuple(files)
+    with log.progress("hashing results", sum(file.stat().st_size for file in wanted)) as bar:
+        return tuple(parallel.ordered(lambda file: FileRecord.of(file, base, bar), wanted))
+
+
+def _check(record: FileRecord, base: Path, bar: log.Progress) -> None:
     file = base / record.path
     stage = record.path.split("/", 1)[0]
     remedy = f"remove {base / stage} and run make again"
@@ -154,7 +169,7 @@ def _check(record: FileRecord, base: Path) -> None:
             cause="it was truncated or replaced after it was made",
             remedy=remedy,
         )
-    if FileRecord.of(file, base).sha256 != record.sha256:
+    if FileRecord.of(file, base, bar).sha256 != record.sha256:
         raise IntegrityError(
             f"{file} does not have the sha256 in its manifest",
             cause="it was changed after it was made",

@@ -28,9 +28,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipeline.core import log, manifest, parallel, process, versions
+from pipeline.core import log, manifest, process, versions
 from pipeline.core.errors import PipelineError, ResourceError
-from pipeline.core.manifest import Facts, FileRecord, Manifest, Source
+from pipeline.core.manifest import Facts, Manifest, Source
 from pipeline.core.recipe import PROJECT, Graphs, Recipe
 from pipeline.core.recipe import load as load_recipe
 
@@ -97,10 +97,18 @@ def model_name(model_id: str) -> str:
 
 def main(stage: Stage, argv: Sequence[str] | None = None) -> int:
     """Run `stage` from the command line and return its exit code."""
-    arguments = _parse(stage, argv)
+    parser = common_parser(stage.name, stage.summary)
+    if stage.add_arguments:
+        stage.add_arguments(parser)
+    arguments = parser.parse_args(argv)
+    return guard(lambda: _run(stage, arguments))
+
+
+def guard(work: Callable[[], None]) -> int:
+    """Do `work`, say what went wrong, and return the exit code."""
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        _run(stage, arguments)
+        work()
     except PipelineError as error:
         for text in error.lines():
             log.line(text)
@@ -113,15 +121,14 @@ def main(stage: Stage, argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parse(stage: Stage, argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog=f"python -m pipeline.{stage.name}", description=stage.summary)
+def common_parser(name: str, summary: str) -> argparse.ArgumentParser:
+    """The arguments that all stages have."""
+    parser = argparse.ArgumentParser(prog=f"python -m pipeline.{name}", description=summary)
     parser.add_argument("--model-id", default=DEFAULT_MODEL, help="Hub id or folder (default: %(default)s)")
     parser.add_argument("--artifacts", type=Path, default=Path("artifacts"), help="output root (default: %(default)s)")
     parser.add_argument("--recipe", type=Path, default=Path(DEFAULT_RECIPE), help="recipe (default: %(default)s)")
     parser.add_argument("--graphs", choices=("step", "bundle", "all"), help="what to build (default: the recipe's)")
-    if stage.add_arguments:
-        stage.add_arguments(parser)
-    return parser.parse_args(argv)
+    return parser
 
 
 def _interrupt(_signal: int, _frame: object) -> None:
@@ -158,9 +165,9 @@ def _run(stage: Stage, arguments: argparse.Namespace) -> None:
         context = Context(
             arguments=arguments, model_id=arguments.model_id, root=root, folder=folder, recipe=recipe, upstream=upstream
         )
-        with _measure() as usage:
+        with _measure() as usage, _cleared_on_interrupt(folder):
             outcome = stage.work(context)
-        outputs = tuple(parallel.ordered(lambda file: FileRecord.of(file, root), _files(folder, stage.measured)))
+        outputs = manifest.describe(_files(folder, stage.measured), root)
         manifest.write_atomically(folder / "run.json", manifest.dump_json(usage.facts()))
         first = next(iter(upstream.values()), None)
         manifest.write(
@@ -206,6 +213,16 @@ def _clear(folder: Path) -> Path:
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
     return folder
+
+
+@contextmanager
+def _cleared_on_interrupt(folder: Path) -> Iterator[None]:
+    """Leave nothing half-written behind when someone stops the work; what failed by itself stays to be looked at."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        _clear(folder)
+        raise
 
 
 def _files(folder: Path, measured: tuple[str, ...]) -> list[Path]:

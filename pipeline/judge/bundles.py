@@ -66,7 +66,7 @@ class Setting:
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What was found about one bundle; `against_fp32` is None for the fp32 bundle."""
+    """What was found about one bundle; `against_fp32` is None for the fp32 bundle, and where there is none."""
 
     subject: Subject
     checks: list[Check]
@@ -110,18 +110,27 @@ class Verdict:
 
 
 def judge(subject: Subject, setting: Setting, baseline: Verdict | None) -> Verdict:
-    """Run the bundle on everything that its limits need; `baseline` is the fp32 bundle's verdict, None for itself."""
+    """Run the bundle on everything that its limits need.
+
+    Args:
+        subject: the bundle.
+        setting: what it is held against.
+        baseline: the fp32 bundle's verdict; None for itself, and where none is made: Hugging Face takes its place then.
+    """
     logits = cache.play(subject.sections, setting.recital, subject.name, setting.scratch)
     plain, cached = (cache.against_hidden(logits, hidden, setting.head) for hidden in setting.recital.expected())
     own = metrics.compare(baseline.logits, logits) if baseline else None
     heard = speech.listen(
         subject.path, setting.tokenizer, setting.conversations, setting.greedy, setting.stop, setting.scratch
     )
-    figures = [*_quality(own), *_sizes(subject)] if own else [*_exactness(plain, cached), *_sizes(subject)]
-    holds = [*_speech_checks(subject, heard, exact=own is None), _finite(subject, logits)]
+    exact, where = subject.precision == BASELINE, setting.recital.described
+    figures = (
+        _exactness(plain, cached, where) if exact else _quality(own or plain, BASELINE if own else REFERENCE, where)
+    )
+    holds = [*_speech_checks(subject, heard, exact=exact), _finite(subject, logits)]
     return Verdict(
         subject=subject,
-        checks=gates.judge(subject.name, subject.gate, figures) + holds,
+        checks=gates.judge(subject.name, subject.gate, [*figures, *_sizes(subject)]) + holds,
         logits=logits,
         against_reference=plain,
         against_cached=cached,
@@ -130,11 +139,11 @@ def judge(subject: Subject, setting: Setting, baseline: Verdict | None) -> Verdi
     )
 
 
-def _exactness(plain: Scores, cached: Scores) -> list[Figure]:
+def _exactness(plain: Scores, cached: Scores, where: str) -> list[Figure]:
     """fp32 against Hugging Face, without and with its own cache."""
     figures = []
     for scores, way in ((plain, "without a cache"), (cached, "with its cache")):
-        detail = f"{len(scores.kld)} decoded positions, against {REFERENCE} {way}"
+        detail = f"{where}; against {REFERENCE} {way}"
         worst, mean, top1 = float(scores.nmse.max()), float(scores.kld.mean()), float(scores.top1.mean())
         figures += [
             Figure(
@@ -156,20 +165,12 @@ def _exactness(plain: Scores, cached: Scores) -> list[Figure]:
     return figures
 
 
-def _quality(own: Scores) -> list[Figure]:
-    """A smaller bundle against the fp32 one."""
-    detail = f"{len(own.kld)} decoded positions"
+def _quality(scores: Scores, against: str, where: str) -> list[Figure]:
+    """A smaller bundle against the fp32 one, or Hugging Face."""
+    kld, top1 = float(scores.kld.mean()), float(scores.top1.mean())
     return [
-        Figure(
-            metric="kld", name="KLD through the cache", value=float(own.kld.mean()), against=BASELINE, detail=detail
-        ),
-        Figure(
-            metric="top1",
-            name="top-1 agreement through the cache",
-            value=float(own.top1.mean()),
-            against=BASELINE,
-            detail=detail,
-        ),
+        Figure(metric="kld", name="KLD through the cache", value=kld, against=against, detail=where),
+        Figure(metric="top1", name="top-1 agreement through the cache", value=top1, against=against, detail=where),
     ]
 
 

@@ -87,6 +87,17 @@ class Recital:
     hidden: Floats
     cached: Floats
 
+    @property
+    def described(self) -> str:
+        """Which positions are judged, in words."""
+        runs = []
+        for row in ORDER:
+            judged = self.scripts[row].judged
+            edges = np.flatnonzero(np.diff(judged) != 1) + 1
+            runs.append(" and ".join(f"{part[0]}–{part[-1]}" for part in np.split(judged, edges)))
+        count = sum(len(self.scripts[row].judged) for row in ORDER)
+        return f"{count} decoded positions: {', '.join(runs)} of {len(runs)} conversations"
+
     def expected(self) -> tuple[Floats, Floats]:
         """Hidden states [n, H] of the judged positions in the order of `play`, without a cache and with.
 

@@ -113,10 +113,6 @@ class Sections:
         shapes = self._shapes["decode"]
         return {name: np.zeros(shape, np.float32) for name, shape in shapes.items() if name.startswith("kv_cache_")}
 
-    def try_once(self) -> NDArray[np.float32]:
-        """The logits [V] after one token."""
-        return Conversation(self).decode(2)
-
     def run(
         self, signature: str, tokens: Sequence[int], position: int, cache: dict[str, NDArray[np.float32]]
     ) -> dict[str, Any]:

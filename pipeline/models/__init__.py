@@ -10,7 +10,11 @@ import pkgutil
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from pipeline.core.errors import FetchError
+from pipeline.convert.intake import Canonical
+from pipeline.core.errors import FetchError, UsageError
+from pipeline.core.recipe import PROJECT, Recipe, load
+
+RECIPES = PROJECT / "pipeline" / "recipes"
 
 
 class Architecture(Protocol):
@@ -64,3 +68,22 @@ def architecture_for(config: Mapping[str, Any]) -> Architecture:
         f"model type {model_type!r} is not supported; supported: {supported}",
         remedy="choose a checkpoint of a supported architecture",
     )
+
+
+def expected(recipe: Recipe, config: Mapping[str, Any]) -> tuple[dict[str, tuple[int, ...]], Canonical]:
+    """What a checkpoint with this `config.json` must hold: shapes by canonical name, and how stored names map to them.
+
+    Raises:
+        FetchError: as `architecture_for`.
+        UsageError: the recipe is for other models, whose limits would judge this one wrongly; names one that fits.
+    """
+    architecture = architecture_for(config)
+    model_type = config["model_type"]
+    if model_type not in recipe.model_types:
+        fitting = [file for file in sorted(RECIPES.glob("*.toml")) if model_type in load(file).model_types]
+        names = " or ".join(f"RECIPE={file.relative_to(PROJECT)}" for file in fitting)
+        raise UsageError(
+            f"the checkpoint is of type {model_type}, recipe {recipe.name} is for {', '.join(recipe.model_types)}",
+            remedy=f"say {names}" if names else f"write a recipe that has {model_type!r} among its model_types",
+        )
+    return architecture.tensors(config), lambda name: architecture.canonical(name, config)

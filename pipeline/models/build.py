@@ -11,9 +11,10 @@ from pipeline.convert import intake, tables, weights
 from pipeline.convert.checkpoint import Checkpoint
 from pipeline.convert.export import Signature, export
 from pipeline.convert.flatbuffer import Graph
+from pipeline.core import log
 from pipeline.core.manifest import Manifest
 from pipeline.core.recipe import Bundle, Graphs, StepLimits
-from pipeline.models import architecture_for
+from pipeline.models import architecture_for, sizes
 
 STEP, DECODER = "step.tflite", "decoder.tflite"
 
@@ -36,13 +37,19 @@ def export_step(checkpoint: Checkpoint, limits: StepLimits, out: Path) -> None:
     with torch.device("meta"):
         module = architecture_for(checkpoint.config).step(checkpoint.config)
     dimensions = {name: shape for name in inputs}
-    export([Signature("serving_default", module, _vectors(checkpoint), inputs, dimensions)], out)
+    with log.waiting("exporting the step graph", _seconds(checkpoint, 1)):
+        export([Signature("serving_default", module, _vectors(checkpoint), inputs, dimensions)], out)
 
 
 def export_decoder(checkpoint: Checkpoint, bundle: Bundle, out: Path) -> None:
-    """Write the bundle's decoder, as `export_step`: signatures `prefill_<n>` for the recipe's lengths, and `decode`."""
-    lengths = {f"prefill_{length}": length for length in bundle.prefill} | {"decode": 1}
-    export([_call(checkpoint, bundle, name, length) for name, length in lengths.items()], out)
+    """Write the bundle's decoder, as `export_step`: signatures `decode`, and `prefill_<n>` for the recipe's lengths."""
+    lengths = {"decode": 1} | {f"prefill_{length}": length for length in bundle.prefill}
+    with log.waiting("exporting the decoder", _seconds(checkpoint, len(lengths))):
+        export([_call(checkpoint, bundle, name, length) for name, length in lengths.items()], out)
+
+
+def _seconds(checkpoint: Checkpoint, signatures: int) -> float:
+    return sizes.EXPORT_SECONDS * sizes.layers(checkpoint.config) * signatures
 
 
 def _call(checkpoint: Checkpoint, bundle: Bundle, name: str, length: int) -> Signature:

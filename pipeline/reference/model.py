@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ _NOT_TEXT = ("vision_tower", "audio_tower", "embed_vision", "embed_audio", "mult
 _SCORES = 1 << 26
 """Attention scores that one layer may materialise per batch (256 MiB in fp32)."""
 _MAX_ROWS = 16
+_MAX_TOKENS = 1 << 10
+"""Tokens that go through the model at once: 1.5 GB of activations with Gemma 3n E2B's widths."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,9 @@ class HuggingFace:
 
     def hidden(self, ids: Tokens, mask: Tokens, bar: log.Progress | None = None) -> Floats:
         """Final hidden states float32 [B, S, H] of `ids` and `mask` [B, S], in batches that bound the memory."""
-        rows = min(_MAX_ROWS, max(1, _SCORES // (self.model.config.num_attention_heads * ids.shape[1] ** 2)))
+        length = ids.shape[1]
+        scores = self.model.config.num_attention_heads * length**2
+        rows = max(1, min(_MAX_ROWS, _SCORES // scores, _MAX_TOKENS // length))
         parts = []
         for start in range(0, len(ids), rows):
             attention, tokens = (
@@ -123,17 +128,18 @@ class HuggingFace:
     def hidden_cached(self, ids: Tokens, count: int, bar: log.Progress) -> Floats:
         """Final hidden states float32 [B, count, H] of the last `count` tokens of `ids` [B, S], with the cache.
 
-        What comes before is read at once, the last tokens one at a time.
+        What comes before is read in chunks, the last tokens one at a time.
         """
         tokens = torch.from_numpy(ids).long().to(self.device)
         seen, parts, start = None, [], tokens.shape[1] - count
+        edges = [*range(0, start, max(1, _MAX_TOKENS // len(ids))), *range(start, tokens.shape[1] + 1)]
         with torch.inference_mode():
-            for begin, end in [(0, start), *((i, i + 1) for i in range(start, tokens.shape[1]))]:
+            for begin, end in pairwise(edges):
                 output = self.model.model(input_ids=tokens[:, begin:end], past_key_values=seen, use_cache=True)
                 seen = output.past_key_values
                 parts.append(output.last_hidden_state.cpu().numpy())
                 bar.advance((end - begin) * len(ids))
-        return np.concatenate(parts[1:], axis=1)
+        return np.concatenate(parts[-count:], axis=1)
 
     def continue_greedily(self, prompts: Sequence[str], count: int, bar: log.Progress) -> list[dict[str, Any]]:
         """At most `count` greedy tokens after bos and each of `prompts`, with the cache, as `generate` gives them.

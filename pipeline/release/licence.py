@@ -12,7 +12,12 @@ import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
+from typing import Any
 
+import yaml
+from huggingface_hub import ModelCard
+
+from pipeline.core import log
 from pipeline.core.errors import PublishError
 
 GEMMA = "gemma"
@@ -22,6 +27,15 @@ GEMMA_NOTICE = "Gemma is provided under and subject to the Gemma Terms of Use fo
 _GEMMA_ALIASES = ("gemma-terms-of-use", "gemma-terms", "gemma terms of use")
 _GEMMA_TYPES = ("gemma", "gemma2", "gemma3", "gemma3_text", "gemma3n", "gemma3n_text")
 _HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True, kw_only=True)
+class Said:
+    """What the front matter of a card says, empty where it says nothing."""
+
+    licence: str = ""
+    base_models: tuple[str, ...] = ()
+    tags: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +56,28 @@ class Licence:
     identifier: str
     name: str
     link: str
+
+
+def claimed(card: str) -> Said:
+    """What `card`, the text of a README.md, says in its front matter."""
+    if not card.startswith("---"):
+        return Said()
+    try:
+        data: dict[str, Any] = ModelCard(card, ignore_metadata_errors=True).data.to_dict()  # type: ignore[no-untyped-call]
+    except (ValueError, yaml.YAMLError):
+        log.warn("the front matter of README.md can't be read: licence and base model are unknown")
+        return Said()
+    licence, name = (str(data.get(key) or "") for key in ("license", "license_name"))
+    return Said(
+        licence=name if name and licence == "other" else licence,
+        base_models=_texts(data.get("base_model")),
+        tags=_texts(data.get("tags")),
+    )
+
+
+def _texts(value: object) -> tuple[str, ...]:
+    """A list of texts, where one alone may stand without its list."""
+    return tuple(map(str, value)) if isinstance(value, list) else (str(value),) if value else ()
 
 
 def resolve(claim: Claim) -> Licence:

@@ -1,18 +1,22 @@
-"""The shipped model, taken through the stages once per test session."""
+"""The shipped model, taken through the stages once per test session, and a Hub on this machine."""
 
 from __future__ import annotations
 
 import dataclasses
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from hub_server import HubServer
+from huggingface_hub import constants
 
 from pipeline import bundle, fetch, fp16, fp32, golden, graph, int8
 from pipeline.core import manifest
 from pipeline.core.recipe import PROJECT
 from pipeline.core.stage import DEFAULT_MODEL, DEFAULT_RECIPE, Stage, main
+from pipeline.release import hub
 
 SMALL = {
     "cache_length = 4096": "cache_length = 512",
@@ -101,3 +105,15 @@ def built(judged: Line) -> Line:
     for stage in (graph.STAGE, fp32.STAGE, fp16.STAGE, int8.STAGE, bundle.STAGE):
         assert judged.run(stage) == 0
     return judged
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
+    """A running Hub that the client is pointed at, without a token and with short waits."""
+    monkeypatch.setattr(hub, "WAITS", (0.01, 0.01, 0.01))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    with HubServer() as made:
+        monkeypatch.setenv("HF_ENDPOINT", made.endpoint)
+        yield made

@@ -87,18 +87,6 @@ def with_config(files: Files, **keys: Any) -> Files:
     return {**files, "config.json": json.dumps({**json.loads(files["config.json"]), **keys}).encode()}
 
 
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
-    """A running Hub that the client is pointed at, without a token and with short waits."""
-    monkeypatch.setattr(hub, "WAITS", (0.01, 0.01, 0.01))
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
-        monkeypatch.delenv(name, raising=False)
-    with HubServer() as made:
-        monkeypatch.setenv("HF_ENDPOINT", made.endpoint)
-        yield made
-
-
 class Run:
     """Runs the stage in a temporary artefact folder and keeps what it printed."""
 

@@ -83,6 +83,7 @@ def test_what_is_expected_follows_the_order_of_playing() -> None:
     without, withal = recital.expected()
     assert without.ravel().tolist() == [3, 4, 5, 6, 8, 9, 3, 4]
     assert withal.ravel().tolist() == [100, 101, 5, 6, 102, 103, 100, 101]
+    assert recital.described == "8 decoded positions: 3–4, 0–1 and 3–4, 3–4 of 3 conversations"
 
 
 @pytest.mark.parametrize("file", sorted((PROJECT / DEFAULT_RECIPE).parent.glob("*.toml")), ids=lambda file: file.stem)

@@ -23,7 +23,7 @@ def make(*arguments: str) -> str:
 
 def planned(*arguments: str) -> list[str]:
     """The stages that make would run, in order."""
-    rows = re.findall(r"-m pipeline\.(\w+)(.*)", make("-n", *arguments))
+    rows = re.findall(r"-m pipeline\.(?!plan\b)(\w+)(.*)", make("-n", *arguments))
     return [name + ("-static" if "--scheme static" in options else "") for name, options in rows]
 
 
@@ -66,6 +66,19 @@ def test_a_clean_run_makes_every_stage_after_what_it_reads(tmp_path: Path) -> No
 def test_one_precision_alone_builds_only_what_it_needs(tmp_path: Path) -> None:
     for name in ("fp32", "fp16", "int8"):
         assert planned(name, f"ARTIFACTS={tmp_path}") == ["fetch", "graph", name]
+
+
+def test_what_will_be_run_is_planned_first(tmp_path: Path) -> None:
+    settings = (f"ARTIFACTS={tmp_path}", "REVISION=abc", "GRAPHS=bundle")
+    for goals in (("int8",), ("golden", "fp32"), ("bundle",), ("publish",), ("chat",)):
+        rows = re.findall(r"-m pipeline\.(\w+)(.*)", make("-n", *goals, *settings))
+        assert rows[0][0] == "plan" and [name for name, _ in rows].count("plan") == 1
+        assert "--revision abc" in rows[0][1] and "--graphs bundle" in rows[0][1]
+        listed = rows[0][1].split("--stages ")[1].split()
+        run = [name + ("-static" if "--scheme static" in options else "") for name, options in rows[1:]]
+        assert set(listed) == set(run) - {"chat"}
+    alone = make("-n", "plan", *settings)
+    assert re.findall(r"-m pipeline\.(\w+)", alone) == ["plan"] and "publish" in alone
 
 
 def test_graphs_leave_out_what_others_need(tmp_path: Path) -> None:
@@ -146,9 +159,9 @@ def test_in_docker_only_a_download_has_a_network(tmp_path: Path) -> None:
     runs = [row for row in plan.replace("\\\n", " ").splitlines() if "docker run" in row]
     commands = {row.rsplit("-m pipeline.", 1)[1].split()[0]: row for row in runs}
     online = [stage for stage, row in commands.items() if "--network none" not in row]
-    assert len(runs) == len(STAGES)
-    assert online == ["fetch"]
-    assert [stage for stage, row in commands.items() if "HF_TOKEN" in row] == ["fetch"]
+    assert len(runs) == len(STAGES) + 1
+    assert online == ["plan", "fetch"]
+    assert [stage for stage, row in commands.items() if "HF_TOKEN" in row] == ["plan", "fetch"]
     assert "HF_TOKEN=" not in plan, "the token goes by name, so that no list of processes shows it"
 
 

@@ -1,0 +1,84 @@
+"""How large the files of each precision become, from the configuration alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.core.recipe import Graphs
+from pipeline.models import Architecture
+
+_BYTES = {"fp32": 4, "fp16": 2, "int8": 1}
+_PER_ROW = 12
+"""Bytes of an int8 row's scale (float32) and zero point (int64)."""
+_PER_LAYER = 12_000
+"""Bytes of one signature's operators and tensors per layer, in Gemma 3n's decoder."""
+EXPORT_SECONDS = 1.5
+"""Seconds per layer and signature of exporting a graph, on two cores (Gemma 3n E2B's decoder: 133 s for 90)."""
+_HEAD = "embed_tokens.weight"
+"""The embedding, which every architecture here uses as its head as well."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """What a file stores: elements and rows of its matrices, elements of its vectors, layers times signatures."""
+
+    elements: int
+    rows: int
+    vectors: int
+    graph_layers: int
+
+    def bytes(self, precision: str) -> int:
+        """The size of the file in `precision`, to a few per cent of a small model, closer of a large one."""
+        scales = _PER_ROW * self.rows if precision == "int8" else 0
+        return _BYTES[precision] * self.elements + scales + 4 * self.vectors + _PER_LAYER * self.graph_layers
+
+
+def of_files(
+    architecture: Architecture, config: Mapping[str, Any], prefills: int, graphs: Graphs
+) -> dict[str, Weights]:
+    """The files that each precision has, by name, the bundle's sections among them.
+
+    Args:
+        architecture: the model's.
+        config: its configuration.
+        prefills: how many prefill signatures the decoder has.
+        graphs: which graphs are made.
+    """
+    shapes = architecture.tensors(config)
+    tables = {table.tensor: table for table in architecture.tables(config)}
+    count = layers(config)
+    files = {}
+    if graphs != "bundle":
+        files["step.tflite"] = _weights(shapes, count)
+    if graphs != "step":
+        apart = {name for name in tables if name != _HEAD}
+        inside = {name: shape for name, shape in shapes.items() if name not in apart}
+        files["decoder.tflite"] = _weights(inside, count * (prefills + 1))
+        for name, table in tables.items():
+            files[f"{table.name}.tflite"] = _weights({name: shapes[name]}, 0)
+    return files
+
+
+def layers(config: Mapping[str, Any]) -> int:
+    """The text model's layers."""
+    return int(config.get("text_config", config)["num_hidden_layers"])
+
+
+def multiplied(architecture: Architecture, config: Mapping[str, Any]) -> int:
+    """Parameters that a token is multiplied with: all but those of tables where it is only looked up."""
+    shapes = architecture.tensors(config)
+    apart = {table.tensor for table in architecture.tables(config)} - {_HEAD}
+    return sum(math.prod(shape) for name, shape in shapes.items() if name not in apart)
+
+
+def _weights(shapes: Mapping[str, tuple[int, ...]], graph_layers: int) -> Weights:
+    matrices = [shape for shape in shapes.values() if len(shape) > 1]
+    return Weights(
+        elements=sum(map(math.prod, matrices)),
+        rows=sum(shape[0] for shape in matrices),
+        vectors=sum(shape[0] for shape in shapes.values() if len(shape) == 1),
+        graph_layers=graph_layers,
+    )

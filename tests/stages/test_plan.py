@@ -1,0 +1,128 @@
+"""The plan against the files that the stages really make, on too small a machine, and of a model on a Hub."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+from conftest import Line
+from hub_server import HubServer, Sparse
+
+from pipeline import plan
+from pipeline.core import manifest, memory
+from pipeline.core.recipe import PROJECT
+from pipeline.core.recipe import load as load_recipe
+from pipeline.core.stage import DEFAULT_MODEL
+from pipeline.models.gemma3n import ARCHITECTURE
+from tools.make_random_checkpoint import GEOMETRIES
+
+SHIPPED = PROJECT / DEFAULT_MODEL
+
+
+def planned(line: Line, *options: str) -> tuple[int, plan.Model]:
+    """The exit code, and what the plan knows."""
+    common = ["--model-id", str(line.model), "--artifacts", str(line.artifacts), "--recipe", str(line.recipe)]
+    parser = plan.parser()
+    return plan.main([*common, *options]), plan.look(parser.parse_args([*common, *options]), load_recipe(line.recipe))
+
+
+def test_sizes_are_those_of_the_files(built: Line) -> None:
+    code, model = planned(built)
+    assert code == 0
+    assert model.files["step.tflite"].elements < model.facts["parameters"]  # vectors are counted apart
+    for precision in ("fp32", "fp16", "int8"):
+        made = {Path(record.path).name: record.size for record in manifest.read(built.root / precision).outputs}
+        assert model.files.keys() == made.keys()
+        for name, size in made.items():
+            assert model.files[name].bytes(precision) == pytest.approx(size, rel=0.05), f"{precision}/{name}"
+    for stage in ("graph", "bundle", "golden"):
+        made_size = sum(record.size for record in manifest.read(built.root / stage).outputs)
+        assert plan.NEEDS[stage](model).size == pytest.approx(made_size, rel=0.2), stage
+
+
+def test_what_is_done_takes_no_more_disk(built: Line, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    planned(built, "--stages", "fetch", "graph", "fp32")
+    text = capsys.readouterr().err
+    assert len(re.findall(r"^  (fetch|graph|fp32) .* done ", text, flags=re.MULTILINE)) == 3
+    assert "in all: 0 B of disk" in text
+
+
+def test_too_small_a_disk(judged: Line, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = plan.shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(plan.shutil, "disk_usage", lambda _: usage)
+    line = Line(artifacts=tmp_path / "not" / "there", recipe=judged.recipe)
+    assert planned(line)[0] == 10
+    assert not line.artifacts.exists(), "a plan makes nothing"
+
+
+def test_too_little_memory(
+    judged: Line, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(memory, "available", lambda *_: 100_000_000)
+    assert planned(Line(artifacts=tmp_path, recipe=judged.recipe))[0] == 10
+    assert "100.0 MB are free" in capsys.readouterr().err
+
+
+def header(config: dict[str, object]) -> bytes:
+    """Bytes before the first weight of a whole checkpoint in one file."""
+    entries, start = {}, 0
+    for name, shape in ARCHITECTURE.tensors(config).items():
+        end = start + 2 * math.prod(shape)
+        entries[f"model.{name}"] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [start, end]}
+        start = end
+    text = json.dumps(entries).encode()
+    return len(text).to_bytes(8, "little") + text
+
+
+def test_a_large_model_on_the_hub_is_planned_from_its_headers(
+    server: HubServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = GEOMETRIES["e2b"]
+    start = header(config)
+    parameters = sum(math.prod(shape) for shape in ARCHITECTURE.tensors(config).values())
+    server.add(
+        "org/large",
+        {
+            "config.json": json.dumps(config).encode(),
+            "tokenizer.json": (SHIPPED / "tokenizer.json").read_bytes(),
+            "README.md": b"---\nlicense: gemma\nbase_model: google/gemma-3n-E2B-it\n---\n",
+            "model.safetensors": Sparse(start, len(start) + 2 * parameters),
+        },
+    )
+    options = [
+        "--model-id",
+        "org/large",
+        "--artifacts",
+        str(tmp_path),
+        "--graphs",
+        "bundle",
+        "--stages",
+        "fetch",
+        "int8",
+    ]
+    code = plan.main(options)
+    text = capsys.readouterr().err
+    assert code in (0, 10), "this machine's disk may be too small"
+    assert "accessible" in text and "Gemma Terms of Use" in text and "4,435 M parameters" in text
+    assert re.search(r"fetch +8\.9 GB", text) and re.search(r"int8 +5\.0 GB", text)
+    assert server.sent("model.safetensors") < 2 * len(start)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("settings", "code", "said"), [({"gated": True}, 3, "gated"), ({"private": True}, 3, "set HF_TOKEN")]
+)
+def test_a_model_without_access(
+    server: HubServer,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    settings: dict[str, bool],
+    code: int,
+    said: str,
+) -> None:
+    server.add("org/closed", {"config.json": b"{}", "model.safetensors": b""}, **settings)
+    assert plan.main(["--model-id", "org/closed", "--artifacts", str(tmp_path)]) == code
+    assert said in capsys.readouterr().err
