@@ -88,6 +88,12 @@ def gemma3(session: nox.Session) -> None:
 
 
 @nox.session(venv_backend="none", default=False)
+def large(session: nox.Session) -> None:
+    """Every stage at true E2B size (or `-- e2b e4b`), with random weights, held against limits: 40 GB, 25 minutes."""
+    python(session, "-m", "tools.bench_large", *session.posargs)
+
+
+@nox.session(venv_backend="none", default=False)
 def image(session: nox.Session) -> None:
     """Build the container image, run the main job in it without network, compare its files with the host's.
 

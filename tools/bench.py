@@ -22,7 +22,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -36,11 +36,10 @@ from pipeline.core.recipe import PROJECT
 from pipeline.core.recipe import load as load_recipe
 from pipeline.judge.runtime import StepModel, default_threads, processor
 from pipeline.models.gemma3n import ARCHITECTURE
-from tools import bench_bundle
+from tools import bench_bundle, bench_stages
 
-RECIPES = PROJECT / "pipeline" / "recipes"
 STEP_STAGES = ("fetch", "graph", "fp32", "int8")
-BUNDLE_STAGES = (*STEP_STAGES, "bundle")
+BUNDLE_STAGES = ("fetch", "graph", "int8", "bundle")
 SEQUENCES = (1, 128, 512)
 TOKENS = 128
 """Tokens of the prompt, which a prefill takes whole, and of the answer."""
@@ -93,21 +92,6 @@ def _values(random: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
     return 1 + 0.1 * drawn if len(shape) == 1 else drawn / math.sqrt(shape[-1])
 
 
-def run_stages(names: Sequence[str], checkpoint: Path, artifacts: Path, recipe: str, graphs: str) -> dict[str, Any]:
-    """Run stages, each in a process of its own; by name what their `run.json` says, and the size of what they made."""
-    results = {}
-    for name in names:
-        where = ["--model-id", str(checkpoint), "--artifacts", str(artifacts)]
-        what = ["--recipe", str(RECIPES / f"{recipe}.toml"), "--graphs", graphs]
-        if code := subprocess.call([sys.executable, "-m", f"pipeline.{name}", *where, *what]):
-            sys.exit(code)
-        folder = artifacts / checkpoint.name / name
-        taken = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        size = sum(record.size for record in manifest.read(folder).outputs)
-        results[name] = {key: taken[key] for key in ("seconds", "peak_anonymous", "peak_resident")} | {"size": size}
-    return results
-
-
 def time_in_turns(files: Mapping[str, Path], sequence: int, rounds: int) -> dict[str, float]:
     """Median milliseconds of one run at batch 1 of each file, measured in turns."""
     models = {name: StepModel(path) for name, path in files.items()}
@@ -127,7 +111,7 @@ def time_in_turns(files: Mapping[str, Path], sequence: int, rounds: int) -> dict
 def measure_steps(folder: Path, layers: int, rounds: int) -> dict[str, Any]:
     """Make the random model, take it through the stages, time the step graphs."""
     checkpoint = make_checkpoint(folder / "wide-gemma3n", layers, seed=0)
-    stages = run_stages(STEP_STAGES, checkpoint, folder, "gemma3n", "step")
+    stages = bench_stages.measure(STEP_STAGES, checkpoint, folder, bench_stages.RECIPES / "gemma3n.toml", "step")
     root = folder / checkpoint.name
     files = {name: root / name / "step.tflite" for name in ("fp32", "int8")}
     latency = {}
@@ -148,9 +132,11 @@ def measure_bundles(folder: Path, rounds: int) -> dict[str, Any] | None:
         return None
     checkpoint = folder / "gemma3-270m"
     subprocess.run([material, "-m", "tools.gemma3_checkpoint", checkpoint], check=True)
-    cache = load_recipe(RECIPES / "gemma3.toml").bundle.cache_length
-    stages = run_stages(BUNDLE_STAGES, checkpoint, folder, "gemma3", "bundle")
-    builds = {"ours": _together(stages)}
+    recipe = bench_stages.changed_recipe("gemma3", folder, bench_stages.INT8_ALONE)
+    cache = load_recipe(recipe).bundle.cache_length
+    stages = bench_stages.measure(BUNDLE_STAGES, checkpoint, folder, recipe, "bundle")
+    builds = {"ours": bench_stages.together(stages)}
+    shown = {"this project": stages}
     files = {"ours": folder / checkpoint.name / "bundle" / "int8.litertlm"}
     if stock := environment("stock", folder):
         made = folder / "by-stock"
@@ -158,6 +144,8 @@ def measure_bundles(folder: Path, rounds: int) -> dict[str, Any] | None:
         subprocess.run([stock, "-m", "tools.stock", checkpoint, made, *options], check=True)
         builds["stock"] = json.loads((made / "int8.json").read_text(encoding="utf-8"))
         files["stock"] = made / "int8.litertlm"
+        shown["the stock exporter"] = {"export_hf": builds["stock"]}
+    bench_stages.draw(shown, folder.parent / "bundle.svg")
     work = bench_bundle.Work(prompt_tokens=TOKENS, decode_tokens=TOKENS, threads=default_threads())
     measured = bench_bundle.compare(files, work, rounds)
     for line in bench_bundle.table(measured):
@@ -172,12 +160,6 @@ def measure_bundles(folder: Path, rounds: int) -> dict[str, Any] | None:
         "bundles": measured,
         "runtime": version("litert-lm-api"),
     }
-
-
-def _together(stages: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """Seconds of all stages, and the peaks of the largest."""
-    peaks = {key: max(taken[key] for taken in stages.values()) for key in ("peak_anonymous", "peak_resident")}
-    return {"seconds": sum(taken["seconds"] for taken in stages.values()), **peaks}
 
 
 def environment(lock: str, folder: Path) -> Path | None:

@@ -1,8 +1,9 @@
-"""Write the measured figures into the README, from the files that `make` and `make bench` leave.
+"""Write the measured figures into the README, from the files that `make`, `make bench` and `nox -s large` leave.
 
     python -m tools.figures
 
-Reads `artifacts/tiny-gemma3n/verify/report.json` and `bench/bench.json`; replaces what stands between the two markers.
+Reads `artifacts/tiny-gemma3n/verify/report.json`, `bench/bench.json` and `bench/large.json` (`nox -s large`); replaces
+what stands between the two markers.
 """
 
 from __future__ import annotations
@@ -13,10 +14,13 @@ from typing import Any
 
 from pipeline.core import log
 from pipeline.core.recipe import PROJECT
+from tools.bench_stages import together
 
 README = PROJECT / "README.md"
 REPORT = PROJECT / "artifacts" / "tiny-gemma3n" / "verify" / "report.json"
 BENCH = PROJECT / "bench" / "bench.json"
+LARGE = PROJECT / "bench" / "large.json"
+PICTURE = LARGE.with_suffix(".svg")
 BEGIN, END = "<!-- figures: written by tools/figures.py -->", "<!-- end of figures -->"
 NAMES = {
     "fp32": "fp32",
@@ -105,36 +109,60 @@ def bundles(bench: dict[str, Any]) -> list[str]:
         "",
         f"Gemma 3 270M, {found['parameters'] / 1e6:.0f} M parameters, as an int8 bundle in LiteRT-LM "
         f"{found['runtime']}, on the same machine: {found['prompt_tokens']} tokens in, {found['decode_tokens']} out, "
-        f"cache of {found['cache']:,}; medians of {found['rounds']} rounds in turns. Our build makes the fp32 bundle "
-        "as well.",
+        f"cache of {found['cache']:,}; medians of {found['rounds']} rounds in turns.",
         "",
-        f"| | {' | '.join(heading for heading, *_ in BUNDLE_COLUMNS)} | build | its peak anonymous |",
-        "|---|" + "---|" * (len(BUNDLE_COLUMNS) + 2),
+        f"| | {' | '.join(heading for heading, *_ in BUNDLE_COLUMNS)} | build | its peak anonymous | resident |",
+        "|---|" + "---|" * (len(BUNDLE_COLUMNS) + 3),
     ]
     for name, row in found["bundles"].items():
         cells = [f"{row[key] * factor:{form}}{unit}" for _, key, factor, form, unit in BUNDLE_COLUMNS]
         build = found["builds"][name]
-        cells += [f"{build['seconds']:.0f} s", f"{build['peak_anonymous'] / 2**30:.2f} GiB"]
+        cells += [f"{build['seconds']:.0f} s"]
+        cells += [f"{build[key] / 2**30:.2f} GiB" for key in ("peak_anonymous", "peak_resident")]
         rows.append(f"| {WHO[name]} | {' | '.join(cells)} |")
     if "stock" in found["bundles"]:
         ours, stock = (found["bundles"][name] | {"build": found["builds"][name]} for name in ("ours", "stock"))
         cells = [f"{ours[key] / stock[key]:.2f}" for _, key, *_ in BUNDLE_COLUMNS]
-        cells += [f"{ours['build'][key] / stock['build'][key]:.2f}" for key in ("seconds", "peak_anonymous")]
+        cells += [
+            f"{ours['build'][key] / stock['build'][key]:.2f}" for key in ("seconds", "peak_anonymous", "peak_resident")
+        ]
         rows.append(f"| ours / stock | {' | '.join(cells)} |")
     return rows
 
 
+def large(found: dict[str, Any]) -> list[str]:
+    """True E2B and E4B size: what each run took, beside its limits."""
+    rows = [
+        "",
+        f"Random weights of true Gemma 3n E2B and E4B size, bf16; `{found['command']}` on {found['date']}, "
+        f"{found['machine']['threads']} threads ({found['machine']['cpu']}). Each stage is a process of its own; "
+        "memory is anonymous, of the largest.",
+        "",
+        "| run | stages | time | peak memory | written to disk | result |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, stages in found["runs"].items():
+        took = together(stages)
+        size = sum(taken["size"] for stage, taken in stages.items() if stage != "fetch")
+        memory, written = took["peak_anonymous"] / 2**30, took["written"] / 1e9
+        rows.append(
+            f"| {name} | {', '.join(stages)} | {took['seconds'] / 60:.1f} min | {memory:.2f} GiB | {written:.1f} GB "
+            f"| {size / 1e9:.1f} GB |"
+        )
+    return [*rows, "", f"![memory over time, stage by stage]({PICTURE.relative_to(PROJECT)})"]
+
+
 def main() -> int:
     """Replace the section; 2 if a file it needs is missing."""
-    for file, command in ((REPORT, "make"), (BENCH, "make bench")):
+    for file, command in ((REPORT, "make"), (BENCH, "make bench"), (LARGE, "nox -s large -- e2b e4b")):
         if not file.is_file():
             log.line(f"error: {file.relative_to(PROJECT)} is missing; run `{command}` first")
             return 2
-    report, bench = (json.loads(file.read_text(encoding="utf-8")) for file in (REPORT, BENCH))
+    report, bench, runs = (json.loads(file.read_text(encoding="utf-8")) for file in (REPORT, BENCH, LARGE))
     text = README.read_text(encoding="utf-8")
     before, rest = text.split(BEGIN)
     after = rest.split(END)[1]
-    made = "\n".join([BEGIN, *quality(report), *speed(bench), *bundles(bench), END])
+    made = "\n".join([BEGIN, *quality(report), *speed(bench), *bundles(bench), *large(runs), END])
     README.write_text(before + made + after, encoding="utf-8")
     return 0
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +25,6 @@ from pipeline.core.errors import FetchError, IntegrityError
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
-BLOCK_BYTES = 64 << 20
 
 FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 Float32 = npt.NDArray[np.float32]
@@ -89,18 +88,6 @@ class Checkpoint:
             raise IndexError(f"rows {start} to {stop} of tensor {name} with shape {list(shape)}")
         width = math.prod(shape[1:])
         return self._read(name, start * width, stop * width).reshape(stop - start, *shape[1:])
-
-    def blocks(self, name: str, most_bytes: int = BLOCK_BYTES) -> Iterator[Float32]:
-        """All rows in order, in blocks of at most `most_bytes` of float32 (one row at least).
-
-        Raises:
-            KeyError, IndexError, IntegrityError: as `rows`.
-        """
-        shape = self.tensors[name].shape
-        total = shape[0] if shape else 0
-        step = max(1, most_bytes // max(1, 4 * math.prod(shape[1:])))
-        for start in range(0, total, step):
-            yield self.rows(name, start, min(start + step, total))
 
     def _read(self, name: str, start: int, stop: int) -> Float32:
         """Elements `start` to `stop` of the flat tensor."""

@@ -8,6 +8,7 @@ constants from the start.
 
 from __future__ import annotations
 
+import mmap
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,9 @@ from torch.utils._pytree import tree_map
 from pipeline.convert.flatbuffer import Graph
 from pipeline.convert.weights import PREFIX
 from pipeline.core.errors import ExportError
+
+_NO_RESERVE = 0x4000
+"""MAP_NORESERVE of Linux, which Python's mmap names from 3.13 on."""
 
 Vector = Callable[[str], Tensor]
 Dimensions = Mapping[str, Mapping[int, tuple[str, int, int]]]
@@ -94,8 +98,7 @@ class _WithWeights(nn.Module):
                 f"the graph has no values for {', '.join(buffers)}", cause="the checkpoint does not hold them"
             )
         parameters = dict(module.named_parameters())
-        # Examples that are never read nor written, so that they take no memory.
-        self.matrices = {name: torch.empty(each.shape) for name, each in parameters.items() if each.dim() >= 2}
+        self.matrices = {name: _example(each.shape) for name, each in parameters.items() if each.dim() >= 2}
         for name in parameters:
             owner, _, leaf = name.rpartition(".")
             # Where a matrix is an input the parameter goes unused, but the converter looks at it: it must be small.
@@ -105,6 +108,15 @@ class _WithWeights(nn.Module):
 
     def forward(self, weights: Mapping[str, Tensor], inputs: Mapping[str, Any]) -> Any:
         return functional_call(self.module, dict(weights), (), dict(inputs))
+
+
+def _example(shape: torch.Size) -> Tensor:
+    """A float32 tensor that is never read nor written.
+
+    It takes no memory, and none is set aside for it: a table of 9 GB is refused on a smaller machine otherwise.
+    """
+    room = mmap.mmap(-1, 4 * shape.numel(), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE)
+    return torch.frombuffer(room, dtype=torch.float32).view(shape)
 
 
 def _add(converter: Any, signature: Signature) -> Any:

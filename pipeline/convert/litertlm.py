@@ -42,6 +42,7 @@ BUILDER = "0.18.1"
 _NAMESPACE = uuid.UUID("6f6c1a52-3a3f-5d0e-9c1b-0f4f2f3f7b61")
 _DEFAULT_EPOCH = 315532800  # 1980-01-01, what the Makefile uses outside git
 _TFLITE = b"TFL3"  # bytes 4 to 8 of every TFLite file
+_COPIED_PER_SECOND = 4e8
 _CHUNK = 1 << 20
 _DEFAULT_TOP_K, _DEFAULT_TOP_P, _DEFAULT_TEMPERATURE = 50, 1.0, 1.0
 """What transformers samples with where generation_config.json says no more than `do_sample`."""
@@ -340,27 +341,13 @@ def _build(files: Mapping[str, Path], out: Path) -> None:
         if name in files:
             builder.add_tflite_model(str(files[name]), kind)
     label = f"writing {out.name.removesuffix('.partial')}"
-    with _system_metadata(_identity(files)), out.open("wb") as stream, log.progress(label, _total(files)) as bar:
-        builder.build(_Counted(stream, bar), validate_metadata=True)
+    expected = _total(files) / _COPIED_PER_SECOND
+    with _system_metadata(_identity(files)), out.open("wb") as stream, log.waiting(label, expected):
+        builder.build(stream, validate_metadata=True)
 
 
 def _total(files: Mapping[str, Path]) -> int:
     return sum(file.stat().st_size for file in files.values())
-
-
-class _Counted:
-    """A stream for the builder that tells how much was written."""
-
-    def __init__(self, stream: BinaryIO, bar: log.Progress) -> None:
-        self._stream, self._bar = stream, bar
-
-    def write(self, data: bytes) -> int:
-        """Write `data`."""
-        self._bar.advance(len(data))
-        return self._stream.write(data)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
 
 
 def _identity(files: Mapping[str, Path]) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+import threading
 import time
 
 import pytest
@@ -108,3 +109,33 @@ def test_progress_ends_its_line_when_the_work_fails(monkeypatch: pytest.MonkeyPa
         bar.advance(50)
         raise ValueError("no")
     assert terminal.getvalue().endswith("\n")
+
+
+def test_waiting_says_how_long_it_has_been_and_may_be(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(log, "_LINE_SECONDS", 0.05)
+    with log.waiting("exporting", expected=100):
+        time.sleep(0.2)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "  exporting: 0 s, about 1 min 40 s left"
+    assert lines[-1] == "  exporting: 0 s"
+    with log.waiting("exporting", expected=0):
+        time.sleep(0.12)
+    assert "longer than expected" in capsys.readouterr().err
+
+
+def test_waiting_is_silent_if_it_is_short_and_ends_with_the_work(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match="no"), log.waiting("exporting", expected=100):
+        raise ValueError("no")
+    assert capsys.readouterr().err == ""
+
+
+def test_advances_from_many_threads_are_all_counted() -> None:
+    bar = log.Progress("hashing", total=40_000, unit="B")
+    threads = [threading.Thread(target=lambda: [bar.advance() for _ in range(10_000)]) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert bar.done == 40_000

@@ -1,0 +1,165 @@
+"""Measure the pipeline on random checkpoints of true Gemma 3n size, and hold what it took against its limits.
+
+    python -m tools.bench_large e2b [e4b]        (nox -s large)
+
+Writes `bench/large.json` and `bench/large.svg`, and fails if a limit is missed. The disk is checked first (E2B needs
+40 GB at once, E4B 35). The runs, per size: bf16 to the int8 bundle, and on through every stage up to publish; the same
+under a memory cgroup of 4 GiB, where this process may make one; bf16 to the fp32 sections. A checkpoint of 0.3 billion
+parameters goes first, so that growth shows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from pipeline.core import log, manifest, versions
+from pipeline.core.recipe import PROJECT
+from pipeline.judge.runtime import default_threads, processor
+from tools import bench_stages
+from tools.bench_stages import GIB, together
+from tools.make_random_checkpoint import GEOMETRIES, make
+
+INT8 = ("fetch", "graph", "int8", "bundle")
+JUDGED = ("golden --weights streamed", "verify", "publish")
+FP32 = ("fetch", "graph", "fp32")
+DISK = {"0.3b": 5e9, "e2b": 40e9, "e4b": 35e9}
+LIMITS = {
+    # run: (peak anonymous GiB: must, aim), (minutes: must, aim)
+    "e2b int8": ((3.0, 1.2), (12, 5)),
+    "e2b fp32": ((1.5, 0.8), (12, 5)),
+    "e2b golden": ((4.0, 2.0), (None, None)),
+    "e2b int8, 4 GiB cgroup": ((4.0, 2.5), (None, None)),
+    "e4b int8": ((3.0, 1.2), (20, 9)),
+}
+GROWTH = (3.0, 1.3)
+"""Peak anonymous memory of the int8 run at E2B over that at 0.3 billion parameters: must, aim."""
+CGROUPS = (
+    (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"),  # version 1
+    (Path("/sys/fs/cgroup"), "memory.max"),
+)
+CHANGES = bench_stages.INT8_ALONE | {
+    "decode = 128": "decode = 64",
+    "prompts = 16": "prompts = 4",
+    "continuation = 128": "continuation = 16",
+    "positions = 2048": "positions = 256",
+    # random weights amplify every rounding: what int8 does to them says nothing
+    "kld = 0.01": "kld = 20.0",
+    "top1 = 0.96": "top1 = 0.0",
+}
+"""The shipped recipe, cut to what a large model is judged on in minutes, and with the int8 bundle alone."""
+
+
+@contextmanager
+def cgroup(limit: int) -> Iterator[Sequence[str] | None]:
+    """A command that runs another one in a new memory cgroup of `limit` bytes; None where no group can be made."""
+    for mount, setting in CGROUPS:
+        group = mount / f"hf-to-litert-{os.getpid()}"
+        try:
+            group.mkdir()
+            (group / setting).write_text(str(limit), encoding="ascii")
+        except OSError:
+            with suppress(OSError):
+                group.rmdir()
+            continue
+        try:
+            yield ("sh", "-c", f'echo $$ >{group}/cgroup.procs && exec "$@"', "sh")
+        finally:
+            group.rmdir()
+        return
+    log.warn("this process may make no memory cgroup: the run in one is left out")
+    yield None
+
+
+def measure(size: str, folder: Path) -> dict[str, dict[str, Any]]:
+    """All runs of a size: name → what each stage took. Files go once they have been measured."""
+    settings = bench_stages.changed_recipe("gemma3n", folder, CHANGES)
+    checkpoint = make(GEOMETRIES[size], folder / size)
+    results = folder / "artifacts"
+
+    def run(stages: Sequence[str], within: Sequence[str] = ()) -> dict[str, Any]:
+        return bench_stages.measure(stages, checkpoint, results, settings, "bundle", within)
+
+    runs = {f"{size} int8": run(INT8)}
+    if size != "e4b":
+        judged = run(JUDGED)
+        runs |= {f"{size} golden": {"golden": judged["golden"]}, f"{size} judged": judged}
+    if size == "e2b":
+        with cgroup(4 * GIB) as within:
+            if within:
+                runs[f"{size} int8, 4 GiB cgroup"] = run(INT8, within)
+    shutil.rmtree(results)
+    if size != "e4b":
+        runs[f"{size} fp32"] = run(FP32)
+        shutil.rmtree(results)
+    shutil.rmtree(checkpoint)
+    return runs
+
+
+def judge(runs: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Every limit that these runs are held against, with what was found."""
+    rows = []
+    for name, (memory, minutes) in LIMITS.items():
+        if name in runs:
+            took = together(runs[name])
+            rows.append(_row(f"{name}: peak anonymous, GiB", took["peak_anonymous"] / GIB, *memory))
+            if minutes[0]:
+                rows.append(_row(f"{name}: minutes", took["seconds"] / 60, *minutes))
+    small, large = (runs.get(f"{size} int8") for size in ("0.3b", "e2b"))
+    if small and large:
+        growth = together(large)["peak_anonymous"] / together(small)["peak_anonymous"]
+        rows.append(_row("growth of peak anonymous from 0.3 to 4.5 billion parameters", growth, *GROWTH))
+    return rows
+
+
+def _row(what: str, value: float, must: float, aim: float) -> dict[str, Any]:
+    return {"what": what, "value": value, "must": must, "aim": aim, "passed": value <= must}
+
+
+def main() -> int:
+    """Run from the command line; 1 if a limit is missed, 10 if the disk is too small."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sizes", nargs="*", default=["e2b"], choices=("e2b", "e4b"), help="default: e2b")
+    parser.add_argument("--out", type=Path, default=PROJECT / "bench", help="where results go (default: %(default)s)")
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    free, needed = shutil.disk_usage(arguments.out).free, max(DISK[size] for size in arguments.sizes)
+    if free < needed:
+        log.line(f"error: this needs {log.human_bytes(needed)} of disk at once, {log.human_bytes(free)} are free")
+        return 10
+    runs: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory(dir=arguments.out) as scratch:
+        for size in ("0.3b", *arguments.sizes):
+            runs |= measure(size, Path(scratch))
+    found = {
+        "runs": runs,
+        "limits": judge(runs),
+        "machine": {"cpu": processor(), "threads": default_threads()},
+        "versions": versions.installed(),
+        "date": time.strftime("%Y-%m-%d"),
+        "command": f"nox -s large -- {' '.join(arguments.sizes)}",
+    }
+    (arguments.out / "large.json").write_text(manifest.dump_json(found), encoding="utf-8")
+    shown = {name: stages for name, stages in runs.items() if not name.endswith(" golden")}
+    bench_stages.draw(shown, arguments.out / "large.svg")
+    for name, stages in runs.items():
+        log.line(f"\n{name}")
+        for line in bench_stages.table(stages):
+            log.line(line)
+    log.line()
+    for row in found["limits"]:
+        word = "ok" if row["passed"] else "MISSED"
+        log.line(f"{word}: {row['what']}: {row['value']:.2f} (must ≤ {row['must']}, aim ≤ {row['aim']})")
+    return 0 if all(row["passed"] for row in found["limits"]) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
