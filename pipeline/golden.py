@@ -169,7 +169,7 @@ def work(context: Context) -> Outcome:
         limit=max(1, recipe.corpus.positions // corpus.POSITIONS_PER_WINDOW),
     )
     hidden = make_corpus(reference, windows, context.folder / "corpus.safetensors")
-    floor = self_floor(reference, windows, hidden, Head.of_checkpoint(checkpoint))
+    floor = self_floor(reference, windows, hidden, Head.of_checkpoint(checkpoint, reference.cap))
     cases = (
         0
         if context.graphs == "bundle"
@@ -194,6 +194,7 @@ def work(context: Context) -> Outcome:
             "bos": reference.bos,
             "pad": reference.pad,
             "stop": list(reference.stop),
+            "final_logit_softcapping": reference.cap,
             "self_floor": dict(floor),
             **spoken,
         }

@@ -48,7 +48,8 @@ def work(context: Context) -> Outcome:
         corpus.read_documents(PROJECT / recipe.corpus.calibration),
     )
     checkpoint = context.root / "fetch" / "checkpoint"
-    reference = Reference(context.root / "golden", Head.of_checkpoint(checkpoint))
+    cap = cast("float | None", context.upstream["golden"].facts["final_logit_softcapping"])
+    reference = Reference(context.root / "golden", Head.of_checkpoint(checkpoint, cap))
     tokenizer = _tokenizer(checkpoint)
     verdicts: list[Verdict] = []
     heard: list[bundles.Verdict] = []

@@ -12,7 +12,6 @@ read.
 from __future__ import annotations
 
 import math
-import mmap
 import struct
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -428,15 +427,11 @@ class Graph:
                 if isinstance(blob, Blocks):
                     blob.write(file, bar)
             file.truncate(made + room)
-            with mmap.mmap(file.fileno(), made + room) as space:
-                whole = np.frombuffer(space, np.uint8)
-                for buffer, blob, start in zip(self.model.buffers, blobs, starts, strict=True):
-                    buffer.data = whole[start : start + len(blob)] if isinstance(blob, Blocks) else blob
-                packed = self._pack(whole[made:])
-                stream.write(packed)
-                for buffer in self.model.buffers:
-                    buffer.data = None
-                del packed, whole
+            # As a plain array: `Pack` writes anything else an element at a time.
+            whole = np.asarray(np.memmap(file, np.uint8, mode="r+", shape=(made + room,)))
+            for buffer, blob, start in zip(self.model.buffers, blobs, starts, strict=True):
+                buffer.data = whole[start : start + len(blob)] if isinstance(blob, Blocks) else blob
+            stream.write(self._pack(whole[made:]))
 
     def _pack(self, space: NDArray[np.uint8] | None = None) -> memoryview:
         """The flatbuffer, built in `space` if it is given."""

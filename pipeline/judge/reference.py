@@ -40,8 +40,10 @@ class Head:
     cap: float | None
 
     @classmethod
-    def of_checkpoint(cls, folder: Path) -> Head:
+    def of_checkpoint(cls, folder: Path, cap: float | None) -> Head:
         """The head of the checkpoint in `folder`, memory-mapped: `lm_head`, or the token embedding it is tied to.
+
+        `cap` as the golden stage found it in the model: where config.json says nothing, Gemma 3n has one all the same.
 
         Raises:
             IntegrityError: the checkpoint has neither tensor.
@@ -54,7 +56,7 @@ class Head:
             for name in names:
                 weight = _map_tensor(file, name)
                 if weight is not None:
-                    return cls(weight=weight, cap=config.get("final_logit_softcapping"))
+                    return cls(weight=weight, cap=cap)
         raise IntegrityError(
             f"{folder} has none of the tensors {', '.join(names)}",
             cause="the checkpoint was changed after it was fetched",

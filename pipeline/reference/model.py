@@ -93,6 +93,12 @@ class HuggingFace:
             stop=tuple(stop) if isinstance(stop, list) else (int(stop),),
         )
 
+    @property
+    def cap(self) -> float | None:
+        """The soft-cap of its logits; a configuration that does not name it has its class's."""
+        cap: float | None = getattr(self.model.config, "final_logit_softcapping", None)
+        return cap
+
     def tokenize(self, text: str) -> list[int]:
         """Token ids without bos or other special tokens."""
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -18,6 +18,8 @@ from pipeline.core.recipe import PROJECT
 from pipeline.core.stage import DEFAULT_MODEL, DEFAULT_RECIPE, Stage, main
 from pipeline.release import hub
 
+CAP = 30.0
+"""The shipped model's soft-cap."""
 SMALL = {
     "cache_length = 4096": "cache_length = 512",
     "prefill = [32, 128]": "prefill = [8, 32]",

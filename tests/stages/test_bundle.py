@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Line, changed_model, small_recipe
+from conftest import CAP, Line, changed_model, small_recipe
 from litert_lm_builder import litertlm_peek
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
@@ -187,7 +187,7 @@ def tokenizer() -> Any:
 
 @pytest.fixture(scope="module")
 def rows(built: Line) -> list[Greedy]:
-    return Reference(built.root / "golden", Head.of_checkpoint(built.root / "fetch" / "checkpoint")).greedy()
+    return Reference(built.root / "golden", Head.of_checkpoint(built.root / "fetch" / "checkpoint", CAP)).greedy()
 
 
 def listen(built: Line, tokenizer: Any, rows: list[Greedy], stop: set[int]) -> speech.Speech:

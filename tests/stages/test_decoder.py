@@ -15,7 +15,7 @@ import geometry
 import numpy as np
 import pytest
 import torch
-from conftest import Line
+from conftest import CAP, Line
 from geometry import BUNDLE
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -201,7 +201,7 @@ def judge(built: Line, weights: dict[str, torch.Tensor]) -> Judge:
     """The gate of the shipped recipe over the conversations of the golden stage, on the modules in PyTorch."""
     folder = built.root / "fetch" / "checkpoint"
     recipe, checkpoint = load(built.recipe), open_checkpoint(folder)
-    reference = Reference(built.root / "golden", Head.of_checkpoint(folder))
+    reference = Reference(built.root / "golden", Head.of_checkpoint(folder, CAP))
     tokens, hidden, cached = reference.cache()
     scripts = cache.scripts(recipe.bundle, checkpoint.config["sliding_window"])
     recital = Recital(scripts=scripts, tokens=tokens, hidden=hidden, cached=cached)

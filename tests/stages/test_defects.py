@@ -9,7 +9,7 @@ from pathlib import Path
 import geometry
 import pytest
 import torch
-from conftest import Line
+from conftest import CAP, Line
 
 from pipeline.convert import intake
 from pipeline.convert.checkpoint import open_checkpoint
@@ -41,7 +41,7 @@ def weights(judged: Line) -> Weights:
 def judge(judged: Line) -> Callable[[torch.nn.Module], list[Check]]:
     """The converter gate of the shipped recipe over the shape grid."""
     folder = judged.root / "fetch" / "checkpoint"
-    reference = Reference(judged.root / "golden", Head.of_checkpoint(folder))
+    reference = Reference(judged.root / "golden", Head.of_checkpoint(folder, CAP))
     gate = load(judged.recipe).gates["fp32"]
 
     def run(module: torch.nn.Module) -> list[Check]:
@@ -199,6 +199,6 @@ def test_a_defect_is_red_in_the_file_too(
     made.export_step(checkpoint, recipe.step, tmp_path / "bare.tflite")
     monkeypatch.undo()
     geometry.fill(checkpoint, tmp_path / "bare.tflite", tmp_path / "step.tflite")
-    reference = Reference(judged.root / "golden", Head.of_checkpoint(checkpoint.folder))
+    reference = Reference(judged.root / "golden", Head.of_checkpoint(checkpoint.folder, CAP))
     grid = examine.run_grid(StepModel(tmp_path / "step.tflite"), reference, "no soft-cap")
     assert red(gates.judge("fp32", recipe.gates["fp32"], [Figure(metric="nmse", name="nmse", value=grid.nmse)])[:1])

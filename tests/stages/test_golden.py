@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, Line, lasting, small_recipe
+from conftest import CAP, SMALL, Line, lasting, small_recipe
 from safetensors.torch import load_file, save_file
 from transformers import Gemma3nForCausalLM
 
@@ -35,7 +35,7 @@ def plain() -> Gemma3nForCausalLM:
 
 @pytest.fixture(scope="module")
 def reference(judged: Line) -> Reference:
-    return Reference(judged.root / "golden", Head.of_checkpoint(judged.root / "fetch" / "checkpoint"))
+    return Reference(judged.root / "golden", Head.of_checkpoint(judged.root / "fetch" / "checkpoint", CAP))
 
 
 def plain_logits(model: Gemma3nForCausalLM, ids: list[int]) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
@@ -50,6 +50,19 @@ def test_stored_windows_give_the_logits_of_a_plain_call(reference: Reference, pl
     for row in (0, 11):
         scores = metrics.compare(plain_logits(plain, windows[row].tolist()), reference.head.logits(hidden[row]))
         assert scores.nmse.max() < 1e-10 and scores.top1.all()
+
+
+def test_a_soft_cap_that_the_configuration_does_not_name_is_the_models(
+    plain: Gemma3nForCausalLM, tmp_path: Path
+) -> None:
+    folder = changed_checkpoint(tmp_path / "m", lambda tensors: tensors)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    assert config.pop("final_logit_softcapping") == CAP
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    reference, ids = HuggingFace.load(folder, "cpu"), np.array([[2, 70, 900]], np.int32)
+    head = Head.of_checkpoint(folder, reference.cap)
+    logits = head.logits(reference.hidden(ids, np.ones_like(ids))[0])
+    assert metrics.compare(plain_logits(plain, ids[0].tolist()), logits).nmse.max() < 1e-10
 
 
 def test_padded_shapes_give_the_logits_of_the_tokens_alone(reference: Reference, plain: Gemma3nForCausalLM) -> None:
@@ -107,7 +120,7 @@ def test_a_streamed_reference_says_the_same(judged: Line, tmp_path: Path) -> Non
     line = judged.copy(tmp_path / "artifacts", "fetch")
     assert line.run(golden.STAGE, "--device", "cpu", "--weights", "streamed") == 0
     assert manifest.read(line.root / "golden").facts["weights"] == "streamed"
-    ours, theirs = (Reference(one.root / "golden", Head.of_checkpoint(SHIPPED)) for one in (line, judged))
+    ours, theirs = (Reference(one.root / "golden", Head.of_checkpoint(SHIPPED, CAP)) for one in (line, judged))
     for mine, other in zip((*ours.corpus(), *ours.cache()), (*theirs.corpus(), *theirs.cache()), strict=True):
         assert np.array_equal(mine, other)
     for mine, other in zip(ours.shapes(), theirs.shapes(), strict=True):
@@ -165,7 +178,7 @@ def test_the_text_tower_of_a_conditional_checkpoint_is_the_same_model(tmp_path: 
     ids = np.arange(4, 40, dtype=np.int32).reshape(2, 18)
     folders = (SHIPPED, as_conditional(tmp_path / "conditional"))
     hidden, heads = zip(
-        *((HuggingFace.load(f, "cpu").hidden(ids, np.ones_like(ids)), Head.of_checkpoint(f)) for f in folders),
+        *((HuggingFace.load(f, "cpu").hidden(ids, np.ones_like(ids)), Head.of_checkpoint(f, CAP)) for f in folders),
         strict=True,
     )
     assert np.array_equal(hidden[0], HuggingFace.load(folders[1], "cpu", streamed=True).hidden(ids, np.ones_like(ids)))

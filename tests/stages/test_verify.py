@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Line, lasting, small_recipe
+from conftest import CAP, Line, lasting, small_recipe
 
+from pipeline import bundle as packing
 from pipeline import verify
 from pipeline.core import manifest
 from pipeline.core.errors import IntegrityError
@@ -19,6 +20,7 @@ from pipeline.core.manifest import Facts
 from pipeline.core.stage import Context, Outcome, Stage
 from pipeline.judge import examine
 from pipeline.judge.reference import Head, Reference
+from pipeline.judge.report import REFERENCE
 from pipeline.judge.runtime import StepModel, measure_speed
 
 STEP = "step.tflite"
@@ -292,7 +294,7 @@ class TestWhatCannotBeJudged:
 class TestStepModel:
     @pytest.fixture(scope="class")
     def reference(self, built: Line) -> Reference:
-        return Reference(built.root / "golden", Head.of_checkpoint(built.root / "fetch" / "checkpoint"))
+        return Reference(built.root / "golden", Head.of_checkpoint(built.root / "fetch" / "checkpoint", CAP))
 
     @pytest.mark.parametrize("xnnpack", [True, False])
     def test_padding_and_batch_do_not_matter(self, built: Line, *, xnnpack: bool) -> None:
@@ -334,6 +336,19 @@ class TestStepModel:
     def test_timing_counts_each_length(self, built: Line) -> None:
         speed = measure_speed(step(built, "int8"), [1, 64], bos=2, xnnpack=True)
         assert 0 < speed.latency[1] < speed.latency[64] and speed.load > 0
+
+
+def test_an_int8_bundle_without_an_fp32_one_is_held_against_hugging_face(built: Line, tmp_path: Path) -> None:
+    recipe = small_recipe(tmp_path / "r.toml", **{'precisions = ["fp32", "int8"]': 'precisions = ["int8"]'})
+    line = built.copy(tmp_path / "artifacts", "fetch", "golden", "int8")
+    for stage in (packing.STAGE, verify.STAGE):
+        assert line.run(stage, "--graphs", "bundle", recipe=recipe) == 0
+    judgement = found(line)
+    assert set(judgement["bundles"]) == {"bundle-int8"} and judgement["bundles"]["bundle-int8"]["against_fp32"] is None
+    checks = {check["name"]: check for check in judgement["checks"]}
+    assert checks["KLD through the cache"]["against"] == checks["top-1 agreement through the cache"]["against"]
+    assert checks["KLD through the cache"]["against"] == REFERENCE
+    assert "of 3 conversations" in checks["KLD through the cache"]["detail"]
 
 
 def test_agreement_counts_until_the_first_difference() -> None:
