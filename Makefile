@@ -18,6 +18,8 @@ CALIBRATION ?=
 PROMPT ?= Hello
 #: PRECISION     the bundle that `make chat` and `make run` talk to
 PRECISION ?= int8
+#: FILES         the published folder that `make check` looks at
+FILES ?= $(ROOT)/publish
 #: DEVICE        auto, cpu or cuda: where the Hugging Face reference runs
 DEVICE ?= auto
 #: THREADS       threads of the stages (default: one per core)
@@ -106,9 +108,10 @@ ROOMS_$(ALTERNATIVE) := $(ROOMS_int8)
 ROOMS_bundle := core convert models
 ROOMS_verify := core judge convert
 ROOMS_publish := core release
-# Not stages: one looks ahead, one runs a stage's result.
+# Not stages: they look ahead, run a result, check what was published.
 ROOMS_plan := core convert models judge release
 ROOMS_chat := core judge
+ROOMS_check := core release
 
 # Texts that end up in a stage's result (every stage reads the recipe and depends on the lock).
 TEXTS_fetch :=
@@ -193,7 +196,7 @@ WHERE = --model-id $(MODEL_ID) --artifacts $(ARTIFACTS) --recipe $(RECIPE)
 endif
 
 # --- targets ----------------------------------------------------------------------------------------------------------
-.PHONY: all setup plan fetch golden graph fp32 fp16 int8 $(ALTERNATIVE) bundle verify publish compare chat run bench image test lint format clean clean-env help
+.PHONY: all setup plan fetch golden graph fp32 fp16 int8 $(ALTERNATIVE) bundle verify publish check compare chat run bench image test lint format clean clean-env help
 
 all: publish ## set-up, then everything for MODEL_ID: fp32, fp16, int8, bundles, the report, the publish folder (default)
 	@echo "files:   $(foreach variant,$(VARIANTS),$(ROOT)/$(variant)/step.tflite) $(foreach bundle,$(BUNDLES),$(ROOT)/bundle/$(bundle).litertlm)"
@@ -231,6 +234,9 @@ chat: bundle ## talk to the int8 bundle in the terminal (PRECISION=)
 
 run: bundle ## let the int8 bundle answer PROMPT= once
 	$(call RUN,run) -m pipeline.chat $(abspath $(ROOT))/bundle/$(PRECISION).litertlm --prompt $(call QUOTE,$(PROMPT))
+
+check: $(READY) ## hold a published folder against its own papers (FILES=)
+	$(call RUN,check) -m pipeline.check $(call QUOTE,$(abspath $(FILES)))
 
 compare: verify ## build every variant and print the table that compares them
 	$(call RUN,verify) -m pipeline.judge.report $(abspath $(ROOT))/verify/report.json

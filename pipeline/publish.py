@@ -8,12 +8,13 @@ manifest; the rest, the card included, is the same bytes every time.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import sys
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.core.manifest import Manifest
-from pipeline.core.recipe import Recipe
+from pipeline.core.manifest import Manifest, dump_json
+from pipeline.core.recipe import PROJECT, Recipe
 from pipeline.core.stage import Context, Outcome, Stage, main, model_name
 from pipeline.release import card, clearance, folder, licence, provenance
 from pipeline.release.card import Build, Product, Subject
@@ -51,8 +52,27 @@ def work(context: Context) -> Outcome:
     (target / "README.md").write_text(page, encoding="utf-8")
 
     judged = {record.path: record.sha256 for record in verify.inputs}
-    folder.show(target, folder.seal(target, {product.file: judged[product.source] for product in products}))
+    files = {product.file: judged[product.source] for product in products}
+    said = provenance.statement(files, context.upstream, _parameters(context), _locks())
+    (target / provenance.STATEMENT).write_text(dump_json(said), encoding="utf-8")
+    folder.show(target, folder.seal(target, files))
     return Outcome(facts={"licence": terms.identifier, "base_models": list(subject.base_models), "uploaded": False})
+
+
+def _parameters(context: Context) -> dict[str, Any]:
+    fetched = context.upstream["fetch"]
+    return {
+        "MODEL_ID": fetched.model,
+        "REVISION": fetched.revision,
+        "RECIPE": context.recipe.name,
+        "GRAPHS": context.graphs,
+    }
+
+
+def _locks() -> dict[str, str]:
+    """The locks that environments and image are made from."""
+    files = sorted((PROJECT / "locks").glob("c*.txt"))
+    return {f"locks/{file.name}": hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
 def _products(context: Context) -> list[Product]:

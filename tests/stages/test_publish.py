@@ -6,6 +6,7 @@ folders are real; only the model files are a few bytes, which publish does not o
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -18,7 +19,7 @@ from typing import Any
 import pytest
 from huggingface_hub.repocard import metadata_load
 
-from pipeline import publish
+from pipeline import check, publish
 from pipeline.core import manifest, stage
 from pipeline.core.errors import VerificationError
 from pipeline.core.recipe import PROJECT
@@ -110,7 +111,9 @@ class Line:
 
     def verify(self, variants: tuple[str, ...] = STAGES, write: Callable[[Context], None] | None = None) -> int:
         def work(context: Context) -> Outcome:
-            text = json.dumps(judgement(self.passed))
+            made = [record for each in context.upstream.values() for record in each.outputs]
+            digests = {record.path: {"sha256": record.sha256} for record in made}
+            text = json.dumps(judgement(self.passed) | {"variants": digests, "bundles": {}})
             for name in ("judgement.json", "report.json", "report.html"):
                 (context.folder / name).write_text(text, encoding="utf-8")
             if write:
@@ -170,6 +173,7 @@ def test_the_folder_holds_exactly_what_would_be_uploaded(ready: Line, capsys: py
             "SHA256SUMS",
             "checkpoint/LICENSE",
             *(f"manifests/{name}.json" for name in ("fetch", *STAGES, "verify")),
+            "provenance.json",
             "report.html",
             "report.json",
             "tiny-gemma3n_fp16.tflite",
@@ -182,7 +186,7 @@ def test_the_folder_holds_exactly_what_would_be_uploaded(ready: Line, capsys: py
         ]
     )
     said = capsys.readouterr().err
-    assert "dry run: would upload 21 files" in said
+    assert "dry run: would upload 22 files" in said
     assert "nothing was sent" in said
     for name in names(ready.folder):
         assert re.search(rf"^ .*B  {re.escape(name)}$", said, flags=re.MULTILINE)
@@ -412,3 +416,103 @@ def test_a_refusal_leaves_no_half_filled_folder_that_looks_finished(
     shutil.rmtree(ready.root / "verify")
     assert ready.publish() == 9
     assert "nothing is published" in capsys.readouterr().err
+
+
+def test_provenance_names_every_model_file_and_what_it_was_made_from(ready: Line) -> None:
+    assert ready.publish() == 0
+    said = json.loads((ready.folder / "provenance.json").read_text(encoding="utf-8"))
+    sums = provenance.read_sums(ready.folder)
+    models = {name: digest for name, digest in sums.items() if name.endswith(check.MODELS)}
+    assert provenance.subjects(ready.folder) == models and len(models) == 5
+    definition = said["predicate"]["buildDefinition"]
+    assert definition["externalParameters"]["MODEL_ID"] == "tiny-gemma3n"
+    assert definition["externalParameters"]["REVISION"] == "a" * 40
+    sources = {entry.get("name"): entry["digest"] for entry in definition["resolvedDependencies"]}
+    assert {"source", "model.safetensors", "locks/cpu.txt", "locks/cuda.txt"} <= sources.keys()
+    assert sources["model.safetensors"]["sha256"] == hashlib.sha256(b"model.safetensors").hexdigest()
+    assert definition["internalParameters"]["tools"]["torch"]
+
+
+@pytest.fixture
+def published(ready: Line) -> Path:
+    """A published folder without the runner's files, as it would be downloaded; its files are its own."""
+    assert ready.publish() == 0
+    copy = ready.artifacts / "copy"
+    shutil.copytree(ready.folder, copy, ignore=shutil.ignore_patterns("run.json"))
+    (copy / "manifest.json").unlink()
+    return copy
+
+
+def test_a_published_folder_is_as_its_papers_say(published: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert check.main([str(published)]) == 0
+    assert "21 files, 5 model files, 5 figures" in capsys.readouterr().err
+    assert check.main([str(published / "not-there")]) == 2
+
+
+@pytest.mark.parametrize("place", [0.0, 0.5, 1.0])
+def test_one_changed_byte_in_any_file_is_found(published: Path, place: float) -> None:
+    for name in provenance.read_sums(published):
+        file = published / name
+        whole = file.read_bytes()
+        at = round(place * (len(whole) - 1))
+        file.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        assert check.main([str(published)]) == 4, name
+        file.write_bytes(whole)
+    assert check.main([str(published)]) == 0
+
+
+def reseal(folder: Path) -> None:
+    """What a forger would do who knows of SHA256SUMS."""
+    (folder / "SHA256SUMS").unlink()
+    provenance.write_sums(folder, [file for file in folder.rglob("*") if file.is_file()])
+
+
+def test_files_that_are_swapped_dropped_or_added_are_found(published: Path) -> None:
+    fp16, int8 = (published / f"tiny-gemma3n_{kind}.tflite" for kind in ("fp16", "int8"))
+    kept = {file: file.read_bytes() for file in (fp16, int8)}
+    int8.write_bytes(kept[fp16])
+    fp16.write_bytes(kept[int8])
+    assert check.main([str(published)]) == 4
+    reseal(published)
+    assert check.main([str(published)]) == 4, "provenance.json says which is which"
+    for file, data in kept.items():
+        file.write_bytes(data)
+    fp16.unlink()
+    reseal(published)
+    assert check.main([str(published)]) == 4
+    fp16.write_bytes(kept[fp16])
+    (published / "more.tflite").write_bytes(b"more")
+    assert check.main([str(published)]) == 4
+    reseal(published)
+    assert check.main([str(published)]) == 4
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda report: report.update(passed=False),
+        lambda report: report.update(checks=[]),
+        lambda report: report["checks"][0].update(value=0.5),
+        lambda report: report["checks"][0].update(limit=None),
+        lambda report: report["checks"][0].update(passed=False),
+        lambda report: report["variants"].clear(),
+    ],
+)
+def test_a_report_that_does_not_hold_is_found(published: Path, edit: Callable[[dict[str, Any]], None]) -> None:
+    file = published / "report.json"
+    report = json.loads(file.read_text(encoding="utf-8"))
+    edit(report)
+    file.write_text(json.dumps(report), encoding="utf-8")
+    reseal(published)
+    assert check.main([str(published)]) == 4
+
+
+@pytest.mark.parametrize("name", ["verify", "int8"])
+def test_manifests_that_do_not_list_a_file_are_found(published: Path, name: str) -> None:
+    file = published / "manifests" / f"{name}.json"
+    made = json.loads(file.read_text(encoding="utf-8"))
+    for record in made["inputs"] + made["outputs"]:
+        record["sha256"] = "0" * 64
+    file.write_text(json.dumps(made), encoding="utf-8")
+    reseal(published)
+    assert check.main([str(published)]) == 4
