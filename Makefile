@@ -108,10 +108,11 @@ ROOMS_$(ALTERNATIVE) := $(ROOMS_int8)
 ROOMS_bundle := core convert models
 ROOMS_verify := core judge convert
 ROOMS_publish := core release
-# Not stages: they look ahead, run a result, check what was published.
+# Not stages: they look ahead, run a result, check and rebuild what is there.
 ROOMS_plan := core convert models judge release
 ROOMS_chat := core judge
 ROOMS_check := core release
+ROOMS_reproduce := core convert
 
 # Texts that end up in a stage's result (every stage reads the recipe and depends on the lock).
 TEXTS_fetch :=
@@ -196,7 +197,7 @@ WHERE = --model-id $(MODEL_ID) --artifacts $(ARTIFACTS) --recipe $(RECIPE)
 endif
 
 # --- targets ----------------------------------------------------------------------------------------------------------
-.PHONY: all setup plan fetch golden graph fp32 fp16 int8 $(ALTERNATIVE) bundle verify publish check compare chat run bench image test lint format clean clean-env help
+.PHONY: all setup plan fetch golden graph fp32 fp16 int8 $(ALTERNATIVE) bundle verify publish check reproduce compare chat run bench image test lint format clean clean-env help
 
 all: publish ## set-up, then everything for MODEL_ID: fp32, fp16, int8, bundles, the report, the publish folder (default)
 	@echo "files:   $(foreach variant,$(VARIANTS),$(ROOT)/$(variant)/step.tflite) $(foreach bundle,$(BUNDLES),$(ROOT)/bundle/$(bundle).litertlm)"
@@ -237,6 +238,9 @@ run: bundle ## let the int8 bundle answer PROMPT= once
 
 check: $(READY) ## hold a published folder against its own papers (FILES=)
 	$(call RUN,check) -m pipeline.check $(call QUOTE,$(abspath $(FILES)))
+
+reproduce: $(READY) ## rebuild what is finished for MODEL_ID from its manifests, and compare every file
+	$(call RUN,reproduce) -m pipeline.reproduce $(WHERE)
 
 compare: verify ## build every variant and print the table that compares them
 	$(call RUN,verify) -m pipeline.judge.report $(abspath $(ROOT))/verify/report.json

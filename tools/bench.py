@@ -145,7 +145,7 @@ def measure_bundles(folder: Path, rounds: int) -> dict[str, Any] | None:
         builds["stock"] = json.loads((made / "int8.json").read_text(encoding="utf-8"))
         files["stock"] = made / "int8.litertlm"
         shown["the stock exporter"] = {"export_hf": builds["stock"]}
-    bench_stages.draw(shown, folder.parent / "bundle.svg")
+    bench_stages.draw(shown, folder.parent / "bundle.png")
     work = bench_bundle.Work(prompt_tokens=TOKENS, decode_tokens=TOKENS, threads=default_threads())
     measured = bench_bundle.compare(files, work, rounds)
     for line in bench_bundle.table(measured):

@@ -2,7 +2,7 @@
 
     python -m tools.bench_large e2b [e4b]        (nox -s large)
 
-Writes `bench/large.json` and `bench/large.svg`, and fails if a limit is missed. The disk is checked first (E2B needs
+Writes `bench/large.json` and `bench/large.png`, and fails if a limit is missed. The disk is checked first (E2B needs
 40 GB at once, E4B 35). The runs, per size: bf16 to the int8 bundle, and on through every stage up to publish; the same
 under a memory cgroup of 4 GiB, where this process may make one; bf16 to the fp32 sections. A checkpoint of 0.3 billion
 parameters goes first, so that growth shows.
@@ -11,6 +11,7 @@ parameters goes first, so that growth shows.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import sys
@@ -21,7 +22,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from pipeline.core import log, manifest, versions
+from pipeline.core import log, versions
 from pipeline.core.recipe import PROJECT
 from pipeline.judge.runtime import default_threads, processor
 from tools import bench_stages
@@ -46,6 +47,8 @@ CGROUPS = (
     (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"),  # version 1
     (Path("/sys/fs/cgroup"), "memory.max"),
 )
+SHOWN = ("e2b int8", "e2b judged", "e2b fp32", "e4b int8")
+"""The runs in the picture."""
 CHANGES = bench_stages.INT8_ALONE | {
     "decode = 128": "decode = 64",
     "prompts = 16": "prompts = 4",
@@ -147,9 +150,8 @@ def main() -> int:
         "date": time.strftime("%Y-%m-%d"),
         "command": f"nox -s large -- {' '.join(arguments.sizes)}",
     }
-    (arguments.out / "large.json").write_text(manifest.dump_json(found), encoding="utf-8")
-    shown = {name: stages for name, stages in runs.items() if not name.endswith(" golden")}
-    bench_stages.draw(shown, arguments.out / "large.svg")
+    (arguments.out / "large.json").write_text(json.dumps(found), encoding="utf-8")  # stages in their order
+    bench_stages.draw({name: runs[name] for name in SHOWN if name in runs}, arguments.out / "large.png")
     for name, stages in runs.items():
         log.line(f"\n{name}")
         for line in bench_stages.table(stages):

@@ -90,12 +90,11 @@ def table(stages: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def draw(runs: Mapping[str, Mapping[str, Mapping[str, Any]]], file: Path) -> None:
-    """A panel per run (title → stages by name → what they took): memory over time, to the SVG `file`."""
+    """A panel per run (title → stages by name → what they took): memory over time, to the PNG `file`."""
     import matplotlib
     from matplotlib import pyplot
 
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "0"
+    matplotlib.use("agg")
     figure, panels = pyplot.subplots(len(runs), squeeze=False, figsize=(10, 2.9 * len(runs)), layout="constrained")
     for axes, (title, stages) in zip(panels[:, 0], runs.items(), strict=True):
         start = 0.0
@@ -115,7 +114,7 @@ def draw(runs: Mapping[str, Mapping[str, Mapping[str, Any]]], file: Path) -> Non
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, fontsize=8, frameon=False)
     file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, metadata={"Date": None})
+    figure.savefig(file, dpi=100)
     pyplot.close(figure)
 
 
@@ -134,7 +133,7 @@ def main() -> int:
             arguments.stages, arguments.checkpoint.resolve(), Path(scratch), arguments.recipe, arguments.graphs
         )
     arguments.out.write_text(json.dumps(stages), encoding="utf-8")
-    draw({arguments.checkpoint.name: stages}, arguments.out.with_suffix(".svg"))
+    draw({arguments.checkpoint.name: stages}, arguments.out.with_suffix(".png"))
     for row in table(stages):
         log.line(row)
     return 0

@@ -20,7 +20,7 @@ README = PROJECT / "README.md"
 REPORT = PROJECT / "artifacts" / "tiny-gemma3n" / "verify" / "report.json"
 BENCH = PROJECT / "bench" / "bench.json"
 LARGE = PROJECT / "bench" / "large.json"
-PICTURE = LARGE.with_suffix(".svg")
+PICTURE = LARGE.with_suffix(".png")
 BEGIN, END = "<!-- figures: written by tools/figures.py -->", "<!-- end of figures -->"
 NAMES = {
     "fp32": "fp32",

@@ -14,3 +14,8 @@ def output(command: Sequence[str], *, cwd: Path | None = None, env: Mapping[str,
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip()
+
+
+def run(command: Sequence[str], *, cwd: Path | None = None) -> int:
+    """Run `command`, which prints for itself, and return its exit code."""
+    return subprocess.run(command, cwd=cwd, check=False).returncode
