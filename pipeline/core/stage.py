@@ -37,6 +37,9 @@ from pipeline.core.recipe import load as load_recipe
 DEFAULT_MODEL = "examples/tiny-gemma3n"
 DEFAULT_RECIPE = "pipeline/recipes/gemma3n.toml"
 INTERRUPTED = 130
+_INTERRUPTED_TEXT = "interrupted: nothing finished is lost, the same command goes on from here"
+_PATIENCE = 5.0
+"""Seconds that an interrupted stage has to end by itself."""
 _NOT_OUTPUTS = (manifest.NAME, "run.json")
 
 
@@ -114,7 +117,7 @@ def guard(work: Callable[[], None]) -> int:
             log.line(text)
         return error.exit_code
     except KeyboardInterrupt:
-        log.line("interrupted: nothing finished is lost, the same command goes on from here")
+        log.line(_INTERRUPTED_TEXT)
         return INTERRUPTED
     except (OSError, MemoryError) as error:
         return _report_machine_error(error)
@@ -217,12 +220,37 @@ def _clear(folder: Path) -> Path:
 
 @contextmanager
 def _cleared_on_interrupt(folder: Path) -> Iterator[None]:
-    """Leave nothing half-written behind when someone stops the work; what failed by itself stays to be looked at."""
+    """Leave nothing half-written behind when someone stops the work; what failed by itself stays to be looked at.
+
+    Some libraries swallow the exception and go on (torch.export does now and then): the process ends all the same.
+    """
+    asked: list[threading.Timer] = []
+
+    def interrupt(_signal: int, _frame: object) -> None:
+        asked.append(threading.Timer(_PATIENCE, leave))
+        asked[-1].daemon = True
+        asked[-1].start()
+        raise KeyboardInterrupt
+
+    def leave() -> None:
+        _clear(folder)
+        log.line(_INTERRUPTED_TEXT)
+        os._exit(INTERRUPTED)
+
+    signals = [sent for sent in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(sent) is not signal.SIG_IGN]
+    before = {sent: signal.signal(sent, interrupt) for sent in signals}
     try:
         yield
+        if asked:
+            raise KeyboardInterrupt
     except KeyboardInterrupt:
         _clear(folder)
         raise
+    finally:
+        for timer in asked:
+            timer.cancel()
+        for sent, handler in before.items():
+            signal.signal(sent, handler)
 
 
 def _files(folder: Path, measured: tuple[str, ...]) -> list[Path]:

@@ -391,3 +391,27 @@ def test_the_memory_of_a_stage_is_sampled_while_it_works(run: Run, root: Path) -
 
     assert run(Stage(name="first", summary="", work=work)) == 0
     assert json.loads((root / "first" / "run.json").read_text(encoding="utf-8"))["peak_anonymous"] > 200_000_000
+
+
+@pytest.mark.parametrize("forever", [True, False])
+def test_an_interrupt_that_a_library_swallows_ends_the_stage_all_the_same(tmp_path: Path, forever: bool) -> None:
+    """Also if the work comes to its end before patience does."""
+    program = f"""
+import contextlib, os, signal, sys, time
+from pipeline.core import stage
+signal.signal(signal.SIGINT, signal.default_int_handler)
+stage._PATIENCE = 0.5 if {forever} else 60
+def work(context):
+    (context.folder / "half.bin").write_bytes(bytes(100))
+    with contextlib.suppress(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(60 if {forever} else 0)
+    return stage.Outcome(model="toy", revision="r1")
+sys.exit(stage.main(stage.Stage(name="deaf", summary="", work=work)))
+"""
+    where = ["--model-id", "org/toy", "--artifacts", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *where], cwd=PROJECT, capture_output=True, text=True, timeout=30
+    )
+    assert done.returncode == 130 and "the same command goes on" in done.stderr
+    assert not list((tmp_path / "org--toy" / "deaf").iterdir())
