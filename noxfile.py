@@ -89,7 +89,7 @@ def gemma3(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none", default=False)
 def large(session: nox.Session) -> None:
-    """Every stage at true E2B size (or `-- e2b e4b`), with random weights, held against limits: 40 GB, 25 minutes."""
+    """Every stage at true E2B size (or `-- e2b e4b`), with random weights, held against limits: half an hour each."""
     python(session, "-m", "tools.bench_large", *session.posargs)
 
 
