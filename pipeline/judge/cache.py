@@ -21,13 +21,11 @@ from pipeline.judge import metrics
 from pipeline.judge.corpus import Tokens
 from pipeline.judge.metrics import Scores
 from pipeline.judge.reference import Floats, Head
-from pipeline.judge.sections import DECODER, Conversation, Sections
+from pipeline.judge.sections import Conversation, Sections
 
 Logits = NDArray[np.float32]
 ORDER = (0, 1, 0)
 """The scripts whose judged positions `play` gives, one after the other; the last in a used cache."""
-_REPACKED = 3e8
-"""Bytes per second, roughly, at which XNNPACK lays out weights anew when a file is opened."""
 _EARLY = 24
 """Tokens that the second conversation decodes before its first prefill."""
 _UNEVEN = 41
@@ -125,8 +123,7 @@ def play(folder: Path, recital: Recital, label: str, scratch: Path | None = None
         scratch: a folder for what would take gigabytes of memory: the logits, and weights as XNNPACK repacks them.
     """
     weights = scratch / f"{label}.weights" if scratch else None
-    with log.waiting(f"{label}: opening, weights are repacked", (folder / DECODER).stat().st_size / _REPACKED):
-        sections = Sections(folder, weights=weights) if weights else Sections(folder)
+    sections = Sections(folder, weights=weights) if weights else Sections(folder)
     total = 2 * recital.scripts[0].length + recital.scripts[1].length
     judged = sum(len(recital.scripts[row].judged) for row in ORDER)
     room: Logits | None = None

@@ -13,10 +13,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.core import log
 from pipeline.core.errors import VerificationError
 from pipeline.judge.runtime import MappedModel, default_threads, litert
 
 DECODER, EMBEDDER, PER_LAYER = "decoder.tflite", "embedder.tflite", "per_layer_embedder.tflite"
+_REPACKED = 3e8
+"""Bytes per second, roughly, at which XNNPACK lays out weights anew when a file is opened."""
 # What LiteRT-LM 0.18 writes where a token may not look: 0.7 times the lowest float32.
 _MASKED = np.float32(-0.7 * np.finfo(np.float32).max)
 _PREFILL = re.compile(r"prefill_(\d+)")
@@ -73,7 +76,8 @@ class Sections:
         def open_file(name: str) -> Any:
             return litert(folder / name, xnnpack=xnnpack, threads=threads)
 
-        decoder = MappedModel(folder / DECODER, weights, threads) if weights else open_file(DECODER)
+        with log.waiting(f"opening {folder.name}/{DECODER}", (folder / DECODER).stat().st_size / _REPACKED):
+            decoder = MappedModel(folder / DECODER, weights, threads) if weights else open_file(DECODER)
         self.signatures = decoder.get_signature_list()
         self._runners = {name: decoder.get_signature_runner(name) for name in self.signatures}
         self._shapes = {
