@@ -37,7 +37,7 @@ def quality(report: dict[str, Any]) -> list[str]:
         f"The shipped model, {report['parameters']:,} parameters; `make` on {report['date']}, "
         f"{report['machine']['cores']} cores ({report['machine']['processor']}), torch {report['tools']['torch']}, "
         f"transformers {report['tools']['transformers']}, LiteRT {report['tools']['ai-edge-litert']}. "
-        f"{report['reference']['positions']:,} held-out positions; fp32 is held against Hugging Face, "
+        f"{report['positions']:,} held-out positions; fp32 is held against Hugging Face, "
         "the others against our fp32 file.",
         "",
         "| file | size | of fp32 | KLD (95 %) | top-1 | perplexity | integer products | S = 1 | S = 128 | S = 1,024 |",
