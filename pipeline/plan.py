@@ -63,7 +63,8 @@ class Model:
     """A checkpoint, and what is to be made of it.
 
     `facts` as fetch records them; `download` the bytes to get (none of a local folder), `stored` those of its files;
-    `multiplied` the parameters that each token is multiplied with; `files` what each precision stores, by file.
+    `shapes` of its tensors; `multiplied` the parameters that each token is multiplied with; `files` what each precision
+    stores, by file.
     """
 
     facts: Mapping[str, Any]
@@ -72,6 +73,7 @@ class Model:
     download: int
     stored: int
     text: Mapping[str, Any]
+    shapes: Mapping[str, tuple[int, ...]]
     multiplied: int
     files: Mapping[str, Weights]
     recipe: Recipe
@@ -87,11 +89,15 @@ class Model:
         return self.recipe.bundle.precisions if self.graphs != "step" else ()
 
     @property
+    def table(self) -> tuple[int, int]:
+        """Tokens and width of the embedding table."""
+        tokens, width = self.shapes["embed_tokens.weight"]
+        return tokens, width
+
+    @property
     def cache(self) -> int:
-        """Bytes of one KV cache: keys and values of every layer that has its own, in float32."""
-        layers = int(self.text["num_hidden_layers"]) - int(self.text.get("num_kv_shared_layers") or 0)
-        width = int(self.text["num_key_value_heads"]) * int(self.text["head_dim"])
-        return 0 if self.graphs == "step" else 4 * 2 * layers * width * self.recipe.bundle.cache_length
+        """Bytes of one KV cache in float32."""
+        return 0 if self.graphs == "step" else 4 * sizes.cached(self.shapes) * self.recipe.bundle.cache_length
 
     @property
     def conversation(self) -> int:
@@ -125,7 +131,7 @@ def golden(model: Model) -> Need:
     streamed = free is not None and loaded > free
     return Need(
         what="Hugging Face in fp32, " + ("streamed" if streamed else "loaded"),
-        size=4 * kept * int(model.text["hidden_size"]),
+        size=4 * kept * model.table[1],
         memory=1.5 * _GIB if streamed else loaded,
         seconds=2 * model.multiplied * tokens / _FLOPS + steps * model.multiplied / _READ,
     )
@@ -166,7 +172,7 @@ def verify(model: Model) -> Need:
     taken = 0.7 * _GIB + 6.5 * model.cache
     if model.graphs != "bundle":
         taken += 4 * model.multiplied  # XNNPACK packs a step graph's weights into memory
-    logits = 4 * 3 * settings.decode * int(model.text["vocab_size"]) * len(decoders)
+    logits = 4 * 3 * settings.decode * model.table[0] * len(decoders)
     return Need(
         what="report.html", size=1 << 20, memory=taken, seconds=seconds, scratch=max(decoders, default=0) + logits
     )
@@ -212,6 +218,7 @@ def look(arguments: argparse.Namespace, recipe: Recipe) -> Model:
         download=0 if kept else stored,
         stored=stored,
         text=config.get("text_config", config),
+        shapes=architecture.tensors(config),
         multiplied=sizes.multiplied(architecture, config),
         files=sizes.of_files(architecture, config, len(recipe.bundle.prefill), graphs),
         recipe=recipe,

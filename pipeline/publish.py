@@ -120,7 +120,7 @@ def _subject(fetched: Manifest) -> Subject:
     return Subject(
         model=fetched.model,
         revision=fetched.revision,
-        base_models=_texts(fetched.facts["base_models"]),
+        base_models=licence.texts(fetched.facts["base_models"]),
         model_type=str(fetched.facts["model_type"]),
     )
 
@@ -130,14 +130,9 @@ def _claim(fetched: Manifest, source: Mapping[str, Any]) -> Claim:
         model=fetched.model,
         model_type=str(fetched.facts["model_type"]),
         licence=str(fetched.facts["licence"]),
-        base_models=_texts(fetched.facts["base_models"]),
-        tags=_texts(source.get("tags")),
+        base_models=licence.texts(fetched.facts["base_models"]),
+        tags=licence.texts(source.get("tags")),
     )
-
-
-def _texts(value: object) -> tuple[str, ...]:
-    """A list of texts from a manifest or a card, where one alone may stand without its list."""
-    return tuple(map(str, value)) if isinstance(value, list) else (str(value),) if value else ()
 
 
 def _build(context: Context) -> Build:

@@ -49,7 +49,8 @@ def export_decoder(checkpoint: Checkpoint, bundle: Bundle, out: Path) -> None:
 
 
 def _seconds(checkpoint: Checkpoint, signatures: int) -> float:
-    return sizes.EXPORT_SECONDS * sizes.layers(checkpoint.config) * signatures
+    shapes = architecture_for(checkpoint.config).tensors(checkpoint.config)
+    return sizes.EXPORT_SECONDS * sizes.layers(shapes) * signatures
 
 
 def _call(checkpoint: Checkpoint, bundle: Bundle, name: str, length: int) -> Signature:

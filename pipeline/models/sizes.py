@@ -49,7 +49,7 @@ def of_files(
     """
     shapes = architecture.tensors(config)
     tables = {table.tensor: table for table in architecture.tables(config)}
-    count = layers(config)
+    count = layers(shapes)
     files = {}
     if graphs != "bundle":
         files["step.tflite"] = _weights(shapes, count)
@@ -62,9 +62,14 @@ def of_files(
     return files
 
 
-def layers(config: Mapping[str, Any]) -> int:
-    """The text model's layers."""
-    return int(config.get("text_config", config)["num_hidden_layers"])
+def layers(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """How many layers a text model with these tensors has."""
+    return len({name.split(".")[1] for name in shapes if name.startswith("layers.")})
+
+
+def cached(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Values that a KV cache holds per position: keys and values of every layer that has its own."""
+    return 2 * sum(shape[0] for name, shape in shapes.items() if name.endswith(".k_proj.weight"))
 
 
 def multiplied(architecture: Architecture, config: Mapping[str, Any]) -> int:

@@ -70,12 +70,12 @@ def claimed(card: str) -> Said:
     licence, name = (str(data.get(key) or "") for key in ("license", "license_name"))
     return Said(
         licence=name if name and licence == "other" else licence,
-        base_models=_texts(data.get("base_model")),
-        tags=_texts(data.get("tags")),
+        base_models=texts(data.get("base_model")),
+        tags=texts(data.get("tags")),
     )
 
 
-def _texts(value: object) -> tuple[str, ...]:
+def texts(value: object) -> tuple[str, ...]:
     """A list of texts, where one alone may stand without its list."""
     return tuple(map(str, value)) if isinstance(value, list) else (str(value),) if value else ()
 

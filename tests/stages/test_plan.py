@@ -16,6 +16,7 @@ from pipeline.core import manifest, memory
 from pipeline.core.recipe import PROJECT
 from pipeline.core.recipe import load as load_recipe
 from pipeline.core.stage import DEFAULT_MODEL
+from pipeline.models import sizes
 from pipeline.models.gemma3n import ARCHITECTURE
 from tools.make_random_checkpoint import GEOMETRIES
 
@@ -41,6 +42,15 @@ def test_sizes_are_those_of_the_files(built: Line) -> None:
     for stage in ("graph", "bundle", "golden"):
         made_size = sum(record.size for record in manifest.read(built.root / stage).outputs)
         assert plan.NEEDS[stage](model).size == pytest.approx(made_size, rel=0.2), stage
+
+
+def test_a_configuration_that_leaves_keys_to_their_defaults_is_planned_too(judged: Line) -> None:
+    """As transformers reads it: 35 layers of which 20 have a cache, two heads of 256."""
+    shapes = ARCHITECTURE.tensors({"model_type": "gemma3n_text"})
+    assert sizes.layers(shapes) == 35 and sizes.cached(shapes) == 20 * 2 * 2 * 256
+    _, model = planned(judged)
+    own = model.text["num_hidden_layers"] - model.text["num_kv_shared_layers"]
+    assert sizes.cached(model.shapes) == own * 2 * model.text["num_key_value_heads"] * model.text["head_dim"]
 
 
 def test_what_is_done_takes_no_more_disk(built: Line, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
