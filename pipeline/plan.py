@@ -132,7 +132,7 @@ def golden(model: Model) -> Need:
     return Need(
         what="Hugging Face in fp32, " + ("streamed" if streamed else "loaded"),
         size=4 * kept * model.table[1],
-        memory=1.5 * _GIB if streamed else loaded,
+        memory=1.9 * _GIB if streamed else loaded,
         seconds=2 * model.multiplied * tokens / _FLOPS + steps * model.multiplied / _READ,
     )
 
@@ -142,7 +142,10 @@ def graph(model: Model) -> Need:
     layers = sum(held.graph_layers for held in model.files.values())
     size = sum(held.bytes("fp32") - 4 * held.elements for name, held in model.files.items() if held.graph_layers)
     return Need(
-        what="graphs without matrices", size=size, memory=0.7 * _GIB, seconds=15 + sizes.EXPORT_SECONDS * layers
+        what="graphs without matrices",
+        size=size,
+        memory=0.4 * _GIB + sizes.EXPORT_BYTES * layers,
+        seconds=15 + sizes.EXPORT_SECONDS * layers,
     )
 
 

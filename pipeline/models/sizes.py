@@ -17,6 +17,8 @@ _PER_LAYER = 12_000
 """Bytes of one signature's operators and tensors per layer, in Gemma 3n's decoder."""
 EXPORT_SECONDS = 1.5
 """Seconds per layer and signature of exporting a graph, on two cores (Gemma 3n E2B's decoder: 133 s for 90)."""
+EXPORT_BYTES = 3_400_000
+"""Memory per layer and signature of exporting a graph, beyond the libraries' 0.4 GiB (E4B, 105 of them: 0.68 GiB)."""
 _HEAD = "embed_tokens.weight"
 """The embedding, which every architecture here uses as its head as well."""
 
