@@ -299,8 +299,10 @@ class Graph:
         made.inputs, made.outputs = _ports(inputs), _ports(outputs)
         self.model.signatureDefs = [*(self.model.signatureDefs or []), made]
 
-    def operator(self, code: str, inputs: Sequence[int], outputs: Sequence[int], version: int = 1) -> Any:
-        """A new operator with default options, not yet in the graph: put it into `main.operators`."""
+    def operator(
+        self, code: str, inputs: Sequence[int], outputs: Sequence[int], version: int = 1, **settings: int | bool
+    ) -> Any:
+        """A new operator, options default but for `settings`, not yet in the graph: put it into `main.operators`."""
         s = _schema()
         made = s.OperatorT()
         made.inputs, made.outputs = list(inputs), list(outputs)
@@ -311,6 +313,8 @@ class Graph:
                 getattr(s, f"{options}T")(),
                 getattr(s.BuiltinOptions, options),
             )
+        for name, value in settings.items():
+            setattr(made.builtinOptions, name, value)
         return made
 
     def opcode(self, code: str, version: int = 1) -> int:
@@ -485,6 +489,12 @@ _OPTIONS = {
     "RESHAPE": "ReshapeOptions",
     "LESS": "LessOptions",
     "SELECT_V2": "SelectV2Options",
+    "SUB": "SubOptions",
+    "DIV": "DivOptions",
+    "SUM": "ReducerOptions",
+    "REDUCE_MAX": "ReducerOptions",
+    "REDUCE_MIN": "ReducerOptions",
+    "CONCATENATION": "ConcatenationOptions",
 }
 
 
