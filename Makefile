@@ -14,6 +14,8 @@ GRAPHS ?=
 ARTIFACTS ?= artifacts
 #: CALIBRATION   your own text (.txt or .jsonl) for the full-integer file
 CALIBRATION ?=
+#: EVAL          your own text (.txt or .jsonl, chat conversations too) to judge on, for the recipe's
+EVAL ?=
 #: PROMPT        what `make run` asks
 PROMPT ?= Hello
 #: PRECISION     the bundle that `make chat` and `make run` talk to
@@ -120,23 +122,26 @@ TEXTS_graph :=
 TEXTS_bundle :=
 TEXTS_fp32 :=
 TEXTS_fp16 :=
-TEXTS_verify :=
 TEXTS_publish :=
-TEXTS_golden := $(TEXTS)
+TEXTS_golden := $(TEXTS) $(EVAL)
 TEXTS_int8 := $(TEXTS) $(CALIBRATION)
+TEXTS_verify := $(TEXTS) $(EVAL) $(CALIBRATION)
 TEXTS_$(ALTERNATIVE) := $(TEXTS_int8)
 
 # --- settings of each stage -------------------------------------------------------------------------------------------
 WANTED := $(if $(GRAPHS),--graphs $(GRAPHS))
 OPTIONS_fetch := $(if $(REVISION),--revision $(REVISION))
-OPTIONS_golden := --device $(DEVICE) $(WANTED)
+# The user's texts.
+EVALUATED := $(if $(EVAL),--eval $(abspath $(EVAL)))
+CALIBRATED := $(if $(CALIBRATION),--calibration $(abspath $(CALIBRATION)))
+OPTIONS_golden := --device $(DEVICE) $(WANTED) $(EVALUATED)
 OPTIONS_graph := $(WANTED)
 OPTIONS_fp32 := $(WANTED)
 OPTIONS_fp16 := $(WANTED)
-OPTIONS_int8 := $(WANTED) $(if $(CALIBRATION),--calibration $(abspath $(CALIBRATION)))
+OPTIONS_int8 := $(WANTED) $(CALIBRATED)
 OPTIONS_$(ALTERNATIVE) := --scheme $(subst int8-,,$(ALTERNATIVE)) $(OPTIONS_int8)
 OPTIONS_bundle := $(WANTED)
-OPTIONS_verify := $(WANTED) --variants $(VARIANTS)
+OPTIONS_verify := $(WANTED) --variants $(VARIANTS) $(EVALUATED) $(CALIBRATED)
 OPTIONS_publish := $(WANTED)
 
 # What the goals need, in order: this is planned before any of it is begun, once for the same settings.
@@ -178,7 +183,7 @@ READY := image
 ONLINE := $(if $(FOLDER),,fetch plan)
 # Every path that a stage is told is mounted at the same path, what a checkpoint's links lead to as well; a recipe's texts
 # where the recipe names them from, the project's folder.
-READ := $(abspath $(RECIPE) $(CALIBRATION) $(filter /%,$(TEXTS)) $(FOLDER) $(dir $(realpath $(CHECKPOINT))))
+READ := $(abspath $(RECIPE) $(CALIBRATION) $(EVAL) $(filter /%,$(TEXTS)) $(FOLDER) $(dir $(realpath $(CHECKPOINT))))
 MOUNTS := $(foreach path,$(sort $(READ)),-v $(path):$(path):ro) \
 	$(foreach text,$(filter-out /%,$(TEXTS)),-v $(abspath $(text)):/app/$(text):ro)
 IN_CONTAINER = docker run --rm $(2) --read-only --tmpfs /tmp --cap-drop ALL --security-opt no-new-privileges \
@@ -240,7 +245,7 @@ check: $(READY) ## hold a published folder against its own papers (FILES=)
 	$(call RUN,check) -m pipeline.check $(call QUOTE,$(abspath $(FILES)))
 
 reproduce: $(READY) ## rebuild what is finished for MODEL_ID from its manifests, and compare every file
-	$(call RUN,reproduce) -m pipeline.reproduce $(WHERE)
+	$(call RUN,reproduce) -m pipeline.reproduce $(WHERE) $(EVALUATED) $(CALIBRATED)
 
 compare: verify ## build every variant and print the table that compares them
 	$(call RUN,verify) -m pipeline.judge.report $(abspath $(ROOT))/verify/report.json

@@ -56,8 +56,12 @@ def render(report: Report) -> str:
         variants=variants(report),
         distributions=_drawing(plots.kld_distributions, _distributions(report)),
         quality=_drawing(plots.size_against_quality, _points(report)),
+        judged=_judged(report),
         failed=[check for check in report["checks"] if not check["passed"]],
         reference_name=REFERENCE,
+        figure=figure,
+        percent=percent,
+        ratio=ratio,
     )
 
 
@@ -69,6 +73,15 @@ def _drawing(draw: Callable[[Sequence[Any]], str], rows: Sequence[Any]) -> Marku
 def variants(report: Report) -> dict[str, Any]:
     """The files by name, in the order in which they were judged (JSON objects are sorted by key)."""
     return {name: report["variants"][name] for name in report["order"]}
+
+
+def _judged(report: Report) -> list[tuple[str, str, Any]]:
+    """Every file with what it was held against and the figures of that: fp32 first, where there is one."""
+    rows = []
+    for name, entry in (variants(report) | dict(sorted(report["bundles"].items()))).items():
+        pairs = (("fp32", entry["against_fp32"]), (REFERENCE, entry["against_reference"]))
+        rows += [(name, against, figures) for against, figures in pairs if figures]
+    return rows
 
 
 def figure(value: float | None) -> str:
@@ -86,6 +99,11 @@ def percent(value: float | None) -> str:
     if value is None:
         return "–"
     return f"{min(value, 1.0 if value >= 1 else 0.9999):.2%}".replace("%", "\u00a0%")
+
+
+def ratio(value: float | None) -> str:
+    """A ratio of perplexities."""
+    return "–" if value is None else f"× {value:.4f}"
 
 
 def milliseconds(seconds: float | None) -> str:
@@ -149,8 +167,8 @@ def _bundles(report: Report) -> list[str]:
                 name,
                 log.human_bytes(bundle["size"]),
                 figure(scores["nmse_max"]),
-                figure(scores["kld"]),
-                percent(scores["top1"]),
+                figure(scores["kld"]["value"]),
+                percent(scores["top1"]["value"]),
                 f"{ids['total'] - ids['wrong']}/{ids['total']}",
                 f"{prompts['total'] - prompts['wrong']}/{prompts['total']}",
                 f"{greedy['same']}/{len(greedy['rows'])}",

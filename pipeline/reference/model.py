@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -22,7 +22,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from pipeline.core import log
-from pipeline.core.errors import IntegrityError
+from pipeline.core.errors import IntegrityError, UsageError
 from pipeline.reference import streaming
 
 Floats = NDArray[np.float32]
@@ -50,13 +50,16 @@ class HuggingFace:
     stop: tuple[int, ...]
 
     @classmethod
-    def load(cls, checkpoint: Path, device: str, *, streamed: bool = False) -> HuggingFace:
+    def load(
+        cls, checkpoint: Path, device: str, *, streamed: bool = False, dtype: torch.dtype = torch.float32
+    ) -> HuggingFace:
         """Load the text model of `checkpoint`; vision and audio weights are left alone.
 
         Args:
             checkpoint: a folder as Hugging Face has them.
             device: where the model runs, as torch calls it.
-            streamed: read each matrix when it is needed (see `streaming`), on the CPU.
+            streamed: read each matrix when it is needed (see `streaming`), on the CPU and in float32.
+            dtype: what it computes in; the reference is float32.
 
         Raises:
             IntegrityError: tensors are missing, have another shape, or belong to no part of the model.
@@ -72,7 +75,7 @@ class HuggingFace:
                 checkpoint,
                 config=config,
                 key_mapping=_TEXT_TOWER,
-                dtype=torch.float32,
+                dtype=dtype,
                 attn_implementation="eager",
                 local_files_only=True,
                 output_loading_info=True,
@@ -109,6 +112,22 @@ class HuggingFace:
         turn = [{"role": "user", "content": text}]
         return str(self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
 
+    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """A conversation as the checkpoint's template has it; its contents alone where there is no template.
+
+        Raises:
+            UsageError: the template refuses it.
+        """
+        if not self.tokenizer.chat_template:
+            return "\n".join(message["content"] for message in messages)
+        try:
+            return str(self.tokenizer.apply_chat_template(list(messages), tokenize=False))
+        except Exception as error:  # the template is the model's own code: whatever it raises is about the messages
+            raise UsageError(
+                f"the model's chat template refuses a conversation: {error}",
+                remedy="check the roles: usually user and model or assistant in turn",
+            ) from error
+
     def hidden(self, ids: Tokens, mask: Tokens, bar: log.Progress | None = None) -> Floats:
         """Final hidden states float32 [B, S, H] of `ids` and `mask` [B, S], in batches that bound the memory."""
         length = ids.shape[1]
@@ -126,7 +145,7 @@ class HuggingFace:
                     position_ids=(attention.cumsum(-1) - 1).clamp(min=0),
                     use_cache=False,
                 )
-            parts.append(output.last_hidden_state.cpu().numpy())
+            parts.append(output.last_hidden_state.float().cpu().numpy())
             if bar:
                 bar.advance(tokens.numel())
         return np.concatenate(parts)
