@@ -20,6 +20,10 @@ EVAL ?=
 PROMPT ?= Hello
 #: PRECISION     the bundle that `make chat` and `make run` talk to
 PRECISION ?= int8
+#: FILE          the .tflite or .litertlm file that `make inspect` looks into
+FILE ?=
+#: AGAINST       the fp32 step graph that `make inspect` holds FILE against, operator by operator
+AGAINST ?=
 #: FILES         the published folder that `make check` looks at
 FILES ?= $(ROOT)/publish
 #: DEVICE        auto, cpu or cuda: where the Hugging Face reference runs
@@ -114,6 +118,7 @@ ROOMS_publish := core release
 ROOMS_plan := core convert models judge release
 ROOMS_chat := core judge
 ROOMS_check := core release
+ROOMS_inspection := core convert
 ROOMS_reproduce := core convert
 
 # Texts that end up in a stage's result (every stage reads the recipe and depends on the lock).
@@ -183,7 +188,7 @@ READY := image
 ONLINE := $(if $(FOLDER),,fetch plan)
 # Every path that a stage is told is mounted at the same path, what a checkpoint's links lead to as well; a recipe's texts
 # where the recipe names them from, the project's folder.
-READ := $(abspath $(RECIPE) $(CALIBRATION) $(EVAL) $(filter /%,$(TEXTS)) $(FOLDER) $(dir $(realpath $(CHECKPOINT))))
+READ := $(abspath $(RECIPE) $(CALIBRATION) $(EVAL) $(FILE) $(AGAINST) $(filter /%,$(TEXTS)) $(FOLDER) $(dir $(realpath $(CHECKPOINT))))
 MOUNTS := $(foreach path,$(sort $(READ)),-v $(path):$(path):ro) \
 	$(foreach text,$(filter-out /%,$(TEXTS)),-v $(abspath $(text)):/app/$(text):ro)
 IN_CONTAINER = docker run --rm $(2) --read-only --tmpfs /tmp --cap-drop ALL --security-opt no-new-privileges \
@@ -202,7 +207,7 @@ WHERE = --model-id $(MODEL_ID) --artifacts $(ARTIFACTS) --recipe $(RECIPE)
 endif
 
 # --- targets ----------------------------------------------------------------------------------------------------------
-.PHONY: all setup plan fetch golden graph fp32 fp16 int8 $(ALTERNATIVE) bundle verify publish check reproduce compare chat run bench image test lint format clean clean-env help
+.PHONY: all setup plan fetch golden graph fp32 fp16 int8 $(ALTERNATIVE) bundle verify publish check inspect reproduce compare chat run bench image test lint format clean clean-env help
 
 all: publish ## set-up, then everything for MODEL_ID: fp32, fp16, int8, bundles, the report, the publish folder (default)
 	@echo "files:   $(foreach variant,$(VARIANTS),$(ROOT)/$(variant)/step.tflite) $(foreach bundle,$(BUNDLES),$(ROOT)/bundle/$(bundle).litertlm)"
@@ -243,6 +248,9 @@ run: bundle ## let the int8 bundle answer PROMPT= once
 
 check: $(READY) ## hold a published folder against its own papers (FILES=)
 	$(call RUN,check) -m pipeline.check $(call QUOTE,$(abspath $(FILES)))
+
+inspect: $(READY) ## tell what is in FILE=, and where it leaves AGAINST=
+	$(call RUN,inspection) -m pipeline.inspection $(call QUOTE,$(abspath $(FILE))) $(if $(AGAINST),--against $(call QUOTE,$(abspath $(AGAINST))))
 
 reproduce: $(READY) ## rebuild what is finished for MODEL_ID from its manifests, and compare every file
 	$(call RUN,reproduce) -m pipeline.reproduce $(WHERE) $(EVALUATED) $(CALIBRATED)

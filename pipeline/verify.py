@@ -22,6 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from pipeline.convert import noise
 from pipeline.convert.template import CONVERSATIONS
 from pipeline.core import log, manifest, versions
 from pipeline.core.errors import UsageError, VerificationError
@@ -49,6 +50,8 @@ _REMEDIES: Mapping[Status, str] = {
     "not measured": "complete the recipe's limits, or run the stage that made the file again",
 }
 _PER_BATCH = 8
+_TRACED = 4
+"""Windows that are run operator by operator to find where a file loses quality."""
 
 
 def work(context: Context) -> Outcome:
@@ -121,7 +124,24 @@ def _judge_steps(context: Context, reference: Reference, tokenizer: Any) -> tupl
         verdicts = _judge_all(subjects, setting)
     decode: Callable[[list[int]], str] = lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True))  # noqa: E731
     rows = verdict.greedy_rows(reference, verdicts, setting, decode)
-    return verdicts, {"greedy": rows, "continuation": recipe.corpus.continuation, "positions": len(panel.positions)}
+    return verdicts, {
+        "greedy": rows,
+        "continuation": recipe.corpus.continuation,
+        "positions": len(panel.positions),
+        "losses": _losses(verdicts, reference),
+    }
+
+
+def _losses(verdicts: Sequence[Verdict], reference: Reference) -> dict[str, Any]:
+    """Where each file that is not close enough to the fp32 file leaves it, operator by operator."""
+    samples = list(reference.corpus()[0][:_TRACED])
+    found: dict[str, Any] = {}
+    for item in verdicts[1:]:
+        if any(check.status != "pass" and check.against == BASELINE and check.low is not None for check in item.checks):
+            trace = noise.trace(item.subject.path, verdicts[0].subject.path, samples)
+            log.step(f"{item.subject.name}: {trace.sentence()}")
+            found[item.subject.name] = trace.facts()
+    return found
 
 
 def _judge_bundles(context: Context, reference: Reference, tokenizer: Any) -> list[bundles.Verdict]:

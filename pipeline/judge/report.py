@@ -57,6 +57,7 @@ def render(report: Report) -> str:
         distributions=_drawing(plots.kld_distributions, _distributions(report)),
         quality=_drawing(plots.size_against_quality, _points(report)),
         judged=_judged(report),
+        losses=_losses(report),
         failed=[check for check in report["checks"] if not check["passed"]],
         reference_name=REFERENCE,
         figure=figure,
@@ -82,6 +83,14 @@ def _judged(report: Report) -> list[tuple[str, str, Any]]:
         pairs = (("fp32", entry["against_fp32"]), (REFERENCE, entry["against_reference"]))
         rows += [(name, against, figures) for against, figures in pairs if figures]
     return rows
+
+
+def _losses(report: Report) -> list[dict[str, Any]]:
+    """Files that are not close enough to fp32, each with the plot of where it leaves that."""
+    return [
+        {**found, "name": name, "plot": Markup(plots.signal_to_noise(name, found["curve"]))}  # noqa: S704 - escaped there
+        for name, found in sorted(report.get("losses", {}).items())
+    ]
 
 
 def figure(value: float | None) -> str:
@@ -175,7 +184,7 @@ def _bundles(report: Report) -> list[str]:
                 "passed" if bundle["fit"] else "FAILED",
             ]
         )
-    return _align(rows)
+    return log.align(rows)
 
 
 def _steps(report: Report) -> list[str]:
@@ -201,12 +210,7 @@ def _steps(report: Report) -> list[str]:
                 "passed" if variant["fit"] else "not fit to publish" if variant["alternative"] else "FAILED",
             ]
         )
-    return _align(rows)
-
-
-def _align(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return log.align(rows)
 
 
 def main(arguments: Sequence[str]) -> int:

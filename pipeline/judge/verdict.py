@@ -20,8 +20,8 @@ from pipeline.judge.runtime import StepModel
 
 BASELINE = "fp32"
 KERNELS = {"xnnpack": "XNNPACK", "builtin": "built-in kernels"}
-_BUILTIN_PART = 4
-"""Without XNNPACK every fourth batch of positions is judged, more of a small corpus: the built-in kernels are slow."""
+_BUILTIN_PART, _BUILTIN_LEAST = 4, 512
+"""The built-in kernels are slow: without XNNPACK every fourth batch is judged, of a small corpus 512 positions."""
 _GRID_LIMITS = {"xnnpack": math.inf, "builtin": 2**22}
 """Largest batch × sequence² on the shape grid. Attention in the built-in kernels takes ten times XNNPACK's time (one
 row of 2048 tokens of the shipped model: 7.6 s against 0.7 s of processor time), so there the longest sequences run at
@@ -150,7 +150,7 @@ def _divergence(continuations: Sequence[Sequence[int]], setting: Setting) -> Div
 
 def _builtin_summary(model: StepModel, subject: Subject, setting: Setting, baseline: Verdict) -> Summary:
     """The file without XNNPACK against the fp32 file, on a part of the positions."""
-    every = max(1, min(_BUILTIN_PART, len(setting.panel.positions) // (2 * gates.FEWEST)))
+    every = max(1, min(_BUILTIN_PART, len(setting.panel.positions) // _BUILTIN_LEAST))
     part, chosen = setting.panel.part(every)
     logits = examine.run_positions(
         model, part, f"{subject.name}, {KERNELS['builtin']}", setting.scratch / f"{subject.name}-builtin"
