@@ -25,7 +25,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from pipeline.core import log, manifest, memory
+from pipeline.core import log, manifest
 from pipeline.core.errors import ResourceError, UsageError, VerificationError
 from pipeline.core.manifest import Facts
 from pipeline.core.recipe import PROJECT, Bundle, Corpus, Graphs, Recipe, Shapes
@@ -34,12 +34,10 @@ from pipeline.judge import cache, corpus, metrics
 from pipeline.judge.corpus import Tokens
 from pipeline.judge.metrics import Summary
 from pipeline.judge.reference import Head
-from pipeline.reference.model import HuggingFace
+from pipeline.reference.model import HuggingFace, too_large
 
 Floats = NDArray[np.float32]
 
-_WORKING_MEMORY = 3 << 29
-"""Bytes besides the weights: 1.3 GB were the peak with the shipped model."""
 _LOADED = 3e8
 """Parameters per second that are read and widened, roughly."""
 _SAMPLE_WINDOWS = 8
@@ -246,9 +244,7 @@ def _streamed(wanted: str, device: str, parameters: int) -> bool:
         if wanted == "streamed":
             raise UsageError("weights are streamed on the CPU only", remedy="leave out --weights, or use DEVICE=cpu")
         return False
-    free = memory.available()
-    small = free is not None and 4 * parameters + _WORKING_MEMORY > free
-    return wanted == "streamed" or (wanted == "auto" and small)
+    return wanted == "streamed" or (wanted == "auto" and too_large(parameters))
 
 
 def _greedy(reference: HuggingFace, openings: Sequence[str], recipe: Recipe, graphs: Graphs) -> list[dict[str, Any]]:

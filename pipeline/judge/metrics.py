@@ -175,7 +175,7 @@ def _of_means(figure: Callable[[Doubles], Doubles], columns: Sequence[Doubles], 
     sums = np.stack([np.bincount(draws.member, weights=column, minlength=count) for column in columns], axis=1)
     counts = np.bincount(draws.member, minlength=count).astype(np.float64)
     means = (draws.times @ sums) / (draws.times @ counts)[:, None]
-    return _estimate(float(figure(sums.sum(axis=0) / counts.sum())), figure(means))
+    return estimate(float(figure(sums.sum(axis=0) / counts.sum())), figure(means))
 
 
 def quantiles(values: Doubles, shares: Sequence[float], blocks: Indices) -> list[Estimate]:
@@ -194,7 +194,7 @@ def _of_quantiles(values: Doubles, shares: Sequence[float], draws: Draws) -> lis
     ascending, blocks = values[order], draws.member[order]
     drawn = np.stack([_weighted_quantiles(ascending, times[blocks], shares) for times in draws.times])
     found = np.quantile(values, shares)
-    return [_estimate(float(value), column) for value, column in zip(found, drawn.T, strict=True)]
+    return [estimate(float(value), column) for value, column in zip(found, drawn.T, strict=True)]
 
 
 def _weighted_quantiles(ascending: Doubles, times: Indices, shares: Sequence[float]) -> Doubles:
@@ -207,7 +207,7 @@ def _weighted_quantiles(ascending: Doubles, times: Indices, shares: Sequence[flo
     return found
 
 
-def _estimate(value: float, drawn: Doubles) -> Estimate:
+def estimate(value: float, drawn: Doubles) -> Estimate:
     """`value` with the middle 95 % of what was `drawn`."""
     tail = (1 - _LEVEL) / 2
     low, high = np.quantile(drawn, [tail, 1 - tail])

@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from pipeline.core import log
+from pipeline.core import log, memory
 from pipeline.core.errors import IntegrityError, UsageError
 from pipeline.reference import streaming
 
@@ -33,9 +33,17 @@ _TEXT_TOWER = {r"^model\.language_model\.": "model.", r"^language_model\.(model|
 _NOT_TEXT = ("vision_tower", "audio_tower", "embed_vision", "embed_audio", "multi_modal_projector")
 _SCORES = 1 << 26
 """Attention scores that one layer may materialise per batch (256 MiB in fp32)."""
+_WORKING_MEMORY = 3 << 29
+"""Bytes besides the weights: 1.3 GB were the peak with the shipped model."""
 _MAX_ROWS = 16
 _MAX_TOKENS = 1 << 10
 """Tokens that go through the model at once: 1.5 GB of activations with Gemma 3n E2B's widths."""
+
+
+def too_large(parameters: int) -> bool:
+    """Whether a model of so many parameters must be streamed: in float32 it does not fit into memory."""
+    free = memory.available()
+    return free is not None and 4 * parameters + _WORKING_MEMORY > free
 
 
 @dataclass(frozen=True)
@@ -109,8 +117,17 @@ class HuggingFace:
 
     def as_turn(self, text: str) -> str:
         """`text` as the user's turn of a conversation, by the checkpoint's template, up to where the model answers."""
-        turn = [{"role": "user", "content": text}]
-        return str(self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+        return self.as_prompt([{"role": "user", "content": text}])
+
+    def as_prompt(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """A conversation up to where the model answers; without a template what was said last, as it is."""
+        if not self.tokenizer.chat_template:
+            return messages[-1]["content"]
+        return self._templated(messages, add_generation_prompt=True)
+
+    def without_stop(self, ids: Sequence[int]) -> str:
+        """The text of a continuation without the token that ended it, as LiteRT-LM gives it."""
+        return str(self.tokenizer.decode(ids[:-1] if ids and ids[-1] in self.stop else ids))
 
     def render(self, messages: Sequence[Mapping[str, str]]) -> str:
         """A conversation as the checkpoint's template has it; its contents alone where there is no template.
@@ -120,8 +137,12 @@ class HuggingFace:
         """
         if not self.tokenizer.chat_template:
             return "\n".join(message["content"] for message in messages)
+        return self._templated(messages, add_generation_prompt=False)
+
+    def _templated(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool) -> str:
+        options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
         try:
-            return str(self.tokenizer.apply_chat_template(list(messages), tokenize=False))
+            return str(self.tokenizer.apply_chat_template(list(messages), **options))
         except Exception as error:  # the template is the model's own code: whatever it raises is about the messages
             raise UsageError(
                 f"the model's chat template refuses a conversation: {error}",

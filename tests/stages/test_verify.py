@@ -290,10 +290,8 @@ class TestWhereItGoesWrong:
         one, other = ({view.name(i): view.constant(i) for view in Graph.read(file).each() for i in constants(view)}
                       for file in (step(built), tmp_path / STEP))  # fmt: skip
         wrong = [name for name in one if not np.array_equal(one[name], other[name])]
-        windows = Reference(
-            built.root / "golden", Head.of_checkpoint(built.root / "fetch" / "checkpoint", CAP)
-        ).corpus()
-        trace = noise.trace(tmp_path / STEP, step(built), list(windows[0][:4]))
+        windows, _, _ = reference(built).corpus()
+        trace = noise.trace(tmp_path / STEP, step(built), list(windows[:4]))
         assert [name.removesuffix(".weight") for name in wrong] == [trace.steepest.name.rstrip(";")]
 
     def test_the_command_looks_into_a_bundle_and_holds_graphs_against_each_other(
@@ -336,9 +334,7 @@ class TestTheUsersText:
         made = manifest.read(line.root / "golden").facts
         assert made["verification"] == "chat.jsonl" and made["windows"] == 32
         tokenizer = AutoTokenizer.from_pretrained(line.root / "fetch" / "checkpoint")
-        windows, _, _ = Reference(
-            line.root / "golden", Head.of_checkpoint(line.root / "fetch/checkpoint", CAP)
-        ).corpus()
+        windows, _, _ = reference(line).corpus()
         text = tokenizer.decode(windows[0])
         assert text.startswith("<bos><start_of_turn>user\n") and text.count("<bos>") == 1
         options = ("--graphs", "step", "--variants", "fp32")
@@ -354,6 +350,10 @@ class TestTheUsersText:
         calibration = str(PROJECT / "examples/tiny-gemma3n/corpus/calibration.txt")
         assert line.run(golden.STAGE, "--device", "cpu", "--eval", calibration, recipe=recipe) == 2
         assert "in both the verification and the calibration text" in capsys.readouterr().err
+
+
+def reference(line: Line) -> Reference:
+    return Reference(line.root / "golden", Head.of_checkpoint(line.root / "fetch" / "checkpoint", CAP))
 
 
 def constants(view: Graph) -> list[int]:
