@@ -134,10 +134,9 @@ def summary(report: Mapping[str, Any]) -> list[str]:
     lines = [f"{report['model']} on {report['task']['file']}: {prompts} prompts, points of 100 (95 % interval)", ""]
     lines += [*log.align(rows), ""]
     for name, found in report["against_original"].items():
-        within = ", ".join(
-            f"{one['within']:.1f} ({title})" for one, title in zip(_ordered(found), _TITLES.values(), strict=True)
-        )
-        lines.append(f"{name} is within so many points of the original (95 %): {within}.")
+        titles = zip(_ordered(found), _TITLES.values(), strict=True)
+        within = ", ".join(f"{one['within']:.1f} points in {title}" for one, title in titles)
+        lines.append(f"{name} is within {within} of the original (95 %).")
         lines.append(f"  {found['identical']:.0%} of its answers are the original's to the last character.")
     if prompts < tasks.FEWEST:
         lines.append(f"Only {prompts} prompts: take the intervals as rough, and give at least {tasks.FEWEST}.")
