@@ -49,7 +49,13 @@ def render(report: Report) -> str:
         lstrip_blocks=True,
     )
     environment.filters.update(
-        figure=figure, percent=percent, size=log.human_bytes, ms=milliseconds, loss=loss, precision=precision
+        figure=figure,
+        percent=percent,
+        size=log.human_bytes,
+        ms=milliseconds,
+        change=change,
+        loss=loss,
+        precision=precision,
     )
     return environment.get_template("report.html.jinja").render(
         report=report,
@@ -113,6 +119,11 @@ def percent(value: float | None) -> str:
 def ratio(value: float | None) -> str:
     """A ratio of perplexities."""
     return "–" if value is None else f"× {value:.4f}"
+
+
+def change(value: float | None) -> str:
+    """A ratio of perplexities as what it changes, e.g. `+0.10 %`."""
+    return "unknown" if value is None else f"{round((value - 1) * 100, 2) + 0.0:+.2f}\u00a0%"
 
 
 def milliseconds(seconds: float | None) -> str:

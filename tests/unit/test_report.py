@@ -356,6 +356,35 @@ def test_figures_for_people(value: float | None, text: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("ratio", "text"), [(1.0012, "+0.12\u00a0%"), (0.5, "-50.00\u00a0%"), (0.999999, "+0.00\u00a0%"), (None, "unknown")]
+)
+def test_a_change_of_perplexity_has_a_sign(ratio: float | None, text: str) -> None:
+    assert report.change(ratio) == text
+
+
+def test_where_a_file_loses_quality_is_a_table_and_a_plot() -> None:
+    """Below 0 and above 80 dB the curve runs along the edge."""
+    worst = {"name": "layers.1.mlp.down_proj;", "code": "FULLY_CONNECTED", "layer": "layers.1", "decibels": 3.21}
+    curve = [
+        ("before the layers", 200.0),
+        ("layers.0", 44.0),
+        ("layers.0", 43.0),
+        ("layers.1", 3.2),
+        ("layers.1", -9.0),
+    ]
+    loss = {"tokens": 512, "says": "the first to leave is <it>", "curve": curve}
+    loss["layers"] = [{"layer": "layers.1", "decibels": 3.3, "worst": worst}]
+    page = report.render({**made_by_hand(), "losses": {"int8": loss}})
+    outline(page)
+    assert "Where int8 loses quality" in page and "the first to leave is &lt;it&gt;" in page
+    plot = ElementTree.fromstring(plots.signal_to_noise("int8", curve))
+    line = next(each for each in plot.iter() if each.tag.endswith("polyline")).attrib["points"]
+    heights = [float(point.split(",")[1]) for point in line.split()]
+    assert heights == sorted(heights) and heights[0] == 20 and heights[-1] == 244
+    assert "loses quality" not in report.render({**made_by_hand(), "losses": {}})
+
+
+@pytest.mark.parametrize(
     ("share", "text"), [(1.0, "100.00\u00a0%"), (0.99999, "99.99\u00a0%"), (0.98345, "98.34\u00a0%"), (None, "–")]
 )
 def test_nothing_less_than_all_is_shown_as_all(share: float | None, text: str) -> None:
