@@ -116,8 +116,8 @@ def golden(model: Model) -> Need:
     """Forward passes in float32, in memory if that fits; greedy text and the cache read all weights per token."""
     recipe, bundle = model.recipe, model.recipe.bundle
     windows = max(1, recipe.corpus.positions // corpus.POSITIONS_PER_WINDOW)
-    kept = windows * recipe.corpus.window
-    tokens = 2 * kept  # some again, in another number of threads
+    kept = windows * corpus.POSITIONS_PER_WINDOW
+    tokens = 2 * windows * recipe.corpus.window  # some again, in another number of threads
     steps = recipe.corpus.continuation
     if model.graphs != "bundle":
         shapes = recipe.shapes
