@@ -18,12 +18,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pipeline.core import log, manifest
+from pipeline.core import log, manifest, memory
 from pipeline.core.errors import UsageError
 from pipeline.core.stage import Context, Outcome, Stage, main
 from pipeline.judge import tasks
 from pipeline.judge.tasks import Answers, Item
-from pipeline.reference.model import HuggingFace, too_large
+from pipeline.reference.model import HuggingFace
 
 ORIGINAL = "original"
 SCHEMA = 1
@@ -66,7 +66,7 @@ def _load(context: Context) -> HuggingFace:
     """Hugging Face's model in fp32, streamed from its file if it does not fit into memory."""
     parameters = context.upstream["fetch"].facts["parameters"]
     assert isinstance(parameters, int)
-    return HuggingFace.load(context.root / "fetch" / "checkpoint", "cpu", streamed=too_large(parameters))
+    return HuggingFace.load(context.root / "fetch" / "checkpoint", "cpu", streamed=memory.must_stream(parameters))
 
 
 def _original(reference: HuggingFace, items: Sequence[Item], count: int) -> list[str]:

@@ -25,7 +25,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from pipeline.core import log, manifest
+from pipeline.core import log, manifest, memory
 from pipeline.core.errors import ResourceError, UsageError, VerificationError
 from pipeline.core.manifest import Facts
 from pipeline.core.recipe import PROJECT, Bundle, Corpus, Graphs, Recipe, Shapes
@@ -34,7 +34,7 @@ from pipeline.judge import cache, corpus, metrics
 from pipeline.judge.corpus import Tokens
 from pipeline.judge.metrics import Summary
 from pipeline.judge.reference import Head
-from pipeline.reference.model import HuggingFace, too_large
+from pipeline.reference.model import HuggingFace
 
 Floats = NDArray[np.float32]
 
@@ -173,6 +173,8 @@ def _elsewhere(reference: HuggingFace, windows: Tokens, threads: int) -> Floats:
 def work(context: Context) -> Outcome:
     """Load the reference, run it on corpus, shapes and prompts, and store what it says."""
     recipe, checkpoint = context.recipe, context.root / "fetch" / "checkpoint"
+    text = context.arguments.eval or PROJECT / recipe.corpus.verification
+    openings = corpus.read_documents(text, corpus.first_content)  # before the model is loaded, which takes minutes
     device = choose_device(context.arguments.device)
     parameters = context.upstream["fetch"].facts["parameters"]
     assert isinstance(parameters, int)
@@ -180,10 +182,8 @@ def work(context: Context) -> Outcome:
     log.step(f"the reference runs in fp32 on {device}" + (", a matrix at a time" if streamed else ""))
     with log.waiting("opening the checkpoint", 3 + (0 if streamed else parameters / _LOADED)):
         reference = HuggingFace.load(checkpoint, device, streamed=streamed)
-    text = context.arguments.eval or PROJECT / recipe.corpus.verification
     documents = corpus.read_documents(text, reference.render)
     corpus.require_disjoint(documents, corpus.read_documents(PROJECT / recipe.corpus.calibration, reference.render))
-    openings = corpus.read_documents(text, corpus.first_content)
     windows = corpus.pack_windows(
         documents,
         reference.tokenize,
@@ -244,7 +244,7 @@ def _streamed(wanted: str, device: str, parameters: int) -> bool:
         if wanted == "streamed":
             raise UsageError("weights are streamed on the CPU only", remedy="leave out --weights, or use DEVICE=cpu")
         return False
-    return wanted == "streamed" or (wanted == "auto" and too_large(parameters))
+    return wanted == "streamed" or (wanted == "auto" and memory.must_stream(parameters))
 
 
 def _greedy(reference: HuggingFace, openings: Sequence[str], recipe: Recipe, graphs: Graphs) -> list[dict[str, Any]]:

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 from pipeline.convert import calibrate, quantize, readback, residual
 from pipeline.convert.checkpoint import open_checkpoint
 from pipeline.convert.flatbuffer import Graph
-from pipeline.core import log
-from pipeline.core.errors import UsageError
+from pipeline.core import chat, log
 from pipeline.core.manifest import Fact, Facts
 from pipeline.core.recipe import PROJECT, Recipe, Scheme
 from pipeline.core.stage import Context, Outcome, Stage, main
@@ -38,19 +38,19 @@ def work(context: Context) -> Outcome:
         if scheme == "static":
             facts |= _make_static(context, graph, keep)
         else:
-            _make_dynamic(graph, context.recipe)
+            _make_dynamic(graph, keep, context.recipe)
         facts["step"] = dict(_write(graph, context.folder / build.STEP, scheme))
     if build.DECODER in graphs and not context.arguments.scheme:
         graph = build.with_weights(checkpoint, graphs[build.DECODER])
-        _make_dynamic(graph, context.recipe)
+        _make_dynamic(graph, keep, context.recipe)
         facts["decoder"] = dict(_write(graph, context.folder / build.DECODER, "dynamic"))
         build.write_tables(checkpoint, "int8", context.folder)
     return Outcome(facts=facts)
 
 
-def _make_dynamic(graph: Graph, recipe: Recipe) -> None:
+def _make_dynamic(graph: Graph, keep: quantize.Keep, recipe: Recipe) -> None:
     """Quantise the weights, and let the recipe's linear layers see their input as two rows."""
-    quantize.make_dynamic(graph, quantize.keeper(recipe.int8.keep_float))
+    quantize.make_dynamic(graph, keep)
     residual.take_two_rows(graph, quantize.keeper(recipe.int8.two_rows))
 
 
@@ -86,19 +86,8 @@ def _samples(context: Context) -> list[calibrate.Ids]:
     tokenizer = _tokenizer(context.root / "fetch" / "checkpoint")
     text: Path = context.arguments.calibration or PROJECT / context.recipe.corpus.calibration
 
-    def render(messages: Sequence[Mapping[str, str]]) -> str:
-        if not tokenizer.chat_template:
-            return "\n".join(message["content"] for message in messages)
-        try:
-            return cast(str, tokenizer.apply_chat_template(messages, tokenize=False))
-        except Exception as error:  # the template is the model's own code: whatever it raises is about the messages
-            raise UsageError(
-                f"the model's chat template refuses a conversation in {text}: {error}",
-                remedy="check the roles: usually user and model or assistant in turn",
-            ) from error
-
     return calibrate.make_samples(
-        calibrate.read_texts(text, render),
+        calibrate.read_texts(text, partial(chat.render, tokenizer, where=str(text))),
         lambda document: cast("Sequence[int]", tokenizer.encode(document, add_special_tokens=False)),
         int(tokenizer.bos_token_id),
         count=context.recipe.int8.calibration_samples,

@@ -126,13 +126,12 @@ def golden(model: Model) -> Need:
         kept += 2 * (model.conversation + bundle.decode)
         tokens += 4 * model.conversation
         steps = max(steps, bundle.continuation) + bundle.decode
-    loaded = 4 * int(model.facts["parameters"]) + 1.5 * _GIB
-    free = memory.available()
-    streamed = free is not None and loaded > free
+    parameters = int(model.facts["parameters"])
+    streamed = memory.must_stream(parameters)
     return Need(
         what="Hugging Face in fp32, " + ("streamed" if streamed else "loaded"),
         size=4 * kept * model.table[1],
-        memory=1.9 * _GIB if streamed else loaded,
+        memory=1.9 * _GIB if streamed else memory.of_reference(parameters),
         seconds=2 * model.multiplied * tokens / _FLOPS + steps * model.multiplied / _READ,
     )
 

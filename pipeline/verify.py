@@ -19,12 +19,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 from pipeline.convert import noise
 from pipeline.convert.template import CONVERSATIONS
-from pipeline.core import log, manifest, versions
+from pipeline.core import chat, log, manifest, versions
 from pipeline.core.errors import UsageError, VerificationError
 from pipeline.core.manifest import Fact, Facts
 from pipeline.core.recipe import PROJECT, Recipe
@@ -96,9 +97,7 @@ def _check_texts(context: Context, tokenizer: Any) -> None:
             cause="the text was changed, or EVAL= was not the same for golden and verify",
             remedy="run `make golden` with this EVAL=",
         )
-    render: corpus.Render | None = None
-    if tokenizer.chat_template:
-        render = lambda messages: str(tokenizer.apply_chat_template(list(messages), tokenize=False))  # noqa: E731
+    render = partial(chat.render, tokenizer)
     calibration = arguments.calibration or PROJECT / texts.calibration
     corpus.require_disjoint(corpus.read_documents(judged, render), corpus.read_documents(calibration, render))
 
@@ -134,14 +133,18 @@ def _judge_steps(context: Context, reference: Reference, tokenizer: Any) -> tupl
 
 def _losses(verdicts: Sequence[Verdict], reference: Reference) -> dict[str, Any]:
     """Where each file that is not close enough to the fp32 file leaves it, operator by operator."""
-    samples = list(reference.corpus()[0][:_TRACED])
     found: dict[str, Any] = {}
-    for item in verdicts[1:]:
-        if any(check.status != "pass" and check.against == BASELINE and check.low is not None for check in item.checks):
-            trace = noise.trace(item.subject.path, verdicts[0].subject.path, samples)
-            log.step(f"{item.subject.name}: {trace.sentence()}")
-            found[item.subject.name] = trace.facts()
+    for item in (item for item in verdicts[1:] if _leaves(item)):
+        samples = list(reference.corpus()[0][:_TRACED])
+        trace = noise.trace(item.subject.path, verdicts[0].subject.path, samples)
+        log.step(f"{item.subject.name}: {trace.sentence()}")
+        found[item.subject.name] = trace.facts()
     return found
+
+
+def _leaves(item: Verdict) -> bool:
+    """Whether a figure that was estimated against the fp32 file did not pass."""
+    return any(check.status != "pass" and check.against == BASELINE and check.low is not None for check in item.checks)
 
 
 def _judge_bundles(context: Context, reference: Reference, tokenizer: Any) -> list[bundles.Verdict]:

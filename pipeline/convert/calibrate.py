@@ -154,20 +154,12 @@ def collect(file: Path, wanted: Sequence[int], samples: Sequence[Ids]) -> dict[i
     Raises:
         QuantiseError: a tensor was the same everywhere, or not finite.
     """
-    from ai_edge_litert.interpreter import Interpreter, OpResolverType
-
-    # Inside XNNPACK's partitions no tensor can be read, so the plain kernels run here.
-    interpreter = Interpreter(
-        model_path=str(file),
-        num_threads=_threads(),
-        experimental_op_resolver_type=OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES,
-        experimental_preserve_all_tensors=True,
-    )
+    interpreter = open_traced(file)
     seen = {tensor: Statistics() for tensor in wanted}
     with log.progress("calibrate", len(samples), "samples") as bar:
         # Longest first: with all tensors kept, each growth of the memory plan takes seconds (LiteRT 2.3.0).
         for sample in sorted(samples, key=len, reverse=True):
-            _run(interpreter, sample)
+            run(interpreter, sample)
             for tensor, statistics in seen.items():
                 statistics.add(interpreter.get_tensor(tensor))
             bar.advance()
@@ -181,7 +173,23 @@ def collect(file: Path, wanted: Sequence[int], samples: Sequence[Ids]) -> dict[i
     return seen
 
 
-def _run(interpreter: Any, ids: Ids) -> None:
+def open_traced(file: Path) -> Any:
+    """LiteRT's interpreter of `file`, which keeps every tensor of a run.
+
+    Inside XNNPACK's partitions no tensor can be read, so the plain kernels run.
+    """
+    from ai_edge_litert.interpreter import Interpreter, OpResolverType
+
+    return Interpreter(
+        model_path=str(file),
+        num_threads=_threads(),
+        experimental_op_resolver_type=OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES,
+        experimental_preserve_all_tensors=True,
+    )
+
+
+def run(interpreter: Any, ids: Ids) -> None:
+    """Run a step graph on one sample, `ids` [L], all of it attended to."""
     values = {"input_ids": ids[None], "attention_mask": np.ones_like(ids[None])}
     inputs = interpreter.get_signature_runner().get_input_details()
     for name, detail in inputs.items():

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import math
-import struct
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from google.protobuf import json_format
 from litert_lm_builder.runtime.proto import llm_metadata_pb2
 
 from pipeline.convert import litertlm
-from pipeline.convert.flatbuffer import Graph
-from pipeline.core.errors import IntegrityError, UsageError
+from pipeline.convert.flatbuffer import Graph, text
+from pipeline.core.errors import UsageError
 
 _PRODUCTS = ("FULLY_CONNECTED", "BATCH_MATMUL", "CONV_2D")
 _INTEGERS = ("INT4", "INT8", "INT16")
@@ -113,39 +111,20 @@ def read(file: Path) -> Contents:
         model = _model(Graph.read(file), file.name, size)
         return Contents(file=file.name, size=size, sections=(), metadata={}, models=(model,))
     sections = tuple(litertlm.read_sections(file))
-    models = tuple(_model(_graph(file, each), each.model_type, each.size) for each in sections if each.kind == _TFLITE)
-    texts = [_bytes(file, each) for each in sections if each.kind == _METADATA]
+    models = tuple(
+        _model(Graph.read(file, each.offset, each.size), each.model_type, each.size)
+        for each in sections
+        if each.kind == _TFLITE
+    )
+    texts = [litertlm.read(file, each) for each in sections if each.kind == _METADATA]
     said = json_format.MessageToDict(llm_metadata_pb2.LlmMetadata.FromString(texts[0])) if texts else {}
     return Contents(file=file.name, size=size, sections=sections, metadata=said, models=models)
-
-
-def _bytes(file: Path, section: litertlm.Section) -> bytes:
-    with file.open("rb") as stream:
-        stream.seek(section.offset)
-        return stream.read(section.size)
-
-
-def _graph(file: Path, section: litertlm.Section) -> Graph:
-    """A model inside a bundle, mapped from there."""
-    from ai_edge_litert.tools import flatbuffer_utils, mmap_utils
-
-    try:
-        view = mmap_utils.get_file_contents(file, offset=section.offset, size=section.size)
-        model = flatbuffer_utils.read_model_from_bytearray(view)
-    except (struct.error, IndexError, ValueError, TypeError) as error:
-        raise IntegrityError(
-            f"section {section.model_type} of {file} is damaged: {error}", remedy="get or make the file anew"
-        ) from error
-    for buffer in model.buffers:
-        if buffer.data is not None:
-            buffer.data = np.frombuffer(buffer.data, np.uint8)
-    return Graph(model)
 
 
 def _model(graph: Graph, name: str, size: int) -> Model:
     found = {int(definition.subgraphIndex): definition for definition in graph.model.signatureDefs or []}
     signatures = tuple(_signature(view, found.get(view.place)) for view in graph.each())
-    metadata = tuple(_text(entry.name) for entry in graph.model.metadata or [])
+    metadata = tuple(text(entry.name) for entry in graph.model.metadata or [])
     return Model(name=name, size=size, signatures=signatures, constants=_constants(graph), metadata=metadata)
 
 
@@ -164,11 +143,11 @@ def _signature(graph: Graph, definition: Any) -> Signature:
 def _ports(graph: Graph, ports: Sequence[Any]) -> tuple[Port, ...]:
     return tuple(
         Port(
-            name=_text(port.name),
+            name=text(port.name),
             type=graph.type_of(int(port.tensorIndex)),
             shape=graph.shape(int(port.tensorIndex)),
         )
-        for port in sorted(ports, key=lambda each: _text(each.name))
+        for port in sorted(ports, key=lambda each: text(each.name))
     )
 
 
@@ -200,7 +179,3 @@ def _constant(graph: Graph, tensor: int) -> Constant:
         size=size,
         bits=_WORD_BITS * (size + own) / max(1, math.prod(shape)),
     )
-
-
-def _text(name: Any) -> str:
-    return name.decode("utf-8", "replace") if isinstance(name, bytes) else str(name or "")

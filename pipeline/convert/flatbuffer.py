@@ -125,23 +125,28 @@ class Graph:
     def signature(self) -> str:
         """The name of the signature that runs this subgraph; empty if there is none."""
         names = [s.signatureKey for s in self.model.signatureDefs or [] if int(s.subgraphIndex) == self.place]
-        return _text(names[0]) if names else ""
+        return text(names[0]) if names else ""
 
     @classmethod
-    def read(cls, file: Path) -> Graph:
-        """Open `file`; weights stay in the page cache until they are touched.
+    def read(cls, file: Path, offset: int = 0, size: int = 0) -> Graph:
+        """Open `file`, or the model of `size` bytes that stands at `offset` in it.
+
+        Weights stay in the page cache until they are touched.
 
         Raises:
-            IntegrityError: the file is not a TFLite model.
+            IntegrityError: there is no TFLite model.
         """
-        from ai_edge_litert.tools import flatbuffer_utils
+        from ai_edge_litert.tools import flatbuffer_utils, mmap_utils
 
         with file.open("rb") as stream:
+            stream.seek(offset)
             head = stream.read(8)
         if head[4:] != _IDENTIFIER:
             raise IntegrityError(f"{file} is not a TFLite file", remedy="remove its folder and run make again")
         try:
-            model = flatbuffer_utils.read_model(str(file))
+            model = flatbuffer_utils.read_model_from_bytearray(
+                mmap_utils.get_file_contents(file, offset=offset, size=size)
+            )
             for buffer in model.buffers:
                 if buffer.data is not None:  # a slice of the file, which the packer would write byte by byte
                     buffer.data = np.frombuffer(buffer.data, np.uint8)
@@ -174,7 +179,7 @@ class Graph:
 
     def name(self, tensor: int) -> str:
         """The name of a tensor; an operator is known by the name of its first output."""
-        return _text(self.main.tensors[tensor].name)
+        return text(self.main.tensors[tensor].name)
 
     def operator_name(self, operator: Any) -> str:
         """The name of an operator: that of its first output."""
@@ -211,7 +216,7 @@ class Graph:
         own = [s for s in self.model.signatureDefs or [] if int(s.subgraphIndex) == self.place]
         ports = [port for signature in own for port in signature.inputs]
         for port in ports:
-            port.name = _text(port.name)
+            port.name = text(port.name)
         return ports
 
     def scales(self, tensor: int) -> Scales | None:
@@ -558,7 +563,8 @@ def _ports(tensors: Mapping[str, int]) -> list[Any]:
     return ports
 
 
-def _text(raw: Any) -> str:
+def text(raw: Any) -> str:
+    """A name as the schema's classes hold it: bytes, text or nothing."""
     return raw.decode("utf-8", "replace") if isinstance(raw, bytes) else str(raw)
 
 

@@ -416,9 +416,9 @@ def _check(
     if kinds != expected:
         _refuse(bundle, f"has the sections {kinds} instead of {expected}")
     try:
-        if llm_metadata_pb2.LlmMetadata.FromString(_read(bundle, sections[0])) != _message(metadata):
+        if llm_metadata_pb2.LlmMetadata.FromString(read(bundle, sections[0])) != _message(metadata):
             _refuse(bundle, "has other metadata than was given")
-        if zlib.decompress(_read(bundle, sections[1])[8:]).decode("utf-8") != tokenizer:
+        if zlib.decompress(read(bundle, sections[1])[8:]).decode("utf-8") != tokenizer:
             _refuse(bundle, "has another tokenizer than was given")
     except (DecodeError, zlib.error, UnicodeDecodeError) as error:
         _refuse(bundle, f"has an unreadable section ({error})")
@@ -431,7 +431,8 @@ def _check(
                     _refuse(bundle, f"has another {section.model_type} than {file}")
 
 
-def _read(bundle: Path, section: Section) -> bytes:
+def read(bundle: Path, section: Section) -> bytes:
+    """The bytes of a section."""
     with bundle.open("rb") as stream:
         stream.seek(section.offset)
         return stream.read(section.size)

@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.convert import calibrate
+from pipeline.convert.calibrate import Ids
 from pipeline.convert.flatbuffer import Graph
 from pipeline.core import log
 from pipeline.core.errors import UsageError
 from pipeline.core.manifest import Fact
-
-Ids = NDArray[np.int32]
 
 LOUD = 20.0
 """Decibels below which a result counts as having left the reference."""
@@ -115,8 +115,8 @@ def trace(file: Path, reference: Path, samples: Sequence[Ids]) -> Trace:
     signal, noise = np.zeros(len(pairs)), np.zeros(len(pairs))
     with log.progress("signal to noise", sum(map(len, samples)), "tokens") as bar:
         for sample in samples:
-            ours.run(sample)
-            theirs.run(sample)
+            for each in (ours, theirs):
+                calibrate.run(each.interpreter, sample)
             for place, (tensor, other) in enumerate(pairs.items()):
                 power, error = _powers(theirs.value(tensor), ours.value(other))
                 signal[place] += power
@@ -139,35 +139,17 @@ class _Running:
     """A step graph that keeps all tensors of its last run."""
 
     def __init__(self, file: Path) -> None:
-        from ai_edge_litert.interpreter import Interpreter, OpResolverType
-
-        self.graph = Graph.read(file)
-        self._interpreter = Interpreter(
-            model_path=str(file),
-            experimental_op_resolver_type=OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES,
-            experimental_preserve_all_tensors=True,
-        )
-        signatures = self._interpreter.get_signature_list()
-        runner = self._interpreter.get_signature_runner(next(iter(signatures)))
-        self._inputs = {name: int(detail["index"]) for name, detail in runner.get_input_details().items()}
-        if set(self._inputs) != {"input_ids", "attention_mask"}:
+        self.graph, self.interpreter = Graph.read(file), calibrate.open_traced(file)
+        inputs = next(iter(self.interpreter.get_signature_list().values()))["inputs"]
+        if set(inputs) != {"input_ids", "attention_mask"}:
             raise UsageError(
-                f"{file} is not a step graph: its inputs are {', '.join(sorted(self._inputs))}",
+                f"{file} is not a step graph: its inputs are {', '.join(sorted(inputs))}",
                 remedy="name a step.tflite; a bundle's decoder is made of the same operators",
             )
 
-    def run(self, ids: Ids) -> None:
-        values = {"input_ids": ids[None], "attention_mask": np.ones_like(ids[None])}
-        for name, index in self._inputs.items():
-            self._interpreter.resize_tensor_input(index, values[name].shape)
-        self._interpreter.allocate_tensors()
-        for name, index in self._inputs.items():
-            self._interpreter.set_tensor(index, values[name])
-        self._interpreter.invoke()
-
     def value(self, tensor: int) -> NDArray[np.float64]:
         """What a tensor holds after a run, in real numbers."""
-        values = np.asarray(self._interpreter.get_tensor(tensor)).astype(np.float64)
+        values = np.asarray(self.interpreter.get_tensor(tensor)).astype(np.float64)
         scales = self.graph.scales(tensor)
         if scales is not None and self.graph.type_of(tensor) != "FLOAT32":
             values = (values - float(scales.zero_point[0])) * float(scales.scale[0])

@@ -145,7 +145,9 @@ def judge(subject: Subject, setting: Setting, baseline: Verdict | None) -> Verdi
     figures = (
         _exactness(plain, cached, recital.described)
         if cached
-        else _quality(own or plain, BASELINE if own else REFERENCE, recital.described)
+        else gates.quality(
+            "through the cache", own or plain, against=BASELINE if own else REFERENCE, detail=recital.described
+        )
     )
     holds = [*_speech_checks(subject, heard, exact=exact), _finite(subject, logits)]
     return Verdict(
@@ -170,11 +172,6 @@ def _exactness(plain: Summary, cached: Summary, where: str) -> list[Figure]:
             *gates.quality(f"through the cache, {way}", summary, against=REFERENCE, detail=detail),
         ]
     return figures
-
-
-def _quality(summary: Summary, against: str, where: str) -> list[Figure]:
-    """A smaller bundle against the fp32 one, or Hugging Face."""
-    return gates.quality("through the cache", summary, against=against, detail=where)
 
 
 def _sizes(subject: Subject) -> list[Figure]:

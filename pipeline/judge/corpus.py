@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.core import chat
 from pipeline.core.errors import UsageError
 from pipeline.core.recipe import Padding
 
@@ -24,6 +25,9 @@ Tokenize = Callable[[str], Sequence[int]]
 """Text to token ids, without special tokens such as bos."""
 Render = Callable[[Sequence[Mapping[str, str]]], str]
 """A chat conversation (`role` and `content` of each message) as one text, by the model's template."""
+
+Parsed = TypeVar("Parsed")
+_REMEDY = 'each line must be JSON such as {"text": "one document"} or {"messages": [{"role": "user", …}]}'
 
 POSITIONS_PER_WINDOW = 16
 """How many positions of one window are judged. Neighbours share their context and so say less than distant ones."""
@@ -46,32 +50,33 @@ def read_documents(file: Path, render: Render | None = None) -> list[str]:
     Raises:
         UsageError: the file can't be read, a line is not what its name says, or there is no text at all.
     """
-    try:
-        lines = file.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(
-            f"can't read the text in {file}: {error}", remedy="give a UTF-8 file, .txt or .jsonl"
-        ) from error
-    parse = partial(_parse_json_line, render or contents) if file.suffix == ".jsonl" else str.strip
-    documents = []
-    for number, row in enumerate(lines, start=1):
-        try:
-            text = parse(row) if row.strip() else ""
-        except (ValueError, KeyError, TypeError) as error:
-            raise UsageError(
-                f"{file}, line {number}: {error!r}",
-                remedy='each line must be JSON such as {"text": "one document"} or {"messages": [{"role": "user", …}]}',
-            ) from error
-        if text:
-            documents.append(text)
+    parse = partial(_parse_json_line, render or chat.contents) if file.suffix == ".jsonl" else str.strip
+    wanted = "give a UTF-8 file, .txt or .jsonl"
+    documents = [text for text in parse_lines(file, parse, "text", wanted, _REMEDY) if text]
     if not documents:
         raise UsageError(f"{file} holds no text", remedy="give one document a line")
     return documents
 
 
-def contents(messages: Sequence[Mapping[str, str]]) -> str:
-    """A conversation as plain text, a line break between messages."""
-    return "\n".join(message["content"] for message in messages)
+def parse_lines(file: Path, parse: Callable[[str], Parsed], what: str, wanted: str, remedy: str) -> list[Parsed]:
+    """What `parse` makes of each line of a UTF-8 file that holds more than spaces.
+
+    For errors: `what` the file is, `wanted` one that can be read, and what to do about a line (`remedy`).
+
+    Raises:
+        UsageError: the file can't be read, or `parse` raised ValueError, KeyError or TypeError.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"can't read the {what} in {file}: {error}", remedy=wanted) from error
+    parsed = []
+    for number, row in enumerate(lines, start=1):
+        try:
+            parsed += [parse(row)] if row.strip() else []
+        except (ValueError, KeyError, TypeError) as error:
+            raise UsageError(f"{file}, line {number}: {error!r}", remedy=remedy) from error
+    return parsed
 
 
 def first_content(messages: Sequence[Mapping[str, str]]) -> str:

@@ -159,15 +159,11 @@ class Draws:
         return cls(times=times, member=member.astype(np.int64))
 
 
-def bootstrap(figure: Callable[[Doubles], Doubles], columns: Sequence[Doubles], blocks: Indices) -> Estimate:
+def bootstrap(figure: Callable[[Doubles], Doubles], columns: Sequence[Doubles], draws: Draws) -> Estimate:
     """`figure` of the means of `columns` ([n] each), with an interval from resampling whole blocks.
 
     `figure` maps means [..., columns] to values [...].
     """
-    return _of_means(figure, columns, Draws.of(blocks))
-
-
-def _of_means(figure: Callable[[Doubles], Doubles], columns: Sequence[Doubles], draws: Draws) -> Estimate:
     if not all(np.isfinite(column).all() for column in columns):
         value = float(figure(np.array([column.mean() for column in columns])))
         return Estimate(value, math.nan, math.nan)
@@ -178,16 +174,12 @@ def _of_means(figure: Callable[[Doubles], Doubles], columns: Sequence[Doubles], 
     return estimate(float(figure(sums.sum(axis=0) / counts.sum())), figure(means))
 
 
-def quantiles(values: Doubles, shares: Sequence[float], blocks: Indices) -> list[Estimate]:
+def quantiles(values: Doubles, shares: Sequence[float], draws: Draws) -> list[Estimate]:
     """The quantiles `shares` (0 to 1, linear between neighbours) of `values` [n], with intervals.
 
     A sample says nothing of what is beyond its largest value: the interval of the maximum ends there. NaN where a value
     is not finite.
     """
-    return _of_quantiles(values, shares, Draws.of(blocks))
-
-
-def _of_quantiles(values: Doubles, shares: Sequence[float], draws: Draws) -> list[Estimate]:
     if not np.isfinite(values).all():
         return [Estimate(math.nan, math.nan, math.nan)] * len(shares)
     order = np.argsort(values, kind="stable")
@@ -247,23 +239,23 @@ def summarise(scores: Scores, blocks: Indices) -> Summary:
     """Figures over all positions; `blocks` [n] says which window, or stretch of text, each position is in."""
     nmse, draws = scores.nmse, Draws.of(blocks)
     wrong = scores.margin[scores.top1 == 0]
-    median, p99, p999, most = _of_quantiles(scores.kld, (0.5, 0.99, 0.999, 1.0), draws)
+    median, p99, p999, most = quantiles(scores.kld, (0.5, 0.99, 0.999, 1.0), draws)
     return Summary(
         positions=len(scores.kld),
         blocks=draws.times.shape[1],
-        kld=_of_means(_only, [scores.kld], draws),
+        kld=bootstrap(_only, [scores.kld], draws),
         kld_median=median,
         kld_p99=p99,
         kld_p999=p999,
         kld_max=most,
-        top1=_of_means(_only, [scores.top1], draws),
-        top5=_of_means(_only, [scores.top5], draws),
-        rms_delta_p=_of_means(_root, [scores.delta_p**2], draws),
+        top1=bootstrap(_only, [scores.top1], draws),
+        top5=bootstrap(_only, [scores.top5], draws),
+        rms_delta_p=bootstrap(_root, [scores.delta_p**2], draws),
         ties=float(scores.tie.mean()),
         margin=float(wrong.max()) if len(wrong) else 0.0,
         perplexity=float(np.exp(scores.nll.mean())),
         reference_perplexity=float(np.exp(scores.reference_nll.mean())),
-        perplexity_ratio=_of_means(_ratio, [scores.nll, scores.reference_nll], draws),
+        perplexity_ratio=bootstrap(_ratio, [scores.nll, scores.reference_nll], draws),
         nmse_mean=float(nmse.mean()),
         nmse_max=float(nmse.max()),
         max_abs=float(scores.max_abs.max()),
@@ -292,12 +284,12 @@ def divergence(agree: Sequence[int], tokens: Sequence[int]) -> Divergence | None
     if not tokens:
         return None
     lengths, wholes = np.array(agree, np.float64), np.array(tokens, np.float64)
-    blocks = np.arange(len(lengths))
+    draws = Draws.of(np.arange(len(lengths)))
     return Divergence(
         texts=len(lengths),
         tokens=max(tokens),
-        length=bootstrap(_only, [lengths], blocks),
-        identical=bootstrap(_only, [(lengths >= wholes).astype(np.float64)], blocks),
+        length=bootstrap(_only, [lengths], draws),
+        identical=bootstrap(_only, [(lengths >= wholes).astype(np.float64)], draws),
     )
 
 

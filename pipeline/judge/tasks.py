@@ -10,6 +10,7 @@ import json
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.core.errors import UsageError
+from pipeline.judge import corpus
 from pipeline.judge.metrics import Draws, Estimate, estimate
 
 Message = Mapping[str, str]
@@ -45,18 +47,8 @@ def read(file: Path) -> list[Item]:
     Raises:
         UsageError: the file can't be read, is empty, or a line is not what it must be.
     """
-    try:
-        rows = file.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(
-            f"can't read the task in {file}: {error}", remedy="set TASK= to a UTF-8 .jsonl file"
-        ) from error
-    items = []
-    for number, row in enumerate(rows, start=1):
-        try:
-            items += [_item(json.loads(row))] if row.strip() else []
-        except (ValueError, KeyError, TypeError) as error:
-            raise UsageError(f"{file}, line {number}: {error!r}", remedy=_REMEDY) from error
+    wanted = "set TASK= to a UTF-8 .jsonl file"
+    items = corpus.parse_lines(file, lambda row: _item(json.loads(row)), "task", wanted, _REMEDY)
     if not items:
         raise UsageError(f"{file} holds no prompt", remedy=_REMEDY)
     return items
@@ -82,10 +74,14 @@ class Answers:
         """The score of all answers."""
         return self.score[metric](self.statistics[metric].sum(axis=0))
 
-    def drawn(self, metric: str, draws: Draws) -> NDArray[np.float64]:
-        """The score of every draw of prompts."""
-        sums = draws.times @ self.statistics[metric]
-        return np.array([self.score[metric](row) for row in sums])
+    @cached_property
+    def drawn(self) -> Mapping[str, NDArray[np.float64]]:
+        """Each metric's score of every draw of prompts; the draws of as many prompts are the same ones."""
+        times = Draws.of(np.arange(len(self.statistics["exact"]))).times
+        return {
+            metric: np.array([self.score[metric](row) for row in times @ rows])
+            for metric, rows in self.statistics.items()
+        }
 
 
 def answers(texts: Sequence[str], items: Sequence[Item]) -> Answers:
@@ -144,18 +140,14 @@ class Comparison:
 
 def scored(found: Answers) -> dict[str, Estimate]:
     """Each metric with its 95 % interval."""
-    return {metric: estimate(found.value(metric), found.drawn(metric, _draws(found))) for metric in METRICS}
+    return {metric: estimate(found.value(metric), found.drawn[metric]) for metric in METRICS}
 
 
 def compared(found: Answers, original: Answers) -> dict[str, Comparison]:
     """Each metric against the original's, on the same draws."""
-    draws, told = _draws(found), {}
+    told = {}
     for metric in METRICS:
-        drawn = found.drawn(metric, draws) - original.drawn(metric, draws)
+        drawn = found.drawn[metric] - original.drawn[metric]
         difference = estimate(found.value(metric) - original.value(metric), drawn)
         told[metric] = Comparison(difference, max(abs(difference.low), abs(difference.high)))
     return told
-
-
-def _draws(found: Answers) -> Draws:
-    return Draws.of(np.arange(len(found.statistics["exact"])))

@@ -21,8 +21,8 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from pipeline.core import log, memory
-from pipeline.core.errors import IntegrityError, UsageError
+from pipeline.core import chat, log
+from pipeline.core.errors import IntegrityError
 from pipeline.reference import streaming
 
 Floats = NDArray[np.float32]
@@ -33,17 +33,9 @@ _TEXT_TOWER = {r"^model\.language_model\.": "model.", r"^language_model\.(model|
 _NOT_TEXT = ("vision_tower", "audio_tower", "embed_vision", "embed_audio", "multi_modal_projector")
 _SCORES = 1 << 26
 """Attention scores that one layer may materialise per batch (256 MiB in fp32)."""
-_WORKING_MEMORY = 3 << 29
-"""Bytes besides the weights: 1.3 GB were the peak with the shipped model."""
 _MAX_ROWS = 16
 _MAX_TOKENS = 1 << 10
 """Tokens that go through the model at once: 1.5 GB of activations with Gemma 3n E2B's widths."""
-
-
-def too_large(parameters: int) -> bool:
-    """Whether a model of so many parameters must be streamed: in float32 it does not fit into memory."""
-    free = memory.available()
-    return free is not None and 4 * parameters + _WORKING_MEMORY > free
 
 
 @dataclass(frozen=True)
@@ -121,9 +113,7 @@ class HuggingFace:
 
     def as_prompt(self, messages: Sequence[Mapping[str, str]]) -> str:
         """A conversation up to where the model answers; without a template what was said last, as it is."""
-        if not self.tokenizer.chat_template:
-            return messages[-1]["content"]
-        return self._templated(messages, add_generation_prompt=True)
+        return chat.render(self.tokenizer, messages, prompt=True)
 
     def without_stop(self, ids: Sequence[int]) -> str:
         """The text of a continuation without the token that ended it, as LiteRT-LM gives it."""
@@ -135,19 +125,7 @@ class HuggingFace:
         Raises:
             UsageError: the template refuses it.
         """
-        if not self.tokenizer.chat_template:
-            return "\n".join(message["content"] for message in messages)
-        return self._templated(messages, add_generation_prompt=False)
-
-    def _templated(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool) -> str:
-        options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
-        try:
-            return str(self.tokenizer.apply_chat_template(list(messages), **options))
-        except Exception as error:  # the template is the model's own code: whatever it raises is about the messages
-            raise UsageError(
-                f"the model's chat template refuses a conversation: {error}",
-                remedy="check the roles: usually user and model or assistant in turn",
-            ) from error
+        return chat.render(self.tokenizer, messages)
 
     def hidden(self, ids: Tokens, mask: Tokens, bar: log.Progress | None = None) -> Floats:
         """Final hidden states float32 [B, S, H] of `ids` and `mask` [B, S], in batches that bound the memory."""

@@ -12,6 +12,7 @@ from hypothesis.extra.numpy import arrays
 from scipy import special, stats
 
 from pipeline.judge import metrics
+from pipeline.judge.metrics import Draws
 
 LOGITS = arrays(np.float64, (3, 7), elements=st.floats(-30, 30))
 
@@ -135,7 +136,7 @@ def test_the_order_of_the_vocabulary_does_not_matter(
 @given(st.lists(st.floats(0, 10), min_size=1, max_size=40), st.integers(1, 8))
 def test_an_interval_holds_its_value_and_is_the_same_each_time(values: list[float], size: int) -> None:
     column, blocks = np.array(values), np.arange(len(values)) // size
-    one, other = (metrics.bootstrap(metrics._only, [column], blocks) for _ in range(2))
+    one, other = (metrics.bootstrap(metrics._only, [column], Draws.of(blocks)) for _ in range(2))
     assert one == other
     assert one.value == pytest.approx(column.mean())
     assert column.min() - 1e-9 <= one.low <= one.high <= column.max() + 1e-9
@@ -143,8 +144,8 @@ def test_an_interval_holds_its_value_and_is_the_same_each_time(values: list[floa
 
 def test_positions_of_one_block_say_less_than_independent_ones() -> None:
     values = np.repeat(np.random.default_rng(6).normal(size=40), 16)
-    blocked = metrics.bootstrap(metrics._only, [values], np.arange(640) // 16)
-    free = metrics.bootstrap(metrics._only, [values], np.arange(640))
+    blocked = metrics.bootstrap(metrics._only, [values], Draws.of(np.arange(640) // 16))
+    free = metrics.bootstrap(metrics._only, [values], Draws.of(np.arange(640)))
     assert blocked.high - blocked.low > 3 * (free.high - free.low)
 
 
@@ -153,7 +154,7 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
     blocks = np.arange(400) // 8
     hits = 0
     for _ in range(100):
-        estimate = metrics.bootstrap(metrics._only, [random.exponential(size=400)], blocks)
+        estimate = metrics.bootstrap(metrics._only, [random.exponential(size=400)], Draws.of(blocks))
         hits += estimate.low <= 1.0 <= estimate.high
     assert 85 <= hits <= 100
 
@@ -234,12 +235,12 @@ def test_a_weighted_quantile_is_that_of_the_repeated_values(values: list[float],
 
 def test_the_interval_of_a_median_covers_it_about_as_often_as_it_says() -> None:
     random, blocks = np.random.default_rng(11), np.arange(400) // 8
-    found = [metrics.quantiles(random.exponential(size=400), [0.5], blocks)[0] for _ in range(60)]
+    found = [metrics.quantiles(random.exponential(size=400), [0.5], Draws.of(blocks))[0] for _ in range(60)]
     assert 52 <= sum(each.low <= math.log(2) <= each.high for each in found) <= 60
 
 
 def test_the_interval_of_a_maximum_ends_at_it() -> None:
-    (most,) = metrics.quantiles(np.random.default_rng(12).exponential(size=200), [1.0], np.arange(200))
+    (most,) = metrics.quantiles(np.random.default_rng(12).exponential(size=200), [1.0], Draws.of(np.arange(200)))
     assert most.low < most.high == most.value
 
 
