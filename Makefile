@@ -14,10 +14,18 @@ GRAPHS ?=
 ARTIFACTS ?= artifacts
 #: CALIBRATION   your own text (.txt or .jsonl) for the full-integer file
 CALIBRATION ?=
+#: EVAL          your own text (.txt or .jsonl, chat conversations too) to judge on, for the recipe's
+EVAL ?=
 #: PROMPT        what `make run` asks
 PROMPT ?= Hello
 #: PRECISION     the bundle that `make chat` and `make run` talk to
 PRECISION ?= int8
+#: TASK          prompts with references (.jsonl) that `make evaluate` lets the bundles and the original answer
+TASK ?=
+#: FILE          the .tflite or .litertlm file that `make inspect` looks into
+FILE ?=
+#: AGAINST       the fp32 step graph that `make inspect` holds FILE against, operator by operator
+AGAINST ?=
 #: FILES         the published folder that `make check` looks at
 FILES ?= $(ROOT)/publish
 #: DEVICE        auto, cpu or cuda: where the Hugging Face reference runs
@@ -84,7 +92,7 @@ export OMP_NUM_THREADS := $(THREADS)
 endif
 
 # --- what each stage reads: stages, code, texts -------------------------------------------------------------------------
-STAGES := fetch golden graph fp32 fp16 int8 $(ALTERNATIVE) bundle verify publish
+STAGES := fetch golden graph fp32 fp16 int8 $(ALTERNATIVE) bundle verify publish evaluate
 
 NEEDS_fetch :=
 NEEDS_golden := fetch
@@ -96,6 +104,7 @@ NEEDS_int8 := fetch graph $(if $(filter static,$(SCHEME)),fp32)
 NEEDS_$(ALTERNATIVE) := fetch graph $(if $(filter int8-static,$(ALTERNATIVE)),fp32)
 NEEDS_bundle := fetch $(BUNDLES)
 NEEDS_verify := fetch golden $(sort $(VARIANTS) $(if $(BUNDLES),bundle $(BUNDLES)))
+NEEDS_evaluate := fetch bundle
 NEEDS_publish := $(sort fetch $(VARIANTS) $(if $(BUNDLES),bundle $(BUNDLES))) verify
 
 ROOMS_fetch := core convert models release
@@ -108,10 +117,12 @@ ROOMS_$(ALTERNATIVE) := $(ROOMS_int8)
 ROOMS_bundle := core convert models
 ROOMS_verify := core judge convert
 ROOMS_publish := core release
+ROOMS_evaluate := core judge reference
 # Not stages: they look ahead, run a result, check and rebuild what is there.
 ROOMS_plan := core convert models judge release
 ROOMS_chat := core judge
 ROOMS_check := core release
+ROOMS_inspection := core convert
 ROOMS_reproduce := core convert
 
 # Texts that end up in a stage's result (every stage reads the recipe and depends on the lock).
@@ -120,31 +131,36 @@ TEXTS_graph :=
 TEXTS_bundle :=
 TEXTS_fp32 :=
 TEXTS_fp16 :=
-TEXTS_verify :=
 TEXTS_publish :=
-TEXTS_golden := $(TEXTS)
+TEXTS_evaluate := $(TASK)
+TEXTS_golden := $(TEXTS) $(EVAL)
 TEXTS_int8 := $(TEXTS) $(CALIBRATION)
+TEXTS_verify := $(TEXTS) $(EVAL) $(CALIBRATION)
 TEXTS_$(ALTERNATIVE) := $(TEXTS_int8)
 
 # --- settings of each stage -------------------------------------------------------------------------------------------
 WANTED := $(if $(GRAPHS),--graphs $(GRAPHS))
 OPTIONS_fetch := $(if $(REVISION),--revision $(REVISION))
-OPTIONS_golden := --device $(DEVICE) $(WANTED)
+# The user's texts.
+EVALUATED := $(if $(EVAL),--eval $(abspath $(EVAL)))
+CALIBRATED := $(if $(CALIBRATION),--calibration $(abspath $(CALIBRATION)))
+OPTIONS_golden := --device $(DEVICE) $(WANTED) $(EVALUATED)
 OPTIONS_graph := $(WANTED)
 OPTIONS_fp32 := $(WANTED)
 OPTIONS_fp16 := $(WANTED)
-OPTIONS_int8 := $(WANTED) $(if $(CALIBRATION),--calibration $(abspath $(CALIBRATION)))
+OPTIONS_int8 := $(WANTED) $(CALIBRATED)
 OPTIONS_$(ALTERNATIVE) := --scheme $(subst int8-,,$(ALTERNATIVE)) $(OPTIONS_int8)
 OPTIONS_bundle := $(WANTED)
-OPTIONS_verify := $(WANTED) --variants $(VARIANTS)
+OPTIONS_verify := $(WANTED) --variants $(VARIANTS) $(EVALUATED) $(CALIBRATED)
 OPTIONS_publish := $(WANTED)
+OPTIONS_evaluate := $(if $(TASK),--task $(abspath $(TASK)))
 
 # What the goals need, in order: this is planned before any of it is begun, once for the same settings.
 closure = $(sort $(1) $(foreach need,$(1),$(call closure,$(NEEDS_$(need)))))
 AIMS := $(patsubst $(ROOT)/%/manifest.json,%,$(GOALS))
 AIMS := $(sort $(filter $(STAGES),$(AIMS)) $(if $(filter chat run,$(AIMS)),bundle) $(if $(filter compare,$(AIMS)),verify))
 AIMS := $(or $(AIMS),publish)
-PLANNED := $(filter $(call closure,$(AIMS)),$(STAGES))
+PLANNED := $(filter-out evaluate,$(filter $(call closure,$(AIMS)),$(STAGES)))
 OPTIONS_plan := $(OPTIONS_fetch) $(WANTED) --stages $(PLANNED)
 PLAN := $(ROOT)/.inputs/planned.$(subst $(eval ) ,-,$(AIMS))
 
@@ -178,7 +194,7 @@ READY := image
 ONLINE := $(if $(FOLDER),,fetch plan)
 # Every path that a stage is told is mounted at the same path, what a checkpoint's links lead to as well; a recipe's texts
 # where the recipe names them from, the project's folder.
-READ := $(abspath $(RECIPE) $(CALIBRATION) $(filter /%,$(TEXTS)) $(FOLDER) $(dir $(realpath $(CHECKPOINT))))
+READ := $(abspath $(RECIPE) $(CALIBRATION) $(EVAL) $(TASK) $(FILE) $(AGAINST) $(filter /%,$(TEXTS)) $(FOLDER) $(dir $(realpath $(CHECKPOINT))))
 MOUNTS := $(foreach path,$(sort $(READ)),-v $(path):$(path):ro) \
 	$(foreach text,$(filter-out /%,$(TEXTS)),-v $(abspath $(text)):/app/$(text):ro)
 IN_CONTAINER = docker run --rm $(2) --read-only --tmpfs /tmp --cap-drop ALL --security-opt no-new-privileges \
@@ -197,7 +213,7 @@ WHERE = --model-id $(MODEL_ID) --artifacts $(ARTIFACTS) --recipe $(RECIPE)
 endif
 
 # --- targets ----------------------------------------------------------------------------------------------------------
-.PHONY: all setup plan fetch golden graph fp32 fp16 int8 $(ALTERNATIVE) bundle verify publish check reproduce compare chat run bench image test lint format clean clean-env help
+.PHONY: all setup plan fetch golden graph fp32 fp16 int8 $(ALTERNATIVE) bundle verify publish evaluate check inspect reproduce compare chat run bench image test lint format clean clean-env help
 
 all: publish ## set-up, then everything for MODEL_ID: fp32, fp16, int8, bundles, the report, the publish folder (default)
 	@echo "files:   $(foreach variant,$(VARIANTS),$(ROOT)/$(variant)/step.tflite) $(foreach bundle,$(BUNDLES),$(ROOT)/bundle/$(bundle).litertlm)"
@@ -218,7 +234,8 @@ int8: ## build the int8 files, by the recipe's scheme
 bundle: ## pack what LiteRT-LM runs: bundle/fp32.litertlm and bundle/int8.litertlm
 verify: ## judge every file against Hugging Face and fp32; write report.json and report.html
 publish: ## assemble what would be uploaded (dry run)
-fetch golden graph fp32 fp16 int8 $(ALTERNATIVE) bundle verify publish: %: $(ROOT)/%/manifest.json
+evaluate: ## score the bundles and the original on your own TASK=: exact match, chrF, BLEU
+$(STAGES): %: $(ROOT)/%/manifest.json
 
 define STAGE_RULE
 $(ROOT)/$(1)/manifest.json: $(foreach need,$(NEEDS_$(1)),$(ROOT)/$(need)/manifest.json) $(ROOT)/.inputs/$(1) | $(READY) $(PLAN)
@@ -239,8 +256,11 @@ run: bundle ## let the int8 bundle answer PROMPT= once
 check: $(READY) ## hold a published folder against its own papers (FILES=)
 	$(call RUN,check) -m pipeline.check $(call QUOTE,$(abspath $(FILES)))
 
+inspect: $(READY) ## tell what is in FILE=, and where it leaves AGAINST=
+	$(call RUN,inspection) -m pipeline.inspection $(call QUOTE,$(abspath $(FILE))) $(if $(AGAINST),--against $(call QUOTE,$(abspath $(AGAINST))))
+
 reproduce: $(READY) ## rebuild what is finished for MODEL_ID from its manifests, and compare every file
-	$(call RUN,reproduce) -m pipeline.reproduce $(WHERE)
+	$(call RUN,reproduce) -m pipeline.reproduce $(WHERE) $(EVALUATED) $(CALIBRATED)
 
 compare: verify ## build every variant and print the table that compares them
 	$(call RUN,verify) -m pipeline.judge.report $(abspath $(ROOT))/verify/report.json

@@ -16,6 +16,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,24 +25,25 @@ import torch
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from pipeline.core import log, manifest, memory
+from pipeline.core import log, manifest
 from pipeline.core.errors import ResourceError, UsageError, VerificationError
 from pipeline.core.manifest import Facts
 from pipeline.core.recipe import PROJECT, Bundle, Corpus, Graphs, Recipe, Shapes
 from pipeline.core.stage import Context, Outcome, Stage, main
 from pipeline.judge import cache, corpus, metrics
 from pipeline.judge.corpus import Tokens
+from pipeline.judge.metrics import Summary
 from pipeline.judge.reference import Head
-from pipeline.reference.model import HuggingFace
+from pipeline.reference.model import HuggingFace, too_large
 
 Floats = NDArray[np.float32]
 
-_WORKING_MEMORY = 3 << 29
-"""Bytes besides the weights: 1.3 GB were the peak with the shipped model."""
 _LOADED = 3e8
 """Parameters per second that are read and widened, roughly."""
 _SAMPLE_WINDOWS = 8
+_NOT_MEASURED: Facts = {"not_measured": "not measured: the model does not fit into memory and is streamed in float32"}
 _DEVICE_NMSE = 1e-8
+_FLOOR_POSITIONS = 256
 _SCORED = 16
 """Positions whose logits are held at a time: 34 MB each way with 262,400 tokens."""
 
@@ -62,11 +64,13 @@ def choose_device(wanted: str) -> str:
     return "cuda"
 
 
-def make_corpus(reference: HuggingFace, windows: Tokens, file: Path) -> Floats:
-    """Compute and store the hidden states of `windows`; returns them, float32 [N, L, H]."""
+def make_corpus(reference: HuggingFace, windows: Tokens, count: int, file: Path) -> Floats:
+    """Compute the hidden states of `windows`, store those at `count` positions, and return all, float32 [N, L, H]."""
     with log.progress("reference on the corpus", windows.size, "tokens") as bar:
         hidden = reference.hidden(windows, np.ones_like(windows), bar)
-    save_file({"input_ids": windows, "hidden": hidden}, file)
+    judged = corpus.spread_positions(len(windows), windows.shape[1], count)
+    kept = {"input_ids": windows, "hidden": hidden[judged.window, judged.length - 1]}
+    save_file({**kept, "window": judged.window, "length": judged.length}, file)
     return hidden
 
 
@@ -97,7 +101,28 @@ def make_shapes(reference: HuggingFace, shapes: Shapes, file: Path) -> int:
     return len(cases)
 
 
-def self_floor(reference: HuggingFace, windows: Tokens, hidden: Floats, head: Head) -> Facts:
+@dataclass(frozen=True)
+class Sample:
+    """A few windows [N, L] with their hidden states [N, L, H], on which the reference is held against itself."""
+
+    windows: Tokens
+    hidden: Floats
+    head: Head
+
+    def against(self, other: Floats) -> Summary:
+        """How far `other` [N, L, H] leads from the hidden states, at places spread over the windows."""
+        places = corpus.spread_positions(len(self.windows), self.windows.shape[1], _FLOOR_POSITIONS)
+        targets = self.windows[places.window, places.length]
+        pair = [hidden[places.window, places.length - 1] for hidden in (self.hidden, other)]
+        lots = (slice(start, start + _SCORED) for start in range(0, len(places), _SCORED))
+        scores = [
+            metrics.compare(self.head.logits(pair[0][lot]), self.head.logits(pair[1][lot]), targets[lot])
+            for lot in lots
+        ]
+        return metrics.summarise(metrics.join(scores), places.window)
+
+
+def threads_floor(reference: HuggingFace, sample: Sample) -> Facts:
     """How far the reference is from itself: a few windows again with another number of threads, or on the CPU.
 
     A file's distance below this is noise of the reference.
@@ -106,32 +131,29 @@ def self_floor(reference: HuggingFace, windows: Tokens, hidden: Floats, head: He
         VerificationError: a GPU's hidden states differ from the CPU's by more than the tolerance.
     """
     device, threads = reference.device, torch.get_num_threads()
-    windows, hidden = windows[:_SAMPLE_WINDOWS], hidden[:_SAMPLE_WINDOWS]
     other = 2 if device == "cpu" and threads == 1 else 1
-    again = _elsewhere(reference, windows, threads if device == "cuda" else other)
-    error = (again.astype(np.float64) - hidden) ** 2
-    nmse = float(error.sum() / (hidden.astype(np.float64) ** 2).sum())
+    again = _elsewhere(reference, sample.windows, threads if device == "cuda" else other)
+    error = (again.astype(np.float64) - sample.hidden) ** 2
+    nmse = float(error.sum() / (sample.hidden.astype(np.float64) ** 2).sum())
     if nmse > _DEVICE_NMSE:
         raise VerificationError(
             f"the reference differs from itself: NMSE {nmse:.1e} of hidden states, limit {_DEVICE_NMSE:.0e}",
             cause=f"{device} with {threads} threads does not compute in full fp32",
             remedy="run `make golden DEVICE=cpu`",
         )
-    places = np.linspace(0, windows.size - 1, num=min(256, windows.size)).astype(np.int64)
-    flat = [part.reshape(windows.size, -1)[places] for part in (hidden, again)]
-    parts = (
-        tuple(head.logits(rows[start : start + _SCORED]) for rows in flat) for start in range(0, len(places), _SCORED)
-    )
-    scores = metrics.join([metrics.compare(*pair) for pair in parts])
     against = "CPU" if device == "cuda" else f"{other} instead of {threads} threads"
-    return {
-        "against": against,
-        "positions": len(places),
-        "nmse": nmse,
-        "kld_mean": float(scores.kld.mean()),
-        "kld_max": float(scores.kld.max()),
-        "top1": float(scores.top1.mean()),
-    }
+    return {"against": against, "nmse": nmse, **asdict(sample.against(again))}
+
+
+def bfloat16_floor(checkpoint: Path, sample: Sample) -> Facts:
+    """How far the reference is from itself in bfloat16, which checkpoints are published and served in.
+
+    Its layers, that is: the head is computed in float64 here as everywhere.
+    """
+    rounded = HuggingFace.load(checkpoint, "cpu", dtype=torch.bfloat16)
+    with log.progress("reference in bfloat16", sample.windows.size, "tokens") as bar:
+        hidden = rounded.hidden(sample.windows, np.ones_like(sample.windows), bar)
+    return {"against": "bfloat16 instead of float32", **asdict(sample.against(hidden))}
 
 
 def _elsewhere(reference: HuggingFace, windows: Tokens, threads: int) -> Floats:
@@ -151,9 +173,6 @@ def _elsewhere(reference: HuggingFace, windows: Tokens, threads: int) -> Floats:
 def work(context: Context) -> Outcome:
     """Load the reference, run it on corpus, shapes and prompts, and store what it says."""
     recipe, checkpoint = context.recipe, context.root / "fetch" / "checkpoint"
-    text = PROJECT / recipe.corpus.verification
-    documents = corpus.read_documents(text)
-    corpus.require_disjoint(documents, corpus.read_documents(PROJECT / recipe.corpus.calibration))
     device = choose_device(context.arguments.device)
     parameters = context.upstream["fetch"].facts["parameters"]
     assert isinstance(parameters, int)
@@ -161,6 +180,10 @@ def work(context: Context) -> Outcome:
     log.step(f"the reference runs in fp32 on {device}" + (", a matrix at a time" if streamed else ""))
     with log.waiting("opening the checkpoint", 3 + (0 if streamed else parameters / _LOADED)):
         reference = HuggingFace.load(checkpoint, device, streamed=streamed)
+    text = context.arguments.eval or PROJECT / recipe.corpus.verification
+    documents = corpus.read_documents(text, reference.render)
+    corpus.require_disjoint(documents, corpus.read_documents(PROJECT / recipe.corpus.calibration, reference.render))
+    openings = corpus.read_documents(text, corpus.first_content)
     windows = corpus.pack_windows(
         documents,
         reference.tokenize,
@@ -168,34 +191,44 @@ def work(context: Context) -> Outcome:
         window=recipe.corpus.window,
         limit=max(1, recipe.corpus.positions // corpus.POSITIONS_PER_WINDOW),
     )
-    hidden = make_corpus(reference, windows, context.folder / "corpus.safetensors")
-    floor = self_floor(reference, windows, hidden, Head.of_checkpoint(checkpoint, reference.cap))
+    hidden = make_corpus(reference, windows, recipe.corpus.positions, context.folder / "corpus.safetensors")
+    head = Head.of_checkpoint(checkpoint, reference.cap)
+    sample = Sample(windows[:_SAMPLE_WINDOWS], hidden[:_SAMPLE_WINDOWS], head)
+    threads = threads_floor(reference, sample)
     cases = (
         0
         if context.graphs == "bundle"
         else make_shapes(reference, recipe.shapes, context.folder / "shapes.safetensors")
     )
-    greedy = _greedy(reference, documents, recipe, context.graphs)
+    greedy = _greedy(reference, openings, recipe, context.graphs)
     spoken: Facts = (
         {} if context.graphs == "step" else make_recital(reference, documents, recipe.bundle, context.folder)
     )
     manifest.write_atomically(context.folder / "greedy.json", json.dumps(greedy, ensure_ascii=False, indent=1) + "\n")
+    facts: Facts = {
+        "bos": reference.bos,
+        "pad": reference.pad,
+        "stop": list(reference.stop),
+        "final_logit_softcapping": reference.cap,
+    }
+    del reference  # its memory is for the same model in another precision
     return Outcome(
         facts={
+            **facts,
             "dtype": "float32",
             "attention": "eager",
             "device": device,
             "weights": "streamed" if streamed else "loaded",
+            "verification": text.name,
             "verification_sha256": hashlib.sha256(text.read_bytes()).hexdigest(),
             "documents": len(documents),
             "windows": len(windows),
             "window": recipe.corpus.window,
             "shape_cases": cases,
-            "bos": reference.bos,
-            "pad": reference.pad,
-            "stop": list(reference.stop),
-            "final_logit_softcapping": reference.cap,
-            "self_floor": dict(floor),
+            "self_floor": {
+                "threads": dict(threads),
+                "bfloat16": dict(_NOT_MEASURED if streamed else bfloat16_floor(checkpoint, sample)),
+            },
             **spoken,
         }
     )
@@ -211,19 +244,17 @@ def _streamed(wanted: str, device: str, parameters: int) -> bool:
         if wanted == "streamed":
             raise UsageError("weights are streamed on the CPU only", remedy="leave out --weights, or use DEVICE=cpu")
         return False
-    free = memory.available()
-    small = free is not None and 4 * parameters + _WORKING_MEMORY > free
-    return wanted == "streamed" or (wanted == "auto" and small)
+    return wanted == "streamed" or (wanted == "auto" and too_large(parameters))
 
 
-def _greedy(reference: HuggingFace, documents: Sequence[str], recipe: Recipe, graphs: Graphs) -> list[dict[str, Any]]:
+def _greedy(reference: HuggingFace, openings: Sequence[str], recipe: Recipe, graphs: Graphs) -> list[dict[str, Any]]:
     """As many continuations, and as long, as step graph and bundles are held against.
 
     Every fourth prompt of a bundle is the same beginning as a chat turn, so that answers end at a stop token.
     """
     wanted: list[Corpus | Bundle] = [recipe.corpus] if graphs != "bundle" else []
     wanted += [recipe.bundle] if graphs != "step" else []
-    prompts = corpus.pick_prompts(documents, max(each.prompts for each in wanted))
+    prompts = corpus.pick_prompts(openings, max(each.prompts for each in wanted))
     if graphs != "step" and reference.tokenizer.chat_template:
         prompts[3::4] = [reference.as_turn(prompt) for prompt in prompts[3::4]]
     count = max(each.continuation for each in wanted)
@@ -238,27 +269,32 @@ def make_recital(reference: HuggingFace, documents: Sequence[str], bundle: Bundl
         UsageError: the verification text is too short for them.
     """
     script, _ = cache.scripts(bundle, reference.model.config.sliding_window)
-    tokens = corpus.pack_windows(documents, reference.tokenize, bos=reference.bos, window=script.length, limit=2)
+    length = script.length + 1  # the last token is only predicted
+    tokens = corpus.pack_windows(documents, reference.tokenize, bos=reference.bos, window=length, limit=2)
     if len(tokens) < 2:
         raise UsageError(
             f"the verification text is too short for two conversations of {script.length} tokens",
             remedy="give more text, or lower bundle.decode in the recipe",
         )
     with log.progress("reference through the cache", 2 * tokens.size, "tokens") as bar:
-        hidden = reference.hidden(tokens, np.ones_like(tokens), bar)
-        cached = reference.hidden_cached(tokens, bundle.decode, bar)
+        read = tokens[:, :-1]
+        hidden = reference.hidden(read, np.ones_like(read), bar)
+        cached = reference.hidden_cached(read, bundle.decode, bar)
     save_file({"input_ids": tokens, "hidden": hidden, "cached": cached}, folder / "cache.safetensors")
     return {"sliding_window": reference.model.config.sliding_window, "conversation": script.length}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The device, and where the weights are."""
+    """The device, where the weights are, and the text."""
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the reference runs")
     parser.add_argument(
         "--weights",
         choices=("auto", "loaded", "streamed"),
         default="auto",
         help="in memory, or read from the file as they are needed (default: loaded if they fit)",
+    )
+    parser.add_argument(
+        "--eval", type=Path, metavar="FILE", help="your own text to judge on, .txt or .jsonl (default: the recipe's)"
     )
 
 

@@ -60,6 +60,7 @@ def work(arguments: argparse.Namespace) -> None:
     files = 0
     for name, made in finished.items():
         command = [sys.executable, "-m", f"pipeline.{name.split('-')[0]}", *where, *_options(name, made, finished)]
+        command += _texts(name, arguments)
         if code := process.run(command, cwd=PROJECT):
             raise PipelineError(
                 f"stage {name} failed with exit code {code}", remedy=f"what it needs is said above; {root} is unharmed"
@@ -98,6 +99,13 @@ def _options(name: str, made: Manifest, finished: Mapping[str, Manifest]) -> lis
         read = {record.path.split("/", 1)[0] for record in made.inputs if record.path.endswith("/step.tflite")}
         return [*options, "--variants", *(stage for stage in STAGES if stage in read)]
     return options
+
+
+def _texts(name: str, arguments: argparse.Namespace) -> list[str]:
+    """The user's own texts, for the stages that read them; a manifest knows their contents, not where they are."""
+    read = {"eval": ("golden", "verify"), "calibration": ("int8", "int8-static", "int8-dynamic", "verify")}
+    given = {option: getattr(arguments, option) for option, stages in read.items() if name in stages}
+    return [word for option, file in given.items() if file for word in (f"--{option}", str(file))]
 
 
 def compare(stage: str, root: Path, again: Path) -> int:
@@ -184,6 +192,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--again", type=Path, help="the second folder, removed if all is the same (default: ARTIFACTS/reproduced)"
     )
+    parser.add_argument("--eval", type=Path, metavar="FILE", help="the text that golden and verify were given, if any")
+    parser.add_argument("--calibration", type=Path, metavar="FILE", help="the text that int8 was given, if any")
     arguments = parser.parse_args(argv)
     arguments.again = arguments.again or arguments.artifacts / "reproduced"
     return guard(lambda: work(arguments))

@@ -12,16 +12,17 @@ judged in the same way and may fail: it is marked as not fit to publish.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import platform
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
+from pipeline.convert import noise
 from pipeline.convert.template import CONVERSATIONS
 from pipeline.core import log, manifest, versions
 from pipeline.core.errors import UsageError, VerificationError
@@ -31,26 +32,35 @@ from pipeline.core.stage import Context, Outcome, Stage, main
 from pipeline.judge import bundles, cache, corpus, gates, report, runtime, verdict
 from pipeline.judge.cache import Recital
 from pipeline.judge.examine import Panel
+from pipeline.judge.gates import Check, Status
 from pipeline.judge.reference import Head, Reference
 from pipeline.judge.verdict import BASELINE, Setting, Subject, Verdict
 
 VARIANTS = (BASELINE, "fp16", "int8")
 STEP = "step.tflite"
 SEQUENCES = (1, 128, 1024)
+_CAUSES: Mapping[Status, str] = {
+    "fail": "a file is not as good as the recipe demands",
+    "inconclusive": "too few positions were judged to know whether the limit is kept",
+    "not measured": "a figure that the recipe limits could not be had, or the recipe has no limits for this file",
+}
+_REMEDIES: Mapping[Status, str] = {
+    "fail": "correct the stage that made the file, or the recipe's limit",
+    "inconclusive": "judge more positions: raise corpus.positions, for bundles bundle.decode, or give more text: EVAL=",
+    "not measured": "complete the recipe's limits, or run the stage that made the file again",
+}
 _PER_BATCH = 8
+_TRACED = 4
+"""Windows that are run operator by operator to find where a file loses quality."""
 
 
 def work(context: Context) -> Outcome:
     """Judge every file, write judgement and report, and fail if a required check did not pass."""
-    recipe = context.recipe
-    corpus.require_disjoint(
-        corpus.read_documents(PROJECT / recipe.corpus.verification),
-        corpus.read_documents(PROJECT / recipe.corpus.calibration),
-    )
     checkpoint = context.root / "fetch" / "checkpoint"
     cap = cast("float | None", context.upstream["golden"].facts["final_logit_softcapping"])
     reference = Reference(context.root / "golden", Head.of_checkpoint(checkpoint, cap))
     tokenizer = _tokenizer(checkpoint)
+    _check_texts(context, tokenizer)
     verdicts: list[Verdict] = []
     heard: list[bundles.Verdict] = []
     judgement: dict[str, Any] = {}
@@ -72,12 +82,32 @@ def work(context: Context) -> Outcome:
     )
 
 
+def _check_texts(context: Context, tokenizer: Any) -> None:
+    """Make sure that the reference speaks of the text to judge on, and that no file was calibrated on it.
+
+    Raises:
+        UsageError: it does not, or one was.
+    """
+    arguments, texts = context.arguments, context.recipe.corpus
+    judged: Path = arguments.eval or PROJECT / texts.verification
+    if hashlib.sha256(judged.read_bytes()).hexdigest() != context.upstream["golden"].facts["verification_sha256"]:
+        raise UsageError(
+            f"the reference was computed on another text than {judged}",
+            cause="the text was changed, or EVAL= was not the same for golden and verify",
+            remedy="run `make golden` with this EVAL=",
+        )
+    render: corpus.Render | None = None
+    if tokenizer.chat_template:
+        render = lambda messages: str(tokenizer.apply_chat_template(list(messages), tokenize=False))  # noqa: E731
+    calibration = arguments.calibration or PROJECT / texts.calibration
+    corpus.require_disjoint(corpus.read_documents(judged, render), corpus.read_documents(calibration, render))
+
+
 def _judge_steps(context: Context, reference: Reference, tokenizer: Any) -> tuple[list[Verdict], dict[str, Any]]:
     """The verdicts on the step graphs, and what of the judgement is theirs alone."""
     recipe, golden = context.recipe, context.upstream["golden"].facts
     panel = Panel.of(
         reference,
-        count=recipe.corpus.positions,
         batch=min(_PER_BATCH, recipe.step.max_batch),
         pad=_integer(golden["pad"]),
     )
@@ -94,7 +124,24 @@ def _judge_steps(context: Context, reference: Reference, tokenizer: Any) -> tupl
         verdicts = _judge_all(subjects, setting)
     decode: Callable[[list[int]], str] = lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True))  # noqa: E731
     rows = verdict.greedy_rows(reference, verdicts, setting, decode)
-    return verdicts, {"greedy": rows, "continuation": recipe.corpus.continuation, "positions": len(panel.positions)}
+    return verdicts, {
+        "greedy": rows,
+        "continuation": recipe.corpus.continuation,
+        "positions": len(panel.positions),
+        "losses": _losses(verdicts, reference),
+    }
+
+
+def _losses(verdicts: Sequence[Verdict], reference: Reference) -> dict[str, Any]:
+    """Where each file that is not close enough to the fp32 file leaves it, operator by operator."""
+    samples = list(reference.corpus()[0][:_TRACED])
+    found: dict[str, Any] = {}
+    for item in verdicts[1:]:
+        if any(check.status != "pass" and check.against == BASELINE and check.low is not None for check in item.checks):
+            trace = noise.trace(item.subject.path, verdicts[0].subject.path, samples)
+            log.step(f"{item.subject.name}: {trace.sentence()}")
+            found[item.subject.name] = trace.facts()
+    return found
 
 
 def _judge_bundles(context: Context, reference: Reference, tokenizer: Any) -> list[bundles.Verdict]:
@@ -199,8 +246,8 @@ def _judgement(context: Context, verdicts: Sequence[Verdict], heard: Sequence[bu
         "tools": versions.installed(),
         "parameters": fetch.facts.get("parameters"),
         "passed": bool(required) and all(check.passed for check in required),
-        "checks": [asdict(check) for check in required],
-        "alternative_checks": [asdict(check) for check in alternative],
+        "checks": [check.facts() for check in required],
+        "alternative_checks": [check.facts() for check in alternative],
         "reference": dict(golden.facts),
         "order": [item.subject.name for item in verdicts],
         "variants": {item.subject.name: item.facts() for item in verdicts},
@@ -245,20 +292,20 @@ def _say(verdicts: Sequence[Verdict | bundles.Verdict], folder: Path) -> None:
     Raises:
         VerificationError: a required file did.
     """
-    failed: list[str] = []
+    failed: list[Check] = []
     for item in verdicts:
-        missed = [check.sentence() for check in item.checks if not check.passed]
+        missed = [check for check in item.checks if not check.passed]
         optional = isinstance(item, Verdict) and item.subject.alternative
-        for sentence in missed if optional else ():
-            log.warn(f"not fit to publish: {sentence}")
+        for check in missed if optional else ():
+            log.warn(f"not fit to publish: {check.sentence()}")
         failed += [] if optional else missed
     if failed:
-        for sentence in failed:
-            log.line(f"  failed: {sentence}")
+        for check in failed:
+            log.line(f"  {check.status}: {check.sentence()}")
         raise VerificationError(
-            f"{len(failed)} checks failed, the first: {failed[0]}",
-            cause="a file is not as good as the recipe demands",
-            remedy=f"read {folder / 'report.html'}; correct the stage that made the file, or the recipe's limit",
+            f"{len(failed)} checks did not pass, the first: {failed[0].sentence()}",
+            cause=_CAUSES[failed[0].status],
+            remedy=f"read {folder / 'report.html'}; {_REMEDIES[failed[0].status]}",
         )
 
 
@@ -271,10 +318,12 @@ def _integers(value: Fact) -> list[int]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The files to judge."""
+    """The files to judge, and the texts that they were and were not calibrated on."""
     parser.add_argument(
         "--variants", nargs="*", default=list(VARIANTS), help="folders with a step graph (default: %(default)s)"
     )
+    parser.add_argument("--eval", type=Path, metavar="FILE", help="the text that golden's --eval named")
+    parser.add_argument("--calibration", type=Path, metavar="FILE", help="the text that int8's --calibration named")
 
 
 def needs_of(arguments: argparse.Namespace, recipe: Recipe) -> tuple[str, ...]:

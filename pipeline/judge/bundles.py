@@ -15,8 +15,8 @@ from pipeline.judge import cache, gates, metrics, speech
 from pipeline.judge.cache import Logits, Recital
 from pipeline.judge.gates import Check, Figure
 from pipeline.judge.lm_runtime import Message
-from pipeline.judge.metrics import Scores
-from pipeline.judge.reference import Greedy, Head
+from pipeline.judge.metrics import Divergence, Summary
+from pipeline.judge.reference import Floats, Greedy, Head
 from pipeline.judge.report import REFERENCE
 from pipeline.judge.speech import Speech, Tokenizer
 
@@ -66,15 +66,25 @@ class Setting:
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What was found about one bundle; `against_fp32` is None for the fp32 bundle, and where there is none."""
+    """What was found about one bundle.
+
+    `against_cached`, Hugging Face with its own cache, is for the fp32 bundle alone, where exactness counts.
+    `against_fp32` is None for the fp32 bundle, and where there is none.
+    """
 
     subject: Subject
     checks: list[Check]
     logits: Logits
-    against_reference: Scores
-    against_cached: Scores
-    against_fp32: Scores | None
+    against_reference: Summary
+    against_cached: Summary | None
+    against_fp32: Summary | None
     speech: Speech
+
+    @property
+    def divergence(self) -> Divergence | None:
+        """How long its greedy texts in LiteRT-LM are Hugging Face's."""
+        rows = self.speech.spoken
+        return metrics.divergence([row.agree for row in rows], [row.tokens for row in rows])
 
     @property
     def fit(self) -> bool:
@@ -92,9 +102,10 @@ class Verdict:
             "bytes_per_weight": subject.weight_bytes / subject.stored,
             "fit": self.fit,
             "positions": len(self.logits),
-            "against_reference": _scores(self.against_reference),
-            "against_cached": _scores(self.against_cached),
-            "against_fp32": _scores(self.against_fp32) if self.against_fp32 else None,
+            "against_reference": asdict(self.against_reference),
+            "against_cached": _facts(self.against_cached),
+            "against_fp32": _facts(self.against_fp32),
+            "divergence": _facts(self.divergence),
             "token_ids": asdict(heard.ids),
             "prompts": asdict(heard.prompts),
             "greedy": {
@@ -117,15 +128,24 @@ def judge(subject: Subject, setting: Setting, baseline: Verdict | None) -> Verdi
         setting: what it is held against.
         baseline: the fp32 bundle's verdict; None for itself, and where none is made: Hugging Face takes its place then.
     """
-    logits = cache.play(subject.sections, setting.recital, subject.name, setting.scratch)
-    plain, cached = (cache.against_hidden(logits, hidden, setting.head) for hidden in setting.recital.expected())
-    own = metrics.compare(baseline.logits, logits) if baseline else None
+    recital, exact = setting.recital, subject.precision == BASELINE
+    logits = cache.play(subject.sections, recital, subject.name, setting.scratch)
+
+    def against_hidden(hidden: Floats) -> Summary:
+        return metrics.summarise(setting.head.score(logits, hidden, recital.targets), recital.blocks)
+
+    without, withal = recital.expected()
+    plain, cached = against_hidden(without), against_hidden(withal) if exact else None
+    own = None
+    if baseline:
+        own = metrics.summarise(metrics.compare(baseline.logits, logits, recital.targets), recital.blocks)
     heard = speech.listen(
         subject.path, setting.tokenizer, setting.conversations, setting.greedy, setting.stop, setting.scratch
     )
-    exact, where = subject.precision == BASELINE, setting.recital.described
     figures = (
-        _exactness(plain, cached, where) if exact else _quality(own or plain, BASELINE if own else REFERENCE, where)
+        _exactness(plain, cached, recital.described)
+        if cached
+        else _quality(own or plain, BASELINE if own else REFERENCE, recital.described)
     )
     holds = [*_speech_checks(subject, heard, exact=exact), _finite(subject, logits)]
     return Verdict(
@@ -139,39 +159,22 @@ def judge(subject: Subject, setting: Setting, baseline: Verdict | None) -> Verdi
     )
 
 
-def _exactness(plain: Scores, cached: Scores, where: str) -> list[Figure]:
+def _exactness(plain: Summary, cached: Summary, where: str) -> list[Figure]:
     """fp32 against Hugging Face, without and with its own cache."""
     figures = []
-    for scores, way in ((plain, "without a cache"), (cached, "with its cache")):
+    for summary, way in ((plain, "without a cache"), (cached, "with its cache")):
         detail = f"{where}; against {REFERENCE} {way}"
-        worst, mean, top1 = float(scores.nmse.max()), float(scores.kld.mean()), float(scores.top1.mean())
+        name = f"worst logits NMSE through the cache, {way}"
         figures += [
-            Figure(
-                metric="nmse",
-                name=f"worst logits NMSE through the cache, {way}",
-                value=worst,
-                against=REFERENCE,
-                detail=detail,
-            ),
-            Figure(metric="kld", name=f"KLD through the cache, {way}", value=mean, against=REFERENCE, detail=detail),
-            Figure(
-                metric="top1",
-                name=f"top-1 agreement through the cache, {way}",
-                value=top1,
-                against=REFERENCE,
-                detail=detail,
-            ),
+            Figure(metric="nmse", name=name, value=summary.nmse_max, against=REFERENCE, detail=detail),
+            *gates.quality(f"through the cache, {way}", summary, against=REFERENCE, detail=detail),
         ]
     return figures
 
 
-def _quality(scores: Scores, against: str, where: str) -> list[Figure]:
+def _quality(summary: Summary, against: str, where: str) -> list[Figure]:
     """A smaller bundle against the fp32 one, or Hugging Face."""
-    kld, top1 = float(scores.kld.mean()), float(scores.top1.mean())
-    return [
-        Figure(metric="kld", name="KLD through the cache", value=kld, against=against, detail=where),
-        Figure(metric="top1", name="top-1 agreement through the cache", value=top1, against=against, detail=where),
-    ]
+    return gates.quality("through the cache", summary, against=against, detail=where)
 
 
 def _sizes(subject: Subject) -> list[Figure]:
@@ -227,11 +230,5 @@ def _examples(tally: speech.Tally) -> str:
     return f"{tally.total} in all" + (f"; e.g. {'; '.join(tally.examples)}" if tally.examples else "")
 
 
-def _scores(scores: Scores) -> Mapping[str, float]:
-    return {
-        "nmse_max": float(scores.nmse.max()),
-        "kld": float(scores.kld.mean()),
-        "kld_max": float(scores.kld.max()),
-        "top1": float(scores.top1.mean()),
-        "max_abs": float(scores.max_abs.max()),
-    }
+def _facts(found: Summary | Divergence | None) -> Mapping[str, Any] | None:
+    return asdict(found) if found else None

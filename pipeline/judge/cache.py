@@ -17,10 +17,8 @@ from numpy.typing import NDArray
 
 from pipeline.core import log
 from pipeline.core.recipe import Bundle
-from pipeline.judge import metrics
-from pipeline.judge.corpus import Tokens
-from pipeline.judge.metrics import Scores
-from pipeline.judge.reference import Floats, Head
+from pipeline.judge.corpus import POSITIONS_PER_WINDOW, Tokens
+from pipeline.judge.reference import Floats
 from pipeline.judge.sections import Conversation, Sections
 
 Logits = NDArray[np.float32]
@@ -78,8 +76,8 @@ def _chunks(lengths: Sequence[int], total: int) -> tuple[tuple[str, int], ...]:
 class Recital:
     """The reference of both scripts.
 
-    `tokens` int32 [2, L]; `hidden` float32 [2, L, H] of Hugging Face without a cache; `cached` [2, D, H] of the last D
-    positions with its cache, one token at a time.
+    `tokens` int32 [2, L + 1], the last of which is only predicted; `hidden` float32 [2, L, H] of Hugging Face without
+    a cache; `cached` [2, D, H] of the last D positions with its cache, one token at a time.
     """
 
     scripts: tuple[Script, Script]
@@ -97,6 +95,20 @@ class Recital:
             runs.append(" and ".join(f"{part[0]}–{part[-1]}" for part in np.split(judged, edges)))
         count = sum(len(self.scripts[row].judged) for row in ORDER)
         return f"{count} decoded positions: {', '.join(runs)} of {len(runs)} conversations"
+
+    @property
+    def targets(self) -> Tokens:
+        """The token that really follows each judged position, in the order of `play`."""
+        return np.concatenate([self.tokens[row, self.scripts[row].judged + 1] for row in ORDER])
+
+    @property
+    def blocks(self) -> NDArray[np.int64]:
+        """Which stretch of 16 tokens each judged position is in; the first conversation's are the same when it returns.
+
+        What resampling draws: two conversations would be two blocks, and one that is played twice says nothing new.
+        """
+        stretches = self.scripts[0].length // POSITIONS_PER_WINDOW + 1
+        return np.concatenate([row * stretches + self.scripts[row].judged // POSITIONS_PER_WINDOW for row in ORDER])
 
     def expected(self) -> tuple[Floats, Floats]:
         """Hidden states [n, H] of the judged positions in the order of `play`, without a cache and with.
@@ -175,10 +187,3 @@ def _perform(conversation: Conversation, script: Script, tokens: Tokens, bar: lo
             logits = conversation.decode(token)
             bar.advance()
             yield [logits]
-
-
-def against_hidden(logits: Logits, hidden: Floats, head: Head) -> Scores:
-    """`logits` [n, V] scored against those of the reference's hidden states [n, H]."""
-    rows = max(1, (1 << 24) // head.vocabulary)
-    starts = range(0, len(logits), rows)
-    return metrics.join([metrics.compare(head.logits(hidden[i : i + rows]), logits[i : i + rows]) for i in starts])

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +22,8 @@ from pipeline.core.recipe import Padding
 Tokens = NDArray[np.int32]
 Tokenize = Callable[[str], Sequence[int]]
 """Text to token ids, without special tokens such as bos."""
+Render = Callable[[Sequence[Mapping[str, str]]], str]
+"""A chat conversation (`role` and `content` of each message) as one text, by the model's template."""
 
 POSITIONS_PER_WINDOW = 16
 """How many positions of one window are judged. Neighbours share their context and so say less than distant ones."""
@@ -33,26 +37,30 @@ _PROMPT_CHARACTERS = 48
 # Documents
 
 
-def read_documents(file: Path) -> list[str]:
-    """The documents of a text file (one a line) or of a `.jsonl` file (`text`, or `user` and `model`, per line).
+def read_documents(file: Path, render: Render | None = None) -> list[str]:
+    """The documents of a text file (one a line) or of a `.jsonl` file.
+
+    A line of the latter has `text`, or `user` and `model`, or `messages`, a conversation, of which `render` makes one
+    text; without it the contents follow each other.
 
     Raises:
         UsageError: the file can't be read, a line is not what its name says, or there is no text at all.
     """
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(
             f"can't read the text in {file}: {error}", remedy="give a UTF-8 file, .txt or .jsonl"
         ) from error
-    parse = _parse_json_line if file.suffix == ".jsonl" else str.strip
+    parse = partial(_parse_json_line, render or contents) if file.suffix == ".jsonl" else str.strip
     documents = []
     for number, row in enumerate(lines, start=1):
         try:
             text = parse(row) if row.strip() else ""
         except (ValueError, KeyError, TypeError) as error:
             raise UsageError(
-                f"{file}, line {number}: {error!r}", remedy='each line must be JSON such as {"text": "one document"}'
+                f"{file}, line {number}: {error!r}",
+                remedy='each line must be JSON such as {"text": "one document"} or {"messages": [{"role": "user", …}]}',
             ) from error
         if text:
             documents.append(text)
@@ -61,12 +69,33 @@ def read_documents(file: Path) -> list[str]:
     return documents
 
 
-def _parse_json_line(row: str) -> str:
+def contents(messages: Sequence[Mapping[str, str]]) -> str:
+    """A conversation as plain text, a line break between messages."""
+    return "\n".join(message["content"] for message in messages)
+
+
+def first_content(messages: Sequence[Mapping[str, str]]) -> str:
+    """What a conversation begins with."""
+    return messages[0]["content"]
+
+
+def _parse_json_line(render: Render, row: str) -> str:
     value = json.loads(row)
+    if "messages" in value:
+        return render(_messages(value["messages"])).strip()
     text = value["text"] if "text" in value else f"{value['user']}\n{value['model']}"
     if not isinstance(text, str):
         raise TypeError("`text` is not a string")
     return text.strip()
+
+
+def _messages(value: Any) -> list[Mapping[str, str]]:
+    if not isinstance(value, list) or not value:
+        raise TypeError("`messages` is not a list of messages")
+    for message in value:
+        if not isinstance(message["role"], str) or not isinstance(message["content"], str):
+            raise TypeError("a message's `role` or `content` is not a string")
+    return value
 
 
 def require_disjoint(verification: Iterable[str], calibration: Iterable[str]) -> None:
@@ -97,7 +126,7 @@ def pack_windows(documents: Sequence[str], tokenize: Tokenize, *, bos: int, wind
     Raises:
         UsageError: the text does not fill one window.
     """
-    stream = [token for document in documents for token in tokenize(document + "\n")]
+    stream = [token for document in documents for token in tokenize(document + "\n") if token != bos]
     available = len(stream) // (window - 1)
     if not available:
         raise UsageError(

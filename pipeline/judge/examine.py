@@ -16,8 +16,6 @@ from pipeline.judge.metrics import Scores
 from pipeline.judge.reference import Floats, Head, Reference
 from pipeline.judge.runtime import StepModel
 
-_CHUNK = 1 << 24
-"""Reference logits that are computed at a time (128 MiB in float64)."""
 Logits = NDArray[np.float32]
 
 
@@ -32,14 +30,13 @@ class Panel:
     head: Head
 
     @classmethod
-    def of(cls, reference: Reference, *, count: int, batch: int, pad: int) -> Panel:
-        """`count` positions of the reference's windows in batches of at most `batch` rows."""
-        windows, hidden = reference.corpus()
-        positions = corpus.spread_positions(len(windows), windows.shape[1], count)
+    def of(cls, reference: Reference, *, batch: int, pad: int) -> Panel:
+        """The reference's positions in batches of at most `batch` rows."""
+        windows, positions, hidden = reference.corpus()
         return cls(
             positions=positions,
             batches=corpus.prefix_batches(windows, positions, batch, pad),
-            hidden=hidden[positions.window, positions.length - 1],
+            hidden=hidden,
             targets=windows[positions.window, positions.length],
             head=reference.head,
         )
@@ -70,24 +67,12 @@ def run_positions(model: StepModel, panel: Panel, label: str, scratch: Path) -> 
 
 def against_reference(logits: Logits, panel: Panel) -> Scores:
     """`logits` [n, V] scored against Hugging Face's, which are computed from the hidden states chunk by chunk."""
-    rows = max(1, _CHUNK // panel.head.vocabulary)
-    parts = []
-    for start in range(0, len(logits), rows):
-        chunk = slice(start, start + rows)
-        expected = panel.head.logits(panel.hidden[chunk])
-        parts.append(metrics.compare(expected, logits[chunk], panel.targets[chunk]))
-    return metrics.join(parts)
+    return panel.head.score(logits, panel.hidden, panel.targets)
 
 
 def against_file(logits: Logits, other: Logits, panel: Panel) -> Scores:
     """`logits` [n, V] scored against those of another file, `other`."""
-    rows = max(1, _CHUNK // panel.head.vocabulary)
-    starts = range(0, len(logits), rows)
-    parts = [
-        metrics.compare(other[start : start + rows], logits[start : start + rows], panel.targets[start : start + rows])
-        for start in starts
-    ]
-    return metrics.join(parts)
+    return metrics.compare(other, logits, panel.targets)
 
 
 @dataclass(frozen=True)

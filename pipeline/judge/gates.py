@@ -1,6 +1,11 @@
 """Limits beside values: which checks a file has to pass, and what to do with a figure that is not there.
 
-A check that can't be made does not pass. A variant without limits in the recipe does not pass either.
+Each check ends in one of four ways, and only the first lets a file be published:
+
+- `pass`: the value keeps its limit, and so does its whole 95 % interval if it has one;
+- `fail`: the value misses its limit, and so does its whole interval; or it is not finite;
+- `inconclusive`: the limit lies inside the interval, or there were fewer than 64 positions: judge more of them;
+- `not measured`: there is no value, or the recipe has no limit for it.
 """
 
 from __future__ import annotations
@@ -8,48 +13,84 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from pipeline.core.manifest import Fact
 from pipeline.core.recipe import Gate
+from pipeline.judge.metrics import Estimate, Summary
 
 Direction = Literal["<=", ">="]
+Status = Literal["pass", "fail", "inconclusive", "not measured"]
+FEWEST = 64
+"""Positions below which a figure with an interval decides nothing: four windows are no sample of a language."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """One judged figure. `value` is None where it could not be had; `limit` None where the recipe has none."""
+    """One judged figure. `value` is None where it could not be had; `limit` None where the recipe has none.
+
+    `low` and `high` bound its 95 % interval, None where it has none.
+    """
 
     variant: str
     name: str
     value: float | None
+    low: float | None
+    high: float | None
     limit: float | None
     direction: Direction
-    passed: bool
+    status: Status
     against: str
     detail: str
+
+    @property
+    def passed(self) -> bool:
+        """Whether the file may be published as far as this check goes."""
+        return self.status == "pass"
 
     def sentence(self) -> str:
         """The check in words, e.g. `int8: KLD on the corpus is 0.012, the limit is <= 0.01 (against fp32)`."""
         value = "not known" if self.value is None else f"{self.value:.4g}"
+        if self.status == "inconclusive":
+            value += f" (95 % interval {self.low:.4g} to {self.high:.4g}: too few positions to tell)"
         limit = "missing from the recipe" if self.limit is None else f"{self.direction} {self.limit:.4g}"
         against = f" (against {self.against})" if self.against else ""
         return f"{self.variant}: {self.name} is {value}, the limit is {limit}{against}"
 
-    def facts(self) -> dict[str, Fact]:
+    def facts(self) -> dict[str, Any]:
         """The check as JSON."""
-        return asdict(self)
+        return asdict(self) | {"passed": self.passed}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """A measured value that the recipe's limit `metric` (a field of `Gate`) applies to."""
+    """A measured value that the recipe's limit `metric` (a field of `Gate`) applies to.
+
+    `interval` is its 95 % interval and `positions` how many it was estimated from; None where it is no estimate.
+    """
 
     metric: str
     name: str
     value: float | None
+    interval: tuple[float, float] | None = None
+    positions: int | None = None
     against: str = ""
     detail: str = ""
+
+    @classmethod
+    def estimated(
+        cls, metric: str, name: str, estimate: Estimate, positions: int, *, against: str = "", detail: str = ""
+    ) -> Figure:
+        """A figure that was estimated from so many positions."""
+        return cls(
+            metric=metric,
+            name=name,
+            value=estimate.value,
+            interval=(estimate.low, estimate.high),
+            positions=positions,
+            against=against,
+            detail=detail,
+        )
 
 
 _AT_LEAST = frozenset({"top1", "integer_share"})
@@ -78,22 +119,55 @@ def judge(variant: str, gate: Gate | None, figures: Iterable[Figure]) -> list[Ch
     return [_check(variant, figure, limits[figure.metric]) for figure in [*measured, *absent]]
 
 
+def quality(where: str, summary: Summary, *, against: str, detail: str) -> list[Figure]:
+    """The figures that say how close predictions are: KLD and top-1 agreement, with their intervals."""
+    kld = f"{detail}; 95 % interval {summary.kld.low:.3g} to {summary.kld.high:.3g}"
+    top1 = f"{detail}; 95 % interval {summary.top1.low:.2%} to {summary.top1.high:.2%}"
+    if summary.ties:
+        top1 += f"; {summary.ties:.2%} ties"
+    return [
+        Figure.estimated("kld", f"KLD {where}", summary.kld, summary.positions, against=against, detail=kld),
+        Figure.estimated(
+            "top1", f"top-1 agreement {where}", summary.top1, summary.positions, against=against, detail=top1
+        ),
+    ]
+
+
 def must_hold(variant: str, name: str, violations: int, detail: str = "") -> Check:
     """A check of something that holds for every file, whatever the recipe says: no violation at all."""
     return _check(variant, Figure(metric=name, name=name, value=float(violations), detail=detail), 0.0)
 
 
 def _check(variant: str, figure: Figure, limit: float | None) -> Check:
-    value = figure.value if figure.value is not None and math.isfinite(figure.value) else None
+    value, (low, high) = _finite(figure.value), map(_finite, figure.interval or (None, None))
     direction: Direction = ">=" if figure.metric in _AT_LEAST else "<="
-    passed = value is not None and limit is not None and (value >= limit if direction == ">=" else value <= limit)
     return Check(
         variant=variant,
         name=figure.name,
         value=value,
+        low=low,
+        high=high,
         limit=limit,
         direction=direction,
-        passed=passed,
+        status=_status(figure, limit, direction),
         against=figure.against,
         detail=figure.detail,
     )
+
+
+def _status(figure: Figure, limit: float | None, direction: Direction) -> Status:
+    """How a check ends. An interval that reaches its limit and not beyond does not cross it."""
+    if limit is None or figure.value is None:
+        return "not measured"
+    if not math.isfinite(figure.value):
+        return "fail"
+    bounds = [bound for bound in (figure.value, *(figure.interval or ())) if bound is not None]
+    kept = {bound >= limit if direction == ">=" else bound <= limit for bound in bounds}
+    few = figure.positions is not None and figure.positions < FEWEST
+    if few or len(kept) > 1:
+        return "inconclusive"
+    return "pass" if kept == {True} else "fail"
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None

@@ -135,6 +135,47 @@ def size_against_quality(points: Sequence[Point]) -> str:
     return "".join([*parts, "</svg>"])
 
 
+def signal_to_noise(name: str, curve: Sequence[tuple[str, float]]) -> str:
+    """Decibels of every operator's result in the order of execution, `curve` of (layer, decibels); down is noise."""
+    height, top, bottom, most = 300, 20, 244, 80.0
+    places = len(curve)
+
+    def across(place: float) -> float:
+        return _LEFT + (_WIDTH - _RIGHT - _LEFT) * place / max(places - 1, 1)
+
+    def up(decibels: float) -> float:
+        return bottom - (bottom - top) * min(max(decibels, 0.0), most) / most
+
+    parts = [_open(height, f"Signal to noise of every operator of {name}, against fp32")]
+    for level in range(0, int(most) + 1, 20):
+        kind = "limit" if level == 20 else "grid"
+        parts.append(
+            f'<line class="{kind}" x1="{_LEFT}" y1="{up(level):.1f}" x2="{_WIDTH - _RIGHT}" y2="{up(level):.1f}"/>'
+        )
+        parts.append(_text(_LEFT - 10, up(level) + 4, f"{'≥ ' if level == most else ''}{level} dB", "end", "tick"))
+    for label, start, stop in _stretches(curve):
+        x, middle = across(start), across((start + stop) / 2)
+        parts.append(f'<line class="grid" x1="{x:.1f}" y1="{top}" x2="{x:.1f}" y2="{bottom}"/>')
+        if across(stop) - x > 18 and label.startswith("layers."):
+            parts.append(_text(middle, bottom + 18, label.removeprefix("layers."), "middle", "tick"))
+    line = " ".join(f"{across(place):.1f},{up(level):.1f}" for place, (_, level) in enumerate(curve))
+    parts.append(f'<g class="series s2"><polyline class="line" points="{line}"/></g>')
+    parts.append(_text((_LEFT + _WIDTH - _RIGHT) / 2, bottom + 40, "layer", "middle", "tick"))
+    parts.append(_text(_LEFT - 62, top + 4, name, "end", "name"))
+    return "".join([*parts, "</svg>"])
+
+
+def _stretches(curve: Sequence[tuple[str, float]]) -> list[tuple[str, int, int]]:
+    """Neighbours of one layer: its name, first place and last."""
+    found: list[tuple[str, int, int]] = []
+    for place, (layer, _) in enumerate(curve):
+        if found and found[-1][0] == layer:
+            found[-1] = (layer, found[-1][1], place)
+        else:
+            found.append((layer, place, place))
+    return found
+
+
 def _place_label(name: str, x: float, y: float, taken: list[tuple[float, float]]) -> str:
     """The name beside its dot, moved down until it is clear of the names above it."""
     side = -1 if x > _WIDTH * 0.8 else 1

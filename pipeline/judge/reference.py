@@ -17,7 +17,9 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from pipeline.core.errors import IntegrityError
-from pipeline.judge.corpus import Tokens
+from pipeline.judge import metrics
+from pipeline.judge.corpus import Positions, Tokens
+from pipeline.judge.metrics import Scores
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
@@ -28,8 +30,10 @@ _EMBEDDINGS = (
     "model.language_model.embed_tokens.weight",
     "language_model.model.embed_tokens.weight",
 )
-_BLOCK = 1 << 25
-"""Head elements that are widened to float64 at a time (256 MiB)."""
+_BLOCK = 1 << 24
+"""Head elements that are widened to float64 at a time (128 MiB)."""
+_LOGITS = 1 << 25
+"""Reference logits that are there at a time (256 MiB): the head is widened anew for each lot of them."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,17 @@ class Head:
             logits[:, start : start + step] = wide @ _widen(self.weight[start : start + step]).T
         return logits if self.cap is None else np.tanh(logits / self.cap) * self.cap
 
+    def score(self, logits: NDArray[Any], hidden: NDArray[Any], targets: Tokens | None = None) -> Scores:
+        """`logits` [n, V] of a file scored against those of the reference's hidden states [n, H], lot by lot."""
+        rows = max(1, _LOGITS // self.vocabulary)
+        lots = (slice(start, start + rows) for start in range(0, len(logits), rows))
+        return metrics.join(
+            [
+                metrics.compare(self.logits(hidden[lot]), logits[lot], None if targets is None else targets[lot])
+                for lot in lots
+            ]
+        )
+
 
 def _widen(weight: NDArray[Any]) -> Doubles:
     if weight.dtype == np.uint16:  # bf16 is the upper half of a float32
@@ -116,10 +131,10 @@ class Reference:
     folder: Path
     head: Head
 
-    def corpus(self) -> tuple[Tokens, Floats]:
-        """The windows int32 [N, L] and the hidden states float32 [N, L, H] at each of their positions."""
+    def corpus(self) -> tuple[Tokens, Positions, Floats]:
+        """The windows int32 [N, L], the n judged positions, and the hidden states float32 [n, H] there."""
         tensors = _load(self.folder / "corpus.safetensors")
-        return tensors["input_ids"], tensors["hidden"]
+        return tensors["input_ids"], Positions(tensors["window"], tensors["length"]), tensors["hidden"]
 
     def shapes(self) -> Iterator[tuple[str, Tokens, Tokens, Floats]]:
         """Per shape case: name, input_ids and attention_mask int32 [B, S], hidden float32 [B, H]."""
@@ -131,7 +146,7 @@ class Reference:
                 yield name, ids, mask, hidden
 
     def cache(self) -> tuple[Tokens, Floats, Floats]:
-        """The conversations through the cache: tokens [2, L], hidden states [2, L, H], and with the cache [2, D, H]."""
+        """The conversations through the cache: tokens [2, L + 1], hidden states [2, L, H], with the cache [2, D, H]."""
         tensors = _load(self.folder / "cache.safetensors")
         return tensors["input_ids"], tensors["hidden"], tensors["cached"]
 

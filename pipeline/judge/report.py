@@ -49,15 +49,26 @@ def render(report: Report) -> str:
         lstrip_blocks=True,
     )
     environment.filters.update(
-        figure=figure, percent=percent, size=log.human_bytes, ms=milliseconds, loss=loss, precision=precision
+        figure=figure,
+        percent=percent,
+        size=log.human_bytes,
+        ms=milliseconds,
+        change=change,
+        loss=loss,
+        precision=precision,
     )
     return environment.get_template("report.html.jinja").render(
         report=report,
         variants=variants(report),
         distributions=_drawing(plots.kld_distributions, _distributions(report)),
         quality=_drawing(plots.size_against_quality, _points(report)),
+        judged=_judged(report),
+        losses=_losses(report),
         failed=[check for check in report["checks"] if not check["passed"]],
         reference_name=REFERENCE,
+        figure=figure,
+        percent=percent,
+        ratio=ratio,
     )
 
 
@@ -69,6 +80,23 @@ def _drawing(draw: Callable[[Sequence[Any]], str], rows: Sequence[Any]) -> Marku
 def variants(report: Report) -> dict[str, Any]:
     """The files by name, in the order in which they were judged (JSON objects are sorted by key)."""
     return {name: report["variants"][name] for name in report["order"]}
+
+
+def _judged(report: Report) -> list[tuple[str, str, Any]]:
+    """Every file with what it was held against and the figures of that: fp32 first, where there is one."""
+    rows = []
+    for name, entry in (variants(report) | dict(sorted(report["bundles"].items()))).items():
+        pairs = (("fp32", entry["against_fp32"]), (REFERENCE, entry["against_reference"]))
+        rows += [(name, against, figures) for against, figures in pairs if figures]
+    return rows
+
+
+def _losses(report: Report) -> list[dict[str, Any]]:
+    """Files that are not close enough to fp32, each with the plot of where it leaves that."""
+    return [
+        {**found, "name": name, "plot": Markup(plots.signal_to_noise(name, found["curve"]))}  # noqa: S704 - escaped there
+        for name, found in sorted(report.get("losses", {}).items())
+    ]
 
 
 def figure(value: float | None) -> str:
@@ -86,6 +114,16 @@ def percent(value: float | None) -> str:
     if value is None:
         return "–"
     return f"{min(value, 1.0 if value >= 1 else 0.9999):.2%}".replace("%", "\u00a0%")
+
+
+def ratio(value: float | None) -> str:
+    """A ratio of perplexities."""
+    return "–" if value is None else f"× {value:.4f}"
+
+
+def change(value: float | None) -> str:
+    """A ratio of perplexities as what it changes, e.g. `+0.10 %`."""
+    return "unknown" if value is None else f"{round((value - 1) * 100, 2) + 0.0:+.2f}\u00a0%"
 
 
 def milliseconds(seconds: float | None) -> str:
@@ -149,15 +187,15 @@ def _bundles(report: Report) -> list[str]:
                 name,
                 log.human_bytes(bundle["size"]),
                 figure(scores["nmse_max"]),
-                figure(scores["kld"]),
-                percent(scores["top1"]),
+                figure(scores["kld"]["value"]),
+                percent(scores["top1"]["value"]),
                 f"{ids['total'] - ids['wrong']}/{ids['total']}",
                 f"{prompts['total'] - prompts['wrong']}/{prompts['total']}",
                 f"{greedy['same']}/{len(greedy['rows'])}",
                 "passed" if bundle["fit"] else "FAILED",
             ]
         )
-    return _align(rows)
+    return log.align(rows)
 
 
 def _steps(report: Report) -> list[str]:
@@ -183,12 +221,7 @@ def _steps(report: Report) -> list[str]:
                 "passed" if variant["fit"] else "not fit to publish" if variant["alternative"] else "FAILED",
             ]
         )
-    return _align(rows)
-
-
-def _align(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return log.align(rows)
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -13,15 +13,15 @@ from pipeline.core.recipe import Gate
 from pipeline.judge import examine, gates, metrics, plots
 from pipeline.judge.examine import GridResult, Logits, Panel
 from pipeline.judge.gates import Check, Figure
-from pipeline.judge.metrics import Scores, Summary
+from pipeline.judge.metrics import Divergence, Scores, Summary
 from pipeline.judge.reference import Reference
 from pipeline.judge.report import REFERENCE
 from pipeline.judge.runtime import StepModel
 
 BASELINE = "fp32"
 KERNELS = {"xnnpack": "XNNPACK", "builtin": "built-in kernels"}
-_BUILTIN_PART = 8
-"""Without XNNPACK every eighth batch of positions is judged: the built-in kernels are slow."""
+_BUILTIN_PART, _BUILTIN_LEAST = 4, 512
+"""The built-in kernels are slow: without XNNPACK every fourth batch is judged, of a small corpus 512 positions."""
 _GRID_LIMITS = {"xnnpack": math.inf, "builtin": 2**22}
 """Largest batch × sequence² on the shape grid. Attention in the built-in kernels takes ten times XNNPACK's time (one
 row of 2048 tokens of the shipped model: 7.6 s against 0.7 s of processor time), so there the longest sequences run at
@@ -71,6 +71,7 @@ class Verdict:
     kld: metrics.Doubles
     grids: Mapping[str, GridResult]
     continuations: list[list[int]]
+    divergence: Divergence | None
 
     @property
     def fit(self) -> bool:
@@ -92,6 +93,7 @@ class Verdict:
             "fit": self.fit,
             "against_reference": asdict(self.against_reference),
             "against_fp32": asdict(self.against_baseline) if self.against_baseline else None,
+            "divergence": asdict(self.divergence) if self.divergence else None,
             "grid": {kernels: asdict(grid) for kernels, grid in self.grids.items()},
             "integer_share": _number(subject.facts.get("integer_share")),
             "float_operators": subject.facts.get("float_operators"),
@@ -134,12 +136,22 @@ def judge_file(subject: Subject, setting: Setting, baseline: Verdict | None) -> 
         kld=scores.kld,
         grids=grids,
         continuations=continuations,
+        divergence=_divergence(continuations, setting),
     )
+
+
+def _divergence(continuations: Sequence[Sequence[int]], setting: Setting) -> Divergence | None:
+    """How long the file's greedy texts are Hugging Face's."""
+    rows = setting.reference.greedy()[: setting.prompts]
+    expected = [row.continuation_ids[: setting.continuation] for row in rows]
+    agree = [examine.agreement(ours, theirs) for ours, theirs in zip(continuations, expected, strict=True)]
+    return metrics.divergence(agree, [len(ids) for ids in expected])
 
 
 def _builtin_summary(model: StepModel, subject: Subject, setting: Setting, baseline: Verdict) -> Summary:
     """The file without XNNPACK against the fp32 file, on a part of the positions."""
-    part, chosen = setting.panel.part(_BUILTIN_PART)
+    every = max(1, min(_BUILTIN_PART, len(setting.panel.positions) // _BUILTIN_LEAST))
+    part, chosen = setting.panel.part(every)
     logits = examine.run_positions(
         model, part, f"{subject.name}, {KERNELS['builtin']}", setting.scratch / f"{subject.name}-builtin"
     )
@@ -149,10 +161,10 @@ def _builtin_summary(model: StepModel, subject: Subject, setting: Setting, basel
 
 def _converter_figures(summary: Summary, grids: Mapping[str, GridResult]) -> list[Figure]:
     """fp32 against Hugging Face, on the corpus and on the shape grid."""
-    text = f"{summary.positions} positions"
+    text = _positions(summary)
     figures = [
         Figure(metric="nmse", name="worst logits NMSE on text", value=summary.nmse_max, against=REFERENCE, detail=text),
-        *_quality("on text", summary, REFERENCE, text),
+        *_quality("on text", summary, REFERENCE),
     ]
     for kernels, grid in grids.items():
         where = f"on the shape grid, {KERNELS[kernels]}"
@@ -168,22 +180,19 @@ def _converter_figures(summary: Summary, grids: Mapping[str, GridResult]) -> lis
 
 def _quantiser_figures(own: Summary, builtin: Summary) -> list[Figure]:
     """A smaller file against the fp32 file, on the corpus."""
-    figures = []
-    for kernels, summary in (("xnnpack", own), ("builtin", builtin)):
-        detail = f"{summary.positions} positions"
-        figures += _quality(f"on text, {KERNELS[kernels]}", summary, BASELINE, detail)
-    return figures
-
-
-def _quality(where: str, summary: Summary, against: str, detail: str) -> list[Figure]:
-    interval = f"{detail}; 95 % interval {summary.kld.low:.3g} to {summary.kld.high:.3g}"
-    flips = f"{detail}; 95 % interval {summary.top1.low:.2%} to {summary.top1.high:.2%}"
-    if summary.ties:
-        flips += f"; {summary.ties:.2%} ties"
     return [
-        Figure(metric="kld", name=f"KLD {where}", value=summary.kld.value, against=against, detail=interval),
-        Figure(metric="top1", name=f"top-1 agreement {where}", value=summary.top1.value, against=against, detail=flips),
+        figure
+        for kernels, summary in (("xnnpack", own), ("builtin", builtin))
+        for figure in _quality(f"on text, {KERNELS[kernels]}", summary, BASELINE)
     ]
+
+
+def _quality(where: str, summary: Summary, against: str) -> list[Figure]:
+    return gates.quality(where, summary, against=against, detail=_positions(summary))
+
+
+def _positions(summary: Summary) -> str:
+    return f"{summary.positions} positions in {summary.blocks} windows"
 
 
 def _file_figures(subject: Subject) -> list[Figure]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -21,8 +21,8 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from pipeline.core import log
-from pipeline.core.errors import IntegrityError
+from pipeline.core import log, memory
+from pipeline.core.errors import IntegrityError, UsageError
 from pipeline.reference import streaming
 
 Floats = NDArray[np.float32]
@@ -33,9 +33,17 @@ _TEXT_TOWER = {r"^model\.language_model\.": "model.", r"^language_model\.(model|
 _NOT_TEXT = ("vision_tower", "audio_tower", "embed_vision", "embed_audio", "multi_modal_projector")
 _SCORES = 1 << 26
 """Attention scores that one layer may materialise per batch (256 MiB in fp32)."""
+_WORKING_MEMORY = 3 << 29
+"""Bytes besides the weights: 1.3 GB were the peak with the shipped model."""
 _MAX_ROWS = 16
 _MAX_TOKENS = 1 << 10
 """Tokens that go through the model at once: 1.5 GB of activations with Gemma 3n E2B's widths."""
+
+
+def too_large(parameters: int) -> bool:
+    """Whether a model of so many parameters must be streamed: in float32 it does not fit into memory."""
+    free = memory.available()
+    return free is not None and 4 * parameters + _WORKING_MEMORY > free
 
 
 @dataclass(frozen=True)
@@ -50,13 +58,16 @@ class HuggingFace:
     stop: tuple[int, ...]
 
     @classmethod
-    def load(cls, checkpoint: Path, device: str, *, streamed: bool = False) -> HuggingFace:
+    def load(
+        cls, checkpoint: Path, device: str, *, streamed: bool = False, dtype: torch.dtype = torch.float32
+    ) -> HuggingFace:
         """Load the text model of `checkpoint`; vision and audio weights are left alone.
 
         Args:
             checkpoint: a folder as Hugging Face has them.
             device: where the model runs, as torch calls it.
-            streamed: read each matrix when it is needed (see `streaming`), on the CPU.
+            streamed: read each matrix when it is needed (see `streaming`), on the CPU and in float32.
+            dtype: what it computes in; the reference is float32.
 
         Raises:
             IntegrityError: tensors are missing, have another shape, or belong to no part of the model.
@@ -72,7 +83,7 @@ class HuggingFace:
                 checkpoint,
                 config=config,
                 key_mapping=_TEXT_TOWER,
-                dtype=torch.float32,
+                dtype=dtype,
                 attn_implementation="eager",
                 local_files_only=True,
                 output_loading_info=True,
@@ -106,8 +117,37 @@ class HuggingFace:
 
     def as_turn(self, text: str) -> str:
         """`text` as the user's turn of a conversation, by the checkpoint's template, up to where the model answers."""
-        turn = [{"role": "user", "content": text}]
-        return str(self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+        return self.as_prompt([{"role": "user", "content": text}])
+
+    def as_prompt(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """A conversation up to where the model answers; without a template what was said last, as it is."""
+        if not self.tokenizer.chat_template:
+            return messages[-1]["content"]
+        return self._templated(messages, add_generation_prompt=True)
+
+    def without_stop(self, ids: Sequence[int]) -> str:
+        """The text of a continuation without the token that ended it, as LiteRT-LM gives it."""
+        return str(self.tokenizer.decode(ids[:-1] if ids and ids[-1] in self.stop else ids))
+
+    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """A conversation as the checkpoint's template has it; its contents alone where there is no template.
+
+        Raises:
+            UsageError: the template refuses it.
+        """
+        if not self.tokenizer.chat_template:
+            return "\n".join(message["content"] for message in messages)
+        return self._templated(messages, add_generation_prompt=False)
+
+    def _templated(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool) -> str:
+        options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
+        try:
+            return str(self.tokenizer.apply_chat_template(list(messages), **options))
+        except Exception as error:  # the template is the model's own code: whatever it raises is about the messages
+            raise UsageError(
+                f"the model's chat template refuses a conversation: {error}",
+                remedy="check the roles: usually user and model or assistant in turn",
+            ) from error
 
     def hidden(self, ids: Tokens, mask: Tokens, bar: log.Progress | None = None) -> Floats:
         """Final hidden states float32 [B, S, H] of `ids` and `mask` [B, S], in batches that bound the memory."""
@@ -126,7 +166,7 @@ class HuggingFace:
                     position_ids=(attention.cumsum(-1) - 1).clamp(min=0),
                     use_cache=False,
                 )
-            parts.append(output.last_hidden_state.cpu().numpy())
+            parts.append(output.last_hidden_state.float().cpu().numpy())
             if bar:
                 bar.advance(tokens.numel())
         return np.concatenate(parts)

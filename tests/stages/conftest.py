@@ -27,7 +27,7 @@ SMALL = {
     "prompts = 16": "prompts = 4",
     "continuation = 128": "continuation = 12",
     "window = 128": "window = 32",
-    "positions = 2048": "positions = 192",
+    "positions = 2048": "positions = 512",
     "prompts = 6": "prompts = 3",
     "continuation = 24": "continuation = 5",
     "batch = [1, 2, 3, 8]": "batch = [1, 3]",

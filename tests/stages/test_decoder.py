@@ -208,7 +208,7 @@ def judge(built: Line, weights: dict[str, torch.Tensor]) -> Judge:
 
     def run(changed: dict[str, torch.Tensor] | None = None) -> list[Check]:
         play = geometry.in_pytorch(checkpoint.config, weights | (changed or {}), recipe.bundle)
-        scores = cache.against_hidden(play(recital), recital.expected()[0], reference.head)
+        scores = reference.head.score(play(recital), recital.expected()[0])
         values = {"nmse": scores.nmse.max(), "kld": scores.kld.mean(), "top1": scores.top1.mean()}
         figures = [Figure(metric=name, name=name, value=float(value)) for name, value in values.items()]
         checks = gates.judge("bundle-fp32", recipe.gates["bundle-fp32"], figures)

@@ -61,7 +61,7 @@ def one_scale(file: Path) -> None:
 
 def one_state(file: Path) -> None:
     tensors = load_file(file)
-    tensors["hidden"][0, 0, 0] += 1
+    tensors["hidden"][0, 0] += 1
     save_file(tensors, file)
 
 

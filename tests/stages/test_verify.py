@@ -11,12 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import CAP, Line, lasting, small_recipe
+from transformers import AutoTokenizer
 
 from pipeline import bundle as packing
-from pipeline import verify
+from pipeline import golden, inspection, verify
+from pipeline.convert import noise
+from pipeline.convert.flatbuffer import Graph
 from pipeline.core import manifest
 from pipeline.core.errors import IntegrityError
 from pipeline.core.manifest import Facts
+from pipeline.core.recipe import PROJECT
 from pipeline.core.stage import Context, Outcome, Stage
 from pipeline.judge import examine
 from pipeline.judge.reference import Head, Reference
@@ -141,8 +145,10 @@ class TestAPass:
         assert set(bundles) == {"bundle-fp32", "bundle-int8"}
         exact, small = bundles["bundle-fp32"], bundles["bundle-int8"]
         assert exact["against_reference"]["nmse_max"] < 1e-9 and exact["against_cached"]["nmse_max"] < 1e-9
-        assert exact["against_reference"]["top1"] == exact["against_cached"]["top1"] == 1.0
-        assert small["against_fp32"]["kld"] > 1e-6
+        assert exact["against_reference"]["top1"]["value"] == exact["against_cached"]["top1"]["value"] == 1.0
+        assert small["against_fp32"]["kld"]["low"] > 1e-6 and small["against_cached"] is None
+        assert exact["divergence"]["identical"]["value"] == 1.0
+        assert 0.9 < small["against_reference"]["perplexity_ratio"]["value"] < 1.1
         assert exact["positions"] == small["positions"] == 24 + (24 + 24) + 24
         for bundle in (exact, small):
             assert bundle["token_ids"]["total"] >= 1000 and bundle["token_ids"]["wrong"] == 0
@@ -247,7 +253,25 @@ class TestARefusal:
             },
         )
         code, text = judge("fp32", "int8", with_recipe=strict)
-        assert code == 8 and "int8: KLD on text, XNNPACK is" in text and "<= 1e-09 (against fp32)" in text
+        assert code == 8 and "fail: int8: KLD on text, XNNPACK is" in text and "<= 1e-09 (against fp32)" in text
+        loss = found(built)["losses"]["int8"]
+        assert set(found(built)["losses"]) == {"int8"} and loss["says"] in text
+        layers = [row["layer"] for row in loss["layers"]]
+        assert layers == ["before the layers", *(f"layers.{layer}" for layer in range(8)), "after the layers"]
+        assert all(20 < row["decibels"] < 60 for row in loss["layers"]) and loss["first"] is None
+        page = (built.root / "verify" / "report.html").read_text(encoding="utf-8")
+        assert "Where int8 loses quality" in page and "Signal to noise of every operator of int8" in page
+
+    def test_too_few_positions_are_no_pass(self, built: Line, judge: Judge, tmp_path: Path) -> None:
+        """The agreement of int8 is above this limit, its interval is not."""
+        agreed = {"top1 = 0.96\nsize_ratio = 0.28": "top1 = 0.985\nsize_ratio = 0.28"}
+        strict = small_recipe(tmp_path / "r.toml", **{"max_sequence = 2048": "max_sequence = 16", **agreed})
+        code, text = judge("fp32", "int8", with_recipe=strict)
+        checks = {check["name"]: check for check in found(built)["checks"] if check["variant"] == "int8"}
+        check = checks["top-1 agreement on text, XNNPACK"]
+        assert check["low"] < check["limit"] < check["high"] and not check["passed"]
+        assert code == 8 and "too few positions" in text and "judge more positions" in text
+        assert check["status"] == "inconclusive" and found(built)["passed"] is False
 
     def test_a_file_whose_scheme_has_no_limits(self, built: Line, judge: Judge, place: Place) -> None:
         place("int8", step(built, "int8").read_bytes(), {})
@@ -258,6 +282,82 @@ class TestARefusal:
         place("int8", step(built, "int8").read_bytes(), {"scheme": "static"})
         judgement = refused(built, judge, "fp32", "int8", says="share of multiply-adds in integer kernels is not known")
         assert ("int8", "share of multiply-adds in integer kernels") in failing(judgement)
+
+
+class TestWhereItGoesWrong:
+    def test_the_matrix_that_was_spoilt_is_named(self, built: Line, tmp_path: Path) -> None:
+        (tmp_path / STEP).write_bytes(spoilt(step(built), -1.0))
+        one, other = ({view.name(i): view.constant(i) for view in Graph.read(file).each() for i in constants(view)}
+                      for file in (step(built), tmp_path / STEP))  # fmt: skip
+        wrong = [name for name in one if not np.array_equal(one[name], other[name])]
+        windows, _, _ = reference(built).corpus()
+        trace = noise.trace(tmp_path / STEP, step(built), list(windows[:4]))
+        assert [name.removesuffix(".weight") for name in wrong] == [trace.steepest.name.rstrip(";")]
+
+    def test_the_command_looks_into_a_bundle_and_holds_graphs_against_each_other(
+        self, built: Line, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert inspection.main([str(built.root / "bundle" / "int8.litertlm"), "--json"]) == 0
+        told = json.loads(capsys.readouterr().out)
+        assert [model["name"] for model in told["models"]] == [
+            "tf_lite_prefill_decode", "tf_lite_embedder", "tf_lite_per_layer_embedder"
+        ]  # fmt: skip
+        assert told["metadata"]["maxNumTokens"] == 512 - 32 + 1 and "jinjaPromptTemplate" in told["metadata"]
+        assert {signature["name"] for signature in told["models"][0]["signatures"]} == {
+            "decode",
+            "prefill_8",
+            "prefill_32",
+        }
+        assert 8 < told["models"][0]["bits_per_weight"] < 8.5
+        assert inspection.main([str(step(built, "int8")), "--against", str(step(built))]) == 0
+        assert "(the verification text in golden)" in capsys.readouterr().out
+
+
+class TestTheUsersText:
+    @pytest.fixture
+    def chats(self, tmp_path: Path) -> Path:
+        """Conversations of the verification text, two documents each."""
+        lines = (PROJECT / "examples/tiny-gemma3n/corpus/verification.txt").read_text(encoding="utf-8").split("\n")
+        turns = [({"role": "user", "content": one}, {"role": "assistant", "content": other})
+                 for one, other in zip(lines[::2], lines[1::2], strict=False) if one and other]  # fmt: skip
+        file = tmp_path / "chat.jsonl"
+        file.write_text(
+            "\n".join(json.dumps({"messages": turn}, ensure_ascii=False) for turn in turns), encoding="utf-8"
+        )
+        return file
+
+    def test_conversations_are_judged_as_the_template_has_them(
+        self, built: Line, recipe: Path, tmp_path: Path, chats: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        line = built.copy(tmp_path / "artifacts", "fetch", "fp32")
+        assert line.run(golden.STAGE, "--device", "cpu", "--graphs", "step", "--eval", str(chats), recipe=recipe) == 0
+        made = manifest.read(line.root / "golden").facts
+        assert made["verification"] == "chat.jsonl" and made["windows"] == 32
+        tokenizer = AutoTokenizer.from_pretrained(line.root / "fetch" / "checkpoint")
+        windows, _, _ = reference(line).corpus()
+        text = tokenizer.decode(windows[0])
+        assert text.startswith("<bos><start_of_turn>user\n") and text.count("<bos>") == 1
+        options = ("--graphs", "step", "--variants", "fp32")
+        assert line.run(verify.STAGE, *options, "--eval", str(chats), recipe=recipe) == 0
+        capsys.readouterr()
+        assert line.run(verify.STAGE, *options, recipe=recipe) == 2
+        assert "computed on another text" in capsys.readouterr().err
+
+    def test_text_that_calibrated_is_refused(
+        self, built: Line, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        line = built.copy(tmp_path / "artifacts", "fetch")
+        calibration = str(PROJECT / "examples/tiny-gemma3n/corpus/calibration.txt")
+        assert line.run(golden.STAGE, "--device", "cpu", "--eval", calibration, recipe=recipe) == 2
+        assert "in both the verification and the calibration text" in capsys.readouterr().err
+
+
+def reference(line: Line) -> Reference:
+    return Reference(line.root / "golden", Head.of_checkpoint(line.root / "fetch" / "checkpoint", CAP))
+
+
+def constants(view: Graph) -> list[int]:
+    return [tensor for tensor in range(len(view.main.tensors)) if view.is_constant(tensor)]
 
 
 class TestTheAlternative:
@@ -319,7 +419,7 @@ class TestStepModel:
             StepModel(tmp_path / STEP)
 
     def test_a_part_of_a_panel_is_the_same_positions(self, reference: Reference) -> None:
-        panel = examine.Panel.of(reference, count=100, batch=8, pad=0)
+        panel = examine.Panel.of(reference, batch=8, pad=0)
         part, chosen = panel.part(3)
         assert 0 < len(part.positions) < len(panel.positions)
         assert np.array_equal(part.targets, panel.targets[chosen])

@@ -79,11 +79,21 @@ def test_what_is_expected_follows_the_order_of_playing() -> None:
     scripts = (Script((("prefill", 3), ("decode", 2))), Script((("decode", 2), ("prefill", 1), ("decode", 2))))
     hidden = np.arange(10, dtype=np.float32).reshape(2, 5, 1)
     cached = 100 + np.arange(4, dtype=np.float32).reshape(2, 2, 1)
-    recital = Recital(scripts=scripts, tokens=np.zeros((2, 5), np.int32), hidden=hidden, cached=cached)
+    tokens = np.arange(12, dtype=np.int32).reshape(2, 6)
+    recital = Recital(scripts=scripts, tokens=tokens, hidden=hidden, cached=cached)
     without, withal = recital.expected()
     assert without.ravel().tolist() == [3, 4, 5, 6, 8, 9, 3, 4]
     assert withal.ravel().tolist() == [100, 101, 5, 6, 102, 103, 100, 101]
+    assert recital.targets.tolist() == [4, 5, 7, 8, 10, 11, 4, 5]
     assert recital.described == "8 decoded positions: 3–4, 0–1 and 3–4, 3–4 of 3 conversations"
+
+
+def test_a_conversation_that_is_played_twice_is_no_second_sample() -> None:
+    scripts = (Script((("prefill", 8), ("decode", 40))), Script((("decode", 17), ("prefill", 1), ("decode", 30))))
+    recital = Recital(scripts, np.zeros((2, 49), np.int32), np.zeros((2, 48, 1)), np.zeros((2, 30, 1)))
+    first, second, again = np.split(recital.blocks, [40, 40 + 47])
+    assert np.array_equal(first, again) and not set(first) & set(second)
+    assert np.bincount(first).tolist() == [8, 16, 16] and len(set(second)) == 3
 
 
 @pytest.mark.parametrize("file", sorted((PROJECT / DEFAULT_RECIPE).parent.glob("*.toml")), ids=lambda file: file.stem)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,9 +32,30 @@ def test_json_lines_hold_text_or_a_turn(tmp_path: Path) -> None:
     assert corpus.read_documents(file) == ["one", "🍠\nsweet potato"]
 
 
+def test_conversations_are_rendered_by_the_template(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    said = [{"role": "user", "content": "ⴰⵣⵓⵍ\u2028!"}, {"role": "assistant", "content": "hello"}]
+    file.write_text(json.dumps({"messages": said}, ensure_ascii=False) + '\n{"text": "plain"}\n', encoding="utf-8")
+
+    def render(messages: Sequence[Mapping[str, str]]) -> str:
+        return "".join(f"<{message['role']}>{message['content']}" for message in messages)
+
+    assert corpus.read_documents(file, render) == ["<user>ⴰⵣⵓⵍ\u2028!<assistant>hello", "plain"]
+    assert corpus.read_documents(file) == ["ⴰⵣⵓⵍ\u2028!\nhello", "plain"]
+    assert corpus.read_documents(file, corpus.first_content) == ["ⴰⵣⵓⵍ\u2028!", "plain"]
+
+
+def test_a_start_token_that_a_template_renders_does_not_stand_within_a_window() -> None:
+    windows = corpus.pack_windows(["\2ab", "\2cde"], letters, bos=2, window=4, limit=9)
+    assert windows.tolist() == [[2, *b"ab\n"], [2, *b"cde"]]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
+        ("a.jsonl", b'{"messages": []}\n', "line 1"),
+        ("a.jsonl", b'{"messages": [{"role": "user"}]}\n', "line 1"),
+        ("a.jsonl", b'{"messages": [{"role": "user", "content": 3}]}\n', "line 1"),
         ("a.txt", b"\n \n", "holds no text"),
         ("a.txt", b"\xff\xfe", "can't read"),
         ("a.jsonl", b'{"text": "one"}\nnot json\n', "line 2"),

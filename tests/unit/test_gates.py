@@ -13,6 +13,7 @@ from pipeline.core.recipe import load as load_recipe
 from pipeline.core.stage import DEFAULT_RECIPE
 from pipeline.judge import gates
 from pipeline.judge.gates import Figure
+from pipeline.judge.metrics import Estimate
 
 
 def kld(value: float | None) -> Figure:
@@ -40,6 +41,50 @@ def test_a_value_that_is_no_number_does_not_pass(value: float | None) -> None:
     (check,) = gates.judge("int8", Gate(kld=0.01), [kld(value)])
     assert not check.passed and check.value is None
     assert "not known" in check.sentence()
+
+
+def estimated(metric: str, value: float, low: float, high: float, positions: int = 2048) -> Figure:
+    return Figure.estimated(metric, metric, Estimate(value, low, high), positions)
+
+
+@pytest.mark.parametrize(
+    ("figure", "status"),
+    [
+        (estimated("kld", 0.008, 0.007, 0.01), "pass"),
+        (estimated("kld", 0.009, 0.007, 0.0101), "inconclusive"),
+        (estimated("kld", 0.011, 0.0099, 0.013), "inconclusive"),
+        (estimated("kld", 0.02, 0.011, 0.03), "fail"),
+        (estimated("top1", 0.97, 0.96, 0.98), "pass"),
+        (estimated("top1", 0.97, 0.955, 0.98), "inconclusive"),
+        (estimated("top1", 0.94, 0.93, 0.95), "fail"),
+        (estimated("kld", 0.0, 0.0, 0.0, gates.FEWEST), "pass"),
+        (estimated("kld", 0.0, 0.0, 0.0, gates.FEWEST - 1), "inconclusive"),
+        (estimated("kld", 0.9, 0.9, 0.9, gates.FEWEST - 1), "inconclusive"),
+        (estimated("kld", math.nan, math.nan, math.nan), "fail"),
+        (estimated("kld", math.inf, math.nan, math.nan), "fail"),
+        (kld(None), "not measured"),
+        (kld(0.5), "fail"),
+    ],
+)
+def test_a_check_ends_in_one_of_four_ways(figure: Figure, status: str) -> None:
+    (check,) = gates.judge("int8", Gate(kld=0.01) if figure.metric == "kld" else Gate(top1=0.96), [figure])
+    assert check.status == status and check.passed == (status == "pass")
+    assert check.facts()["status"] == status and check.facts()["passed"] is check.passed
+
+
+@given(st.floats(0, 1), st.floats(0, 0.1), st.floats(0, 0.1), st.floats(0, 1))
+def test_only_an_interval_that_keeps_the_limit_passes(value: float, down: float, up: float, limit: float) -> None:
+    figure = estimated("kld", value, value - down, value + up)
+    (check,) = gates.judge("int8", Gate(kld=limit), [figure])
+    assert check.passed == (value + up <= limit)
+    assert (check.status == "fail") == (value - down > limit)
+
+
+def test_an_undecided_check_says_why() -> None:
+    (check,) = gates.judge("int8", Gate(kld=0.01), [estimated("kld", 0.009, 0.007, 0.0101)])
+    assert check.sentence() == (
+        "int8: kld is 0.009 (95 % interval 0.007 to 0.0101: too few positions to tell), the limit is <= 0.01"
+    )
 
 
 def test_a_limit_without_a_figure_does_not_pass() -> None:

@@ -105,6 +105,7 @@ def test_nothing_changed_does_nothing(finished: tuple[str, ...]) -> None:
     ("setting", "stages"),
     [
         ("DEVICE=cpu", ["golden", "verify", "publish"]),
+        ("EVAL=README.md", ["golden", "verify", "publish"]),
         ("CALIBRATION=README.md", ["int8", "bundle", "int8-static", "verify", "publish"]),
         ("THREADS=1", []),
     ],

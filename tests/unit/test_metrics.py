@@ -1,4 +1,4 @@
-"""Metrics against plain sums over hand-made distributions, and their properties on drawn ones."""
+"""Metrics against plain sums, scipy and closed forms, on hand-made and on drawn distributions."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from scipy import special, stats
 
 from pipeline.judge import metrics
 
@@ -162,11 +163,100 @@ def test_summary_of_known_scores() -> None:
     summary = metrics.summarise(metrics.compare(reference, file, np.array([0, 0, 1, 0])), np.array([0, 0, 1, 1]))
     assert summary.positions == 4
     assert summary.kld.value == pytest.approx(plain_kld(P, Q) / 4)
-    assert summary.kld_max == pytest.approx(plain_kld(P, Q))
+    assert summary.kld_max.value == pytest.approx(plain_kld(P, Q))
     assert summary.top1.value == 0.75
     assert summary.margin == pytest.approx(math.log(2))
     assert summary.reference_perplexity == pytest.approx(2 ** (5 / 4))
     assert summary.perplexity_ratio.value == pytest.approx(2 ** (1 / 4))
+
+
+def drawn(seed: int, rows: int, tokens: int, noise: float) -> tuple[metrics.Doubles, metrics.Doubles]:
+    """A reference like a language model's, a few likely tokens of many, and a file that is off by `noise`."""
+    random = np.random.default_rng(seed)
+    reference = random.normal(scale=3.0, size=(rows, tokens))
+    return reference, reference + random.normal(scale=noise, size=(rows, tokens))
+
+
+@pytest.mark.parametrize("noise", [1e-6, 1e-2, 1.0])
+def test_every_figure_is_what_scipy_and_plain_sorting_give(noise: float) -> None:
+    reference, file = drawn(8, 300, 2_000, noise)
+    targets, rows = np.random.default_rng(9).integers(0, 2_000, size=300), np.arange(300)
+    found = metrics.summarise(metrics.compare(reference, file, targets), rows // 16)
+    p, q = special.softmax(reference, axis=1), special.softmax(file, axis=1)
+    kld = special.rel_entr(p, q).sum(axis=1)  # rounding of sums of 2,000 terms is larger than the smallest of these
+    assert found.kld.value == pytest.approx(kld.mean(), rel=1e-7, abs=1e-14)
+    shares = {"kld_median": 50, "kld_p99": 99, "kld_p999": 99.9, "kld_max": 100}
+    for name, share in shares.items():
+        assert getattr(found, name).value == pytest.approx(np.percentile(kld, share), rel=1e-6, abs=1e-14)
+    assert found.top1.value == (p.argmax(axis=1) == q.argmax(axis=1)).mean()
+    five = np.argsort(-q, axis=1)[:, :5]
+    assert found.top5.value == (five == p.argmax(axis=1)[:, None]).any(axis=1).mean()
+    own, other = q[rows, targets], p[rows, targets]
+    assert found.rms_delta_p.value == pytest.approx(np.sqrt(((own - other) ** 2).mean()), rel=1e-6, abs=1e-14)
+    assert found.perplexity_ratio.value == pytest.approx(stats.gmean(other / own))
+    assert found.perplexity == pytest.approx(stats.gmean(1 / own))
+    assert found.nmse_max == pytest.approx((((file - reference) ** 2).sum(1) / (reference**2).sum(1)).max())
+
+
+def test_kld_of_two_gaussian_like_distributions_is_the_closed_form() -> None:
+    """KL(N(0, 1) || N(m, s²)) = ln s + (1 + m²) / 2s² − ½, on a grid so fine that sums are integrals."""
+    grid = np.linspace(-12, 12, 20_001)
+    scores = metrics.compare(stats.norm.logpdf(grid)[None], stats.norm.logpdf(grid, 0.3, 1.2)[None])
+    assert scores.kld[0] == pytest.approx(math.log(1.2) + (1 + 0.3**2) / (2 * 1.2**2) - 0.5, rel=1e-6)
+
+
+def test_identical_shifted_and_one_wrong_position_in_a_summary() -> None:
+    reference, _ = drawn(10, 160, 50, 0.0)
+    targets, blocks = np.arange(160) % 50, np.arange(160) // 16
+    for same in (reference, reference + 7.5):
+        found = metrics.summarise(metrics.compare(reference, same, targets), blocks)
+        assert (found.top1.low, found.top5.low, found.margin) == (1.0, 1.0, 0.0)
+        assert found.kld_max.high < 1e-13 and found.rms_delta_p.high < 1e-13
+        assert found.perplexity_ratio.low == pytest.approx(1.0) == found.perplexity_ratio.high
+    wrong = reference.copy()
+    wrong[37] = -reference[37]
+    scores = metrics.compare(reference, wrong, targets)
+    found = metrics.summarise(scores, blocks)
+    assert found.top1.value == 159 / 160 and found.kld_median.high == 0.0
+    assert found.kld_max.value == scores.kld[37] == pytest.approx(160 * found.kld.value)
+    assert found.rms_delta_p.value == pytest.approx(abs(scores.delta_p[37]) / math.sqrt(160))
+    assert found.kld.low == 0.0 < found.kld.value < found.kld.high, "the one block is drawn not at all, or often"
+
+
+@given(st.lists(st.floats(0, 10), min_size=1, max_size=30), st.lists(st.integers(0, 4), min_size=30, max_size=30))
+def test_a_weighted_quantile_is_that_of_the_repeated_values(values: list[float], times: list[int]) -> None:
+    counts = np.array(times[: len(values)])
+    counts[0] += 1
+    ascending, shares = np.sort(np.array(values)), (0.0, 0.5, 0.99, 1.0)
+    expected = np.quantile(np.repeat(ascending, counts), shares)
+    assert metrics._weighted_quantiles(ascending, counts, shares) == pytest.approx(expected)
+
+
+def test_the_interval_of_a_median_covers_it_about_as_often_as_it_says() -> None:
+    random, blocks = np.random.default_rng(11), np.arange(400) // 8
+    found = [metrics.quantiles(random.exponential(size=400), [0.5], blocks)[0] for _ in range(60)]
+    assert 52 <= sum(each.low <= math.log(2) <= each.high for each in found) <= 60
+
+
+def test_the_interval_of_a_maximum_ends_at_it() -> None:
+    (most,) = metrics.quantiles(np.random.default_rng(12).exponential(size=200), [1.0], np.arange(200))
+    assert most.low < most.high == most.value
+
+
+def test_how_long_texts_agree() -> None:
+    found = metrics.divergence([3, 8, 0, 8], [8, 8, 8, 8])
+    assert found and (found.texts, found.tokens, found.length.value, found.identical.value) == (4, 8, 4.75, 0.5)
+    assert 0 <= found.length.low < 4.75 < found.length.high <= 8
+    whole = metrics.divergence([5, 8], [5, 8])
+    assert whole and (whole.identical.low, whole.length.value) == (1.0, 6.5)
+    assert metrics.divergence([], []) is None
+
+
+def test_the_same_input_gives_the_same_bits() -> None:
+    reference, file = drawn(13, 64, 300_000, 0.1)
+    targets, blocks = np.arange(64), np.arange(64) // 4
+    first, again = (metrics.summarise(metrics.compare(reference, file, targets), blocks) for _ in range(2))
+    assert first == again
 
 
 def test_histogram_counts_every_finite_value_once() -> None:

@@ -25,12 +25,15 @@ def estimate(value: float) -> dict[str, float]:
 def summary(kld: float, top1: float) -> dict[str, Any]:
     return {
         "positions": 2048,
+        "blocks": 128,
         "kld": estimate(kld),
-        "kld_median": kld / 2,
-        "kld_p99": kld * 9,
-        "kld_max": kld * 20,
+        "kld_median": estimate(kld / 2),
+        "kld_p99": estimate(kld * 9),
+        "kld_p999": estimate(kld * 14),
+        "kld_max": estimate(kld * 20),
         "top1": {"value": top1, "low": top1 - 0.001, "high": top1},
-        "top5": 1.0,
+        "top5": estimate(1.0),
+        "rms_delta_p": estimate(0.012),
         "ties": 0.0,
         "margin": 0.02,
         "perplexity": 41.2,
@@ -59,6 +62,7 @@ def variant(name: str, kld: float, *, alternative: bool = False, fit: bool = Tru
         "fit": fit,
         "against_reference": summary(kld, 0.985),
         "against_fp32": None if name == "fp32" else summary(kld, 0.985),
+        "divergence": divergence(),
         "grid": {},
         "integer_share": 0.97 if name.startswith("int8") else None,
         "float_operators": {"SOFTMAX <1>": 8, "RSQRT": 90} if name.startswith("int8") else None,
@@ -73,15 +77,18 @@ def check(name: str, value: float | None, limit: float | None, passed: bool) -> 
         "name": "KLD on text",
         "value": value,
         "limit": limit,
+        "low": None,
+        "high": None,
         "direction": "<=",
+        "status": "pass" if passed else "not measured" if value is None else "fail",
         "passed": passed,
         "against": "fp32",
         "detail": "2048 positions",
     }
 
 
-def scores(kld: float, top1: float) -> dict[str, float]:
-    return {"nmse_max": kld * 3, "kld": kld, "kld_max": kld * 9, "top1": top1, "max_abs": 0.1}
+def divergence() -> dict[str, Any]:
+    return {"texts": 16, "tokens": 128, "length": estimate(77.7), "identical": estimate(0.4)}
 
 
 def bundle(name: str, kld: float, *, fit: bool = True) -> dict[str, Any]:
@@ -97,9 +104,10 @@ def bundle(name: str, kld: float, *, fit: bool = True) -> dict[str, Any]:
         "bytes_per_weight": 4.0 if name == "fp32" else 1.03,
         "fit": fit,
         "positions": 411,
-        "against_reference": scores(kld, 1.0),
-        "against_cached": scores(kld, 1.0),
-        "against_fp32": None if name == "fp32" else scores(kld, 0.98),
+        "against_reference": summary(kld, 1.0),
+        "against_cached": summary(kld, 1.0) if name == "fp32" else None,
+        "against_fp32": None if name == "fp32" else summary(kld, 0.98),
+        "divergence": divergence(),
         "token_ids": {"total": 1350, "wrong": 0, "examples": []},
         "prompts": {"total": 8, "wrong": 0 if fit else 1, "examples": [] if fit else ["'<u>'"]},
         "greedy": {"same": 1, "ties": 1, "rows": [{**row, "tie": not row["same"]} for row in said]},
@@ -149,7 +157,10 @@ def made_by_hand() -> dict[str, Any]:
             "windows": 119,
             "window": 128,
             "shape_cases": 84,
-            "self_floor": {"against": "1 instead of 2 threads", "positions": 256, "kld_mean": 1e-13},
+            "self_floor": {
+                "threads": {"against": "1 instead of 2 threads", **summary(1e-13, 1.0)},
+                "bfloat16": {"against": "bfloat16 instead of float32", **summary(7.7e-5, 0.99)},
+            },
             "sliding_window": 16,
             "conversation": 297,
         },
@@ -242,7 +253,27 @@ def test_a_check_that_could_not_be_made_is_shown_as_failed() -> None:
     failed = made_by_hand()
     failed["passed"] = False
     failed["checks"].append(check("fp16", None, None, False))
-    assert "fp16: KLD on text is not known, the limit is missing" in report.render(failed)
+    says = "fp16: KLD on text is not known, the limit is missing: not measured, which is no pass"
+    assert says in report.render(failed)
+
+
+def test_a_check_that_is_open_says_that_more_positions_would_tell() -> None:
+    failed = made_by_hand()
+    failed["passed"] = False
+    undecided = {"status": "inconclusive", "low": 0.009, "high": 0.011}
+    failed["checks"].append(check("int8", 0.0095, 0.01, False) | undecided)
+    page = report.render(failed)
+    assert "inconclusive, the 95 % interval 0.009 – 0.011 rests on too few positions; judge more" in page
+    assert '<span class="badge open">inconclusive</span>' in page
+
+
+def test_the_reference_stands_beside_itself() -> None:
+    page = report.render(made_by_hand())
+    assert "bfloat16 instead of float32" in page and "7.7 × 10⁻⁵" in page
+    streamed = made_by_hand()
+    streamed["reference"]["self_floor"]["bfloat16"] = {"not_measured": "not measured: it is streamed"}
+    page = report.render(streamed)
+    assert "not measured: it is streamed" in page and "7.7 × 10⁻⁵" not in page
 
 
 def test_figures_that_are_missing_leave_a_page_and_a_table() -> None:
@@ -322,6 +353,35 @@ def test_the_table_needs_a_report() -> None:
 )
 def test_figures_for_people(value: float | None, text: str) -> None:
     assert report.figure(value) == text
+
+
+@pytest.mark.parametrize(
+    ("ratio", "text"), [(1.0012, "+0.12\u00a0%"), (0.5, "-50.00\u00a0%"), (0.999999, "+0.00\u00a0%"), (None, "unknown")]
+)
+def test_a_change_of_perplexity_has_a_sign(ratio: float | None, text: str) -> None:
+    assert report.change(ratio) == text
+
+
+def test_where_a_file_loses_quality_is_a_table_and_a_plot() -> None:
+    """Below 0 and above 80 dB the curve runs along the edge."""
+    worst = {"name": "layers.1.mlp.down_proj;", "code": "FULLY_CONNECTED", "layer": "layers.1", "decibels": 3.21}
+    curve = [
+        ("before the layers", 200.0),
+        ("layers.0", 44.0),
+        ("layers.0", 43.0),
+        ("layers.1", 3.2),
+        ("layers.1", -9.0),
+    ]
+    loss = {"tokens": 512, "says": "the first to leave is <it>", "curve": curve}
+    loss["layers"] = [{"layer": "layers.1", "decibels": 3.3, "worst": worst}]
+    page = report.render({**made_by_hand(), "losses": {"int8": loss}})
+    outline(page)
+    assert "Where int8 loses quality" in page and "the first to leave is &lt;it&gt;" in page
+    plot = ElementTree.fromstring(plots.signal_to_noise("int8", curve))
+    line = next(each for each in plot.iter() if each.tag.endswith("polyline")).attrib["points"]
+    heights = [float(point.split(",")[1]) for point in line.split()]
+    assert heights == sorted(heights) and heights[0] == 20 and heights[-1] == 244
+    assert "loses quality" not in report.render({**made_by_hand(), "losses": {}})
 
 
 @pytest.mark.parametrize(

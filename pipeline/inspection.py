@@ -1,0 +1,168 @@
+"""inspect: what is in a `.tflite` or `.litertlm` file, and where it leaves another.
+
+    make inspect FILE=file
+    make inspect FILE=step.tflite AGAINST=fp32/step.tflite
+
+Tells signatures, sections, bits per weight, operators, products in float and the biggest tensors, from the file's
+tables alone. With AGAINST=, two step graphs of one model run on the same tokens, and the signal-to-noise ratio of every
+operator's result says where they part.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from pipeline.convert import contents, noise
+from pipeline.core import log, manifest
+from pipeline.core.stage import guard
+
+_BIGGEST = 12
+_WINDOWS, _LONGEST = 4, 64
+_SEED = 20251124
+_NUMBER = re.compile(r"_\d+$")
+
+
+def describe(file: Path, against: Path | None, biggest: int) -> dict[str, Any]:
+    """What is in `file`, and where it leaves `against`, as JSON; `biggest` constants are listed."""
+    found = contents.read(file)
+    models = [
+        {
+            **asdict(model),
+            "constants": [asdict(constant) for constant in model.constants[:biggest]],
+            "constants_in_all": len(model.constants),
+            "weights": {kind: list(row) for kind, row in model.weights().items()},
+            "bits_per_weight": model.bits_per_weight(),
+        }
+        for model in found.models
+    ]
+    told = {**asdict(found), "models": models}
+    if against:
+        where, samples = _samples(file, _vocabulary(found))
+        trace = noise.trace(file, against, samples)
+        told["against"] = {"file": str(against), "text": where, **trace.facts(), "table": noise.table(trace)}
+    return told
+
+
+def _vocabulary(found: contents.Contents) -> int:
+    """The number of tokens that a model chooses from: the last axis of its first signature's results."""
+    sizes = [port.shape[-1] for port in found.models[0].signatures[0].outputs if port.shape]
+    return max([2, *sizes])
+
+
+def _samples(file: Path, vocabulary: int) -> tuple[str, list[Any]]:
+    """Tokens to run: windows of the text that the reference was computed on, or drawn where there is none nearby."""
+    import numpy as np
+    from safetensors.numpy import load_file
+
+    stored = file.resolve().parent.parent / "golden" / "corpus.safetensors"
+    if stored.is_file():
+        windows = load_file(stored)["input_ids"]
+        return f"the verification text in {stored.parent.name}", list(windows[:_WINDOWS, :_LONGEST])
+    drawn = np.random.default_rng(_SEED).integers(0, vocabulary, size=(_WINDOWS, _LONGEST), dtype=np.int32)
+    return "random tokens, for there is no golden folder beside the file's", list(drawn)
+
+
+def text(told: dict[str, Any]) -> Iterator[str]:
+    """The same for people, line by line."""
+    yield f"{told['file']}: {log.human_bytes(told['size'])}"
+    if told["sections"]:
+        yield ""
+        yield from log.align(
+            [("section", "model", "offset", "size")]
+            + [
+                (each["kind"], each["model_type"], str(each["offset"]), log.human_bytes(each["size"]))
+                for each in told["sections"]
+            ]
+        )
+    if told["metadata"]:
+        yield ""
+        yield from log.align([("metadata", ""), *((key, _short(value)) for key, value in told["metadata"].items())])
+    for model in told["models"]:
+        yield ""
+        yield from _model(model)
+    if "against" in told:
+        yield ""
+        yield from _against(told["against"])
+
+
+def _model(model: dict[str, Any]) -> Iterator[str]:
+    yield f"model {model['name']}: {log.human_bytes(model['size'])}, {model['bits_per_weight']:.2f} bits per weight"
+    rows = [["weights", "elements", "bytes", "bits each"]]
+    for kind, (elements, size, bits) in model["weights"].items():
+        rows.append([kind.lower(), f"{elements:,}", log.human_bytes(size), f"{bits:.2f}"])
+    yield from log.align(rows)
+    for signature in model["signatures"]:
+        yield ""
+        yield from _signature(signature)
+    yield ""
+    rows = [["biggest constants", "type", "shape", "size", "bits each"]]
+    for each in model["constants"]:
+        shape = " × ".join(map(str, each["shape"]))
+        size = log.human_bytes(each["size"])
+        rows.append([each["name"][-70:], each["type"].lower(), shape, size, f"{each['bits']:.2f}"])
+    yield from log.align(rows)
+    if model["metadata"]:
+        yield f"metadata: {', '.join(model['metadata'])}"
+
+
+def _signature(signature: dict[str, Any]) -> Iterator[str]:
+    counted = ", ".join(f"{count} {kind}" for kind, count in signature["products"].items())
+    operators = signature["operators"]
+    yield f"signature {signature['name'] or '(none)'}: {sum(operators.values())} operators; products: {counted}"
+    yield "  " + ", ".join(f"{kind.lower()} {count}" for kind, count in operators.items())
+    told = [row for way in ("inputs", "outputs") for row in _ports(way, signature[way])]
+    yield from log.align(told) if told else ()
+
+
+def _ports(way: str, ports: Sequence[dict[str, Any]]) -> Iterator[tuple[str, ...]]:
+    """A row per input or output; those of all layers, such as a cache, are one."""
+
+    def kind(port: dict[str, Any]) -> tuple[str, ...]:
+        shape = ", ".join("any" if size < 0 else str(size) for size in port["shape"])
+        return _NUMBER.sub("_#", port["name"]), port["type"].lower(), f"[{shape}]"
+
+    for (name, *rest), alike in groupby(ports, key=kind):
+        count = len(list(alike))
+        yield (f"  {way[:-1]}", name, *rest, f"× {count}" if count > 1 else "")
+
+
+def _against(found: dict[str, Any]) -> Iterator[str]:
+    yield f"against {found['file']}, signal to noise on {found['tokens']} tokens ({found['text']}):"
+    yield from log.align(found["table"])
+    yield found["says"]
+
+
+def _short(value: Any) -> str:
+    words = " ".join(str(value).split())
+    return words if len(words) <= 100 else f"{words[:97]}…"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run from the command line and return the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.inspection", description=(__doc__ or "").split("\n", 1)[0].removeprefix("inspect: ")
+    )
+    parser.add_argument("file", type=Path, help="a .tflite or .litertlm file")
+    parser.add_argument("--against", type=Path, metavar="FILE", help="the fp32 step graph of the same model")
+    parser.add_argument(
+        "--biggest", type=int, default=_BIGGEST, metavar="N", help="tensors to list (default: %(default)s)"
+    )
+    parser.add_argument("--json", action="store_true", help="JSON on standard output")
+    arguments = parser.parse_args(argv)
+
+    def work() -> None:
+        told = describe(arguments.file, arguments.against, arguments.biggest)
+        log.answer(manifest.dump_json(told) if arguments.json else "\n".join(text(told)) + "\n")
+
+    return guard(work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
