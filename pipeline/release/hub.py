@@ -269,7 +269,7 @@ class Hub:
         """What `error` means for the person who asked for `model_id`."""
         page = f"{self.endpoint}/{model_id}"
         log_in = "set HF_TOKEN or run `hf auth login`"
-        if _is_identity(error):
+        if is_identity(error):
             return FetchError(
                 "the identity of this CI job gave no token for HF_OIDC_RESOURCE",
                 cause="the job lacks the permission `id-token: write`, or is no trusted publisher of that repository",
@@ -364,7 +364,7 @@ def has_token() -> bool:
     return bool(os.environ.get("HF_OIDC_RESOURCE") or get_token())
 
 
-def _is_identity(error: Exception) -> bool:
+def is_identity(error: Exception) -> bool:
     """Whether a CI job's identity was not taken, or there was none."""
     refused = isinstance(error, HfHubHTTPError) and error.response.request.url.path == "/oauth/token"
     return refused or isinstance(error, OIDCError)

@@ -230,9 +230,13 @@ class Target:
         try:
             return work()
         except FetchError as error:
-            missing = isinstance(error.__cause__, RepositoryNotFoundError)
-            create = f"check HF_REPO=; to make it: `hf repo create {self.repo}`, or {self.hub.endpoint}/new"
-            raise PublishError(error.what, cause=error.cause, remedy=create if missing else error.remedy) from error
+            raise self._as_refusal(error, error.__cause__) from error
+
+    def _as_refusal(self, found: FetchError, error: BaseException | None) -> PublishError:
+        """What can't be read is why nothing is published; a repository is made by people, not by a misspelt name."""
+        create = f"check HF_REPO=; to make it: `hf repo create {self.repo}`, or {self.hub.endpoint}/new"
+        remedy = create if isinstance(error, RepositoryNotFoundError) else found.remedy
+        return PublishError(found.what, cause=found.cause, remedy=remedy)
 
     def _patiently(self, work: Callable[[], _T]) -> _T:
         """The result of `work`, which calls the client, with new tries and refusals as for the rest of the Hub."""
@@ -240,20 +244,20 @@ class Target:
 
     def _refusal(self, error: Exception) -> PublishError:
         """What `error` means for the person who publishes."""
-        if not isinstance(error, HfHubHTTPError):
-            found = self.hub.explain(error, self.repo, BRANCH)
-            return PublishError(found.what, cause=found.cause, remedy=found.remedy)
-        status, path = error.response.status_code, error.response.request.url.path
-        if status in _MOVED_ON and "/commit/" in path:
+        found = self._as_refusal(self.hub.explain(error, self.repo, BRANCH), error)
+        if (
+            not isinstance(error, HfHubHTTPError)
+            or isinstance(error, RepositoryNotFoundError)
+            or hub.is_identity(error)
+        ):
+            return found
+        status, url = error.response.status_code, error.response.request.url
+        if status in _MOVED_ON and "/commit/" in url.path:
             return self._moved_on("the commit that was looked at", "another")
-        if status in (401, 403) and str(error.response.request.url).startswith(self.hub.endpoint):
+        if status in (401, 403) and str(url).startswith(self.hub.endpoint):
             return self._no_access(status)
-        found = self.hub.explain(error, self.repo, BRANCH)
-        return PublishError(
-            f"{found.what}{_words(error)}",
-            cause=found.cause,
-            remedy=_AGAIN if hub.is_passing(error) else found.remedy,
-        )
+        again = _AGAIN if hub.is_passing(error) else found.remedy
+        return PublishError(f"{found.what}{_words(error)}", cause=found.cause, remedy=again)
 
     def _no_access(self, status: int) -> PublishError:
         tokens = f"{self.hub.endpoint}/settings/tokens"
@@ -361,7 +365,7 @@ def _unwrapped(work: Callable[[], _T]) -> _T:
         if isinstance(error.__cause__, hub.FAILURES):
             raise error.__cause__ from error
         raise
-    except HfHubHTTPError:
+    except hub.FAILURES:
         raise
     except ValueError as error:
         raise PublishError(
