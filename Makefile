@@ -26,8 +26,16 @@ TASK ?=
 FILE ?=
 #: AGAINST       the fp32 step graph that `make inspect` holds FILE against, operator by operator
 AGAINST ?=
-#: FILES         the published folder that `make check` looks at
+#: FILES         what `make check` looks at: a published folder, or owner/name@revision on the Hub
 FILES ?= $(ROOT)/publish
+#: HF_REPO       owner/name on the Hub: `make publish` compares the publish folder with it
+HF_REPO ?=
+#: CONFIRM       yes: `make publish HF_REPO=…` uploads, in one commit; HF_TOKEN in the environment
+CONFIRM ?=
+#: PARENT        the commit that HF_REPO must be at (default: where it is now)
+PARENT ?=
+#: TAG           tag of the upload (default: <12 digits of the checkpoint's revision>-<8 digits of the recipe's sha256>)
+TAG ?=
 #: DEVICE        auto, cpu or cuda: where the Hugging Face reference runs
 DEVICE ?= auto
 #: THREADS       threads of the stages (default: one per core)
@@ -44,7 +52,7 @@ PYTHON ?= python3.11
 IMAGE ?= hf-to-litert
 #: IMAGE_FLAGS   more options of `docker build`, e.g. --build-arg LOCK=cuda
 IMAGE_FLAGS ?=
-#: NETWORK       container network of the stage that downloads
+#: NETWORK       container network of what downloads or uploads
 NETWORK ?= bridge
 
 SHELL := /bin/bash
@@ -61,6 +69,10 @@ ifeq ($(filter $(IN),docker),)
 ifneq ($(IN),)
 $(error IN=$(IN) is unknown: leave it out, or IN=docker)
 endif
+endif
+
+ifneq ($(filter-out yes,$(CONFIRM))$(if $(HF_REPO),,$(CONFIRM)),)
+$(error CONFIRM=$(CONFIRM) is unknown: CONFIRM=yes, together with HF_REPO=owner/name)
 endif
 
 # --- names ------------------------------------------------------------------------------------------------------------
@@ -123,6 +135,7 @@ ROOMS_plan := core convert models judge release
 ROOMS_chat := core judge
 ROOMS_check := core release
 ROOMS_inspection := core convert
+ROOMS_upload := core release
 ROOMS_reproduce := core convert
 
 # Texts that end up in a stage's result (every stage reads the recipe and depends on the lock).
@@ -154,6 +167,8 @@ OPTIONS_bundle := $(WANTED)
 OPTIONS_verify := $(WANTED) --variants $(VARIANTS) $(EVALUATED) $(CALIBRATED)
 OPTIONS_publish := $(WANTED)
 OPTIONS_evaluate := $(if $(TASK),--task $(abspath $(TASK)))
+OPTIONS_upload = --repository $(call QUOTE,$(HF_REPO)) $(if $(TAG),--tag $(call QUOTE,$(TAG))) \
+	$(if $(PARENT),--parent $(call QUOTE,$(PARENT))) $(if $(CONFIRM),--confirm)
 
 # What the goals need, in order: this is planned before any of it is begun, once for the same settings.
 closure = $(sort $(1) $(foreach need,$(1),$(call closure,$(NEEDS_$(need)))))
@@ -163,6 +178,9 @@ AIMS := $(or $(AIMS),publish)
 PLANNED := $(filter-out evaluate,$(filter $(call closure,$(AIMS)),$(STAGES)))
 OPTIONS_plan := $(OPTIONS_fetch) $(WANTED) --stages $(PLANNED)
 PLAN := $(ROOT)/.inputs/planned.$(subst $(eval ) ,-,$(AIMS))
+
+# What `make check` has to download.
+ON_HUB := $(if $(wildcard $(FILES)/.),,$(findstring @,$(FILES)))
 
 # A word for the shell, whatever is in it.
 QUOTE = '$(subst ','\'',$(1))'
@@ -191,7 +209,10 @@ endif
 PY := .venv/bin/python
 ifeq ($(IN),docker)
 READY := image
-ONLINE := $(if $(FOLDER),,fetch plan)
+ONLINE := $(if $(FOLDER),,fetch plan) upload $(if $(ON_HUB),check)
+# By name, so that no list of processes shows a value; what a CI job shows for itself goes to the upload alone.
+SECRETS = -e HF_TOKEN -e HF_ENDPOINT $(if $(filter upload,$(1)),-e HF_OIDC_RESOURCE -e HF_OIDC_ID_TOKEN \
+	-e GITHUB_ACTIONS -e ACTIONS_ID_TOKEN_REQUEST_URL -e ACTIONS_ID_TOKEN_REQUEST_TOKEN)
 # Every path that a stage is told is mounted at the same path, what a checkpoint's links lead to as well; a recipe's texts
 # where the recipe names them from, the project's folder.
 READ := $(abspath $(RECIPE) $(CALIBRATION) $(EVAL) $(TASK) $(FILE) $(AGAINST) $(filter /%,$(TEXTS)) $(FOLDER) $(dir $(realpath $(CHECKPOINT))))
@@ -202,7 +223,7 @@ IN_CONTAINER = docker run --rm $(2) --read-only --tmpfs /tmp --cap-drop ALL --se
 	-e PYTHONHASHSEED -e SOURCE_DATE_EPOCH -e OMP_NUM_THREADS -e OMP_WAIT_POLICY \
 	-e SOURCE_COMMIT="$$(git rev-parse HEAD 2>/dev/null || true)" -e SOURCE_DIRTY="$$(git status --porcelain 2>/dev/null | head -n 1)" \
 	-e IMAGE_DIGEST="$$(docker image inspect --format '{{.Id}}' $(IMAGE))" \
-	$(if $(filter $(1),$(ONLINE)),--network $(NETWORK) -e HF_TOKEN -e HF_ENDPOINT,--network none -e HF_HUB_OFFLINE=1) \
+	$(if $(filter $(1),$(ONLINE)),--network $(NETWORK) $(SECRETS),--network none -e HF_HUB_OFFLINE=1) \
 	-v $(abspath $(ARTIFACTS)):$(abspath $(ARTIFACTS)) $(MOUNTS) $(IMAGE)
 RUN = @echo "python -m pipeline.$(MODULE) (in $(IMAGE))" && $(call IN_CONTAINER,$(1),$(2)) python
 WHERE = --model-id $(or $(FOLDER),$(MODEL_ID)) --artifacts $(abspath $(ARTIFACTS)) --recipe $(abspath $(RECIPE))
@@ -233,8 +254,9 @@ fp16: ## build the files with fp16 weights
 int8: ## build the int8 files, by the recipe's scheme
 bundle: ## pack what LiteRT-LM runs: bundle/fp32.litertlm and bundle/int8.litertlm
 verify: ## judge every file against Hugging Face and fp32; write report.json and report.html
-publish: ## assemble what would be uploaded (dry run)
 evaluate: ## score the bundles and the original on your own TASK=: exact match, chrF, BLEU
+publish: ## assemble what would be uploaded; HF_REPO= compares it with the Hub, CONFIRM=yes uploads it
+	$(if $(HF_REPO),$(call RUN,upload) -m pipeline.upload $(abspath $(ROOT))/publish $(OPTIONS_upload))
 $(STAGES): %: $(ROOT)/%/manifest.json
 
 define STAGE_RULE
@@ -253,8 +275,9 @@ chat: bundle ## talk to the int8 bundle in the terminal (PRECISION=)
 run: bundle ## let the int8 bundle answer PROMPT= once
 	$(call RUN,run) -m pipeline.chat $(abspath $(ROOT))/bundle/$(PRECISION).litertlm --prompt $(call QUOTE,$(PROMPT))
 
-check: $(READY) ## hold a published folder against its own papers (FILES=)
-	$(call RUN,check) -m pipeline.check $(call QUOTE,$(abspath $(FILES)))
+check: $(READY) ## hold a published folder, or what is on the Hub, against its own papers (FILES=)
+	$(call RUN,check) -m pipeline.check $(call QUOTE,$(if $(ON_HUB),$(FILES),$(abspath $(FILES)))) \
+		--downloads $(abspath $(ARTIFACTS))/.check
 
 inspect: $(READY) ## tell what is in FILE=, and where it leaves AGAINST=
 	$(call RUN,inspection) -m pipeline.inspection $(call QUOTE,$(abspath $(FILE))) $(if $(AGAINST),--against $(call QUOTE,$(abspath $(AGAINST))))

@@ -62,6 +62,14 @@ def stages(session: nox.Session) -> None:
 
 
 @nox.session(venv_backend="none", default=False)
+def faults(session: nox.Session) -> None:
+    """The upload under 200 random schedules of faults (`-- 1000` for more): some 50 seconds."""
+    count = session.posargs[0] if session.posargs else "200"
+    command = (str(BIN / "python"), "-m", "pytest", "tests/stages/test_upload.py", "-k", "random")
+    session.run(*command, external=True, env={"UPLOAD_SCHEDULES": count})
+
+
+@nox.session(venv_backend="none", default=False)
 def models(session: nox.Session) -> None:
     """Bigger models, one test or file at will: `nox -s models -- -k NAME`."""
     python(session, "-m", "pytest", "tests/models", "--ignore=tests/models/test_tensorflow.py", *session.posargs)

@@ -1,6 +1,7 @@
-"""check: hold a published folder against its own papers, as a stranger would, offline.
+"""check: hold a published folder against its own papers, as a stranger would, offline or from the Hub.
 
     make check FILES=folder
+    make check FILES=owner/name@revision
 
 Every file has the sum in SHA256SUMS and nothing else lies beside them; every model file is the one that `report.json`
 judged, that `provenance.json` speaks of and that the manifests list; the report's own figures keep its limits.
@@ -16,13 +17,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from pipeline.core import log, manifest
+from pipeline.core import log
 from pipeline.core.errors import IntegrityError, UsageError
 from pipeline.core.stage import guard
-from pipeline.release import provenance
+from pipeline.release import clearance, provenance
+from pipeline.release.obtain import obtain
 
 MODELS = (".tflite", ".litertlm")
-_UNSIGNED = {provenance.NAME, manifest.NAME, "run.json"}  # the runner's own files are not uploaded
+_UNSIGNED = {provenance.NAME, *clearance.NOT_UPLOADED}
 _HOLDS = {"<=": operator.le, ">=": operator.ge}
 
 
@@ -100,14 +102,14 @@ def _refuse(fault: str) -> NoReturn:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run from the command line and return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m pipeline.check", description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("files", type=Path, help="a published folder")
+    parser.add_argument("files", help="a published folder, or owner/name@revision on the Hub")
+    parser.add_argument("--downloads", type=Path, default=Path("artifacts/.check"), help="where the latter goes")
     arguments = parser.parse_args(argv)
 
     def work() -> None:
-        counted = check(arguments.files)
-        log.line(
-            f"{arguments.files}: as its papers say: {', '.join(f'{count} {what}' for what, count in counted.items())}"
-        )
+        folder = obtain(arguments.files, arguments.downloads)
+        counted = check(folder)
+        log.line(f"{folder}: as its papers say: {', '.join(f'{count} {what}' for what, count in counted.items())}")
 
     return guard(work)
 
