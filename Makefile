@@ -20,6 +20,18 @@ PROMPT ?= Hello
 PRECISION ?= int8
 #: FILES         the published folder that `make check` looks at
 FILES ?= $(ROOT)/publish
+#: SIGN_KEY      private key (elliptic curve, PEM) that `make publish` signs with; neither copied nor recorded
+SIGN_KEY ?=
+#: SIGN          keyless: `make publish` signs by sigstore, with the identity of a CI job
+SIGN ?= $(if $(SIGN_KEY),key)
+#: PUBLIC_KEY    whose signature `make check` accepts
+PUBLIC_KEY ?=
+#: IDENTITY      whose signature by sigstore `make check` accepts
+IDENTITY ?=
+#: ISSUER        who vouches for IDENTITY
+ISSUER ?=
+#: LICENCE_OVERRIDE  "identifier: reason", against what the checkpoint's card says; both are published
+LICENCE_OVERRIDE ?=
 #: DEVICE        auto, cpu or cuda: where the Hugging Face reference runs
 DEVICE ?= auto
 #: THREADS       threads of the stages (default: one per core)
@@ -137,7 +149,11 @@ OPTIONS_int8 := $(WANTED) $(if $(CALIBRATION),--calibration $(abspath $(CALIBRAT
 OPTIONS_$(ALTERNATIVE) := --scheme $(subst int8-,,$(ALTERNATIVE)) $(OPTIONS_int8)
 OPTIONS_bundle := $(WANTED)
 OPTIONS_verify := $(WANTED) --variants $(VARIANTS)
-OPTIONS_publish := $(WANTED)
+OPTIONS_publish = $(WANTED) $(if $(SIGN),--sign $(SIGN) --signer $(SIGNER)) \
+	$(if $(LICENCE_OVERRIDE),--licence-override $(call QUOTE,$(LICENCE_OVERRIDE)))
+OPTIONS_check = $(if $(PUBLIC_KEY),--public-key $(call QUOTE,$(abspath $(PUBLIC_KEY)))) \
+	$(if $(IDENTITY),--identity $(call QUOTE,$(IDENTITY))) $(if $(ISSUER),--issuer $(call QUOTE,$(ISSUER))) \
+	$(if $(PUBLIC_KEY)$(IDENTITY)$(ISSUER),--signer $(SIGNER))
 
 # What the goals need, in order: this is planned before any of it is begun, once for the same settings.
 closure = $(sort $(1) $(foreach need,$(1),$(call closure,$(NEEDS_$(need)))))
@@ -160,7 +176,7 @@ CHECKPOINT := $(if $(FOLDER),$(sort $(foreach kind,json safetensors model jinja 
 # Write .inputs/<stage> unless it already says the same.
 define RECORD
 $(shell mkdir -p $(ROOT)/.inputs && { \
-	echo "options $(OPTIONS_$(1))"; \
+	echo $(call QUOTE,options $(OPTIONS_$(1))); \
 	$(if $(filter fetch,$(1)),stat -Lc '%n %s %Y' $(or $(CHECKPOINT),/dev/null) | sed 's|.*/||';) \
 	sha256sum $(call SOURCES,$(1)) $(RECIPE) $(TEXTS_$(1)) locks/cpu.txt 2>&1 || true; \
 	} >$(ROOT)/.inputs/$(1).new && \
@@ -169,6 +185,14 @@ $(shell mkdir -p $(ROOT)/.inputs && { \
 endef
 ifneq ($(filter all compare chat run $(STAGES) $(ROOT)/%,$(GOALS)),)
 $(foreach stage,$(STAGES),$(call RECORD,$(stage)))
+endif
+
+# model-signing has an environment of its own. The stage reads the key's path from here, so that it stands nowhere else.
+SIGNER := .venv-sign/bin/python
+SIGNS := $(if $(SIGN)$(PUBLIC_KEY)$(IDENTITY)$(ISSUER),yes)
+export SIGN_KEY
+ifeq ($(IN)$(SIGNS),dockeryes)
+$(error the container neither signs nor checks signatures: say it again without IN=docker, on what IN=docker made)
 endif
 
 # --- where stages run -------------------------------------------------------------------------------------------------
@@ -221,7 +245,7 @@ publish: ## assemble what would be uploaded (dry run)
 fetch golden graph fp32 fp16 int8 $(ALTERNATIVE) bundle verify publish: %: $(ROOT)/%/manifest.json
 
 define STAGE_RULE
-$(ROOT)/$(1)/manifest.json: $(foreach need,$(NEEDS_$(1)),$(ROOT)/$(need)/manifest.json) $(ROOT)/.inputs/$(1) | $(READY) $(PLAN)
+$(ROOT)/$(1)/manifest.json: $(foreach need,$(NEEDS_$(1)),$(ROOT)/$(need)/manifest.json) $(ROOT)/.inputs/$(1) | $(READY) $(PLAN) $(if $(filter publish,$(1)),$(if $(SIGN),.venv-sign/.ready))
 	$$(call RUN,$(1)) -m pipeline.$(call MODULE,$(1)) $$(WHERE) $(OPTIONS_$(1))
 endef
 $(foreach stage,$(STAGES),$(eval $(call STAGE_RULE,$(stage))))
@@ -236,8 +260,8 @@ chat: bundle ## talk to the int8 bundle in the terminal (PRECISION=)
 run: bundle ## let the int8 bundle answer PROMPT= once
 	$(call RUN,run) -m pipeline.chat $(abspath $(ROOT))/bundle/$(PRECISION).litertlm --prompt $(call QUOTE,$(PROMPT))
 
-check: $(READY) ## hold a published folder against its own papers (FILES=)
-	$(call RUN,check) -m pipeline.check $(call QUOTE,$(abspath $(FILES)))
+check: $(READY) $(if $(SIGNS),.venv-sign/.ready) ## hold a published folder against its own papers (FILES=) and its signature (PUBLIC_KEY=)
+	$(call RUN,check) -m pipeline.check $(call QUOTE,$(abspath $(FILES))) $(OPTIONS_check)
 
 reproduce: $(READY) ## rebuild what is finished for MODEL_ID from its manifests, and compare every file
 	$(call RUN,reproduce) -m pipeline.reproduce $(WHERE)
@@ -251,7 +275,7 @@ bench: $(READY) ## measure speed, memory and time on a larger random model
 image: ## build the container image (IMAGE_FLAGS=)
 	DOCKER_BUILDKIT=1 docker build --tag $(IMAGE) $(IMAGE_FLAGS) .
 
-test: .venv/.ready ## set-up, then linters, types and every test
+test: .venv/.ready .venv-sign/.ready ## set-up, then linters, types and every test
 	.venv/bin/nox
 
 lint: .venv/.ready ## linters and types only
@@ -265,7 +289,7 @@ clean: ## remove the results for MODEL_ID
 	rm -rf $(ROOT)
 
 clean-env: ## remove .venv and the tools' caches
-	rm -rf .venv .nox .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-sign .nox .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 help: ## list targets and settings
 	@echo 'make [target …] [NAME=value …]'; echo
@@ -276,4 +300,9 @@ help: ## list targets and settings
 INSTALLED := $(shell sed -n '1s/^lock //p' .venv/.ready 2>/dev/null)
 .venv/.ready: locks/cpu.txt locks/cuda.txt locks/dev.txt tools/setup.sh $(if $(filter auto $(INSTALLED),$(LOCK)),,CHANGED)
 	@PYTHON=$(PYTHON) TORCH_INDEX=$(TORCH_INDEX) tools/setup.sh .venv $(LOCK)
+
+.venv-sign/.ready: locks/sign.txt
+	@rm -rf .venv-sign && $(PYTHON) -m venv .venv-sign
+	@.venv-sign/bin/pip install --require-hashes --only-binary=:all: --disable-pip-version-check -qq -r $<
+	@touch $@
 CHANGED:

@@ -57,6 +57,16 @@ def judgement(passed: bool = True) -> dict[str, Any]:
     return {"passed": passed, "checks": checks, "alternative_checks": [alternative]}
 
 
+def tensors(file: Path) -> list[dict[str, Any]]:
+    """Three tensors of equal size in a file that has nothing else."""
+    data, rows = file.read_bytes(), []
+    for number in range(3):
+        start, stop = (len(data) * place // 3 for place in (number, number + 1))
+        place = {"offset": start, "size": stop - start, "sha256": hashlib.sha256(data[start:stop]).hexdigest()}
+        rows.append({"name": f"w{number}", "section": "", "shape": [stop - start], "type": "INT8", **place})
+    return rows
+
+
 @dataclass
 class Line:
     """The stages before publish in an artefact folder of their own; attributes change what they leave."""
@@ -113,9 +123,13 @@ class Line:
         def work(context: Context) -> Outcome:
             made = [record for each in context.upstream.values() for record in each.outputs]
             digests = {record.path: {"sha256": record.sha256} for record in made}
-            text = json.dumps(judgement(self.passed) | {"variants": digests, "bundles": {}})
-            for name in ("judgement.json", "report.json", "report.html"):
-                (context.folder / name).write_text(text, encoding="utf-8")
+            found = judgement(self.passed) | {"variants": digests, "bundles": {}}
+            timed = {"speed": {}, "sequences": [1], "machine": {"cores": 2}, "date": "2026-11-24"}
+            listed = {record.path: tensors(self.root / record.path) for record in made}
+            papers = {"judgement": found, "report": found | timed, "tensors": listed}
+            for name, paper in papers.items():
+                (context.folder / f"{name}.json").write_text(manifest.dump_json(paper), encoding="utf-8")
+            (context.folder / "report.html").write_text("<title>report</title>", encoding="utf-8")
             if write:
                 write(context)
             if not self.passed:
@@ -176,6 +190,8 @@ def test_the_folder_holds_exactly_what_would_be_uploaded(ready: Line, capsys: py
             "provenance.json",
             "report.html",
             "report.json",
+            "sbom.cdx.json",
+            "tensors.json",
             "tiny-gemma3n_fp16.tflite",
             "tiny-gemma3n_fp32.litertlm",
             "tiny-gemma3n_fp32.tflite",
@@ -186,7 +202,7 @@ def test_the_folder_holds_exactly_what_would_be_uploaded(ready: Line, capsys: py
         ]
     )
     said = capsys.readouterr().err
-    assert "dry run: would upload 22 files" in said
+    assert "dry run: would upload 24 files" in said
     assert "nothing was sent" in said
     for name in names(ready.folder):
         assert re.search(rf"^ .*B  {re.escape(name)}$", said, flags=re.MULTILINE)
@@ -423,7 +439,9 @@ def test_provenance_names_every_model_file_and_what_it_was_made_from(ready: Line
     said = json.loads((ready.folder / "provenance.json").read_text(encoding="utf-8"))
     sums = provenance.read_sums(ready.folder)
     models = {name: digest for name, digest in sums.items() if name.endswith(check.MODELS)}
-    assert provenance.subjects(ready.folder) == models and len(models) == 5
+    papers = sums.keys() - models.keys() - {"provenance.json", "report.json", "report.html"}
+    assert provenance.subjects(ready.folder) == (models, {name: sums[name] for name in papers})
+    assert len(models) == 5 and "manifests/verify.json" in papers
     definition = said["predicate"]["buildDefinition"]
     assert definition["externalParameters"]["MODEL_ID"] == "tiny-gemma3n"
     assert definition["externalParameters"]["REVISION"] == "a" * 40
@@ -445,7 +463,7 @@ def published(ready: Line) -> Path:
 
 def test_a_published_folder_is_as_its_papers_say(published: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert check.main([str(published)]) == 0
-    assert "21 files, 5 model files, 5 figures" in capsys.readouterr().err
+    assert "23 files, 5 model files, 15 tensors, 5 figures" in capsys.readouterr().err
     assert check.main([str(published / "not-there")]) == 2
 
 

@@ -70,6 +70,7 @@ def test_front_matter_of_a_model_from_the_hub(tmp_path: Path) -> None:
         "library_name": "litert",
         "pipeline_tag": "text-generation",
         "tags": ["litert", "litert-lm", "tflite", "gemma3n", "float16", "int8"],
+        **card._GATE,
     }
 
 
@@ -87,6 +88,32 @@ def test_a_folder_that_is_a_fine_tune_names_the_bases_of_its_card(tmp_path: Path
 def test_the_gate_of_the_source_goes_along(tmp_path: Path) -> None:
     gate = {"extra_gated_heading": "Access Gemma: please read", "extra_gated_prompt": "To access…\nagree"}
     assert gate.items() <= read_back(tmp_path, made(source=gate)).items()
+
+
+def test_a_gate_is_proposed_for_gemma_alone(tmp_path: Path) -> None:
+    gate = {"extra_gated_heading", "extra_gated_prompt", "extra_gated_button_content"}
+    found = read_back(tmp_path, made(HUB, TERMS))
+    assert gate <= found.keys() and "https://ai.google.dev/gemma/terms" in found["extra_gated_prompt"]
+    assert not gate & read_back(tmp_path, made(FOLDER, CC0)).keys()
+
+
+def test_an_overridden_licence_is_explained() -> None:
+    said = made(HUB, dataclasses.replace(TERMS, overrides="mit", reason="the base is Gemma"))
+    assert "card says mit; whoever published these files says gemma: the base is Gemma" in " ".join(said.split())
+    assert "whoever published" not in made()
+
+
+def test_how_to_check_names_the_files_and_the_commands() -> None:
+    text = made()
+    for said in (
+        "sha256sum -c SHA256SUMS",
+        "PUBLIC_KEY=",
+        "model.sig",
+        "tensors.json",
+        "sbom.cdx.json",
+        "provenance.json",
+    ):
+        assert said in text
 
 
 @pytest.mark.parametrize(("licence", "gemma"), [(TERMS, True), (CC0, False)])
