@@ -138,6 +138,14 @@ TEXTS_golden := $(TEXTS)
 TEXTS_int8 := $(TEXTS) $(CALIBRATION)
 TEXTS_$(ALTERNATIVE) := $(TEXTS_int8)
 
+# model-signing has an environment of its own. The stage reads the key's path from here, so that it stands nowhere else.
+SIGNER := .venv-sign/bin/python
+SIGNS := $(if $(SIGN)$(PUBLIC_KEY)$(IDENTITY)$(ISSUER),yes)
+export SIGN_KEY
+ifeq ($(IN)$(SIGNS),dockeryes)
+$(error the container neither signs nor checks signatures: say it again without IN=docker, on what IN=docker made)
+endif
+
 # --- settings of each stage -------------------------------------------------------------------------------------------
 WANTED := $(if $(GRAPHS),--graphs $(GRAPHS))
 OPTIONS_fetch := $(if $(REVISION),--revision $(REVISION))
@@ -185,14 +193,6 @@ $(shell mkdir -p $(ROOT)/.inputs && { \
 endef
 ifneq ($(filter all compare chat run $(STAGES) $(ROOT)/%,$(GOALS)),)
 $(foreach stage,$(STAGES),$(call RECORD,$(stage)))
-endif
-
-# model-signing has an environment of its own. The stage reads the key's path from here, so that it stands nowhere else.
-SIGNER := .venv-sign/bin/python
-SIGNS := $(if $(SIGN)$(PUBLIC_KEY)$(IDENTITY)$(ISSUER),yes)
-export SIGN_KEY
-ifeq ($(IN)$(SIGNS),dockeryes)
-$(error the container neither signs nor checks signatures: say it again without IN=docker, on what IN=docker made)
 endif
 
 # --- where stages run -------------------------------------------------------------------------------------------------
@@ -246,7 +246,7 @@ fetch golden graph fp32 fp16 int8 $(ALTERNATIVE) bundle verify publish: %: $(ROO
 
 define STAGE_RULE
 $(ROOT)/$(1)/manifest.json: $(foreach need,$(NEEDS_$(1)),$(ROOT)/$(need)/manifest.json) $(ROOT)/.inputs/$(1) | $(READY) $(PLAN) $(if $(filter publish,$(1)),$(if $(SIGN),.venv-sign/.ready))
-	$$(call RUN,$(1)) -m pipeline.$(call MODULE,$(1)) $$(WHERE) $(OPTIONS_$(1))
+	$$(call RUN,$(1)) -m pipeline.$(call MODULE,$(1)) $$(WHERE) $$(OPTIONS_$(1))
 endef
 $(foreach stage,$(STAGES),$(eval $(call STAGE_RULE,$(stage))))
 
