@@ -200,8 +200,12 @@ def _usage(products: Sequence[Product], build: Build) -> Iterator[str]:
 
 
 def _checks(checks: Sequence[Check]) -> str:
-    rows = [(f"`{item.file}`", item.what, item.against, item.value, item.limit, item.detail) for item in checks]
-    return _table(("file", "check", "against", "value", "limit", "detail"), rows)
+    """A heading and a table for each file, in the order in which files were judged."""
+    rows: dict[str, list[tuple[str, ...]]] = {}
+    for item in checks:
+        rows.setdefault(item.file, []).append((item.what, item.against, item.value, item.limit, item.detail))
+    head = ("check", "against", "value", "limit", "detail")
+    return "\n\n".join(f"### `{file}`\n\n{_table(head, found)}" for file, found in rows.items())
 
 
 def _command(subject: Subject) -> str:

@@ -258,7 +258,7 @@ def test_the_card_has_the_figures_the_licence_and_the_languages(ready: Line) -> 
     assert front["license"] == "cc0-1.0"
     assert front["language"] == ["en", "zgh"]
     page = (ready.folder / "README.md").read_text(encoding="utf-8")
-    assert "| `tiny-gemma3n_int8.tflite` | KLD on the corpus | fp32 | 0.001235 | ≤ 0.01 | 2048 positions |" in page
+    assert "| KLD on the corpus | fp32 | 0.001235 | ≤ 0.01 | 2048 positions |" in page
     assert "int8-static" not in page
     assert "| `tiny-gemma3n_int8.tflite` | int8, dynamic, step graph | 411 B |" in page
     assert "| `tiny-gemma3n_int8.litertlm` | int8, dynamic, bundle for LiteRT-LM | 613 B |" in page
