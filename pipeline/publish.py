@@ -61,7 +61,7 @@ def work(context: Context) -> Outcome:
     return Outcome(
         facts={
             "licence": terms.identifier,
-            "licence_override": terms.reason,
+            "licence_override": context.arguments.licence_override,
             "base_models": list(subject.base_models),
             "uploaded": False,
         }

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from huggingface_hub.repocard import metadata_load
 
-from pipeline import check, publish
+from pipeline import check, publish, reproduce
 from pipeline.core import manifest, stage
 from pipeline.core.errors import VerificationError
 from pipeline.core.recipe import PROJECT
@@ -423,6 +423,29 @@ def test_refused_when_the_licence_is_missing_or_contradicts_the_chain(
         line.variant(name, name.encode())
     assert line.verify() == 0
     assert said in refused(line, capsys)
+
+
+def test_an_overridden_licence_goes_on_and_is_said_everywhere(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = Line(tmp_path, licence="apache-2.0", base_models=["google/gemma-3n-E2B-it"])
+    line.fetch()
+    for name in STAGES:
+        line.variant(name, name.encode())
+    assert line.verify() == 0
+    assert "LICENCE_OVERRIDE" in refused(line, capsys)
+    override = "gemma: the fine-tune keeps its base's terms"
+    assert line.run(publish.STAGE, "--licence-override", override) == 0
+    front = metadata_load(line.folder / "README.md")
+    assert front is not None and front["license"] == "gemma" and front["extra_gated_prompt"]
+    reason = "card says apache-2.0; whoever published these files says gemma: the fine-tune keeps its base's terms"
+    for name in ("README.md", "LICENSE"):
+        assert reason in (line.folder / name).read_text(encoding="utf-8")
+    said = json.loads((line.folder / "provenance.json").read_text(encoding="utf-8"))
+    assert said["predicate"]["buildDefinition"]["externalParameters"]["LICENCE_OVERRIDE"] == override
+    made = manifest.read(line.folder)
+    assert reproduce._options("publish", made, {}) == ["--licence-override", override]
+    assert (line.folder / "NOTICE").read_text(encoding="utf-8").startswith("Gemma is provided under")
 
 
 def test_a_refusal_leaves_no_half_filled_folder_that_looks_finished(
