@@ -36,6 +36,18 @@ CONFIRM ?=
 PARENT ?=
 #: TAG           tag of the upload (default: <12 digits of the checkpoint's revision>-<8 digits of the recipe's sha256>)
 TAG ?=
+#: SIGN_KEY      private key (elliptic curve, PEM) that `make publish` signs with; neither copied nor recorded
+SIGN_KEY ?=
+#: SIGN          keyless: `make publish` signs by sigstore, with the identity of a CI job
+SIGN ?= $(if $(SIGN_KEY),key)
+#: PUBLIC_KEY    whose signature `make check` accepts
+PUBLIC_KEY ?=
+#: IDENTITY      whose signature by sigstore `make check` accepts
+IDENTITY ?=
+#: ISSUER        who vouches for IDENTITY
+ISSUER ?=
+#: LICENCE_OVERRIDE  "identifier: reason", against what the checkpoint's card says; both are published
+LICENCE_OVERRIDE ?=
 #: DEVICE        auto, cpu or cuda: where the Hugging Face reference runs
 DEVICE ?= auto
 #: THREADS       threads of the stages (default: one per core)
@@ -151,6 +163,14 @@ TEXTS_int8 := $(TEXTS) $(CALIBRATION)
 TEXTS_verify := $(TEXTS) $(EVAL) $(CALIBRATION)
 TEXTS_$(ALTERNATIVE) := $(TEXTS_int8)
 
+# model-signing has an environment of its own. The stage reads the key's path from here, so that it stands nowhere else.
+SIGNER := .venv-sign/bin/python
+SIGNS := $(if $(SIGN)$(PUBLIC_KEY)$(IDENTITY)$(ISSUER),yes)
+export SIGN_KEY
+ifeq ($(IN)$(SIGNS),dockeryes)
+$(error the container neither signs nor checks signatures: say it again without IN=docker, on what IN=docker made)
+endif
+
 # --- settings of each stage -------------------------------------------------------------------------------------------
 WANTED := $(if $(GRAPHS),--graphs $(GRAPHS))
 OPTIONS_fetch := $(if $(REVISION),--revision $(REVISION))
@@ -165,10 +185,14 @@ OPTIONS_int8 := $(WANTED) $(CALIBRATED)
 OPTIONS_$(ALTERNATIVE) := --scheme $(subst int8-,,$(ALTERNATIVE)) $(OPTIONS_int8)
 OPTIONS_bundle := $(WANTED)
 OPTIONS_verify := $(WANTED) --variants $(VARIANTS) $(EVALUATED) $(CALIBRATED)
-OPTIONS_publish := $(WANTED)
 OPTIONS_evaluate := $(if $(TASK),--task $(abspath $(TASK)))
 OPTIONS_upload = --repository $(call QUOTE,$(HF_REPO)) $(if $(TAG),--tag $(call QUOTE,$(TAG))) \
 	$(if $(PARENT),--parent $(call QUOTE,$(PARENT))) $(if $(CONFIRM),--confirm)
+OPTIONS_publish = $(WANTED) $(if $(SIGN),--sign $(SIGN) --signer $(SIGNER)) \
+	$(if $(LICENCE_OVERRIDE),--licence-override $(call QUOTE,$(LICENCE_OVERRIDE)))
+OPTIONS_check = $(if $(PUBLIC_KEY),--public-key $(call QUOTE,$(abspath $(PUBLIC_KEY)))) \
+	$(if $(IDENTITY),--identity $(call QUOTE,$(IDENTITY))) $(if $(ISSUER),--issuer $(call QUOTE,$(ISSUER))) \
+	$(if $(PUBLIC_KEY)$(IDENTITY)$(ISSUER),--signer $(SIGNER))
 
 # What the goals need, in order: this is planned before any of it is begun, once for the same settings.
 closure = $(sort $(1) $(foreach need,$(1),$(call closure,$(NEEDS_$(need)))))
@@ -194,7 +218,7 @@ CHECKPOINT := $(if $(FOLDER),$(sort $(foreach kind,json safetensors model jinja 
 # Write .inputs/<stage> unless it already says the same.
 define RECORD
 $(shell mkdir -p $(ROOT)/.inputs && { \
-	echo "options $(OPTIONS_$(1))"; \
+	echo $(call QUOTE,options $(OPTIONS_$(1))); \
 	$(if $(filter fetch,$(1)),stat -Lc '%n %s %Y' $(or $(CHECKPOINT),/dev/null) | sed 's|.*/||';) \
 	sha256sum $(call SOURCES,$(1)) $(RECIPE) $(TEXTS_$(1)) locks/cpu.txt 2>&1 || true; \
 	} >$(ROOT)/.inputs/$(1).new && \
@@ -260,8 +284,8 @@ publish: ## assemble what would be uploaded; HF_REPO= compares it with the Hub, 
 $(STAGES): %: $(ROOT)/%/manifest.json
 
 define STAGE_RULE
-$(ROOT)/$(1)/manifest.json: $(foreach need,$(NEEDS_$(1)),$(ROOT)/$(need)/manifest.json) $(ROOT)/.inputs/$(1) | $(READY) $(PLAN)
-	$$(call RUN,$(1)) -m pipeline.$(call MODULE,$(1)) $$(WHERE) $(OPTIONS_$(1))
+$(ROOT)/$(1)/manifest.json: $(foreach need,$(NEEDS_$(1)),$(ROOT)/$(need)/manifest.json) $(ROOT)/.inputs/$(1) | $(READY) $(PLAN) $(if $(filter publish,$(1)),$(if $(SIGN),.venv-sign/.ready))
+	$$(call RUN,$(1)) -m pipeline.$(call MODULE,$(1)) $$(WHERE) $$(OPTIONS_$(1))
 endef
 $(foreach stage,$(STAGES),$(eval $(call STAGE_RULE,$(stage))))
 
@@ -275,9 +299,9 @@ chat: bundle ## talk to the int8 bundle in the terminal (PRECISION=)
 run: bundle ## let the int8 bundle answer PROMPT= once
 	$(call RUN,run) -m pipeline.chat $(abspath $(ROOT))/bundle/$(PRECISION).litertlm --prompt $(call QUOTE,$(PROMPT))
 
-check: $(READY) ## hold a published folder, or what is on the Hub, against its own papers (FILES=)
+check: $(READY) $(if $(SIGNS),.venv-sign/.ready) ## hold a published folder (FILES=, also on the Hub) against its papers and signature
 	$(call RUN,check) -m pipeline.check $(call QUOTE,$(if $(ON_HUB),$(FILES),$(abspath $(FILES)))) \
-		--downloads $(abspath $(ARTIFACTS))/.check
+		--downloads $(abspath $(ARTIFACTS))/.check $(OPTIONS_check)
 
 inspect: $(READY) ## tell what is in FILE=, and where it leaves AGAINST=
 	$(call RUN,inspection) -m pipeline.inspection $(call QUOTE,$(abspath $(FILE))) $(if $(AGAINST),--against $(call QUOTE,$(abspath $(AGAINST))))
@@ -294,7 +318,7 @@ bench: $(READY) ## measure speed, memory and time on a larger random model
 image: ## build the container image (IMAGE_FLAGS=)
 	DOCKER_BUILDKIT=1 docker build --tag $(IMAGE) $(IMAGE_FLAGS) .
 
-test: .venv/.ready ## set-up, then linters, types and every test
+test: .venv/.ready .venv-sign/.ready ## set-up, then linters, types and every test
 	.venv/bin/nox
 
 lint: .venv/.ready ## linters and types only
@@ -308,7 +332,7 @@ clean: ## remove the results for MODEL_ID
 	rm -rf $(ROOT)
 
 clean-env: ## remove .venv and the tools' caches
-	rm -rf .venv .nox .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-sign .nox .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 help: ## list targets and settings
 	@echo 'make [target …] [NAME=value …]'; echo
@@ -319,4 +343,9 @@ help: ## list targets and settings
 INSTALLED := $(shell sed -n '1s/^lock //p' .venv/.ready 2>/dev/null)
 .venv/.ready: locks/cpu.txt locks/cuda.txt locks/dev.txt tools/setup.sh $(if $(filter auto $(INSTALLED),$(LOCK)),,CHANGED)
 	@PYTHON=$(PYTHON) TORCH_INDEX=$(TORCH_INDEX) tools/setup.sh .venv $(LOCK)
+
+.venv-sign/.ready: locks/sign.txt
+	@rm -rf .venv-sign && $(PYTHON) -m venv .venv-sign
+	@.venv-sign/bin/pip install --require-hashes --only-binary=:all: --disable-pip-version-check -qq -r $<
+	@touch $@
 CHANGED:

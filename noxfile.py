@@ -19,7 +19,7 @@ import nox
 nox.options.error_on_missing_interpreters = True
 ROOT = Path(__file__).parent
 BIN = ROOT / ".venv" / "bin"
-LOCKS = ("cpu", "cuda", "dev", "publish", "tensorflow", "material", "stock")
+LOCKS = ("cpu", "cuda", "dev", "publish", "sign", "tensorflow", "material", "stock")
 TORCH_INDEX = os.environ.get("TORCH_INDEX") or "https://download.pytorch.org/whl/cpu"
 
 

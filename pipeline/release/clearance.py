@@ -15,13 +15,13 @@ from typing import Any
 from pipeline.core import manifest
 from pipeline.core.errors import IntegrityError, PublishError
 from pipeline.core.manifest import FileRecord, Manifest, Source
-from pipeline.release import card, provenance
+from pipeline.release import card, provenance, signing
 from pipeline.release.card import Check
 
 JUDGEMENT = "judgement.json"
 REPORTS = ("report.json", "report.html")
 RECEIPT = "receipt.json"
-NOT_UPLOADED = frozenset({manifest.NAME, "run.json", RECEIPT})
+NOT_UPLOADED = frozenset(signing.RUNNERS)
 """The runner's own files in `publish/`, and what the upload leaves there."""
 MODELS = (".tflite", ".litertlm")
 _BESIDE_SUMS = frozenset({provenance.NAME})

@@ -221,3 +221,23 @@ def test_setup_says_what_to_do_without_python_311(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "Python 3.11 is needed" in done.stderr and "make setup PYTHON=" in done.stderr
     assert not (tmp_path / "env").exists()
+
+
+def test_the_key_is_told_to_nobody_but_the_stage(finished: tuple[str, ...], tmp_path: Path) -> None:
+    """Its path is in the environment alone: in no command, and in nothing that is recorded."""
+    shown = make("-n", *finished, "publish", f"SIGN_KEY={tmp_path / 'my-key.pem'}")
+    assert "--sign key --signer .venv-sign/bin/python" in shown and "my-key" not in shown
+    recorded = (tmp_path / "out" / "tiny" / ".inputs" / "publish").read_text()
+    assert "--sign key" in recorded and "my-key" not in recorded
+    assert planned(*finished) == ["publish"], "signed is not unsigned"
+
+
+def test_a_licence_override_reaches_the_stage_as_it_was_written(tmp_path: Path) -> None:
+    text = make("-n", "publish", f"ARTIFACTS={tmp_path}", "LICENCE_OVERRIDE=gemma: it's `a` $$(test)")
+    assert "--licence-override 'gemma: it'\\''s `a` $(test)'" in text
+
+
+@pytest.mark.parametrize("setting", ["SIGN_KEY=k", "PUBLIC_KEY=k", "SIGN=keyless"])
+def test_the_container_does_not_sign(setting: str) -> None:
+    done = subprocess.run(["make", "-n", "check", "IN=docker", setting], cwd=PROJECT, capture_output=True, text=True)
+    assert done.returncode == 2 and "without IN=docker" in done.stderr

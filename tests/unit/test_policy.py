@@ -13,7 +13,7 @@ import yaml
 from pipeline.core.recipe import PROJECT
 
 LOCKS = PROJECT / "locks"
-NAMES = ("cpu", "cuda", "dev", "publish", "tensorflow", "material", "stock")
+NAMES = ("cpu", "cuda", "dev", "publish", "sign", "tensorflow", "material", "stock")
 WORKFLOWS = sorted((PROJECT / ".github" / "workflows").glob("*.yml"))
 PIN = re.compile(r"^([A-Za-z0-9_.-]+)==([^\s\\;]+)")
 
@@ -30,7 +30,7 @@ def asked(file: Path) -> dict[str, str]:
             wanted |= asked(file.parent / line.split()[1])
         elif line and not line.startswith(("#", "-c ")):
             name, _, version = line.partition("==")
-            wanted[canonical(name)] = version
+            wanted[canonical(name.partition("[")[0])] = version
     return wanted
 
 
