@@ -20,6 +20,8 @@ PROMPT ?= Hello
 PRECISION ?= int8
 #: FILES         the published folder that `make check` looks at
 FILES ?= $(ROOT)/publish
+#: RELEASE       the description in releases/ that `make release` follows
+RELEASE ?=
 #: DEVICE        auto, cpu or cuda: where the Hugging Face reference runs
 DEVICE ?= auto
 #: THREADS       threads of the stages (default: one per core)
@@ -197,7 +199,7 @@ WHERE = --model-id $(MODEL_ID) --artifacts $(ARTIFACTS) --recipe $(RECIPE)
 endif
 
 # --- targets ----------------------------------------------------------------------------------------------------------
-.PHONY: all setup plan fetch golden graph fp32 fp16 int8 $(ALTERNATIVE) bundle verify publish check reproduce compare chat run bench image test lint format clean clean-env help
+.PHONY: all setup plan fetch golden graph fp32 fp16 int8 $(ALTERNATIVE) bundle verify publish release check reproduce compare chat run bench image test lint format clean clean-env help
 
 all: publish ## set-up, then everything for MODEL_ID: fp32, fp16, int8, bundles, the report, the publish folder (default)
 	@echo "files:   $(foreach variant,$(VARIANTS),$(ROOT)/$(variant)/step.tflite) $(foreach bundle,$(BUNDLES),$(ROOT)/bundle/$(bundle).litertlm)"
@@ -235,6 +237,10 @@ chat: bundle ## talk to the int8 bundle in the terminal (PRECISION=)
 
 run: bundle ## let the int8 bundle answer PROMPT= once
 	$(call RUN,run) -m pipeline.chat $(abspath $(ROOT))/bundle/$(PRECISION).litertlm --prompt $(call QUOTE,$(PROMPT))
+
+release: ## publish what a description says (RELEASE=); a dry run without CONFIRM=yes
+	settings=$$($(PYTHON) -m tools.release $(RELEASE) $(if $(filter yes,$(CONFIRM)),--upload)) && \
+	$(MAKE) --no-print-directory publish $$settings
 
 check: $(READY) ## hold a published folder against its own papers (FILES=)
 	$(call RUN,check) -m pipeline.check $(call QUOTE,$(abspath $(FILES)))
