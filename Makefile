@@ -48,6 +48,8 @@ IDENTITY ?=
 ISSUER ?=
 #: LICENCE_OVERRIDE  "identifier: reason", against what the checkpoint's card says; both are published
 LICENCE_OVERRIDE ?=
+#: RELEASE       the description in releases/ that `make release` follows
+RELEASE ?=
 #: DEVICE        auto, cpu or cuda: where the Hugging Face reference runs
 DEVICE ?= auto
 #: THREADS       threads of the stages (default: one per core)
@@ -258,7 +260,7 @@ WHERE = --model-id $(MODEL_ID) --artifacts $(ARTIFACTS) --recipe $(RECIPE)
 endif
 
 # --- targets ----------------------------------------------------------------------------------------------------------
-.PHONY: all setup plan fetch golden graph fp32 fp16 int8 $(ALTERNATIVE) bundle verify publish evaluate check inspect reproduce compare chat run bench image test lint format clean clean-env help
+.PHONY: all setup plan fetch golden graph fp32 fp16 int8 $(ALTERNATIVE) bundle verify publish release evaluate check inspect reproduce compare chat run bench image test lint format clean clean-env help
 
 all: publish ## set-up, then everything for MODEL_ID: fp32, fp16, int8, bundles, the report, the publish folder (default)
 	@echo "files:   $(foreach variant,$(VARIANTS),$(ROOT)/$(variant)/step.tflite) $(foreach bundle,$(BUNDLES),$(ROOT)/bundle/$(bundle).litertlm)"
@@ -305,6 +307,10 @@ check: $(READY) $(if $(SIGNS),.venv-sign/.ready) ## hold a published folder (FIL
 
 inspect: $(READY) ## tell what is in FILE=, and where it leaves AGAINST=
 	$(call RUN,inspection) -m pipeline.inspection $(call QUOTE,$(abspath $(FILE))) $(if $(AGAINST),--against $(call QUOTE,$(abspath $(AGAINST))))
+release: ## publish what a description says (RELEASE=); a dry run without CONFIRM=yes
+	settings=$$($(PYTHON) -m tools.release $(RELEASE) $(if $(filter yes,$(CONFIRM)),--upload)) && \
+	$(MAKE) --no-print-directory publish $$settings
+
 
 reproduce: $(READY) ## rebuild what is finished for MODEL_ID from its manifests, and compare every file
 	$(call RUN,reproduce) -m pipeline.reproduce $(WHERE) $(EVALUATED) $(CALIBRATED)

@@ -38,8 +38,11 @@ def lint(session: nox.Session) -> None:
     """Style of Python, shell, Dockerfile and workflows."""
     python(session, "-m", "ruff", "check", ".")
     python(session, "-m", "ruff", "format", "--check", ".")
-    session.run(str(BIN / "shellcheck"), *scripts(), external=True)
     session.run(str(BIN / "hadolint"), "Dockerfile", external=True)
+    shellcheck = str(BIN / "shellcheck")
+    session.run(shellcheck, *scripts(), external=True)
+    workflows = sorted(str(file.relative_to(ROOT)) for file in (ROOT / ".github" / "workflows").glob("*.yml"))
+    session.run(str(BIN / "actionlint"), "-shellcheck", shellcheck, "-pyflakes=", *workflows, external=True)
     session.run(str(BIN / "zizmor"), "--offline", "--quiet", ".github/workflows", external=True)
 
 
