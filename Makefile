@@ -85,7 +85,7 @@ $(error IN=$(IN) is unknown: leave it out, or IN=docker)
 endif
 endif
 
-ifneq ($(filter-out yes,$(CONFIRM))$(if $(HF_REPO),,$(CONFIRM)),)
+ifneq ($(filter-out yes,$(CONFIRM))$(if $(HF_REPO)$(filter release,$(MAKECMDGOALS)),,$(CONFIRM)),)
 $(error CONFIRM=$(CONFIRM) is unknown: CONFIRM=yes, together with HF_REPO=owner/name)
 endif
 
