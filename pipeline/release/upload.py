@@ -19,11 +19,11 @@ import re
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 
 import httpx2
 from huggingface_hub import (
@@ -172,44 +172,35 @@ class Target:
         operations = [CommitOperationDelete(path_in_repo=name, is_folder=False) for name in diff.removed]
         sent = [*diff.changed, *diff.added]
         bar.total, bar.done = sum(self.files[name].size for name in sent), 0
-        with self._opened(sent, bar) as additions:
-            made = self._api().create_commit(
-                self.repo,
-                [*operations, *additions],
-                commit_message=f"Publish {self.tag}",
-                revision=BRANCH,
-                parent_commit=parent,
-            )
+        additions = [self._addition(name, bar) for name in sent]
+        made = self._api().create_commit(
+            self.repo,
+            [*operations, *additions],
+            commit_message=f"Publish {self.tag}",
+            revision=BRANCH,
+            parent_commit=parent,
+        )
         found = self._resolve(made.oid)
         left = self.diff(found)
         if not left.empty:
             raise _damaged(self.repo, [*left.added, *left.changed, *left.removed][0], found.revision)
         return found
 
-    @contextmanager
-    def _opened(self, names: Iterable[str], bar: log.Progress) -> Iterator[list[CommitOperationAdd]]:
-        """What adds these files to a commit; the client hashes each as it takes it.
+    def _addition(self, name: str, bar: log.Progress) -> CommitOperationAdd:
+        """What adds a file to a commit.
 
         Raises:
-            IntegrityError: a file is not the one that was cleared.
+            IntegrityError: it is not the one that was cleared.
         """
-        streams: list[_Counted] = []
-        try:
-            additions = []
-            for name in names:
-                streams.append(_Counted(self.folder / name))
-                additions.append(CommitOperationAdd(path_in_repo=name, path_or_fileobj=streams[-1]))
-                if additions[-1].upload_info.sha256.hex() != self.files[name].sha256:
-                    raise IntegrityError(
-                        f"{self.folder / name} was changed while it was published",
-                        cause="something else writes to the folder",
-                        remedy="run the same command again; nothing was committed",
-                    )
-                streams[-1].bar = bar
-            yield additions
-        finally:
-            for stream in streams:
-                stream.close()
+        made = _Addition(path_in_repo=name, path_or_fileobj=self.folder / name)
+        if made.upload_info.sha256.hex() != self.files[name].sha256:
+            raise IntegrityError(
+                f"{self.folder / name} was changed while it was published",
+                cause="something else writes to the folder",
+                remedy="run the same command again; nothing was committed",
+            )
+        made.bar = bar
+        return made
 
     def _same(self, record: FileRecord, there: RemoteFile) -> bool:
         if record.size != there.size:
@@ -284,20 +275,33 @@ class Target:
         return HfApi(endpoint=self.hub.endpoint)
 
 
+class _Addition(CommitOperationAdd):
+    """A file that is added, whose way to storage advances `bar` instead of a bar of the client's own.
+
+    It is opened for each sending: of two files with the same content the client sends one twice, at the same time.
+    """
+
+    bar: log.Progress | None = None
+
+    @contextmanager
+    def as_file(self, with_tqdm: bool = False) -> Iterator[BinaryIO]:
+        with _Counted(Path(str(self.path_or_fileobj)), self.bar if with_tqdm else None) as stream:
+            yield stream
+
+
 class _Counted(io.BufferedReader):
     """A file that is sent: `bar` is advanced by what is read for the first time."""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, bar: log.Progress | None) -> None:
         super().__init__(io.FileIO(file))
-        self.bar: log.Progress | None = None
-        self._furthest = 0
+        self._bar, self._furthest = bar, 0
 
     def read(self, size: int | None = -1, /) -> bytes:
         if _STOPPED.is_set():
             raise InterruptedError("stopped")
         data = super().read(size)
-        if self.bar and (new := self.tell() - self._furthest) > 0:
-            self.bar.advance(new)
+        if self._bar and (new := self.tell() - self._furthest) > 0:
+            self._bar.advance(new)
             self._furthest += new
         return data
 
@@ -364,7 +368,13 @@ def _unwrapped(work: Callable[[], _T]) -> _T:
     except RuntimeError as error:
         if isinstance(error.__cause__, hub.FAILURES):
             raise error.__cause__ from error
-        raise
+        if error.__cause__ is None:
+            raise
+        raise PublishError(
+            f"{_clean(str(error))} ({type(error.__cause__).__name__})",
+            cause="the file was changed or removed while it was sent",
+            remedy=_AGAIN,
+        ) from error
     except hub.FAILURES:
         raise
     except ValueError as error:

@@ -353,6 +353,30 @@ def test_refused_when_a_file_changes_while_it_is_sent(world: World) -> None:
     world.refused("was changed while it was published", code=4)
 
 
+@pytest.mark.parametrize("left", ["", "shorter", None])
+def test_a_file_that_changes_on_its_way_to_storage_is_not_taken(world: World, left: str | None) -> None:
+    model = world.folder / PARTIAL
+    whole = model.read_bytes()
+    change = model.unlink if left is None else (lambda: model.write_text(left or ""))
+    world.server.faults.append(Fault("/objects/batch", run=change))
+    assert world.confirmed() in (4, 9) and "\n  do:    " in world.text
+    assert len(world.repo.commits) == 1
+    model.write_bytes(whole)
+    assert world.confirmed() == 0
+    world.published()
+
+
+def test_large_files_of_the_same_content_may_be_sent_at_once(tmp_path: Path, world: World) -> None:
+    line = Line(tmp_path / "same")
+    line.fetch()
+    for name in STAGES:
+        line.variant(name, b"the same" * 50_000)
+    assert (line.verify(), line.publish()) == (0, 0)
+    world.folder = line.folder
+    assert world.confirmed() == 0
+    world.published()
+
+
 def test_files_that_the_repository_ignores_are_missed(world: World) -> None:
     body = {"files": [{"path": name, "uploadMode": "regular", "shouldIgnore": True} for name in world.files]}
     world.server.faults.append(Fault("/preupload/", status=200, body=json.dumps(body).encode()))
