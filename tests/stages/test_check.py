@@ -293,7 +293,7 @@ def forged(folder: Path, name: str, text: str) -> None:
 def test_papers_of_another_form_are_refused(signed: Path, tmp_path: Path, name: str, text: str) -> None:
     folder = copied(signed, tmp_path)
     forged(folder, name, text)
-    # In a process of its own: libraries that other tests load raise Python's recursion limit beyond what its stack holds.
+    # In a process of its own: libraries that other tests load raise the recursion limit beyond what the stack holds.
     command = [sys.executable, "-m", "pipeline.check", str(folder)]
     assert subprocess.run(command, cwd=PROJECT, capture_output=True, check=False).returncode == 4
 
