@@ -26,8 +26,30 @@ TASK ?=
 FILE ?=
 #: AGAINST       the fp32 step graph that `make inspect` holds FILE against, operator by operator
 AGAINST ?=
-#: FILES         the published folder that `make check` looks at
+#: FILES         what `make check` looks at: a published folder, or owner/name@revision on the Hub
 FILES ?= $(ROOT)/publish
+#: HF_REPO       owner/name on the Hub: `make publish` compares the publish folder with it
+HF_REPO ?=
+#: CONFIRM       yes: `make publish HF_REPO=…` uploads, in one commit; HF_TOKEN in the environment
+CONFIRM ?=
+#: PARENT        the commit that HF_REPO must be at (default: where it is now)
+PARENT ?=
+#: TAG           tag of the upload (default: <12 digits of the checkpoint's revision>-<8 digits of the recipe's sha256>)
+TAG ?=
+#: SIGN_KEY      private key (elliptic curve, PEM) that `make publish` signs with; neither copied nor recorded
+SIGN_KEY ?=
+#: SIGN          keyless: `make publish` signs by sigstore, with the identity of a CI job
+SIGN ?= $(if $(SIGN_KEY),key)
+#: PUBLIC_KEY    whose signature `make check` accepts
+PUBLIC_KEY ?=
+#: IDENTITY      whose signature by sigstore `make check` accepts
+IDENTITY ?=
+#: ISSUER        who vouches for IDENTITY
+ISSUER ?=
+#: LICENCE_OVERRIDE  "identifier: reason", against what the checkpoint's card says; both are published
+LICENCE_OVERRIDE ?=
+#: RELEASE       the description in releases/ that `make release` follows
+RELEASE ?=
 #: DEVICE        auto, cpu or cuda: where the Hugging Face reference runs
 DEVICE ?= auto
 #: THREADS       threads of the stages (default: one per core)
@@ -44,7 +66,7 @@ PYTHON ?= python3.11
 IMAGE ?= hf-to-litert
 #: IMAGE_FLAGS   more options of `docker build`, e.g. --build-arg LOCK=cuda
 IMAGE_FLAGS ?=
-#: NETWORK       container network of the stage that downloads
+#: NETWORK       container network of what downloads or uploads
 NETWORK ?= bridge
 
 SHELL := /bin/bash
@@ -61,6 +83,10 @@ ifeq ($(filter $(IN),docker),)
 ifneq ($(IN),)
 $(error IN=$(IN) is unknown: leave it out, or IN=docker)
 endif
+endif
+
+ifneq ($(filter-out yes,$(CONFIRM))$(if $(HF_REPO)$(filter release,$(MAKECMDGOALS)),,$(CONFIRM)),)
+$(error CONFIRM=$(CONFIRM) is unknown: CONFIRM=yes, together with HF_REPO=owner/name)
 endif
 
 # --- names ------------------------------------------------------------------------------------------------------------
@@ -123,6 +149,7 @@ ROOMS_plan := core convert models judge release
 ROOMS_chat := core judge
 ROOMS_check := core release
 ROOMS_inspection := core convert
+ROOMS_upload := core release
 ROOMS_reproduce := core convert
 
 # Texts that end up in a stage's result (every stage reads the recipe and depends on the lock).
@@ -138,6 +165,14 @@ TEXTS_int8 := $(TEXTS) $(CALIBRATION)
 TEXTS_verify := $(TEXTS) $(EVAL) $(CALIBRATION)
 TEXTS_$(ALTERNATIVE) := $(TEXTS_int8)
 
+# model-signing has an environment of its own. The stage reads the key's path from here, so that it stands nowhere else.
+SIGNER := .venv-sign/bin/python
+SIGNS := $(if $(SIGN)$(PUBLIC_KEY)$(IDENTITY)$(ISSUER),yes)
+export SIGN_KEY
+ifeq ($(IN)$(SIGNS),dockeryes)
+$(error the container neither signs nor checks signatures: say it again without IN=docker, on what IN=docker made)
+endif
+
 # --- settings of each stage -------------------------------------------------------------------------------------------
 WANTED := $(if $(GRAPHS),--graphs $(GRAPHS))
 OPTIONS_fetch := $(if $(REVISION),--revision $(REVISION))
@@ -152,8 +187,14 @@ OPTIONS_int8 := $(WANTED) $(CALIBRATED)
 OPTIONS_$(ALTERNATIVE) := --scheme $(subst int8-,,$(ALTERNATIVE)) $(OPTIONS_int8)
 OPTIONS_bundle := $(WANTED)
 OPTIONS_verify := $(WANTED) --variants $(VARIANTS) $(EVALUATED) $(CALIBRATED)
-OPTIONS_publish := $(WANTED)
 OPTIONS_evaluate := $(if $(TASK),--task $(abspath $(TASK)))
+OPTIONS_upload = --repository $(call QUOTE,$(HF_REPO)) $(if $(TAG),--tag $(call QUOTE,$(TAG))) \
+	$(if $(PARENT),--parent $(call QUOTE,$(PARENT))) $(if $(CONFIRM),--confirm)
+OPTIONS_publish = $(WANTED) $(if $(SIGN),--sign $(SIGN) --signer $(SIGNER)) \
+	$(if $(LICENCE_OVERRIDE),--licence-override $(call QUOTE,$(LICENCE_OVERRIDE)))
+OPTIONS_check = $(if $(PUBLIC_KEY),--public-key $(call QUOTE,$(abspath $(PUBLIC_KEY)))) \
+	$(if $(IDENTITY),--identity $(call QUOTE,$(IDENTITY))) $(if $(ISSUER),--issuer $(call QUOTE,$(ISSUER))) \
+	$(if $(PUBLIC_KEY)$(IDENTITY)$(ISSUER),--signer $(SIGNER))
 
 # What the goals need, in order: this is planned before any of it is begun, once for the same settings.
 closure = $(sort $(1) $(foreach need,$(1),$(call closure,$(NEEDS_$(need)))))
@@ -163,6 +204,9 @@ AIMS := $(or $(AIMS),publish)
 PLANNED := $(filter-out evaluate,$(filter $(call closure,$(AIMS)),$(STAGES)))
 OPTIONS_plan := $(OPTIONS_fetch) $(WANTED) --stages $(PLANNED)
 PLAN := $(ROOT)/.inputs/planned.$(subst $(eval ) ,-,$(AIMS))
+
+# What `make check` has to download.
+ON_HUB := $(if $(wildcard $(FILES)/.),,$(findstring @,$(FILES)))
 
 # A word for the shell, whatever is in it.
 QUOTE = '$(subst ','\'',$(1))'
@@ -176,7 +220,7 @@ CHECKPOINT := $(if $(FOLDER),$(sort $(foreach kind,json safetensors model jinja 
 # Write .inputs/<stage> unless it already says the same.
 define RECORD
 $(shell mkdir -p $(ROOT)/.inputs && { \
-	echo "options $(OPTIONS_$(1))"; \
+	echo $(call QUOTE,options $(OPTIONS_$(1))); \
 	$(if $(filter fetch,$(1)),stat -Lc '%n %s %Y' $(or $(CHECKPOINT),/dev/null) | sed 's|.*/||';) \
 	sha256sum $(call SOURCES,$(1)) $(RECIPE) $(TEXTS_$(1)) locks/cpu.txt 2>&1 || true; \
 	} >$(ROOT)/.inputs/$(1).new && \
@@ -191,7 +235,10 @@ endif
 PY := .venv/bin/python
 ifeq ($(IN),docker)
 READY := image
-ONLINE := $(if $(FOLDER),,fetch plan)
+ONLINE := $(if $(FOLDER),,fetch plan) upload $(if $(ON_HUB),check)
+# By name, so that no list of processes shows a value; what a CI job shows for itself goes to the upload alone.
+SECRETS = -e HF_TOKEN -e HF_ENDPOINT $(if $(filter upload,$(1)),-e HF_OIDC_RESOURCE -e HF_OIDC_ID_TOKEN \
+	-e GITHUB_ACTIONS -e ACTIONS_ID_TOKEN_REQUEST_URL -e ACTIONS_ID_TOKEN_REQUEST_TOKEN)
 # Every path that a stage is told is mounted at the same path, what a checkpoint's links lead to as well; a recipe's texts
 # where the recipe names them from, the project's folder.
 READ := $(abspath $(RECIPE) $(CALIBRATION) $(EVAL) $(TASK) $(FILE) $(AGAINST) $(filter /%,$(TEXTS)) $(FOLDER) $(dir $(realpath $(CHECKPOINT))))
@@ -202,7 +249,7 @@ IN_CONTAINER = docker run --rm $(2) --read-only --tmpfs /tmp --cap-drop ALL --se
 	-e PYTHONHASHSEED -e SOURCE_DATE_EPOCH -e OMP_NUM_THREADS -e OMP_WAIT_POLICY \
 	-e SOURCE_COMMIT="$$(git rev-parse HEAD 2>/dev/null || true)" -e SOURCE_DIRTY="$$(git status --porcelain 2>/dev/null | head -n 1)" \
 	-e IMAGE_DIGEST="$$(docker image inspect --format '{{.Id}}' $(IMAGE))" \
-	$(if $(filter $(1),$(ONLINE)),--network $(NETWORK) -e HF_TOKEN -e HF_ENDPOINT,--network none -e HF_HUB_OFFLINE=1) \
+	$(if $(filter $(1),$(ONLINE)),--network $(NETWORK) $(SECRETS),--network none -e HF_HUB_OFFLINE=1) \
 	-v $(abspath $(ARTIFACTS)):$(abspath $(ARTIFACTS)) $(MOUNTS) $(IMAGE)
 RUN = @echo "python -m pipeline.$(MODULE) (in $(IMAGE))" && $(call IN_CONTAINER,$(1),$(2)) python
 WHERE = --model-id $(or $(FOLDER),$(MODEL_ID)) --artifacts $(abspath $(ARTIFACTS)) --recipe $(abspath $(RECIPE))
@@ -213,7 +260,7 @@ WHERE = --model-id $(MODEL_ID) --artifacts $(ARTIFACTS) --recipe $(RECIPE)
 endif
 
 # --- targets ----------------------------------------------------------------------------------------------------------
-.PHONY: all setup plan fetch golden graph fp32 fp16 int8 $(ALTERNATIVE) bundle verify publish evaluate check inspect reproduce compare chat run bench image test lint format clean clean-env help
+.PHONY: all setup plan fetch golden graph fp32 fp16 int8 $(ALTERNATIVE) bundle verify publish release evaluate check inspect reproduce compare chat run bench image test lint format clean clean-env help
 
 all: publish ## set-up, then everything for MODEL_ID: fp32, fp16, int8, bundles, the report, the publish folder (default)
 	@echo "files:   $(foreach variant,$(VARIANTS),$(ROOT)/$(variant)/step.tflite) $(foreach bundle,$(BUNDLES),$(ROOT)/bundle/$(bundle).litertlm)"
@@ -233,13 +280,14 @@ fp16: ## build the files with fp16 weights
 int8: ## build the int8 files, by the recipe's scheme
 bundle: ## pack what LiteRT-LM runs: bundle/fp32.litertlm and bundle/int8.litertlm
 verify: ## judge every file against Hugging Face and fp32; write report.json and report.html
-publish: ## assemble what would be uploaded (dry run)
 evaluate: ## score the bundles and the original on your own TASK=: exact match, chrF, BLEU
+publish: ## assemble what would be uploaded; HF_REPO= compares it with the Hub, CONFIRM=yes uploads it
+	$(if $(HF_REPO),$(call RUN,upload) -m pipeline.upload $(abspath $(ROOT))/publish $(OPTIONS_upload))
 $(STAGES): %: $(ROOT)/%/manifest.json
 
 define STAGE_RULE
-$(ROOT)/$(1)/manifest.json: $(foreach need,$(NEEDS_$(1)),$(ROOT)/$(need)/manifest.json) $(ROOT)/.inputs/$(1) | $(READY) $(PLAN)
-	$$(call RUN,$(1)) -m pipeline.$(call MODULE,$(1)) $$(WHERE) $(OPTIONS_$(1))
+$(ROOT)/$(1)/manifest.json: $(foreach need,$(NEEDS_$(1)),$(ROOT)/$(need)/manifest.json) $(ROOT)/.inputs/$(1) | $(READY) $(PLAN) $(if $(filter publish,$(1)),$(if $(SIGN),.venv-sign/.ready))
+	$$(call RUN,$(1)) -m pipeline.$(call MODULE,$(1)) $$(WHERE) $$(OPTIONS_$(1))
 endef
 $(foreach stage,$(STAGES),$(eval $(call STAGE_RULE,$(stage))))
 
@@ -253,11 +301,16 @@ chat: bundle ## talk to the int8 bundle in the terminal (PRECISION=)
 run: bundle ## let the int8 bundle answer PROMPT= once
 	$(call RUN,run) -m pipeline.chat $(abspath $(ROOT))/bundle/$(PRECISION).litertlm --prompt $(call QUOTE,$(PROMPT))
 
-check: $(READY) ## hold a published folder against its own papers (FILES=)
-	$(call RUN,check) -m pipeline.check $(call QUOTE,$(abspath $(FILES)))
+check: $(READY) $(if $(SIGNS),.venv-sign/.ready) ## hold a published folder (FILES=, also on the Hub) against its papers and signature
+	$(call RUN,check) -m pipeline.check $(call QUOTE,$(if $(ON_HUB),$(FILES),$(abspath $(FILES)))) \
+		--downloads $(abspath $(ARTIFACTS))/.check $(OPTIONS_check)
 
 inspect: $(READY) ## tell what is in FILE=, and where it leaves AGAINST=
 	$(call RUN,inspection) -m pipeline.inspection $(call QUOTE,$(abspath $(FILE))) $(if $(AGAINST),--against $(call QUOTE,$(abspath $(AGAINST))))
+release: ## publish what a description says (RELEASE=); a dry run without CONFIRM=yes
+	settings=$$($(PYTHON) -m tools.release $(RELEASE) $(if $(filter yes,$(CONFIRM)),--upload)) && \
+	$(MAKE) --no-print-directory publish $$settings
+
 
 reproduce: $(READY) ## rebuild what is finished for MODEL_ID from its manifests, and compare every file
 	$(call RUN,reproduce) -m pipeline.reproduce $(WHERE) $(EVALUATED) $(CALIBRATED)
@@ -271,7 +324,7 @@ bench: $(READY) ## measure speed, memory and time on a larger random model
 image: ## build the container image (IMAGE_FLAGS=)
 	DOCKER_BUILDKIT=1 docker build --tag $(IMAGE) $(IMAGE_FLAGS) .
 
-test: .venv/.ready ## set-up, then linters, types and every test
+test: .venv/.ready .venv-sign/.ready ## set-up, then linters, types and every test
 	.venv/bin/nox
 
 lint: .venv/.ready ## linters and types only
@@ -285,7 +338,7 @@ clean: ## remove the results for MODEL_ID
 	rm -rf $(ROOT)
 
 clean-env: ## remove .venv and the tools' caches
-	rm -rf .venv .nox .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-sign .nox .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 help: ## list targets and settings
 	@echo 'make [target …] [NAME=value …]'; echo
@@ -296,4 +349,9 @@ help: ## list targets and settings
 INSTALLED := $(shell sed -n '1s/^lock //p' .venv/.ready 2>/dev/null)
 .venv/.ready: locks/cpu.txt locks/cuda.txt locks/dev.txt tools/setup.sh $(if $(filter auto $(INSTALLED),$(LOCK)),,CHANGED)
 	@PYTHON=$(PYTHON) TORCH_INDEX=$(TORCH_INDEX) tools/setup.sh .venv $(LOCK)
+
+.venv-sign/.ready: locks/sign.txt
+	@rm -rf .venv-sign && $(PYTHON) -m venv .venv-sign
+	@.venv-sign/bin/pip install --require-hashes --only-binary=:all: --disable-pip-version-check -qq -r $<
+	@touch $@
 CHANGED:

@@ -19,7 +19,7 @@ import nox
 nox.options.error_on_missing_interpreters = True
 ROOT = Path(__file__).parent
 BIN = ROOT / ".venv" / "bin"
-LOCKS = ("cpu", "cuda", "dev", "publish", "tensorflow", "material", "stock")
+LOCKS = ("cpu", "cuda", "dev", "publish", "sign", "tensorflow", "material", "stock")
 TORCH_INDEX = os.environ.get("TORCH_INDEX") or "https://download.pytorch.org/whl/cpu"
 
 
@@ -38,8 +38,11 @@ def lint(session: nox.Session) -> None:
     """Style of Python, shell, Dockerfile and workflows."""
     python(session, "-m", "ruff", "check", ".")
     python(session, "-m", "ruff", "format", "--check", ".")
-    session.run(str(BIN / "shellcheck"), *scripts(), external=True)
     session.run(str(BIN / "hadolint"), "Dockerfile", external=True)
+    shellcheck = str(BIN / "shellcheck")
+    session.run(shellcheck, *scripts(), external=True)
+    workflows = sorted(str(file.relative_to(ROOT)) for file in (ROOT / ".github" / "workflows").glob("*.yml"))
+    session.run(str(BIN / "actionlint"), "-shellcheck", shellcheck, "-pyflakes=", *workflows, external=True)
     session.run(str(BIN / "zizmor"), "--offline", "--quiet", ".github/workflows", external=True)
 
 
@@ -59,6 +62,14 @@ def unit(session: nox.Session) -> None:
 def stages(session: nox.Session) -> None:
     """The stages on the shipped model and on small odd ones: minutes."""
     python(session, "-m", "pytest", "tests/stages", *session.posargs)
+
+
+@nox.session(venv_backend="none", default=False)
+def faults(session: nox.Session) -> None:
+    """The upload under 200 random schedules of faults (`-- 1000` for more): some 50 seconds."""
+    count = session.posargs[0] if session.posargs else "200"
+    command = (str(BIN / "python"), "-m", "pytest", "tests/stages/test_upload.py", "-k", "random")
+    session.run(*command, external=True, env={"UPLOAD_SCHEDULES": count})
 
 
 @nox.session(venv_backend="none", default=False)

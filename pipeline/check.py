@@ -1,14 +1,18 @@
-"""check: hold a published folder against its own papers, as a stranger would, offline.
+"""check: hold a published folder against its own papers, as a stranger would, offline or from the Hub.
 
-    make check FILES=folder
+    make check FILES=folder|owner/name@revision [PUBLIC_KEY=file | IDENTITY=who ISSUER=address]
 
 Every file has the sum in SHA256SUMS and nothing else lies beside them; every model file is the one that `report.json`
-judged, that `provenance.json` speaks of and that the manifests list; the report's own figures keep its limits.
+judged, that `provenance.json` speaks of and that the manifests list, and every tensor has the sum in `tensors.json`;
+every other paper is the one that `provenance.json` lists; the report's figures are those of the judgement that the
+manifests list, and keep its limits. With a key or an identity, the signature holds for all of it. Without one, whoever
+rewrites all papers to fit each other is not found out, and the check says so.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import operator
 import sys
@@ -16,38 +20,53 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from pipeline.core import log, manifest
+from pipeline.core import log
 from pipeline.core.errors import IntegrityError, UsageError
+from pipeline.core.manifest import dump_json
 from pipeline.core.stage import guard
-from pipeline.release import provenance
+from pipeline.release import provenance, signing
+from pipeline.release.clearance import JUDGEMENT, REPORTS
+from pipeline.release.obtain import obtain
+from pipeline.release.signing import Trust
 
 MODELS = (".tflite", ".litertlm")
-_UNSIGNED = {provenance.NAME, manifest.NAME, "run.json"}  # the runner's own files are not uploaded
 _HOLDS = {"<=": operator.le, ">=": operator.ge}
+_MEASURED = ("date", "machine", "sequences", "speed")
+"""What verify adds to its judgement to make the report."""
 
 
-def check(folder: Path) -> dict[str, int]:
-    """What was checked: numbers of files, of model files and of figures.
+def check(folder: Path, trust: Trust | None = None, signer: str = sys.executable) -> dict[str, int]:
+    """What was checked: numbers of files, of model files, of tensors and of figures.
 
     Raises:
         IntegrityError: the first thing that is not as the papers say.
-        UsageError: there is no such folder.
+        UsageError: there is no such folder, or it is not clear whose signature is to be accepted.
     """
     if not folder.is_dir():
         raise UsageError(f"{folder} is not a folder", remedy="set FILES= to a published folder")
     files = provenance.check_sums(folder)
     sums = provenance.read_sums(folder)
-    found = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if not file.is_dir()}
-    if stray := sorted(found - sums.keys() - _UNSIGNED):
+    found = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_symlink() or file.is_file()}
+    if stray := sorted(found - sums.keys() - {provenance.NAME, *signing.RUNNERS}):
         _refuse(f"{stray[0]} is not listed in {provenance.NAME}")
+    try:
+        counted = _check_papers(folder, sums)
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        _refuse(f"the papers are not of the form that they have: {error!r}")
+    if trust:
+        signing.verify(folder, trust, signer)
+    return {"files": files, **counted}
+
+
+def _check_papers(folder: Path, sums: Mapping[str, str]) -> dict[str, int]:
     models = {name: digest for name, digest in sums.items() if name.endswith(MODELS)}
     report = _read(folder / "report.json")
     figures = _check_figures(report)
     _check_judged(models, report)
-    if provenance.subjects(folder) != models:
-        _refuse(f"{provenance.STATEMENT} speaks of other files than these")
-    _check_manifests(folder / "manifests", models)
-    return {"files": files, "model files": len(models), "figures": figures}
+    _check_provenance(folder, models, sums)
+    _check_manifests(folder / "manifests", models, report)
+    tensors = provenance.check_tensors(folder, models)
+    return {"model files": len(models), "tensors": tensors, "figures": figures}
 
 
 def _check_figures(report: Mapping[str, Any]) -> int:
@@ -70,18 +89,32 @@ def _check_judged(models: Mapping[str, str], report: Mapping[str, Any]) -> None:
             _refuse(f"{name} is not a file that report.json judged")
 
 
-def _check_manifests(folder: Path, models: Mapping[str, str]) -> None:
-    """The stage that made a model file lists it, verify read it, and all stages followed one recipe."""
+def _check_provenance(folder: Path, models: Mapping[str, str], sums: Mapping[str, str]) -> None:
+    """The statement speaks of these very files, and of nothing else."""
+    told, papers = provenance.subjects(folder)
+    if told != models:
+        _refuse(f"{provenance.STATEMENT} speaks of other model files than these")
+    beside = sums.keys() - models.keys() - {provenance.STATEMENT, signing.NAME, *REPORTS}
+    for name in sorted(beside | papers.keys()):
+        if papers.get(name) != sums.get(name):
+            _refuse(f"{name} is not the one that {provenance.STATEMENT} lists")
+
+
+def _check_manifests(folder: Path, models: Mapping[str, str], report: Mapping[str, Any]) -> None:
+    """The stage that made a model file lists it, verify read it and judged so, and all stages followed one recipe."""
     stages = {file.stem: _read(file) for file in sorted(folder.glob("*.json"))}
     if "verify" not in stages:
         _refuse("manifests/verify.json is missing")
     if len({made["recipe_sha256"] for made in stages.values()}) > 1:
         _refuse("the manifests are of different recipes")
     read = {record["sha256"] for record in stages["verify"]["inputs"]}
-    made = {record["sha256"] for stage in stages.values() for record in stage["outputs"]}
+    made = {record["path"]: record["sha256"] for stage in stages.values() for record in stage["outputs"]}
     for name, digest in models.items():
-        if digest not in read & made:
+        if digest not in read & set(made.values()):
             _refuse(f"{name} is not listed in manifests/")
+    judgement = dump_json({key: value for key, value in report.items() if key not in _MEASURED})
+    if hashlib.sha256(judgement.encode()).hexdigest() != made.get(f"verify/{JUDGEMENT}"):
+        _refuse("report.json does not say what verify found")
 
 
 def _read(file: Path) -> Any:
@@ -97,17 +130,31 @@ def _refuse(fault: str) -> NoReturn:
     )
 
 
+def _say(folder: Path, counted: Mapping[str, int], trust: Trust) -> None:
+    log.line(f"{folder}: as its papers say: {', '.join(f'{count} {what}' for what, count in counted.items())}")
+    if trust:
+        log.line(f"signature: holds, of {trust.identity or trust.public_key}")
+    elif (folder / signing.NAME).is_file():
+        log.warn("signature not checked: say whose it must be with PUBLIC_KEY=, or with IDENTITY= and ISSUER=")
+    else:
+        log.warn("signature not checked: there is none")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run from the command line and return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m pipeline.check", description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("files", type=Path, help="a published folder")
-    arguments = parser.parse_args(argv)
+    parser.add_argument("files", help="a published folder, or owner/name@revision on the Hub")
+    parser.add_argument("--downloads", type=Path, default=Path("artifacts/.check"), help="where the latter goes")
+    parser.add_argument("--public-key", default="", help="the signature must be of this key (PEM)")
+    parser.add_argument("--identity", default="", help="the signature must be of this identity (sigstore)")
+    parser.add_argument("--issuer", default="", help="the identity must be vouched for by this provider")
+    parser.add_argument("--signer", default=sys.executable, help="a Python that has model-signing (default: this one)")
+    given = parser.parse_args(argv)
+    trust = Trust(public_key=given.public_key, identity=given.identity, issuer=given.issuer)
 
     def work() -> None:
-        counted = check(arguments.files)
-        log.line(
-            f"{arguments.files}: as its papers say: {', '.join(f'{count} {what}' for what, count in counted.items())}"
-        )
+        folder = obtain(given.files, given.downloads)
+        _say(folder, check(folder, trust, given.signer), trust)
 
     return guard(work)
 

@@ -1,8 +1,8 @@
 """Stage publish: put together exactly what would be uploaded, or refuse with the reason. A dry run: nothing is sent.
 
 Everything in `publish/` would go up, except the runner's own `manifest.json` and `run.json`. `report.json` and
-`report.html` hold timings and `SHA256SUMS` covers them, so these three differ from build to build and stand outside the
-manifest; the rest, the card included, is the same bytes every time.
+`report.html` hold timings, a signature is another each time, and `SHA256SUMS` covers them, so these four differ from
+build to build and stand outside the manifest; the rest, the card included, is the same bytes every time.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from __future__ import annotations
 import argparse
 import hashlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.core.manifest import Manifest, dump_json
 from pipeline.core.recipe import PROJECT, Recipe
 from pipeline.core.stage import Context, Outcome, Stage, main, model_name
-from pipeline.release import card, clearance, folder, licence, provenance
+from pipeline.release import card, clearance, folder, licence, provenance, sbom, signing
 from pipeline.release.card import Build, Product, Subject
 from pipeline.release.licence import Claim
 
@@ -37,7 +37,8 @@ def work(context: Context) -> Outcome:
     clearance.refuse_other_bytes(context.upstream, (product.source for product in products))
     checkpoint, target = context.root / "fetch" / "checkpoint", context.folder
     source, subject = card.front_matter(checkpoint), _subject(context.upstream["fetch"])
-    terms, build = licence.resolve(_claim(context.upstream["fetch"], source)), _build(context)
+    claim, build = _claim(context.upstream["fetch"], source), _build(context)
+    terms = licence.resolve(claim, context.arguments.licence_override)
 
     checks = clearance.checks(judgement, {product.variant: product.file for product in products})
     for product in products:
@@ -53,10 +54,39 @@ def work(context: Context) -> Outcome:
 
     judged = {record.path: record.sha256 for record in verify.inputs}
     files = {product.file: judged[product.source] for product in products}
-    said = provenance.statement(files, context.upstream, _parameters(context), _locks())
-    (target / provenance.STATEMENT).write_text(dump_json(said), encoding="utf-8")
+    _write_papers(context, products, files, terms.identifier)
+    if context.arguments.sign:
+        signing.sign(target, context.arguments.sign, context.arguments.signer)
     folder.show(target, folder.seal(target, files))
-    return Outcome(facts={"licence": terms.identifier, "base_models": list(subject.base_models), "uploaded": False})
+    return Outcome(
+        facts={
+            "licence": terms.identifier,
+            "licence_override": context.arguments.licence_override,
+            "base_models": list(subject.base_models),
+            "uploaded": False,
+        }
+    )
+
+
+def _write_papers(context: Context, products: Sequence[Product], files: Mapping[str, str], terms: str) -> None:
+    """Tensors, bill of materials and, last, the statement that lists them; `files` maps model files to their sha256."""
+    target, names = context.folder, {product.source: product.file for product in products}
+    tensors = provenance.tensors(context.root / "verify" / provenance.TENSORS, names)
+    (target / provenance.TENSORS).write_text(dump_json(tensors), encoding="utf-8")
+    (target / sbom.NAME).write_text(_bill(context, files, terms), encoding="utf-8")
+    papers = folder.papers(target, files, STAGE.measured)
+    said = provenance.statement(files, context.upstream, _parameters(context), _locks(), papers)
+    (target / provenance.STATEMENT).write_text(dump_json(said), encoding="utf-8")
+
+
+def _bill(context: Context, files: Mapping[str, str], terms: str) -> str:
+    """The bill of materials: the checkpoint, the files, and the lock of the torch that verify saw."""
+    fetched, tools = context.upstream["fetch"], context.upstream["verify"].tools
+    held = {record.path.removeprefix("fetch/checkpoint/"): record.sha256 for record in fetched.outputs}
+    base = sbom.Model(name=fetched.model, version=fetched.revision, files=held, licence=str(fetched.facts["licence"]))
+    made = sbom.Model(name=context.root.name, version=context.recipe.sha256, files=files, licence=terms)
+    lock = PROJECT / "locks" / ("cpu.txt" if tools.get("torch", "+cpu").endswith("+cpu") else "cuda.txt")
+    return sbom.text(base, made, sbom.packages(lock) if lock.is_file() else [])
 
 
 def _parameters(context: Context) -> dict[str, Any]:
@@ -66,6 +96,7 @@ def _parameters(context: Context) -> dict[str, Any]:
         "REVISION": fetched.revision,
         "RECIPE": context.recipe.name,
         "GRAPHS": context.graphs,
+        **({"LICENCE_OVERRIDE": override} if (override := context.arguments.licence_override) else {}),
     }
 
 
@@ -161,12 +192,25 @@ def _needs(arguments: argparse.Namespace, _recipe: Recipe) -> tuple[str, ...]:
     return ("fetch", *sorted(stages - {"fetch"}), "verify")
 
 
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--sign",
+        choices=("key", "keyless"),
+        help=f"sign with the private key that {signing.KEY} names, or by sigstore",
+    )
+    parser.add_argument("--signer", default=sys.executable, help="a Python that has model-signing (default: this one)")
+    parser.add_argument(
+        "--licence-override", default="", metavar="TEXT", help="`identifier: reason`, against the checkpoint's card"
+    )
+
+
 STAGE = Stage(
     name="publish",
     summary="Put together what would be uploaded: model files, card, licence, report, manifests, checksums (dry run).",
     work=work,
+    add_arguments=_add_arguments,
     needs_of=_needs,
-    measured=(*clearance.REPORTS, provenance.NAME),
+    measured=(*clearance.REPORTS, provenance.NAME, signing.NAME),
 )
 
 if __name__ == "__main__":

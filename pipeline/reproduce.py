@@ -98,6 +98,8 @@ def _options(name: str, made: Manifest, finished: Mapping[str, Manifest]) -> lis
     if name == "verify":
         read = {record.path.split("/", 1)[0] for record in made.inputs if record.path.endswith("/step.tflite")}
         return [*options, "--variants", *(stage for stage in STAGES if stage in read)]
+    if name == "publish" and made.facts.get("licence_override"):
+        return [*options, "--licence-override", str(made.facts["licence_override"])]
     return options
 
 

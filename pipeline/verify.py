@@ -6,7 +6,8 @@ whole in LiteRT-LM, whose text must be Hugging Face's. A required file that miss
 code 8, leaves no manifest, and leaves the report for the reader. The int8 scheme that the recipe did not choose is
 judged in the same way and may fail: it is marked as not fit to publish.
 
-`judgement.json` is the same from run to run. `report.json` and `report.html` add timings, machine and date.
+`judgement.json` is the same from run to run, and so is `tensors.json`: where each tensor of a judged file stands, and
+its sha256. `report.json` and `report.html` add timings, machine and date.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from pipeline.convert import noise
+from pipeline.convert import constants, noise
 from pipeline.convert.template import CONVERSATIONS
 from pipeline.core import chat, log, manifest, versions
 from pipeline.core.errors import UsageError, VerificationError
@@ -72,6 +73,8 @@ def work(context: Context) -> Outcome:
     judgement = verdict.finite(judgement | _judgement(context, verdicts, heard))
     manifest.write_atomically(context.folder / "judgement.json", manifest.dump_json(judgement))
     _write_report(context, judgement, verdicts)
+    tensors = constants.digests(_files(context))
+    manifest.write_atomically(context.folder / "tensors.json", manifest.dump_json(tensors))
     _say([*verdicts, *heard], context.folder)
     return Outcome(
         facts={
@@ -187,6 +190,13 @@ def _bundle(context: Context, precision: str) -> bundles.Subject:
         stored=held["stored"],
         weight_bytes=held["weight_bytes"],
     )
+
+
+def _files(context: Context) -> dict[str, Path]:
+    """Every judged file by its path in the model's folder."""
+    steps = [f"{name}/{STEP}" for name in context.arguments.variants] if context.graphs != "bundle" else []
+    spoken = context.recipe.bundle.precisions if context.graphs != "step" else ()
+    return {path: context.root / path for path in (*steps, *(f"bundle/{name}.litertlm" for name in spoken))}
 
 
 def _name(item: Verdict | bundles.Verdict) -> str:

@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 BASE = "local/python-base:bookworm"
-WHEELS = "local/wheels:latest"
+WHEELS = "local/wheels:here"
 SUITE = "bookworm"
 CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
 START_SECONDS = 60

@@ -503,6 +503,16 @@ _OPTIONS = {
 }
 
 
+def model_at(data: Any, start: int) -> Any:
+    """The schema's reader of the model that begins at byte `start` of mapped `data`; nothing is copied."""
+    return _schema().Model.GetRootAs(data, start)
+
+
+def type_name(number: int) -> str:
+    """The schema's name of an element type: 0 is FLOAT32."""
+    return _names("TensorType")[number]
+
+
 def _schema() -> Any:
     from ai_edge_litert import schema_py_generated
 

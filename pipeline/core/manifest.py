@@ -45,6 +45,17 @@ class FileRecord:
         return cls(path=file.relative_to(base).as_posix(), size=size, sha256=digest.hexdigest())
 
 
+def sha256_of_part(file: Path, start: int, size: int) -> str:
+    """The sha256 of `size` bytes of `file` from byte `start`, or of as many as there are, read in blocks."""
+    digest, block = hashlib.sha256(), memoryview(bytearray(min(size, _BLOCK)))
+    with file.open("rb", buffering=0) as stream:
+        stream.seek(start)
+        while size and (count := stream.readinto(block[: min(size, _BLOCK)])):
+            digest.update(block[:count])
+            size -= count
+    return digest.hexdigest()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Source:
     """The state of this project's own code: commit (empty outside git) and whether files differ from it."""

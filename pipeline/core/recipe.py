@@ -6,19 +6,17 @@ places only. Paths in a recipe are relative to the project's root.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-import tomllib
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+from pipeline.core import toml
 from pipeline.core.errors import UsageError
 
-SCHEMA = 1
 PROJECT = Path(__file__).resolve().parents[2]
+KIND = toml.Kind(name="recipe", setting="RECIPE", example="pipeline/recipes/gemma3n.toml")
 
 Scheme = Literal["dynamic", "static"]
 Graphs = Literal["step", "bundle", "all"]
@@ -140,22 +138,11 @@ def load(file: Path) -> Recipe:
     Raises:
         UsageError: the file is missing, is not TOML, or has an unknown, missing or wrongly typed key.
     """
-    try:
-        data = file.read_bytes()
-        table = tomllib.loads(data.decode("utf-8"))
-    except OSError as error:
-        raise UsageError(
-            f"can't read recipe {file}: {error.strerror}", remedy="set RECIPE= to a file in pipeline/recipes/"
-        ) from error
-    except ValueError as error:
-        raise UsageError(f"recipe {file} is not TOML: {error}", remedy="correct that line") from error
-    schema = table.pop("schema", None)
-    if type(schema) is not int or schema != SCHEMA:
-        raise UsageError(f"recipe {file} has no `schema = {SCHEMA}`", remedy="start from pipeline/recipes/gemma3n.toml")
+    table, data = toml.read(file, KIND)
     try:
         if "sha256" in table:
             raise ValueError("unknown key `recipe.sha256`")
-        recipe = _build(Recipe, {**table, "sha256": hashlib.sha256(data).hexdigest()}, "recipe")
+        recipe = toml.build(Recipe, {**table, "sha256": hashlib.sha256(data).hexdigest()}, "recipe")
         assert isinstance(recipe, Recipe)
         if recipe.bundle.max_tokens < 1:
             raise ValueError(
@@ -168,56 +155,5 @@ def load(file: Path) -> Recipe:
                 f"too many for conversations of at most {recipe.bundle.max_tokens} tokens"
             )
     except ValueError as error:
-        raise UsageError(f"recipe {file}: {error}", remedy="compare it with pipeline/recipes/gemma3n.toml") from error
+        raise UsageError(f"recipe {file}: {error}", remedy=f"compare it with {KIND.example}") from error
     return recipe
-
-
-def _build(kind: Any, value: object, where: str) -> object:
-    """`value` (from TOML) as an instance of type `kind`; `where` names it in errors."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if dataclasses.is_dataclass(kind):
-        return _build_dataclass(kind, value, where)
-    if origin is tuple:
-        return tuple(_build(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(_expect(list, value, where)))
-    if origin is Mapping:
-        return {key: _build(arguments[1], item, f"{where}.{key}") for key, item in _expect(dict, value, where).items()}
-    if origin is Literal:
-        if value not in arguments:
-            raise ValueError(f"`{where}` is {value!r}, expected one of {', '.join(map(repr, arguments))}")
-        return value
-    if arguments:  # `float | None`: TOML has no null, so a value that is there has the first type
-        return _build(arguments[0], value, where)
-    if kind in (int, float):
-        return _build_number(kind, value, where)
-    return _expect(kind, value, where)
-
-
-def _build_number(kind: type, value: object, where: str) -> object:
-    """Integers in a recipe are counts, floats are limits; one that is not finite would judge nothing."""
-    number = _expect(int if kind is float and type(value) is int else kind, value, where)
-    least = 1 if kind is int else 0
-    if not least <= number < 2**63:
-        raise ValueError(f"`{where}` is {value!r}, expected a finite number of at least {least}")
-    return kind(number)
-
-
-def _expect(kind: type, value: object, where: str) -> Any:
-    if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
-        raise ValueError(f"`{where}` is {value!r}, expected {kind.__name__}")
-    return value
-
-
-def _build_dataclass(kind: Any, value: object, where: str) -> object:
-    table = dict(_expect(dict, value, where))
-    types = typing.get_type_hints(kind)
-    arguments = {}
-    for field in dataclasses.fields(kind):
-        if field.name in table:
-            arguments[field.name] = _build(types[field.name], table.pop(field.name), f"{where}.{field.name}")
-        elif field.default is dataclasses.MISSING:
-            raise ValueError(f"`{where}.{field.name}` is missing")
-        if field.default is dataclasses.MISSING and arguments[field.name] in ((), {}, ""):
-            raise ValueError(f"`{where}.{field.name}` is empty")
-    if table:
-        raise ValueError(f"unknown key {', '.join(f'`{where}.{key}`' for key in sorted(table))}")
-    return kind(**arguments)

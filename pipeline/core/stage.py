@@ -184,7 +184,7 @@ def _run(stage: Stage, arguments: argparse.Namespace) -> None:
                 facts=outcome.facts,
                 tools=tools,
                 image_digest=os.environ.get("IMAGE_DIGEST", ""),
-                source=_source(),
+                source=source(),
             ),
             folder,
         )
@@ -258,7 +258,7 @@ def _files(folder: Path, measured: tuple[str, ...]) -> list[Path]:
     return sorted(file for file in folder.rglob("*") if file.is_file() and file not in left_out)
 
 
-def _source() -> Source:
+def source() -> Source:
     """The project's commit and whether its tracked or new files differ from it."""
     commit = process.output(["git", "rev-parse", "HEAD"], cwd=PROJECT)
     changes = process.output(["git", "status", "--porcelain"], cwd=PROJECT)

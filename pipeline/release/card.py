@@ -24,7 +24,15 @@ _USAGE = {
     ".litertlm": Path(__file__).with_name("card_bundle.md"),
     ".tflite": Path(__file__).with_name("card_step.md"),
 }
-_CARRIED = ("language", "extra_gated_heading", "extra_gated_prompt", "extra_gated_button_content")
+_CARRIED = ("language",)
+# What the Hub asks before it hands out files. The owner of a repository switches the gate on; the words go along.
+_GATE = {
+    "extra_gated_heading": "These files are under the Gemma Terms of Use",
+    "extra_gated_prompt": "They are derived from Gemma. To get them, you agree to the Gemma Terms of Use "
+    "(https://ai.google.dev/gemma/terms) and to the Gemma Prohibited Use Policy "
+    "(https://ai.google.dev/gemma/prohibited_use_policy).",
+    "extra_gated_button_content": "I agree",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +139,7 @@ def text(
         "command": _command(subject),
         "licence_name": licence.name,
         "licence_link": licence.link,
+        "remark": f" {licence.remark}" if licence.remark else "",
     }
     page = Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(fields)
     return f"---\n{_metadata(subject, licence, source)}\n---\n\n{page}"
@@ -149,8 +158,15 @@ def _metadata(subject: Subject, licence: Licence, source: Mapping[str, Any]) -> 
         pipeline_tag="text-generation",
         tags=["litert", "litert-lm", "tflite", subject.model_type, "float16", "int8"],
         **{key: source[key] for key in _CARRIED if key in source},
+        **_gate(licence, source),
     )
     return str(card.to_yaml())
+
+
+def _gate(licence: Licence, source: Mapping[str, Any]) -> dict[str, Any]:
+    """The questions that the original asks before it is downloaded, or for Gemma those that its terms suggest."""
+    asked = {key: value for key, value in source.items() if key.startswith("extra_gated_")}
+    return asked or (dict(_GATE) if licence.identifier == GEMMA else {})
 
 
 def _origin(subject: Subject) -> str:
@@ -184,8 +200,12 @@ def _usage(products: Sequence[Product], build: Build) -> Iterator[str]:
 
 
 def _checks(checks: Sequence[Check]) -> str:
-    rows = [(f"`{item.file}`", item.what, item.against, item.value, item.limit, item.detail) for item in checks]
-    return _table(("file", "check", "against", "value", "limit", "detail"), rows)
+    """A heading and a table for each file, in the order in which files were judged."""
+    rows: dict[str, list[tuple[str, ...]]] = {}
+    for item in checks:
+        rows.setdefault(item.file, []).append((item.what, item.against, item.value, item.limit, item.detail))
+    head = ("check", "against", "value", "limit", "detail")
+    return "\n\n".join(f"### `{file}`\n\n{_table(head, found)}" for file, found in rows.items())
 
 
 def _command(subject: Subject) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pipeline.core import log, manifest
 from pipeline.core.errors import PublishError
+from pipeline.core.manifest import FileRecord
 from pipeline.release import provenance
 
 _LICENCE = re.compile(r"(licen[cs]e|notice|use_policy|usage_policy)[\w.-]*", re.IGNORECASE)
@@ -51,6 +52,13 @@ def place_licence_files(checkpoint: Path, target: Path) -> tuple[str, ...]:
         (target / "checkpoint").mkdir(exist_ok=True)
         shutil.copyfile(file, target / "checkpoint" / file.name)
     return tuple(f"checkpoint/{file.name}" for file in files)
+
+
+def papers(folder: Path, models: Iterable[str], measured: Iterable[str]) -> dict[str, str]:
+    """Sha256 by path of all that is in `folder` but the `models` and what was `measured`."""
+    left_out = {folder / name for name in (*models, *measured)}
+    files = (file for file in folder.rglob("*") if file.is_file() and file not in left_out)
+    return {record.path: record.sha256 for record in (FileRecord.of(file, folder) for file in files)}
 
 
 def seal(folder: Path, judged: Mapping[str, str]) -> list[Path]:

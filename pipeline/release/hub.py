@@ -16,8 +16,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import BinaryIO, TypeVar
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Protocol, TypeVar
 
 import httpx2
 from huggingface_hub import HfApi, constants, get_session, get_token, hf_hub_url, hf_raise_for_status
@@ -27,6 +28,7 @@ from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
     OfflineModeIsEnabled,
+    OIDCError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -34,13 +36,21 @@ from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # public, not in its __all__
 
 from pipeline.core import log
-from pipeline.core.errors import FetchError, IntegrityError
+from pipeline.core.errors import FetchError, IntegrityError, PipelineError
 
 WAITS = (1.0, 2.0, 4.0, 8.0, 16.0)  # seconds before each new try; as many tries as in huggingface_hub
 LONGEST_WAIT = 300.0  # seconds; the Hub's rate limits count in windows of five minutes
 _ANSWER_SECONDS = 30.0
 _PASSING = (408, 429, 500, 502, 503, 504)
-_FAILURES = (HfHubHTTPError, httpx2.TransportError, httpx2.InvalidURL, OfflineModeIsEnabled, UnicodeError)
+FAILURES = (
+    HfHubHTTPError,
+    httpx2.TransportError,
+    httpx2.InvalidURL,
+    OfflineModeIsEnabled,
+    OIDCError,
+    UnicodeError,
+)
+"""What comes through huggingface_hub when something is wrong with the connection, the Hub or the token."""
 _T = TypeVar("_T")
 
 
@@ -60,6 +70,39 @@ class Repository:
     model_id: str
     revision: str
     files: Mapping[str, RemoteFile]
+
+
+class Sink(Protocol):
+    """What a download goes to, in order: a file, or a hash."""
+
+    def write(self, data: bytes, /) -> object: ...
+    def tell(self) -> int: ...
+    def seek(self, place: int, /) -> object: ...
+    def truncate(self, size: int, /) -> object: ...
+
+
+class Hash:
+    """A `Sink` that keeps the sha256 of what is written; it can be emptied, not shortened."""
+
+    def __init__(self) -> None:
+        self._digest, self._size = hashlib.sha256(), 0
+
+    def write(self, data: bytes, /) -> None:
+        self._digest.update(data)
+        self._size += len(data)
+
+    def tell(self) -> int:
+        return self._size
+
+    def seek(self, place: int, /) -> None:
+        assert place == self._size
+
+    def truncate(self, size: int, /) -> None:
+        assert size == 0
+        self.__init__()  # type: ignore[misc]  # as new
+
+    def hexdigest(self) -> str:
+        return self._digest.hexdigest()
 
 
 class Hub:
@@ -85,7 +128,7 @@ class Hub:
             return Repository(model_id=info.id, revision=info.sha, files=files)
 
         try:
-            return self._patiently(ask, model_id, revision)
+            return self.patiently(ask, partial(self.explain, model_id=model_id, revision=revision))
         except HFValidationError as error:
             raise FetchError(
                 f"{model_id!r} is neither a folder nor a Hub id",
@@ -119,7 +162,7 @@ class Hub:
 
         if start == stop:
             return b""
-        part = self._patiently(ask, repository.model_id, repository.revision)
+        part = self.patiently(ask, self._of(repository))
         if len(part) != stop - start:
             raise IntegrityError(
                 f"{name} on the Hub ends at byte {start + len(part)}, it is listed with {repository.files[name].size}",
@@ -135,26 +178,40 @@ class Hub:
             FetchError: as `resolve`.
             IntegrityError: what came is not what the Hub lists; the partial file is removed.
         """
-        expected, done, partial = repository.files[name], folder / name, folder / f"{name}.partial"
+        expected, done, waiting = repository.files[name], folder / name, folder / f"{name}.partial"
+        if ".." in PurePosixPath(name).parts or PurePosixPath(name).is_absolute():
+            raise IntegrityError(f"{name!r} on the Hub is no path inside a repository", remedy="do not use this model")
         if done.is_file() and done.stat().st_size == expected.size:
             return done
-        folder.mkdir(parents=True, exist_ok=True)
-        with partial.open("ab") as stream:
+        done.parent.mkdir(parents=True, exist_ok=True)
+        with waiting.open("ab") as stream:
             if stream.tell() > expected.size:
                 stream.truncate(0)
             elif stream.tell():
                 log.step(f"{name}: going on at {log.human_bytes(stream.tell())} of {log.human_bytes(expected.size)}")
             with log.progress(name, expected.size - stream.tell()) as bar:
-                while stream.tell() < expected.size:  # each round adds bytes or raises
-                    self._patiently(
-                        lambda: self._continue(repository, name, stream, bar), repository.model_id, repository.revision
-                    )
+                self._fill(repository, name, stream, bar)
             stream.flush()
             os.fsync(stream.fileno())
-        _check(partial, expected, name)
-        return partial.replace(done)
+        _check(waiting, expected, name)
+        return waiting.replace(done)
 
-    def _continue(self, repository: Repository, name: str, stream: BinaryIO, bar: log.Progress) -> None:
+    def sha256(self, repository: Repository, name: str, bar: log.Progress) -> str:
+        """The hash of a file as it comes from the Hub, without keeping it; `bar` is advanced by the bytes read.
+
+        Raises:
+            FetchError: as `resolve`.
+        """
+        digest = Hash()
+        self._fill(repository, name, digest, bar)
+        return digest.hexdigest()
+
+    def _fill(self, repository: Repository, name: str, stream: Sink, bar: log.Progress) -> None:
+        """Bring `stream` to the size that the Hub lists; each round adds bytes or raises."""
+        while stream.tell() < repository.files[name].size:
+            self.patiently(lambda: self._continue(repository, name, stream, bar), self._of(repository))
+
+    def _continue(self, repository: Repository, name: str, stream: Sink, bar: log.Progress) -> None:
         """Append to `stream`, whose end is the file's next byte, until the file is whole or the connection breaks."""
         size, start = repository.files[name].size, stream.tell()
         try:
@@ -162,7 +219,8 @@ class Hub:
                 if response.status_code == 200 and start:  # the server ignored the range
                     stream.truncate(0)
                     stream.seek(0)
-                    bar.total, bar.done, start = size, 0, 0
+                    bar.advance(-start)
+                    start = 0
                 for chunk in response.iter_bytes():
                     stream.write(chunk)
                     bar.advance(len(chunk))
@@ -187,33 +245,44 @@ class Hub:
             hf_raise_for_status(response)
             yield response
 
-    def _patiently(self, work: Callable[[], _T], model_id: str, revision: str) -> _T:
-        """The result of `work`, tried again after each passing failure until the waits are used up."""
+    def patiently(self, work: Callable[[], _T], explain: Callable[[Exception], PipelineError]) -> _T:
+        """The result of `work`, tried again after each passing failure until the waits are used up.
+
+        Raises:
+            PipelineError: what `explain` makes of the last failure.
+        """
         for wait in (*self.waits, None):
             try:
                 return work()
-            except _FAILURES as error:
-                if wait is None or not _is_passing(error):
-                    raise self._explain(error, model_id, revision) from error
+            except FAILURES as error:
+                if wait is None or not is_passing(error):
+                    raise explain(error) from error
                 pause = max(wait, min(_asked_wait(error), LONGEST_WAIT))
-                log.warn(f"{self.endpoint}: {_brief(error)}; trying again in {log.human_seconds(pause)}")
+                log.warn(f"{self.endpoint}: {brief(error)}; trying again in {log.human_seconds(pause)}")
                 time.sleep(pause)
         raise AssertionError("the last round returns or raises")
 
-    def _explain(self, error: Exception, model_id: str, revision: str) -> FetchError:
+    def _of(self, repository: Repository) -> Callable[[Exception], FetchError]:
+        return partial(self.explain, model_id=repository.model_id, revision=repository.revision)
+
+    def explain(self, error: Exception, model_id: str, revision: str) -> FetchError:
         """What `error` means for the person who asked for `model_id`."""
         page = f"{self.endpoint}/{model_id}"
         log_in = "set HF_TOKEN or run `hf auth login`"
+        if is_identity(error):
+            return FetchError(
+                "the identity of this CI job gave no token for HF_OIDC_RESOURCE",
+                cause="the job lacks the permission `id-token: write`, or is no trusted publisher of that repository",
+                remedy=f"allow both (repository, branch and workflow at {page}/settings), or unset it and {log_in}",
+            )
         if isinstance(error, GatedRepoError):
-            who = "this token has" if _has_token() else "without a token there is"
+            who = "this token has" if has_token() else "without a token there is"
             return FetchError(
                 f"{model_id} is gated and {who} no access to it",
                 cause="its author asks everyone to accept the licence first",
                 remedy=f"accept it at {page}, then "
                 + (
-                    "run this again; a fine-grained token must also allow gated repositories"
-                    if _has_token()
-                    else log_in
+                    "run this again; a fine-grained token must also allow gated repositories" if has_token() else log_in
                 ),
             )
         if isinstance(error, RevisionNotFoundError):
@@ -221,11 +290,11 @@ class Hub:
                 f"{model_id} has no revision {revision!r}",
                 remedy=f"choose a branch, tag or commit from {page}/commits/main",
             )
-        anonymous = not _has_token() and isinstance(error, HfHubHTTPError) and error.response.status_code == 401
+        anonymous = not has_token() and isinstance(error, HfHubHTTPError) and error.response.status_code == 401
         if isinstance(error, RepositoryNotFoundError) or anonymous:  # to strangers the Hub answers 401 for both
             return FetchError(
                 f"there is no model {model_id} at {self.endpoint}, or it is private and not yours to see",
-                cause="the id is misspelt" + (", or the token belongs to another account" if _has_token() else ""),
+                cause="the id is misspelt" + (", or the token belongs to another account" if has_token() else ""),
                 remedy=f"check the id; for a private model {log_in}; for a local folder check the path",
             )
         if isinstance(error, DisabledRepoError):
@@ -234,11 +303,11 @@ class Hub:
             return self._explain_status(error, model_id)
         if isinstance(error, OfflineModeIsEnabled):
             return FetchError("HF_HUB_OFFLINE forbids to ask the Hub", remedy="unset it, or give a folder as MODEL_ID")
-        if isinstance(error, UnicodeError):
+        if is_malformed_token(error):
             return FetchError("HF_TOKEN holds characters that no token has", remedy=f"copy it again, then {log_in}")
         return FetchError(
             f"can't reach {self.endpoint}",
-            cause=f"no network, a proxy, or a wrong HF_ENDPOINT ({_brief(error)})",
+            cause=f"no network, a proxy, or a wrong HF_ENDPOINT ({brief(error)})",
             remedy="check the connection and run the same command again: it goes on where it stopped",
         )
 
@@ -290,11 +359,24 @@ def _check(file: Path, expected: RemoteFile, name: str) -> None:
         )
 
 
-def _has_token() -> bool:
-    return bool(get_token())
+def has_token() -> bool:
+    """Whether there is a token to send; a CI job's identity counts as one, without being asked for it."""
+    return bool(os.environ.get("HF_OIDC_RESOURCE") or get_token())
 
 
-def _is_passing(error: Exception) -> bool:
+def is_identity(error: Exception) -> bool:
+    """Whether a CI job's identity was not taken, or there was none."""
+    refused = isinstance(error, HfHubHTTPError) and error.response.request.url.path == "/oauth/token"
+    return refused or isinstance(error, OIDCError)
+
+
+def is_malformed_token(error: Exception) -> bool:
+    """Whether the token can't stand in a header. Such an error quotes the token: it must not be printed."""
+    return isinstance(error, (UnicodeError, httpx2.LocalProtocolError))
+
+
+def is_passing(error: Exception) -> bool:
+    """Whether the same request may go well later."""
     if isinstance(error, HfHubHTTPError):
         return error.response.status_code in _PASSING
     return isinstance(error, httpx2.TransportError) and not isinstance(
@@ -310,8 +392,10 @@ def _asked_wait(error: Exception) -> float:
     return float(asked) if asked.isdecimal() else 0.0
 
 
-def _brief(error: Exception) -> str:
+def brief(error: Exception) -> str:
     """One line without headers or tokens."""
     if isinstance(error, HfHubHTTPError):
         return f"status {error.response.status_code}"
-    return f"{type(error).__name__}: {str(error).splitlines()[0]}" if str(error) else type(error).__name__
+    if isinstance(error, httpx2.TransportError) and str(error) and not is_malformed_token(error):
+        return f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    return type(error).__name__

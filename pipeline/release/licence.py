@@ -3,13 +3,14 @@
 A conversion is a derivative of its checkpoint, and a checkpoint of its base models. The licence that a checkpoint's
 card claims is believed only where it does not contradict that chain: weights that come from Gemma 1 to 3n stay under
 the Gemma Terms of Use whatever a fine-tune's card says. A model of Gemma's architecture that was trained from nothing
-is its makers' own; its card says so with the tag `trained-from-scratch`.
+is its makers' own; its card says so with the tag `trained-from-scratch`. Whoever knows better can override this, with a
+reason that is published.
 """
 
 from __future__ import annotations
 
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -18,7 +19,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from pipeline.core import log
-from pipeline.core.errors import PublishError
+from pipeline.core.errors import PublishError, UsageError
 
 GEMMA = "gemma"
 FROM_SCRATCH = "trained-from-scratch"
@@ -26,6 +27,7 @@ FROM_SCRATCH = "trained-from-scratch"
 GEMMA_NOTICE = "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms"
 _GEMMA_ALIASES = ("gemma-terms-of-use", "gemma-terms", "gemma terms of use")
 _GEMMA_TYPES = ("gemma", "gemma2", "gemma3", "gemma3_text", "gemma3n", "gemma3n_text")
+_OVERRIDE = 'if you know better, say so with LICENCE_OVERRIDE="identifier: reason": both are published'
 _HERE = Path(__file__).parent
 
 
@@ -51,11 +53,24 @@ class Claim:
 
 @dataclass(frozen=True, kw_only=True)
 class Licence:
-    """A licence by the Hub's identifier, with its name and the address of its text."""
+    """A licence by the Hub's identifier, with its name and the address of its text.
+
+    If it was overridden, `overrides` is what the checkpoint's card claims, and `reason` why that does not count.
+    """
 
     identifier: str
     name: str
     link: str
+    overrides: str = ""
+    reason: str = ""
+
+    @property
+    def remark(self) -> str:
+        """The sentence about an override, or nothing."""
+        if not self.reason:
+            return ""
+        claimed = f"The checkpoint's card says {self.overrides or 'nothing'}"
+        return f"{claimed}; whoever published these files says {self.identifier}: {self.reason}"
 
 
 def claimed(card: str) -> Said:
@@ -80,22 +95,50 @@ def texts(value: object) -> tuple[str, ...]:
     return tuple(map(str, value)) if isinstance(value, list) else (str(value),) if value else ()
 
 
-def resolve(claim: Claim) -> Licence:
+def resolve(claim: Claim, override: str = "") -> Licence:
     """The licence under which the converted files may be passed on.
+
+    Args:
+        claim: what the checkpoint says.
+        override: `identifier: reason`, from someone who knows better than the checkpoint's card.
 
     Raises:
         PublishError: none is named, it is not a known one, or it contradicts what the model was made from.
+        UsageError: the override names no licence, or no reason.
     """
-    licence = _known(claim)
+    if override:
+        return _overridden(claim, override)
+    name = claim.licence.strip().lower()
+    if not name:
+        raise PublishError(
+            f"the card of {claim.model} names no licence",
+            cause="its README.md is missing or has no `license:` in its front matter",
+            remedy="find out the licence, write it into the checkpoint's README.md, and start again from `make fetch`; "
+            + _OVERRIDE,
+        )
+    licence = _known(name, claim.model)
     if licence.identifier != GEMMA and claim.model_type in _GEMMA_TYPES:
         _refuse_unless_own(claim, licence)
     return licence
+
+
+def _overridden(claim: Claim, override: str) -> Licence:
+    name, _, reason = (part.strip() for part in override.partition(":"))
+    if not name or not reason:
+        raise UsageError(
+            f"LICENCE_OVERRIDE={override!r} is no licence with a reason",
+            remedy='write LICENCE_OVERRIDE="identifier: reason", e.g. "gemma: the fine-tune keeps its base\'s terms"',
+        )
+    log.warn(f"the licence of {claim.model} is overridden: {name}, because {reason}")
+    return replace(_known(name.lower(), claim.model), overrides=claim.licence, reason=" ".join(reason.split()))
 
 
 def licence_text(licence: Licence, carried: tuple[str, ...]) -> str:
     """The LICENSE file; `carried` are the paths of the checkpoint's own licence files in the same folder."""
     kind = GEMMA if licence.identifier == GEMMA else "other"
     text = Template((_HERE / "notices" / f"LICENSE.{kind}").read_text(encoding="utf-8")).substitute(vars(licence))
+    if licence.remark:
+        text += f"\n{licence.remark}\n"
     if carried:
         text += f"\nThe checkpoint's own files on the matter are passed on with it: {', '.join(carried)}.\n"
     return text
@@ -107,20 +150,13 @@ def notice_text(licence: Licence, origin: str, changes: str) -> str:
     return f"{sentence}The files in this folder are modified. They were made from {origin}: {changes}\n"
 
 
-def _known(claim: Claim) -> Licence:
-    name = claim.licence.strip().lower()
-    if not name:
-        raise PublishError(
-            f"the card of {claim.model} names no licence",
-            cause="its README.md is missing or has no `license:` in its front matter",
-            remedy="find out the licence, write it into the checkpoint's README.md, and start again from `make fetch`",
-        )
+def _known(name: str, model: str) -> Licence:
     identifier = GEMMA if name in _GEMMA_ALIASES else name
     with (_HERE / "licences.toml").open("rb") as stream:
         table = tomllib.load(stream)
     if identifier not in table:
         raise PublishError(
-            f"the licence of {claim.model}, {claim.licence!r}, is not one of {', '.join(table)}",
+            f"the licence of {model}, {name!r}, is not one of {', '.join(table)}",
             cause="it forbids derivatives, or nobody has read yet whether it allows them",
             remedy="read it; if it allows passing on a converted model, add it to pipeline/release/licences.toml",
         )
@@ -131,7 +167,10 @@ def _refuse_unless_own(claim: Claim, licence: Licence) -> None:
     """A model of Gemma's architecture under another licence: fine if trained from nothing, else a contradiction."""
     chain = " from ".join((claim.model, *claim.base_models))
     gemma_bases = [base for base in (claim.model, *claim.base_models) if base.lower().startswith("google/gemma")]
-    remedy = f"if its weights come from Gemma, correct its card to `license: {GEMMA}` and start again from `make fetch`"
+    remedy = (
+        f"if its weights come from Gemma, correct its card to `license: {GEMMA}` and start again from `make fetch`; "
+    )
+    remedy += _OVERRIDE
     if gemma_bases:
         raise PublishError(
             f"{chain}: the card claims {licence.identifier}, but {gemma_bases[-1]} is under the Gemma Terms of Use",
@@ -149,5 +188,5 @@ def _refuse_unless_own(claim: Claim, licence: Licence) -> None:
             f"the card of {claim.model} claims {licence.identifier} for a model of type {claim.model_type} "
             "and does not say what it was made from",
             cause="weights of this architecture usually come from Gemma, whose terms they keep",
-            remedy=f"{remedy}; if they were trained from nothing, add the tag `{FROM_SCRATCH}`",
+            remedy=f"if they were trained from nothing, add the tag `{FROM_SCRATCH}`; {remedy}",
         )

@@ -2,12 +2,14 @@
 
 SHA256SUMS is for `sha256sum -c SHA256SUMS`. `provenance.json` is an in-toto statement (https://in-toto.io/Statement/v1)
 about the model files with a SLSA predicate (https://slsa.dev/spec/v1.0/provenance): from which checkpoint, by which
-recipe, code and versions they were made.
+recipe, code and versions they were made, and which papers came with them. `tensors.json` says where each tensor of a
+model file stands, and its sha256.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,8 @@ from pipeline.core.manifest import FileRecord, Manifest
 
 NAME = "SHA256SUMS"
 STATEMENT = "provenance.json"
+TENSORS = "tensors.json"
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 BUILD_TYPE = "urn:hf-to-litert:build:1"
 """How the predicate's parameters are to be read: MODEL_ID, REVISION, RECIPE and GRAPHS of `make publish`."""
 
@@ -33,25 +37,42 @@ def write_sums(folder: Path, files: Iterable[Path]) -> Path:
         if set(record.path) & set("\n\r\\"):
             raise PublishError(f"{record.path!r} can't stand in {NAME}", remedy="rename the checkpoint's folder")
     target = folder / NAME
-    manifest.write_atomically(target, "".join(f"{record.sha256}  {record.path}\n" for record in records))
+    manifest.write_atomically(target, _written({record.path: record.sha256 for record in records}))
     return target
+
+
+def _written(sums: Mapping[str, str]) -> str:
+    return "".join(f"{digest}  {path}\n" for path, digest in sorted(sums.items()))
+
+
+def _inside(path: str) -> bool:
+    """Whether `path` names a file in the folder or below it."""
+    return bool(path) and not path.startswith("/") and ".." not in path.split("/")
 
 
 def read_sums(folder: Path) -> dict[str, str]:
     """The sums in `folder`, sha256 by path.
 
     Raises:
-        IntegrityError: the file is missing, or a line is not a sum, two spaces and a path.
+        IntegrityError: the file is missing, or is not as `write_sums` writes it, to the byte.
     """
     file = folder / NAME
     if not file.is_file():
         raise IntegrityError(f"{file} does not exist", remedy="run `make publish` again")
+    try:
+        text = file.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise IntegrityError(f"{file} is no text: {error}", remedy="run `make publish` again") from error
     sums: dict[str, str] = {}
-    for row in file.read_text(encoding="utf-8").splitlines():
+    for row in text.removesuffix("\n").split("\n"):
         digest, _, path = row.partition("  ")
-        if len(digest) != 64 or not path or path in sums:
+        if not _SHA256.fullmatch(digest) or not _inside(path) or path in sums:
             raise IntegrityError(f"{file} has a line that is no checksum: {row!r}", remedy="run `make publish` again")
         sums[path] = digest
+    if text != _written(sums):
+        raise IntegrityError(
+            f"{file} is not as it was written", cause="lines were moved or added", remedy="run `make publish` again"
+        )
     return sums
 
 
@@ -78,7 +99,11 @@ def check_sums(folder: Path) -> int:
 
 
 def statement(
-    files: Mapping[str, str], stages: Mapping[str, Manifest], parameters: Mapping[str, Any], locks: Mapping[str, str]
+    files: Mapping[str, str],
+    stages: Mapping[str, Manifest],
+    parameters: Mapping[str, Any],
+    locks: Mapping[str, str],
+    papers: Mapping[str, str],
 ) -> dict[str, Any]:
     """The in-toto statement about `files`.
 
@@ -87,6 +112,7 @@ def statement(
         stages: the manifests of the stages behind them; fetch and verify are among them.
         parameters: what the build was asked for, by the name of its setting.
         locks: sha256 of the hash-locked requirements, by file name.
+        papers: sha256 of what is published beside the model files, by name.
     """
     fetched, last = stages["fetch"], stages["verify"]
     checkpoint = [
@@ -102,7 +128,7 @@ def statement(
     source = {"name": "source", "digest": {"gitCommit": last.source.commit}, "annotations": {"dirty": dirty}}
     return {
         "_type": "https://in-toto.io/Statement/v1",
-        "subject": [{"name": name, "digest": {"sha256": digest}} for name, digest in sorted(files.items())],
+        "subject": _resources(files),
         "predicateType": "https://slsa.dev/provenance/v1",
         "predicate": {
             "buildDefinition": {
@@ -113,20 +139,25 @@ def statement(
                     origin,
                     source,
                     *checkpoint,
-                    *({"name": name, "digest": {"sha256": digest}} for name, digest in sorted(locks.items())),
+                    *_resources(locks),
                 ],
             },
-            "runDetails": {"builder": {"id": _builder(last)}},
+            "runDetails": {"builder": {"id": _builder(last)}, "byproducts": _resources(papers)},
         },
     }
+
+
+def _resources(digests: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Resource descriptors, in order of their names."""
+    return [{"name": name, "digest": {"sha256": digest}} for name, digest in sorted(digests.items())]
 
 
 def _builder(last: Manifest) -> str:
     return f"urn:hf-to-litert:image:{last.image_digest}" if last.image_digest else "urn:hf-to-litert:host"
 
 
-def subjects(folder: Path) -> dict[str, str]:
-    """The files that `provenance.json` in `folder` speaks of: sha256 by name.
+def subjects(folder: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """What `provenance.json` in `folder` speaks of: sha256 by name of the model files, and of the papers beside them.
 
     Raises:
         IntegrityError: it is missing or is no such statement.
@@ -134,8 +165,54 @@ def subjects(folder: Path) -> dict[str, str]:
     file = folder / STATEMENT
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-        if found["predicate"]["buildDefinition"]["buildType"] != BUILD_TYPE:
+        predicate = found["predicate"]
+        if predicate["buildDefinition"]["buildType"] != BUILD_TYPE:
             raise ValueError("another buildType")
-        return {entry["name"]: entry["digest"]["sha256"] for entry in found["subject"]}
+        listed = (found["subject"], predicate["runDetails"]["byproducts"])
+        models, papers = ({entry["name"]: entry["digest"]["sha256"] for entry in entries} for entries in listed)
+        return models, papers
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise IntegrityError(f"{file} can't be read: {error!r}", remedy="get the folder anew") from error
+
+
+def tensors(listed: Path, names: Mapping[str, str]) -> dict[str, Any]:
+    """The tensors of the published files; `names` maps a file's path in the model's folder to its published name.
+
+    Raises:
+        PublishError: `listed`, verify's list, is missing or lacks one of the files.
+    """
+    try:
+        found = json.loads(listed.read_text(encoding="utf-8"))
+        return {name: found[path] for path, name in names.items()}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise PublishError(
+            f"{listed} does not list every file: {error!r}",
+            cause="verify ran without one of them, or is of another version",
+            remedy="run `make verify` again",
+        ) from error
+
+
+def check_tensors(folder: Path, models: Iterable[str]) -> int:
+    """Hold every tensor that `tensors.json` lists against its sha256 and return how many there are.
+
+    Whether names, shapes and types are true takes a reader of flatbuffers; places and bytes don't.
+
+    Raises:
+        IntegrityError: names the first tensor that differs, or a file that is not listed.
+    """
+    try:
+        listed = json.loads((folder / TENSORS).read_text(encoding="utf-8"))
+        rows = [(name, row) for name in sorted(listed) for row in listed[name]]
+        if sorted(listed) != sorted(models) or not rows:
+            raise ValueError("it lists other files than these")
+        for name, row in rows:
+            file, start, size = folder / name, row["offset"], row["size"]
+            if start + size > file.stat().st_size:
+                raise ValueError(f"tensor {row['name']!r} of {name} would end behind the file")
+            if manifest.sha256_of_part(file, start, size) != row["sha256"]:
+                raise ValueError(f"tensor {row['name']!r} of {name} has another sha256")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise IntegrityError(
+            f"{folder / TENSORS} does not hold: {error}", cause="one of the two was changed", remedy="do not use it"
+        ) from error
+    return len(rows)

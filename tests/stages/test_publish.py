@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from huggingface_hub.repocard import metadata_load
 
-from pipeline import check, publish
+from pipeline import check, publish, reproduce
 from pipeline.core import manifest, stage
 from pipeline.core.errors import VerificationError
 from pipeline.core.recipe import PROJECT
@@ -55,6 +55,16 @@ def judgement(passed: bool = True) -> dict[str, Any]:
     ]
     alternative = {**checks.pop(), "passed": False}  # judged and not good enough: no reason to hold back the others
     return {"passed": passed, "checks": checks, "alternative_checks": [alternative]}
+
+
+def tensors(file: Path) -> list[dict[str, Any]]:
+    """Three tensors of equal size in a file that has nothing else."""
+    data, rows = file.read_bytes(), []
+    for number in range(3):
+        start, stop = (len(data) * place // 3 for place in (number, number + 1))
+        place = {"offset": start, "size": stop - start, "sha256": hashlib.sha256(data[start:stop]).hexdigest()}
+        rows.append({"name": f"w{number}", "section": "", "shape": [stop - start], "type": "INT8", **place})
+    return rows
 
 
 @dataclass
@@ -113,9 +123,13 @@ class Line:
         def work(context: Context) -> Outcome:
             made = [record for each in context.upstream.values() for record in each.outputs]
             digests = {record.path: {"sha256": record.sha256} for record in made}
-            text = json.dumps(judgement(self.passed) | {"variants": digests, "bundles": {}})
-            for name in ("judgement.json", "report.json", "report.html"):
-                (context.folder / name).write_text(text, encoding="utf-8")
+            found = judgement(self.passed) | {"variants": digests, "bundles": {}}
+            timed = {"speed": {}, "sequences": [1], "machine": {"cores": 2}, "date": "2026-11-24"}
+            listed = {record.path: tensors(self.root / record.path) for record in made}
+            papers = {"judgement": found, "report": found | timed, "tensors": listed}
+            for name, paper in papers.items():
+                (context.folder / f"{name}.json").write_text(manifest.dump_json(paper), encoding="utf-8")
+            (context.folder / "report.html").write_text("<title>report</title>", encoding="utf-8")
             if write:
                 write(context)
             if not self.passed:
@@ -176,6 +190,8 @@ def test_the_folder_holds_exactly_what_would_be_uploaded(ready: Line, capsys: py
             "provenance.json",
             "report.html",
             "report.json",
+            "sbom.cdx.json",
+            "tensors.json",
             "tiny-gemma3n_fp16.tflite",
             "tiny-gemma3n_fp32.litertlm",
             "tiny-gemma3n_fp32.tflite",
@@ -186,7 +202,7 @@ def test_the_folder_holds_exactly_what_would_be_uploaded(ready: Line, capsys: py
         ]
     )
     said = capsys.readouterr().err
-    assert "dry run: would upload 22 files" in said
+    assert "dry run: would upload 24 files" in said
     assert "nothing was sent" in said
     for name in names(ready.folder):
         assert re.search(rf"^ .*B  {re.escape(name)}$", said, flags=re.MULTILINE)
@@ -242,7 +258,7 @@ def test_the_card_has_the_figures_the_licence_and_the_languages(ready: Line) -> 
     assert front["license"] == "cc0-1.0"
     assert front["language"] == ["en", "zgh"]
     page = (ready.folder / "README.md").read_text(encoding="utf-8")
-    assert "| `tiny-gemma3n_int8.tflite` | KLD on the corpus | fp32 | 0.001235 | ≤ 0.01 | 2048 positions |" in page
+    assert "| KLD on the corpus | fp32 | 0.001235 | ≤ 0.01 | 2048 positions |" in page
     assert "int8-static" not in page
     assert "| `tiny-gemma3n_int8.tflite` | int8, dynamic, step graph | 411 B |" in page
     assert "| `tiny-gemma3n_int8.litertlm` | int8, dynamic, bundle for LiteRT-LM | 613 B |" in page
@@ -409,6 +425,29 @@ def test_refused_when_the_licence_is_missing_or_contradicts_the_chain(
     assert said in refused(line, capsys)
 
 
+def test_an_overridden_licence_goes_on_and_is_said_everywhere(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = Line(tmp_path, licence="apache-2.0", base_models=["google/gemma-3n-E2B-it"])
+    line.fetch()
+    for name in STAGES:
+        line.variant(name, name.encode())
+    assert line.verify() == 0
+    assert "LICENCE_OVERRIDE" in refused(line, capsys)
+    override = "gemma: the fine-tune keeps its base's terms"
+    assert line.run(publish.STAGE, "--licence-override", override) == 0
+    front = metadata_load(line.folder / "README.md")
+    assert front is not None and front["license"] == "gemma" and front["extra_gated_prompt"]
+    reason = "card says apache-2.0; whoever published these files says gemma: the fine-tune keeps its base's terms"
+    for name in ("README.md", "LICENSE"):
+        assert reason in (line.folder / name).read_text(encoding="utf-8")
+    said = json.loads((line.folder / "provenance.json").read_text(encoding="utf-8"))
+    assert said["predicate"]["buildDefinition"]["externalParameters"]["LICENCE_OVERRIDE"] == override
+    made = manifest.read(line.folder)
+    assert reproduce._options("publish", made, {}) == ["--licence-override", override]
+    assert (line.folder / "NOTICE").read_text(encoding="utf-8").startswith("Gemma is provided under")
+
+
 def test_a_refusal_leaves_no_half_filled_folder_that_looks_finished(
     ready: Line, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -423,7 +462,9 @@ def test_provenance_names_every_model_file_and_what_it_was_made_from(ready: Line
     said = json.loads((ready.folder / "provenance.json").read_text(encoding="utf-8"))
     sums = provenance.read_sums(ready.folder)
     models = {name: digest for name, digest in sums.items() if name.endswith(check.MODELS)}
-    assert provenance.subjects(ready.folder) == models and len(models) == 5
+    papers = sums.keys() - models.keys() - {"provenance.json", "report.json", "report.html"}
+    assert provenance.subjects(ready.folder) == (models, {name: sums[name] for name in papers})
+    assert len(models) == 5 and "manifests/verify.json" in papers
     definition = said["predicate"]["buildDefinition"]
     assert definition["externalParameters"]["MODEL_ID"] == "tiny-gemma3n"
     assert definition["externalParameters"]["REVISION"] == "a" * 40
@@ -445,7 +486,7 @@ def published(ready: Line) -> Path:
 
 def test_a_published_folder_is_as_its_papers_say(published: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert check.main([str(published)]) == 0
-    assert "21 files, 5 model files, 5 figures" in capsys.readouterr().err
+    assert "23 files, 5 model files, 15 tensors, 5 figures" in capsys.readouterr().err
     assert check.main([str(published / "not-there")]) == 2
 
 

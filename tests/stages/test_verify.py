@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -29,7 +30,7 @@ from pipeline.judge.runtime import StepModel, measure_speed
 
 STEP = "step.tflite"
 BUNDLES = ("bundle-fp32", "bundle-int8")
-FILES = {"judgement.json", "manifest.json", "report.html", "report.json", "run.json"}
+FILES = {"judgement.json", "manifest.json", "report.html", "report.json", "run.json", "tensors.json"}
 
 
 @pytest.fixture(scope="module")
@@ -173,13 +174,25 @@ class TestAPass:
     def test_the_manifest_lists_what_does_not_change(self, verified: Line) -> None:
         folder = verified.root / "verify"
         made = manifest.read(folder)
-        assert [record.path for record in made.outputs] == ["verify/judgement.json"]
+        assert [record.path for record in made.outputs] == ["verify/judgement.json", "verify/tensors.json"]
         assert made.facts["passed"] is True and made.facts["fit"] == ["fp32", "fp16", "int8", *BUNDLES]
         assert {file.name for file in folder.iterdir()} == FILES
         read = {record.path for record in made.inputs}
         assert {f"{name}/{STEP}" for name in ("fp32", "fp16", "int8")} <= read
         assert {f"bundle/{name}.litertlm" for name in ("fp32", "int8")} <= read
         assert {f"{name}/decoder.tflite" for name in ("fp32", "int8")} <= read
+
+    def test_every_tensor_of_every_judged_file_is_listed(self, verified: Line) -> None:
+        listed = found(verified, "tensors.json")
+        bundles = {f"bundle/{name}.litertlm" for name in ("fp32", "int8")}
+        assert set(listed) == {f"{name}/{STEP}" for name in ("fp32", "fp16", "int8")} | bundles
+        for path, rows in listed.items():
+            whole = (verified.root / path).read_bytes()
+            for row in rows:
+                data = whole[row["offset"] :][: row["size"]]
+                assert hashlib.sha256(data).hexdigest() == row["sha256"]
+            assert sum(row["size"] for row in rows) > 0.5 * len(whole)
+            assert len({row["section"] for row in rows}) == (3 if path in bundles else 1)
 
     def test_the_report_is_the_judgement_and_timings(self, verified: Line) -> None:
         judgement, report = found(verified), found(verified, "report.json")

@@ -70,6 +70,7 @@ def test_front_matter_of_a_model_from_the_hub(tmp_path: Path) -> None:
         "library_name": "litert",
         "pipeline_tag": "text-generation",
         "tags": ["litert", "litert-lm", "tflite", "gemma3n", "float16", "int8"],
+        **card._GATE,
     }
 
 
@@ -89,6 +90,32 @@ def test_the_gate_of_the_source_goes_along(tmp_path: Path) -> None:
     assert gate.items() <= read_back(tmp_path, made(source=gate)).items()
 
 
+def test_a_gate_is_proposed_for_gemma_alone(tmp_path: Path) -> None:
+    gate = {"extra_gated_heading", "extra_gated_prompt", "extra_gated_button_content"}
+    found = read_back(tmp_path, made(HUB, TERMS))
+    assert gate <= found.keys() and "https://ai.google.dev/gemma/terms" in found["extra_gated_prompt"]
+    assert not gate & read_back(tmp_path, made(FOLDER, CC0)).keys()
+
+
+def test_an_overridden_licence_is_explained() -> None:
+    said = made(HUB, dataclasses.replace(TERMS, overrides="mit", reason="the base is Gemma"))
+    assert "card says mit; whoever published these files says gemma: the base is Gemma" in " ".join(said.split())
+    assert "whoever published" not in made()
+
+
+def test_how_to_check_names_the_files_and_the_commands() -> None:
+    text = made()
+    for said in (
+        "sha256sum -c SHA256SUMS",
+        "PUBLIC_KEY=",
+        "model.sig",
+        "tensors.json",
+        "sbom.cdx.json",
+        "provenance.json",
+    ):
+        assert said in text
+
+
 @pytest.mark.parametrize(("licence", "gemma"), [(TERMS, True), (CC0, False)])
 def test_modification_is_stated_and_the_gemma_sentence_only_where_it_applies(licence: Licence, gemma: bool) -> None:
     text = made(FOLDER, licence)
@@ -99,15 +126,15 @@ def test_modification_is_stated_and_the_gemma_sentence_only_where_it_applies(lic
 
 def test_the_figures_and_their_limits_are_in_the_table() -> None:
     text = made()
-    assert "| `m_fp32.tflite` | NMSE | Hugging Face | 9.1e-11 | ≤ 1e-06 | 84 shapes |" in text
-    assert "| `m_int8.tflite` | top-1 | fp32 | 0.9871 | ≥ 0.96 |  |" in text
+    assert "### `m_fp32.tflite`" in text and "| NMSE | Hugging Face | 9.1e-11 | ≤ 1e-06 | 84 shapes |" in text
+    assert "| top-1 | fp32 | 0.9871 | ≥ 0.96 |  |" in text
     assert "| `m_int8.tflite` | int8, dynamic | 1.0 MB |" in text
 
 
 def test_a_bar_in_a_figure_does_not_break_the_table() -> None:
     odd = (Check(file="m", what="KL(p||q)", against="", value="1", limit="2", detail="3"),)
     text = card.text(HUB, TERMS, {}, PRODUCTS, odd, BUILD)
-    assert r"| `m` | KL(p\|\|q) |  | 1 | 2 | 3 |" in text
+    assert r"| KL(p\|\|q) |  | 1 | 2 | 3 |" in text
 
 
 def test_how_it_was_made_can_be_repeated() -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.core.errors import PublishError
+from pipeline.core.errors import PublishError, UsageError
 from pipeline.release import licence
 from pipeline.release.licence import Claim, Licence
 
@@ -138,3 +138,32 @@ def test_every_licence_in_the_table_can_be_resolved_and_written() -> None:
         found = licence.resolve(dataclasses.replace(OWN, licence=identifier))
         assert isinstance(found, Licence)
         assert found.link.startswith("https://") and found.link in licence.licence_text(found, ())
+
+
+@pytest.mark.parametrize("claim", [FINE_TUNE, dataclasses.replace(FINE_TUNE, licence=""), OWN])
+@pytest.mark.parametrize("name", ["gemma", "apache-2.0"])
+def test_an_override_goes_on_and_is_said(claim: Claim, name: str) -> None:
+    found = licence.resolve(claim, f" {name.upper()} :  the owner said so:\n by mail ")
+    assert (found.identifier, found.overrides, found.reason) == (name, claim.licence, "the owner said so: by mail")
+    said = licence.licence_text(found, ())
+    assert f"says {claim.licence or 'nothing'}; whoever published" in said
+    assert f"says {name}: the owner said so: by mail" in said
+
+
+@pytest.mark.parametrize("override", ["apache-2.0", "apache-2.0:", " : because", "apache-2.0:  "])
+def test_an_override_without_licence_or_reason_is_none(override: str) -> None:
+    with pytest.raises(UsageError, match="no licence with a reason"):
+        licence.resolve(FINE_TUNE, override)
+
+
+def test_an_override_to_an_unread_licence_is_refused_and_without_one_nothing_is_said() -> None:
+    with pytest.raises(PublishError, match="is not one of gemma"):
+        licence.resolve(FINE_TUNE, "home-made: I like it")
+    assert "whoever published" not in licence.licence_text(licence.resolve(GEMMA), ())
+
+
+def test_a_refusal_names_the_override() -> None:
+    for claim in (FINE_TUNE, dataclasses.replace(GEMMA, licence="")):
+        with pytest.raises(PublishError) as caught:
+            licence.resolve(claim)
+        assert 'LICENCE_OVERRIDE="identifier: reason"' in caught.value.remedy

@@ -166,6 +166,36 @@ def test_in_docker_only_a_download_has_a_network(tmp_path: Path) -> None:
     assert "HF_TOKEN=" not in plan, "the token goes by name, so that no list of processes shows it"
 
 
+def test_publish_uploads_after_the_stage_and_whenever_it_is_asked_to(finished: tuple[str, ...], tmp_path: Path) -> None:
+    folder = tmp_path / "out" / "tiny" / "publish"
+    assert planned("publish", *finished) == []
+    assert planned("publish", *finished, "HF_REPO=org/model") == ["upload"]
+    plan = make("-n", "publish", *finished, "HF_REPO=org/model")
+    assert f"-m pipeline.upload {folder} --repository 'org/model'" in plan and "--confirm" not in plan
+    (folder / "manifest.json").unlink()
+    settings = ("HF_REPO=org/it's", "CONFIRM=yes", "PARENT=abc", "TAG=v1")
+    assert planned("publish", *finished, *settings) == ["publish", "upload"]
+    plan = make("-n", "publish", *finished, *settings)
+    assert r"--repository 'org/it'\''s' --tag 'v1' --parent 'abc' --confirm" in plan
+
+
+@pytest.mark.parametrize("settings", [("CONFIRM=yes",), ("CONFIRM=1", "HF_REPO=org/model")])
+def test_only_a_clear_yes_uploads(settings: tuple[str, ...]) -> None:
+    done = subprocess.run(["make", "-n", "publish", *settings], cwd=PROJECT, capture_output=True, text=True)
+    assert done.returncode == 2 and "CONFIRM=yes, together with HF_REPO=owner/name" in done.stderr
+
+
+def test_in_docker_what_talks_to_the_hub_has_a_network_and_the_token_by_name(tmp_path: Path) -> None:
+    settings = ("IN=docker", f"ARTIFACTS={tmp_path}", "HF_REPO=org/model")
+    plan = make("-n", "publish", "check", *settings, "FILES=org/model@main").replace("\\\n", " ")
+    runs = [row for row in plan.splitlines() if "docker run" in row]
+    online = {row.rsplit("-m pipeline.", 1)[1].split()[0]: row for row in runs if "--network none" not in row}
+    assert set(online) == {"upload", "check"}
+    assert all(" -e HF_TOKEN " in row for row in online.values()) and "HF_TOKEN=" not in plan
+    assert "-e HF_OIDC_RESOURCE" in online["upload"] and "OIDC" not in online["check"]
+    assert "--network none" in make("-n", "check", "IN=docker", f"FILES={tmp_path}").replace("\\\n", " ")
+
+
 def test_in_docker_paths_are_mounted_where_they_are(finished: tuple[str, ...], tmp_path: Path) -> None:
     (tmp_path / "out" / "tiny" / "fetch" / "manifest.json").unlink()
     plan = make("-n", "IN=docker", *finished)
@@ -191,3 +221,23 @@ def test_setup_says_what_to_do_without_python_311(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "Python 3.11 is needed" in done.stderr and "make setup PYTHON=" in done.stderr
     assert not (tmp_path / "env").exists()
+
+
+def test_the_key_is_told_to_nobody_but_the_stage(finished: tuple[str, ...], tmp_path: Path) -> None:
+    """Its path is in the environment alone: in no command, and in nothing that is recorded."""
+    shown = make("-n", *finished, "publish", f"SIGN_KEY={tmp_path / 'my-key.pem'}")
+    assert "--sign key --signer .venv-sign/bin/python" in shown and "my-key" not in shown
+    recorded = (tmp_path / "out" / "tiny" / ".inputs" / "publish").read_text()
+    assert "--sign key" in recorded and "my-key" not in recorded
+    assert planned(*finished) == ["publish"], "signed is not unsigned"
+
+
+def test_a_licence_override_reaches_the_stage_as_it_was_written(tmp_path: Path) -> None:
+    text = make("-n", "publish", f"ARTIFACTS={tmp_path}", "LICENCE_OVERRIDE=gemma: it's `a` $$(test)")
+    assert "--licence-override 'gemma: it'\\''s `a` $(test)'" in text
+
+
+@pytest.mark.parametrize("setting", ["SIGN_KEY=k", "PUBLIC_KEY=k", "SIGN=keyless"])
+def test_the_container_does_not_sign(setting: str) -> None:
+    done = subprocess.run(["make", "-n", "check", "IN=docker", setting], cwd=PROJECT, capture_output=True, text=True)
+    assert done.returncode == 2 and "without IN=docker" in done.stderr

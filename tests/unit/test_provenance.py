@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pipeline.core.errors import IntegrityError, PublishError
 from pipeline.release import provenance
@@ -47,7 +52,20 @@ def test_a_changed_or_missing_file_is_found(folder: Path, data: bytes | None, sa
         provenance.check_sums(folder)
 
 
-@pytest.mark.parametrize("text", [None, "abc  file\n", "0" * 64 + "\n", ("0" * 64 + "  a\n") * 2])
+@pytest.mark.parametrize(
+    "text",
+    [
+        None,
+        "",
+        "\n",
+        "0" * 64 + "  a",
+        "0" * 64 + "  a\n\n",
+        "Z" * 64 + "  a\n",
+        "abc  file\n",
+        "0" * 64 + "\n",
+        ("0" * 64 + "  a\n") * 2,
+    ],
+)
 def test_spoilt_sums_are_refused(tmp_path: Path, text: str | None) -> None:
     if text is not None:
         (tmp_path / "SHA256SUMS").write_text(text, encoding="utf-8")
@@ -60,3 +78,42 @@ def test_names_that_coreutils_escapes_are_refused(tmp_path: Path, name: str) -> 
     (tmp_path / name).write_bytes(b"")
     with pytest.raises(PublishError, match="can't stand in SHA256SUMS"):
         provenance.write_sums(tmp_path, [tmp_path / name])
+
+
+@given(st.data())
+def test_any_other_byte_in_the_sums_is_found(data: st.DataObject) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        for name in ("a.md", "b ⵣ", "c"):
+            (Path(scratch) / name).write_text(name, encoding="utf-8")
+        file = provenance.write_sums(Path(scratch), list(Path(scratch).iterdir()))
+        whole = file.read_bytes()
+        at, bits = data.draw(st.integers(0, len(whole) - 1)), data.draw(st.integers(1, 255))
+        file.write_bytes(whole[:at] + bytes([whole[at] ^ bits]) + whole[at + 1 :])
+        with pytest.raises(IntegrityError):
+            provenance.check_sums(Path(scratch))
+
+
+def tensors(folder: Path, **changes: object) -> None:
+    data = (folder / "b model ⵣ.tflite").read_bytes()
+    row = {"name": "w", "offset": 1, "size": 2, "sha256": hashlib.sha256(data[1:3]).hexdigest(), **changes}
+    (folder / "tensors.json").write_text(json.dumps({"b model ⵣ.tflite": [row]}), encoding="utf-8")
+
+
+def test_tensors_are_held_against_their_bytes(folder: Path) -> None:
+    tensors(folder)
+    assert provenance.check_tensors(folder, ["b model ⵣ.tflite"]) == 1
+    with pytest.raises(IntegrityError, match="other files"):
+        provenance.check_tensors(folder, ["another.tflite"])
+    for changes in ({"offset": 0}, {"size": 1}, {"size": 3}, {"sha256": "0" * 64}, {"offset": -1}, {"size": "2"}):
+        tensors(folder, **changes)
+        with pytest.raises(IntegrityError):
+            provenance.check_tensors(folder, ["b model ⵣ.tflite"])
+
+
+def test_tensors_get_the_published_names_or_verify_has_to_run_again(tmp_path: Path) -> None:
+    listed = tmp_path / "tensors.json"
+    listed.write_text('{"int8/step.tflite": [1], "int8-static/step.tflite": [2]}', encoding="utf-8")
+    assert provenance.tensors(listed, {"int8/step.tflite": "m_int8.tflite"}) == {"m_int8.tflite": [1]}
+    for file, names in ((listed, {"fp32/step.tflite": "m"}), (tmp_path / "not there", {})):
+        with pytest.raises(PublishError, match="does not list every file"):
+            provenance.tensors(file, names)

@@ -1,0 +1,101 @@
+"""TOML files that people write, read into frozen dataclasses: a wrong key or value is named, nothing wrong passes."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pipeline.core.errors import UsageError
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """A kind of file: what it is called, the setting that names one, and one to start from."""
+
+    name: str
+    setting: str
+    example: str
+
+
+def read(file: Path, kind: Kind) -> tuple[dict[str, Any], bytes]:
+    """The table in `file`, without its `schema`, and the file's bytes.
+
+    Raises:
+        UsageError: the file is missing, is not TOML, or is of another schema.
+    """
+    try:
+        data = file.read_bytes()
+        table = tomllib.loads(data.decode("utf-8"))
+    except OSError as error:
+        raise UsageError(
+            f"can't read {kind.name} {file}: {error.strerror}",
+            remedy=f"set {kind.setting}= to a file in {kind.example.rpartition('/')[0]}/",
+        ) from error
+    except ValueError as error:
+        raise UsageError(f"{kind.name} {file} is not TOML: {error}", remedy="correct that line") from error
+    schema = table.pop("schema", None)
+    if type(schema) is not int or schema != SCHEMA:
+        raise UsageError(f"{kind.name} {file} has no `schema = {SCHEMA}`", remedy=f"start from {kind.example}")
+    return table, data
+
+
+def build(kind: Any, value: object, where: str) -> object:
+    """`value` (from TOML) as an instance of type `kind`; `where` names it in errors.
+
+    Raises:
+        ValueError: a key is unknown or missing, or a value is of another kind, empty or out of range.
+    """
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        return _build_dataclass(kind, value, where)
+    if origin is tuple:
+        return tuple(build(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(_expect(list, value, where)))
+    if origin is Mapping:
+        return {key: build(arguments[1], item, f"{where}.{key}") for key, item in _expect(dict, value, where).items()}
+    if origin is Literal:
+        if value not in arguments:
+            raise ValueError(f"`{where}` is {value!r}, expected one of {', '.join(map(repr, arguments))}")
+        return value
+    if arguments:  # `float | None`: TOML has no null, so a value that is there has the first type
+        return build(arguments[0], value, where)
+    if kind in (int, float):
+        return _build_number(kind, value, where)
+    return _expect(kind, value, where)
+
+
+def _build_number(kind: type, value: object, where: str) -> object:
+    """Integers are counts, floats are limits; one that is not finite would judge nothing."""
+    number = _expect(int if kind is float and type(value) is int else kind, value, where)
+    least = 1 if kind is int else 0
+    if not least <= number < 2**63:
+        raise ValueError(f"`{where}` is {value!r}, expected a finite number of at least {least}")
+    return kind(number)
+
+
+def _expect(kind: type, value: object, where: str) -> Any:
+    if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
+        raise ValueError(f"`{where}` is {value!r}, expected {kind.__name__}")
+    return value
+
+
+def _build_dataclass(kind: Any, value: object, where: str) -> object:
+    table = dict(_expect(dict, value, where))
+    types = typing.get_type_hints(kind)
+    arguments = {}
+    for field in dataclasses.fields(kind):
+        if field.name in table:
+            arguments[field.name] = build(types[field.name], table.pop(field.name), f"{where}.{field.name}")
+        elif field.default is dataclasses.MISSING:
+            raise ValueError(f"`{where}.{field.name}` is missing")
+        if field.default is dataclasses.MISSING and arguments[field.name] in ((), {}, ""):
+            raise ValueError(f"`{where}.{field.name}` is empty")
+    if table:
+        raise ValueError(f"unknown key {', '.join(f'`{where}.{key}`' for key in sorted(table))}")
+    return kind(**arguments)
