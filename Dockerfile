@@ -20,16 +20,16 @@ ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 RUN --mount=type=bind,source=locks,target=/locks \
     --mount=type=bind,from=wheels,target=/wheels \
     --mount=type=secret,id=ca,target=/etc/ssl/certs/ca-certificates.crt \
-    { test -z "${LOCK_SHA256}" || echo "${LOCK_SHA256}  /locks/${LOCK}.txt" | sha256sum --check --strict --quiet; } \
+    { test -z "${LOCK_SHA256}" || test "$(sha256sum <"/locks/${LOCK}.txt")" = "${LOCK_SHA256}  -"; } \
     && python3.11 -m venv /opt/venv \
     && PIP_CERT=/etc/ssl/certs/ca-certificates.crt PIP_EXTRA_INDEX_URL="$(test "${LOCK}" != cpu || echo "${TORCH_INDEX}")" \
        /opt/venv/bin/python -m pip install --require-hashes --only-binary=:all: --no-compile --no-cache-dir --disable-pip-version-check \
        --quiet --find-links /wheels --requirement "/locks/${LOCK}.txt" \
-    && cd /opt/venv/lib/python3.11/site-packages \
-    && find torch/bin -type f ! -name torch_shm_manager -delete \
-    && rm -rf torch/include torch/test torchao/*.so pip pip-* /opt/venv/bin/pip* \
-    && find . -type d \( -name tests -o -name __pycache__ \) -prune -exec rm -rf {} + \
-    && find . -type f -regex '.*\.\(a\|c\|cc\|cpp\|cuh\|h\|hpp\|pxd\|pyi\|pyx\)' -delete
+    && site=/opt/venv/lib/python3.11/site-packages \
+    && find "${site}/torch/bin" -type f ! -name torch_shm_manager -delete \
+    && rm -rf "${site}"/torch/include "${site}"/torch/test "${site}"/torchao/*.so "${site}"/pip* /opt/venv/bin/pip* \
+    && find "${site}" -type d \( -name tests -o -name __pycache__ \) -prune -exec rm -rf {} + \
+    && find "${site}" -type f -regex '.*\.\(a\|c\|cc\|cpp\|cuh\|h\|hpp\|pxd\|pyi\|pyx\)' -delete
 
 COPY locks/cpu.txt locks/cuda.txt /app/locks/
 COPY examples /app/examples

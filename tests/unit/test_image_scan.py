@@ -43,6 +43,14 @@ def test_a_clean_image_passes(tmp_path: Path) -> None:
     assert image_scan.faults(saved(tmp_path, FILES, {"app/main.py": b"pass"}), SECRET) == []
 
 
+def test_what_packages_publish_is_known_by_its_place_and_kind_alone(tmp_path: Path) -> None:
+    place = "./opt/venv/lib/python3.11/site-packages/transformers/testing_utils.py"
+    token = b'"hf_' + b"a1" * 17 + b'"'
+    assert image_scan.faults(saved(tmp_path, {place: token})) == []
+    assert len(image_scan.faults(saved(tmp_path, {place: token + KEY}))) == 1
+    assert len(image_scan.faults(saved(tmp_path, {place.replace("utils", "tools"): token}))) == 1
+
+
 @pytest.mark.parametrize("hidden", [False, True])
 @pytest.mark.parametrize(
     ("name", "content", "fault"),
