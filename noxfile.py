@@ -9,15 +9,12 @@ from __future__ import annotations
 import filecmp
 import json
 import os
-import secrets
 import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import nox
-
-from tools import engine
 
 nox.options.error_on_missing_interpreters = True
 ROOT = Path(__file__).parent
@@ -105,17 +102,10 @@ def image(session: nox.Session) -> None:
 
     An engine is started, and ended again, where none runs.
     """
-    results, secret = ROOT / "artifacts" / "in-container", f"build secret {secrets.token_hex(16)}"
+    results = ROOT / "artifacts" / "in-container"
     shutil.rmtree(results, ignore_errors=True)
     session.run("make", "publish", external=True)
-    with tempfile.NamedTemporaryFile("w", suffix=".crt") as certificates:
-        # A line that certificate readers skip, so that it can be told whether the file got into a layer.
-        host = engine.CERTIFICATES.read_text(encoding="utf-8") if engine.CERTIFICATES.is_file() else ""
-        certificates.write(f"{host}\n# {secret}\n")
-        certificates.flush()
-        command = (str(BIN / "python"), "-m", "tools.bench_image", str(results), "--secret", secret)
-        environment = {"BUILD_CERTIFICATES": certificates.name}
-        session.run(str(BIN / "python"), "tools/engine.py", *command, external=True, env=environment)
+    python(session, "-m", "tools.bench_image", str(results))
     host_made, container_made = manifests(ROOT / "artifacts"), manifests(results)
     # Reports and cards name versions, and the container's Python may be another 3.11 than the host's.
     for made in (host_made, container_made):

@@ -26,8 +26,7 @@ from pathlib import Path
 BASE = "local/python-base:bookworm"
 WHEELS = "local/wheels:here"
 SUITE = "bookworm"
-# What the build trusts while it installs, as a secret that no layer may hold.
-CERTIFICATES = Path(os.environ.get("BUILD_CERTIFICATES") or "/etc/ssl/certs/ca-certificates.crt")
+CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
 START_SECONDS = 60
 # Debian's client: it understands BuildKit without a plug-in, others on the path may not.
 CLIENT, DAEMON, DEBOOTSTRAP = Path("/usr/bin/docker"), Path("/usr/sbin/dockerd"), Path("/usr/bin/mmdebstrap")
@@ -133,8 +132,9 @@ def make_base(home: Path) -> Path:
 
 
 def secret() -> list[str]:
-    """The option of `docker build` with the certificates to trust."""
-    return [f"--secret=id=ca,src={CERTIFICATES}"] if CERTIFICATES.is_file() else []
+    """The option of `docker build` with the certificates to trust while it installs, which no layer may hold."""
+    certificates = Path(os.environ.get("BUILD_CERTIFICATES") or CERTIFICATES)
+    return [f"--secret=id=ca,src={certificates}"] if certificates.is_file() else []
 
 
 def build_flags(home: Path, env: Mapping[str, str]) -> list[str]:

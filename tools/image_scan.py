@@ -17,9 +17,11 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
+
+from pipeline.core import log
 
 SECRETS = {
     "a private key": re.compile(rb"-----BEGIN [A-Z ]*PRIVATE KEY-----\s+(?:[\w-]+: .*\s+)*[A-Za-z0-9+/]{40}"),
@@ -102,20 +104,25 @@ def faults(saved: Path, secret: str = "") -> list[str]:
     return found
 
 
+def scan(image: str, secret: str, env: Mapping[str, str] | None = None) -> list[str]:
+    """What is wrong with `image`, of which the engine that `env` names has the layers."""
+    with tempfile.TemporaryDirectory() as scratch:
+        saved = Path(scratch) / "image.tar"
+        subprocess.run(["docker", "save", "--output", saved, image], env=env, check=True)
+        return faults(saved, secret)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Print what is wrong; the exit code is 1 if anything is."""
     parser = argparse.ArgumentParser(prog="python -m tools.image_scan", description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("image")
     parser.add_argument("--secret", default="", help="text that the build was given")
     arguments = parser.parse_args(argv)
-    with tempfile.TemporaryDirectory() as scratch:
-        saved = Path(scratch) / "image.tar"
-        subprocess.run(["docker", "save", "--output", saved, arguments.image], check=True)
-        found = faults(saved, arguments.secret)
+    found = scan(arguments.image, arguments.secret)
     for fault in found:
-        print(f"error: {arguments.image}: {fault}", file=sys.stderr)
-    print(f"{arguments.image}: {'looked into every layer' if not found else f'{len(found)} faults'}", file=sys.stderr)
-    return 1 if found else 0
+        log.line(f"error: {arguments.image}: {fault}")
+    log.line(f"{arguments.image}: looked into every layer, {len(found)} faults")
+    return int(bool(found))
 
 
 if __name__ == "__main__":
