@@ -12,19 +12,24 @@ FROM ${WHEELS} AS wheels
 
 FROM ${BASE}
 ARG LOCK=cpu
+ARG LOCK_SHA256=
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
-# Makes compiled Python files depend on their source's content, not on its time.
-ARG SOURCE_DATE_EPOCH=315532800
 
-# One step installs the lock, so that no layer holds a download, a secret or a compiler.
+# One step installs the lock, so that no layer holds a download, a secret or a compiler, and takes out what only
+# developers of the packages need. Compiled Python files stay out too: they are 260 MB and save some seconds a stage.
 RUN --mount=type=bind,source=locks,target=/locks \
     --mount=type=bind,from=wheels,target=/wheels \
     --mount=type=secret,id=ca,target=/etc/ssl/certs/ca-certificates.crt \
-    python3.11 -m venv /opt/venv \
+    { test -z "${LOCK_SHA256}" || test "$(sha256sum <"/locks/${LOCK}.txt")" = "${LOCK_SHA256}  -"; } \
+    && python3.11 -m venv /opt/venv \
     && PIP_CERT=/etc/ssl/certs/ca-certificates.crt PIP_EXTRA_INDEX_URL="$(test "${LOCK}" != cpu || echo "${TORCH_INDEX}")" \
-       /opt/venv/bin/python -m pip install --require-hashes --only-binary=:all: --no-cache-dir --disable-pip-version-check \
+       /opt/venv/bin/python -m pip install --require-hashes --only-binary=:all: --no-compile --no-cache-dir --disable-pip-version-check \
        --quiet --find-links /wheels --requirement "/locks/${LOCK}.txt" \
-    && find /opt/venv -name __pycache__ -path '*pip*' -prune -exec rm -rf {} +
+    && site=/opt/venv/lib/python3.11/site-packages \
+    && find "${site}/torch/bin" -type f ! -name torch_shm_manager -delete \
+    && rm -rf "${site}"/torch/include "${site}"/torch/test "${site}"/torchao/*.so "${site}"/pip* /opt/venv/bin/pip* \
+    && find "${site}" -type d \( -name tests -o -name __pycache__ \) -prune -exec rm -rf {} + \
+    && find "${site}" -type f -regex '.*\.\(a\|c\|cc\|cpp\|cuh\|h\|hpp\|pxd\|pyi\|pyx\)' -delete
 
 COPY locks/cpu.txt locks/cuda.txt /app/locks/
 COPY examples /app/examples
@@ -41,9 +46,13 @@ ENV PATH=/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
+# `make image` says which commit this is, and which lock; the step above has held that lock against its hash.
+ARG REVISION=
 LABEL org.opencontainers.image.title="hf-to-litert" \
-      org.opencontainers.image.description="Gemma 3n checkpoints to verified LiteRT files" \
-      pipeline.lock="${LOCK}"
+      org.opencontainers.image.description="Gemma 3n and Gemma 3 checkpoints to verified LiteRT files" \
+      org.opencontainers.image.revision="${REVISION}" \
+      pipeline.lock="${LOCK}" \
+      pipeline.lock.sha256="${LOCK_SHA256}"
 WORKDIR /app
 USER 65534:65534
 CMD ["python", "-m", "pipeline.fetch", "--help"]

@@ -259,6 +259,11 @@ RUN = $(PY)
 WHERE = --model-id $(MODEL_ID) --artifacts $(ARTIFACTS) --recipe $(RECIPE)
 endif
 
+# What the image says of itself: its source, and the lock that IMAGE_FLAGS chooses.
+IMAGE_LOCK = locks/$(or $(patsubst LOCK=%,%,$(filter LOCK=%,$(subst --build-arg=,,$(IMAGE_FLAGS)))),cpu).txt
+LABELS = --build-arg REVISION="$$(git describe --always --abbrev=40 --dirty --exclude='*' 2>/dev/null || true)" \
+	--build-arg LOCK_SHA256="$$(sha256sum <$(IMAGE_LOCK) | cut -d' ' -f1)"
+
 # --- targets ----------------------------------------------------------------------------------------------------------
 .PHONY: all setup plan fetch golden graph fp32 fp16 int8 $(ALTERNATIVE) bundle verify publish release evaluate check inspect reproduce compare chat run bench image test lint format clean clean-env help
 
@@ -322,7 +327,7 @@ bench: $(READY) ## measure speed, memory and time on a larger random model
 	$(PY) -m tools.bench
 
 image: ## build the container image (IMAGE_FLAGS=)
-	DOCKER_BUILDKIT=1 docker build --tag $(IMAGE) $(IMAGE_FLAGS) .
+	DOCKER_BUILDKIT=1 docker build --tag $(IMAGE) $(LABELS) $(IMAGE_FLAGS) .
 
 test: .venv/.ready .venv-sign/.ready ## set-up, then linters, types and every test
 	.venv/bin/nox

@@ -106,21 +106,27 @@ def large(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none", default=False)
 def image(session: nox.Session) -> None:
-    """Build the container image, run the main job in it without network, compare its files with the host's.
+    """Build the container image, look into its layers, run the main job in it offline, compare files with the host's.
 
     An engine is started, and ended again, where none runs.
     """
     results = ROOT / "artifacts" / "in-container"
     shutil.rmtree(results, ignore_errors=True)
     session.run("make", "publish", external=True)
-    python(session, "tools/engine.py", "make", "publish", "IN=docker", f"ARTIFACTS={results}")
-    host, container = manifests(ROOT / "artifacts"), manifests(results)
+    python(session, "-m", "tools.bench_image", str(results))
+    host_made, container_made = manifests(ROOT / "artifacts"), manifests(results)
     # Reports and cards name versions, and the container's Python may be another 3.11 than the host's.
-    for made in (host, container):
+    for made in (host_made, container_made):
         for folder in [folder for folder in made if folder.endswith(("/verify", "/publish"))]:
             del made[folder]
-    compare(session, files(host, ROOT / "artifacts"), files(container, results))
+    compare(session, files(host_made, ROOT / "artifacts"), files(container_made, results))
     shutil.rmtree(results)
+
+
+@nox.session(venv_backend="none", default=False)
+def image_twice(session: nox.Session) -> None:
+    """Build the image twice, at two paths and by two clocks, and compare digests: as root, some 6 minutes."""
+    python(session, "tools/image_twice.py")
 
 
 @nox.session(venv_backend="none", default=False)

@@ -4,7 +4,8 @@
 Where an engine answers, the command just runs. Where none does, as on a bare virtual machine, one is installed
 (Debian's docker.io), started in a scratch folder without a bridge, given a base image made by mmdebstrap instead of
 pulled, and ended again. That needs root on Debian 12. The command then finds in its environment what `make image`
-needs to know: DOCKER_HOST, and IMAGE_FLAGS with the base, the host's certificates and pip's find-links folder.
+needs to know: DOCKER_HOST, and IMAGE_FLAGS with the base, the host's certificates (BUILD_CERTIFICATES names others) and
+pip's find-links folder.
 
 It fails, and says why, if the engine does not come up: nothing is skipped.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -28,6 +30,7 @@ CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
 START_SECONDS = 60
 # Debian's client: it understands BuildKit without a plug-in, others on the path may not.
 CLIENT, DAEMON, DEBOOTSTRAP = Path("/usr/bin/docker"), Path("/usr/sbin/dockerd"), Path("/usr/bin/mmdebstrap")
+PACKAGES = {DAEMON: "docker.io", CLIENT: "docker.io", DEBOOTSTRAP: "mmdebstrap"}
 
 
 def say(text: str) -> None:
@@ -52,9 +55,8 @@ def answers(env: Mapping[str, str]) -> bool:
     return bool(client) and subprocess.run([str(client), "info"], env=env, capture_output=True).returncode == 0
 
 
-def install() -> None:
-    """Install the engine and what makes its base, if they are missing."""
-    packages = {DAEMON: "docker.io", CLIENT: "docker.io", DEBOOTSTRAP: "mmdebstrap"}
+def install(packages: Mapping[Path, str]) -> None:
+    """Install Debian's packages whose file, the key, is missing."""
     missing = sorted({package for file, package in packages.items() if not file.exists()})
     if not missing:
         return
@@ -107,14 +109,18 @@ def daemon(home: Path, env: Mapping[str, str]) -> Iterator[None]:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-        # What the engine leaves mounted keeps the scratch folder from being removed.
-        mounts = [row.split()[1] for row in Path("/proc/mounts").read_text().splitlines()]
-        for point in sorted((mount for mount in mounts if mount.startswith(f"{home}/")), reverse=True):
-            subprocess.run(["umount", "--lazy", point], check=False)
+        unmount(home)
 
 
-def make_base(home: Path, env: Mapping[str, str]) -> None:
-    """Import an image with Debian's Python 3.11, as small as the official slim one."""
+def unmount(home: Path) -> None:
+    """Unmount what an engine leaves mounted below `home`, which could not be removed else."""
+    mounts = [row.split()[1] for row in Path("/proc/mounts").read_text().splitlines()]
+    for point in sorted((mount for mount in mounts if mount.startswith(f"{home}/")), reverse=True):
+        subprocess.run(["umount", "--lazy", point], check=False)
+
+
+def make_base(home: Path) -> Path:
+    """Make a root file system with Debian's Python 3.11, as small as the official slim image's."""
     say(f"making a base image from Debian {SUITE}")
     tar = home / "base.tar"
     run(
@@ -122,15 +128,18 @@ def make_base(home: Path, env: Mapping[str, str]) -> None:
         *("--include=python3,python3-venv,ca-certificates", SUITE, tar, mirror()),
         env={"SOURCE_DATE_EPOCH": "315532800", **os.environ},
     )
-    run(CLIENT, "import", tar, BASE, env=env)
-    tar.unlink()
+    return tar
+
+
+def secret() -> list[str]:
+    """The option of `docker build` with the certificates to trust while it installs, which no layer may hold."""
+    certificates = Path(os.environ.get("BUILD_CERTIFICATES") or CERTIFICATES)
+    return [f"--secret=id=ca,src={certificates}"] if certificates.is_file() else []
 
 
 def build_flags(home: Path, env: Mapping[str, str]) -> list[str]:
     """Options of `docker build` that stand in for a registry and for this machine's pip and certificate settings."""
-    flags = ["--network=host", f"--build-arg=BASE={BASE}"]
-    if CERTIFICATES.is_file():
-        flags.append(f"--secret=id=ca,src={CERTIFICATES}")
+    flags = ["--network=host", f"--build-arg=BASE={BASE}", *secret()]
     wheels = Path(os.environ.get("PIP_FIND_LINKS") or "/nowhere")
     if wheels.is_dir():
         run("tar", "--create", f"--file={home}/wheels.tar", f"--directory={wheels}", ".")
@@ -140,23 +149,30 @@ def build_flags(home: Path, env: Mapping[str, str]) -> list[str]:
     return flags
 
 
+def with_flags(env: Mapping[str, str], flags: Sequence[str]) -> dict[str, str]:
+    """`env` with `flags` in front of its IMAGE_FLAGS."""
+    return {**env, "IMAGE_FLAGS": " ".join([*flags, env.get("IMAGE_FLAGS", "")]).strip()}
+
+
 @contextmanager
 def engine() -> Iterator[dict[str, str]]:
     """The environment in which `docker` works; an engine started for it ends with the block."""
     env = dict(os.environ)
     if answers(env):
         say("using the one that is running")
-        yield env
+        yield with_flags(env, secret())
         return
-    install()
+    install(PACKAGES)
     home = Path(tempfile.mkdtemp(prefix="engine-"))
     env |= {"DOCKER_HOST": f"unix://{home}/docker.sock", "PATH": f"{CLIENT.parent}:{env['PATH']}", "NETWORK": "host"}
     env.pop("DOCKER_CONTEXT", None)
     say(f"starting one in {home}")
     try:
         with daemon(home, env):
-            make_base(home, env)
-            yield {**env, "IMAGE_FLAGS": " ".join([*build_flags(home, env), env.get("IMAGE_FLAGS", "")]).strip()}
+            base = make_base(home)
+            run(CLIENT, "import", base, BASE, env=env)
+            base.unlink()
+            yield with_flags(env, build_flags(home, env))
     finally:
         shutil.rmtree(home)
         say("ended")
@@ -166,6 +182,7 @@ def main(command: Sequence[str]) -> int:
     """Run `command` with an engine and return its exit code."""
     if not command:
         sys.exit(__doc__)
+    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))  # so that the engine ends as well
     with engine() as env:
         return subprocess.run(command, env=env).returncode
 

@@ -1,8 +1,8 @@
-"""Write the measured figures into the README, from the files that `make`, `make bench` and `nox -s large` leave.
+"""Write the measured figures into the README, from what `make`, `make bench` and `nox -s large image` leave.
 
     python -m tools.figures
 
-Reads `artifacts/tiny-gemma3n/verify/report.json`, `bench/bench.json` and `bench/large.json` (`nox -s large`); replaces
+Reads `artifacts/tiny-gemma3n/verify/report.json` and `bench.json`, `large.json` and `image.json` in `bench/`; replaces
 what stands between the two markers.
 """
 
@@ -20,6 +20,7 @@ README = PROJECT / "README.md"
 REPORT = PROJECT / "artifacts" / "tiny-gemma3n" / "verify" / "report.json"
 BENCH = PROJECT / "bench" / "bench.json"
 LARGE = PROJECT / "bench" / "large.json"
+IMAGE = PROJECT / "bench" / "image.json"
 PICTURE = LARGE.with_suffix(".png")
 BEGIN, END = "<!-- figures: written by tools/figures.py -->", "<!-- end of figures -->"
 NAMES = {
@@ -152,17 +153,32 @@ def large(found: dict[str, Any]) -> list[str]:
     return [*rows, "", f"![memory over time, stage by stage]({PICTURE.relative_to(PROJECT)})"]
 
 
+def image(found: dict[str, Any]) -> list[str]:
+    """The container image: how long it takes to build and to work in, and how large it is."""
+    return [
+        "",
+        f"The container image (CPU): {found['size'] / 1e9:.2f} GB, built in {found['build']:.0f} s; the main job in "
+        f"it, offline, in {found['job'] / 60:.1f} min; `nox -s image` on {found['date']}, {found['cores']} cores.",
+    ]
+
+
 def main() -> int:
     """Replace the section; 2 if a file it needs is missing."""
-    for file, command in ((REPORT, "make"), (BENCH, "make bench"), (LARGE, "nox -s large -- e2b e4b")):
+    for file, command in (
+        (REPORT, "make"),
+        (BENCH, "make bench"),
+        (LARGE, "nox -s large -- e2b e4b"),
+        (IMAGE, "nox -s image"),
+    ):
         if not file.is_file():
             log.line(f"error: {file.relative_to(PROJECT)} is missing; run `{command}` first")
             return 2
-    report, bench, runs = (json.loads(file.read_text(encoding="utf-8")) for file in (REPORT, BENCH, LARGE))
+    found = (json.loads(file.read_text(encoding="utf-8")) for file in (REPORT, BENCH, LARGE, IMAGE))
+    report, bench, runs, container = found
     text = README.read_text(encoding="utf-8")
     before, rest = text.split(BEGIN)
     after = rest.split(END)[1]
-    made = "\n".join([BEGIN, *quality(report), *speed(bench), *bundles(bench), *large(runs), END])
+    made = "\n".join([BEGIN, *quality(report), *speed(bench), *bundles(bench), *large(runs), *image(container), END])
     README.write_text(before + made + after, encoding="utf-8")
     return 0
 
