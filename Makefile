@@ -149,6 +149,7 @@ ROOMS_plan := core convert models judge release
 ROOMS_chat := core judge
 ROOMS_check := core release
 ROOMS_inspection := core convert
+ROOMS_sign := core release
 ROOMS_upload := core release
 ROOMS_reproduce := core convert
 
@@ -165,7 +166,7 @@ TEXTS_int8 := $(TEXTS) $(CALIBRATION)
 TEXTS_verify := $(TEXTS) $(EVAL) $(CALIBRATION)
 TEXTS_$(ALTERNATIVE) := $(TEXTS_int8)
 
-# model-signing has an environment of its own. The stage reads the key's path from here, so that it stands nowhere else.
+# model-signing has an environment of its own. The key's path goes through the environment, so that it stands nowhere else.
 SIGNER := .venv-sign/bin/python
 SIGNS := $(if $(SIGN)$(PUBLIC_KEY)$(IDENTITY)$(ISSUER),yes)
 export SIGN_KEY
@@ -190,7 +191,7 @@ OPTIONS_verify := $(WANTED) --variants $(VARIANTS) $(EVALUATED) $(CALIBRATED)
 OPTIONS_evaluate := $(if $(TASK),--task $(abspath $(TASK)))
 OPTIONS_upload = --repository $(call QUOTE,$(HF_REPO)) $(if $(TAG),--tag $(call QUOTE,$(TAG))) \
 	$(if $(PARENT),--parent $(call QUOTE,$(PARENT))) $(if $(CONFIRM),--confirm)
-OPTIONS_publish = $(WANTED) $(if $(SIGN),--sign $(SIGN) --signer $(SIGNER)) \
+OPTIONS_publish = $(WANTED) \
 	$(if $(LICENCE_OVERRIDE),--licence-override $(call QUOTE,$(LICENCE_OVERRIDE)))
 OPTIONS_check = $(if $(PUBLIC_KEY),--public-key $(call QUOTE,$(abspath $(PUBLIC_KEY)))) \
 	$(if $(IDENTITY),--identity $(call QUOTE,$(IDENTITY))) $(if $(ISSUER),--issuer $(call QUOTE,$(ISSUER))) \
@@ -286,12 +287,13 @@ int8: ## build the int8 files, by the recipe's scheme
 bundle: ## pack what LiteRT-LM runs: bundle/fp32.litertlm and bundle/int8.litertlm
 verify: ## judge every file against Hugging Face and fp32; write report.json and report.html
 evaluate: ## score the bundles and the original on your own TASK=: exact match, chrF, BLEU
-publish: ## assemble what would be uploaded; HF_REPO= compares it with the Hub, CONFIRM=yes uploads it
+publish: $(if $(SIGN),.venv-sign/.ready) ## assemble what would be uploaded; HF_REPO= compares it with the Hub, CONFIRM=yes uploads it
+	$(if $(SIGN),$(PY) -m pipeline.sign $(abspath $(ROOT))/publish --by $(SIGN) --signer $(SIGNER))
 	$(if $(HF_REPO),$(call RUN,upload) -m pipeline.upload $(abspath $(ROOT))/publish $(OPTIONS_upload))
 $(STAGES): %: $(ROOT)/%/manifest.json
 
 define STAGE_RULE
-$(ROOT)/$(1)/manifest.json: $(foreach need,$(NEEDS_$(1)),$(ROOT)/$(need)/manifest.json) $(ROOT)/.inputs/$(1) | $(READY) $(PLAN) $(if $(filter publish,$(1)),$(if $(SIGN),.venv-sign/.ready))
+$(ROOT)/$(1)/manifest.json: $(foreach need,$(NEEDS_$(1)),$(ROOT)/$(need)/manifest.json) $(ROOT)/.inputs/$(1) | $(READY) $(PLAN)
 	$$(call RUN,$(1)) -m pipeline.$(call MODULE,$(1)) $$(WHERE) $$(OPTIONS_$(1))
 endef
 $(foreach stage,$(STAGES),$(eval $(call STAGE_RULE,$(stage))))
@@ -312,10 +314,10 @@ check: $(READY) $(if $(SIGNS),.venv-sign/.ready) ## hold a published folder (FIL
 
 inspect: $(READY) ## tell what is in FILE=, and where it leaves AGAINST=
 	$(call RUN,inspection) -m pipeline.inspection $(call QUOTE,$(abspath $(FILE))) $(if $(AGAINST),--against $(call QUOTE,$(abspath $(AGAINST))))
+
 release: ## publish what a description says (RELEASE=); a dry run without CONFIRM=yes
 	settings=$$($(PYTHON) -m tools.release $(RELEASE) $(if $(filter yes,$(CONFIRM)),--upload)) && \
 	$(MAKE) --no-print-directory publish $$settings
-
 
 reproduce: $(READY) ## rebuild what is finished for MODEL_ID from its manifests, and compare every file
 	$(call RUN,reproduce) -m pipeline.reproduce $(WHERE) $(EVALUATED) $(CALIBRATED)

@@ -1,8 +1,8 @@
 """Stage publish: put together exactly what would be uploaded, or refuse with the reason. A dry run: nothing is sent.
 
 Everything in `publish/` would go up, except the runner's own `manifest.json` and `run.json`. `report.json` and
-`report.html` hold timings, a signature is another each time, and `SHA256SUMS` covers them, so these four differ from
-build to build and stand outside the manifest; the rest, the card included, is the same bytes every time.
+`report.html` hold timings, and `SHA256SUMS` covers them, so these three differ from build to build and stand outside
+the manifest; the rest, the card included, is the same bytes every time. `pipeline.sign` signs the finished folder.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from pipeline.core.manifest import Manifest, dump_json
 from pipeline.core.recipe import PROJECT, Recipe
 from pipeline.core.stage import Context, Outcome, Stage, main, model_name
-from pipeline.release import card, clearance, folder, licence, provenance, sbom, signing
+from pipeline.release import card, clearance, folder, licence, provenance, sbom
 from pipeline.release.card import Build, Product, Subject
 from pipeline.release.licence import Claim
 
@@ -55,8 +55,6 @@ def work(context: Context) -> Outcome:
     judged = {record.path: record.sha256 for record in verify.inputs}
     files = {product.file: judged[product.source] for product in products}
     _write_papers(context, products, files, terms.identifier)
-    if context.arguments.sign:
-        signing.sign(target, context.arguments.sign, context.arguments.signer)
     folder.show(target, folder.seal(target, files))
     return Outcome(
         facts={
@@ -194,12 +192,6 @@ def _needs(arguments: argparse.Namespace, _recipe: Recipe) -> tuple[str, ...]:
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--sign",
-        choices=("key", "keyless"),
-        help=f"sign with the private key that {signing.KEY} names, or by sigstore",
-    )
-    parser.add_argument("--signer", default=sys.executable, help="a Python that has model-signing (default: this one)")
-    parser.add_argument(
         "--licence-override", default="", metavar="TEXT", help="`identifier: reason`, against the checkpoint's card"
     )
 
@@ -210,7 +202,7 @@ STAGE = Stage(
     work=work,
     add_arguments=_add_arguments,
     needs_of=_needs,
-    measured=(*clearance.REPORTS, provenance.NAME, signing.NAME),
+    measured=(*clearance.REPORTS, provenance.NAME),
 )
 
 if __name__ == "__main__":

@@ -36,8 +36,13 @@ def write_sums(folder: Path, files: Iterable[Path]) -> Path:
     for record in records:
         if set(record.path) & set("\n\r\\"):
             raise PublishError(f"{record.path!r} can't stand in {NAME}", remedy="rename the checkpoint's folder")
+    return list_sums(folder, {record.path: record.sha256 for record in records})
+
+
+def list_sums(folder: Path, sums: Mapping[str, str]) -> Path:
+    """Write `sums`, sha256 by path, and return the path of the new file."""
     target = folder / NAME
-    manifest.write_atomically(target, _written({record.path: record.sha256 for record in records}))
+    manifest.write_atomically(target, _written(sums))
     return target
 
 

@@ -3,6 +3,9 @@
 `model.sig` covers every file but itself, `SHA256SUMS` and what the runner adds. `SHA256SUMS` covers `model.sig` and is
 nothing but the sums of the other files, so it needs no signature, and no byte of the folder is left out.
 
+A folder is signed after it is finished, anywhere that it lies. A `model.sig` that `SHA256SUMS` does not list was left
+by a run that was killed, and counts as none.
+
 The work is done by PyPI's `model-signing`, a program of its own in an environment of its own (locks/sign.txt), because
 it needs a newer typing-extensions than the converter allows. `signer` is that environment's Python.
 """
@@ -11,19 +14,29 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.core import manifest, process
+from pipeline.core import log, manifest, process
 from pipeline.core.errors import IntegrityError, PublishError, UsageError
+from pipeline.release import provenance
 
 NAME = "model.sig"
-SUMS = "SHA256SUMS"
 RUNNERS = (manifest.NAME, "run.json", "receipt.json")
 """What the runner leaves in the folder; it is not uploaded."""
 KEY = "SIGN_KEY"
 """Environment variable with the path of the private key, which is recorded nowhere."""
+
+
+_PUBLIC_HALF = """
+import sys
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
+with open(sys.argv[1], "rb") as file:
+    key = load_pem_private_key(file.read(), None).public_key()
+print(key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode())
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,10 +69,10 @@ class Trust:
 
 
 def sign(folder: Path, how: str, signer: str = sys.executable) -> None:
-    """Write the signature into the filled `folder`.
+    """Write the signature into the finished `folder` and list it in SHA256SUMS; one that holds already stays.
 
     Args:
-        folder: holds all that is to be signed.
+        folder: holds all that is to be signed, and its sums.
         how: `key`: with the private key that the environment's SIGN_KEY names, offline. `keyless`: by sigstore, with
             the identity that CI gives.
         signer: the Python that has model-signing.
@@ -67,23 +80,56 @@ def sign(folder: Path, how: str, signer: str = sys.executable) -> None:
     Raises:
         UsageError: no key is named, or `signer` lacks model-signing.
         PublishError: it could not be signed.
+        IntegrityError: a file is not as its sum says.
     """
     _require(signer)
-    options = ["sigstore", "--use_ambient_credentials"]
-    if how == "key":
-        key = os.environ.get(KEY, "")
-        if not Path(key).is_file():
-            raise UsageError(
-                "there is no private key to sign with" if not key else "the private key is not a file",
-                remedy=f"set {KEY}= to an elliptic-curve key in PEM, P-256, P-384 or P-521, without password",
-            )
-        options = ["key", "--private_key", key]
+    options = _how(how)
+    if _holds(folder, how, signer):
+        log.line(f"{folder / NAME} holds already")
+        return
+    _take_off(folder)
+    provenance.check_sums(folder)
     if _run(signer, "sign", options, folder):
         raise PublishError(
             f"{folder} could not be signed",
             cause="the line above says why: a key of another kind, or no identity to be had",
             remedy="correct it and run `make publish` again",
         )
+    digest = manifest.FileRecord.of(folder / NAME, folder).sha256
+    provenance.list_sums(folder, {**provenance.read_sums(folder), NAME: digest})
+
+
+def _how(how: str) -> list[str]:
+    if how == "keyless":
+        return ["sigstore", "--use_ambient_credentials"]
+    key = os.environ.get(KEY, "")
+    if not Path(key).is_file():
+        raise UsageError(
+            "there is no private key to sign with" if not key else "the private key is not a file",
+            remedy=f"set {KEY}= to an elliptic-curve key in PEM, P-256, P-384 or P-521, without password",
+        )
+    return ["key", "--private_key", key]
+
+
+def _holds(folder: Path, how: str, signer: str) -> bool:
+    """Whether the folder is signed: by the same key; or by sigstore, whose signatures all differ, since it was made."""
+    if NAME not in provenance.read_sums(folder) or not (folder / NAME).is_file():
+        return False
+    if how == "keyless":
+        return provenance.check_sums(folder) > 0
+    public = process.output([signer, "-c", _PUBLIC_HALF, os.environ[KEY]])
+    with tempfile.NamedTemporaryFile("w", suffix=".pub", encoding="utf-8") as file:
+        file.write(public or "")
+        file.flush()
+        return bool(public) and not _run(signer, "verify", ["key", "--public_key", file.name], folder)
+
+
+def _take_off(folder: Path) -> None:
+    """Remove a signature: from the sums first, so that no moment has one listed that is not there."""
+    sums = provenance.read_sums(folder)
+    sums.pop(NAME, None)
+    provenance.list_sums(folder, sums)
+    (folder / NAME).unlink(missing_ok=True)
 
 
 def verify(folder: Path, trust: Trust, signer: str = sys.executable) -> None:
@@ -110,7 +156,7 @@ def verify(folder: Path, trust: Trust, signer: str = sys.executable) -> None:
 def _run(signer: str, verb: str, options: Sequence[str], folder: Path) -> int:
     # Files of git are signed as well: left out, one could be slipped in.
     command = [signer, "-m", "model_signing", verb, *options, "--signature", str(folder / NAME)]
-    command += ["--no-ignore-git-paths", *(f"--ignore-paths={folder / name}" for name in (SUMS, *RUNNERS))]
+    command += ["--no-ignore-git-paths", *(f"--ignore-paths={folder / name}" for name in (provenance.NAME, *RUNNERS))]
     return process.run([*command, str(folder)])
 
 

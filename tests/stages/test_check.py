@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -16,11 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_publish import STAGES, Line, reseal
 
-from pipeline import check, publish
+from pipeline import check, publish, sign
 from pipeline.core.errors import IntegrityError, PublishError, UsageError
 from pipeline.core.manifest import dump_json
 from pipeline.core.recipe import PROJECT
-from pipeline.release import signing
+from pipeline.release import provenance, signing
 from pipeline.release.signing import Trust
 
 MEASURED = {"report.html", "report.json"}
@@ -68,12 +68,19 @@ def signed(line: Line, keys: Path, signer: str, tmp_path_factory: pytest.TempPat
     """A folder that was signed with the own key, as it would be downloaded."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SIGN_KEY", str(keys / "own.pem"))
-        assert line.run(publish.STAGE, "--sign", "key", "--signer", signer) == 0
+        assert line.run(publish.STAGE) == 0
+        assert sign.main([str(line.folder), "--by", "key", "--signer", signer]) == 0
     copy = tmp_path_factory.mktemp("downloaded") / "another name"
     shutil.copytree(
         line.folder, copy, ignore=lambda folder, _: ["run.json", "manifest.json"] if folder == str(line.folder) else []
     )
     return copy
+
+
+def _file(folder: Path) -> Path:
+    file = folder / "file"
+    file.write_text("x", encoding="utf-8")
+    return file
 
 
 def files(folder: Path) -> list[str]:
@@ -126,7 +133,7 @@ def retell(data: st.DataObject, folder: Path) -> None:
     (folder / "report.json").write_text(dump_json(report), encoding="utf-8")
 
 
-def contents(folder: Path, without: set[str]) -> dict[str, bytes]:
+def contents(folder: Path, without: Iterable[str] = ()) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in files(folder) if name not in without}
 
 
@@ -231,14 +238,43 @@ def test_no_word_of_the_key_is_in_the_folder_or_the_manifest(line: Line, signed:
             assert str(keys).encode() not in data and b"own.pem" not in data and secret.encode() not in data, file
 
 
-def test_signing_twice_changes_the_signature_and_the_sums_alone(
-    line: Line, signed: Path, keys: Path, signer: str, monkeypatch: pytest.MonkeyPatch
+def test_signing_again_changes_nothing_and_another_key_signs_anew(
+    signed: Path, keys: Path, signer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    folder = copied(signed, tmp_path)
+    before = contents(folder)
     monkeypatch.setenv("SIGN_KEY", str(keys / "own.pem"))
-    before = contents(line.folder, {"run.json"})
-    assert line.run(publish.STAGE, "--sign", "key", "--signer", signer) == 0
-    after = contents(line.folder, {"run.json"})
+    assert sign.main([str(folder), "--by", "key", "--signer", signer]) == 0
+    assert contents(folder) == before
+    monkeypatch.setenv("SIGN_KEY", str(keys / "other.pem"))
+    assert sign.main([str(folder), "--by", "key", "--signer", signer]) == 0
+    after = contents(folder)
     assert {name for name in before if before[name] != after[name]} == {"model.sig", "SHA256SUMS"}
+    check.check(folder, Trust(public_key=str(keys / "other.pub")), signer)
+
+
+def test_what_a_killed_signing_left_is_signed_anew(
+    signed: Path, keys: Path, signer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The signature is listed last: one that is not listed is none."""
+    folder = copied(signed, tmp_path)
+    listed = (folder / "SHA256SUMS").read_text(encoding="utf-8").splitlines(keepends=True)
+    unlisted = "".join(line for line in listed if "model.sig" not in line)
+    (folder / "SHA256SUMS").write_text(unlisted, encoding="utf-8")
+    monkeypatch.setenv("SIGN_KEY", str(keys / "own.pem"))
+    signing.sign(folder, "key", signer)
+    check.check(folder, Trust(public_key=str(keys / "own.pub")), signer)
+
+
+def test_a_folder_with_a_changed_file_is_not_signed(
+    signed: Path, keys: Path, signer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = copied(signed, tmp_path)
+    (folder / "README.md").write_text("changed", encoding="utf-8")
+    monkeypatch.setenv("SIGN_KEY", str(keys / "own.pem"))
+    with pytest.raises(IntegrityError, match=r"README\.md"):
+        signing.sign(folder, "key", signer)
+    assert not (folder / signing.NAME).exists()
 
 
 @pytest.mark.parametrize(
@@ -249,7 +285,7 @@ def test_a_key_that_can_not_sign_is_refused(
     keys: Path, signer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, error: type[Exception]
 ) -> None:
     monkeypatch.setenv("SIGN_KEY", str(keys / key) if key else "")
-    (tmp_path / "file").write_text("x", encoding="utf-8")
+    provenance.write_sums(tmp_path, [_file(tmp_path)])
     with pytest.raises(error):
         signing.sign(tmp_path, "key", signer)
     assert not (tmp_path / "model.sig").exists()
@@ -259,7 +295,7 @@ def test_keyless_signing_without_an_identity_is_refused(
     signer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("GITHUB_ACTIONS", "")
-    (tmp_path / "file").write_text("x", encoding="utf-8")
+    provenance.write_sums(tmp_path, [_file(tmp_path)])
     with pytest.raises(PublishError, match="could not be signed"):
         signing.sign(tmp_path, "keyless", signer)
 

@@ -223,13 +223,14 @@ def test_setup_says_what_to_do_without_python_311(tmp_path: Path) -> None:
     assert not (tmp_path / "env").exists()
 
 
-def test_the_key_is_told_to_nobody_but_the_stage(finished: tuple[str, ...], tmp_path: Path) -> None:
-    """Its path is in the environment alone: in no command, and in nothing that is recorded."""
+def test_a_finished_folder_is_signed_where_it_lies(finished: tuple[str, ...], tmp_path: Path) -> None:
+    """Signing is no reason to make the folder again; the key's path is in the environment alone."""
+    recorded = tmp_path / "out" / "tiny" / ".inputs" / "publish"
+    before = recorded.read_text()
     shown = make("-n", *finished, "publish", f"SIGN_KEY={tmp_path / 'my-key.pem'}")
-    assert "--sign key --signer .venv-sign/bin/python" in shown and "my-key" not in shown
-    recorded = (tmp_path / "out" / "tiny" / ".inputs" / "publish").read_text()
-    assert "--sign key" in recorded and "my-key" not in recorded
-    assert planned(*finished) == ["publish"], "signed is not unsigned"
+    assert "pipeline.sign" in shown and "--by key --signer .venv-sign/bin/python" in shown
+    assert "pipeline.publish" not in shown and "my-key" not in shown
+    assert recorded.read_text() == before
 
 
 def test_a_licence_override_reaches_the_stage_as_it_was_written(tmp_path: Path) -> None:
