@@ -23,8 +23,8 @@ from pipeline.core.manifest import Facts, describe, dump_json
 from pipeline.core.recipe import PROJECT
 from pipeline.core.stage import Context, Outcome, Stage, main
 from pipeline.models import expected
+from pipeline.release import licence
 from pipeline.release.hub import Hub, Repository
-from pipeline.release.licence import claimed
 
 DOWNLOADS = ".download"
 
@@ -70,7 +70,8 @@ def _from_hub(context: Context, revision: str, target: Path) -> Outcome:
     for name in chosen.names:
         _place(hub.download(repository, name, waiting), target / name)
     checkpoint.open_checkpoint(target)
-    return Outcome(model=repository.model_id, revision=repository.revision, facts={**chosen.facts, **_card(target)})
+    facts = {**chosen.facts, **_card(target, hub)}
+    return Outcome(model=repository.model_id, revision=repository.revision, facts=facts)
 
 
 def _check_disk(chosen: Plan, repository: Repository, waiting: Path, root: Path) -> None:
@@ -101,11 +102,18 @@ def _place(file: Path, target: Path) -> None:
         file.replace(target)
 
 
-def _card(folder: Path) -> Facts:
-    """What the checkpoint's own card says of its licence and base models."""
+def _card(folder: Path, hub: Hub | None = None) -> Facts:
+    """What the checkpoint's own card says of its licence and base models, and what `hub` says of theirs."""
     file = folder / "README.md"
-    said = claimed(file.read_text(encoding="utf-8", errors="replace") if file.is_file() else "")
-    return {"licence": said.licence, "base_models": list(said.base_models)}
+    said = licence.claimed(file.read_text(encoding="utf-8", errors="replace") if file.is_file() else "")
+    lineage = licence.trace(said.base_models, hub.card) if hub else ()
+    if strangers := [one.model for one in lineage if not one.known]:
+        log.warn(f"not to be seen on the Hub, so that nobody knows their terms: {', '.join(strangers)}")
+    return {
+        "licence": said.licence,
+        "base_models": list(said.base_models),
+        "lineage": [{**vars(one), "base_models": list(one.base_models)} for one in lineage],
+    }
 
 
 def _tidy(context: Context) -> None:

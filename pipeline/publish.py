@@ -11,14 +11,14 @@ import argparse
 import hashlib
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from pipeline.core.manifest import Manifest, dump_json
 from pipeline.core.recipe import PROJECT, Recipe
 from pipeline.core.stage import Context, Outcome, Stage, main, model_name
 from pipeline.release import card, clearance, folder, licence, provenance, sbom
 from pipeline.release.card import Build, Product, Subject
-from pipeline.release.licence import Claim
+from pipeline.release.licence import Ancestor, Claim
 
 PRECISIONS = {"fp32": "float32", "fp16": "float16", "int8": "int8"}
 STEP = "step.tflite"
@@ -150,8 +150,14 @@ def _subject(fetched: Manifest) -> Subject:
         model=fetched.model,
         revision=fetched.revision,
         base_models=licence.texts(fetched.facts["base_models"]),
+        lineage=tuple(one.model for one in _lineage(fetched)),
         model_type=str(fetched.facts["model_type"]),
     )
+
+
+def _lineage(fetched: Manifest) -> tuple[Ancestor, ...]:
+    rows = cast("list[dict[str, Any]]", fetched.facts["lineage"])
+    return tuple(Ancestor(**{**row, "base_models": licence.texts(row["base_models"])}) for row in rows)
 
 
 def _claim(fetched: Manifest, source: Mapping[str, Any]) -> Claim:
@@ -161,6 +167,7 @@ def _claim(fetched: Manifest, source: Mapping[str, Any]) -> Claim:
         licence=str(fetched.facts["licence"]),
         base_models=licence.texts(fetched.facts["base_models"]),
         tags=licence.texts(source.get("tags")),
+        lineage=_lineage(fetched),
     )
 
 

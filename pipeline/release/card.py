@@ -64,11 +64,12 @@ class Check:
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """What was converted: Hub id or folder name, commit or content hash, and the bases that its card names."""
+    """What was converted: Hub id or folder name, commit or content hash, the bases that its card names, and theirs."""
 
     model: str
     revision: str
     base_models: tuple[str, ...]
+    lineage: tuple[str, ...]
     model_type: str
 
     @property
@@ -170,9 +171,9 @@ def _gate(licence: Licence, source: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _origin(subject: Subject) -> str:
+    made_from = f" (made from {', '.join(subject.lineage or subject.base_models)})" if subject.base_models else ""
     if subject.on_hub:
-        return f"[{subject.model}](https://huggingface.co/{subject.model}) at commit `{subject.revision}`"
-    made_from = f" (made from {', '.join(subject.base_models)})" if subject.base_models else ""
+        return f"[{subject.model}](https://huggingface.co/{subject.model}) at commit `{subject.revision}`{made_from}"
     return f"The checkpoint `{subject.model}`{made_from}"
 
 

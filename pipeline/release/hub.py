@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import httpx2
 from huggingface_hub import HfApi, constants, get_session, get_token, hf_hub_url, hf_raise_for_status
@@ -141,6 +141,27 @@ class Hub:
                 cause=f"HF_ENDPOINT is wrong, or a proxy answers in its place ({type(error).__name__})",
                 remedy="check HF_ENDPOINT and the proxy settings",
             ) from error
+
+    def card(self, model_id: str) -> dict[str, Any] | None:
+        """The front matter of a model's card, which the Hub tells of gated ones as well; None: no such model is seen.
+
+        Raises:
+            FetchError: no network, or no Hub at the endpoint.
+        """
+        api = HfApi(endpoint=self.endpoint)
+
+        def ask() -> dict[str, Any] | None:
+            try:
+                data = api.model_info(model_id, timeout=_ANSWER_SECONDS).card_data
+            except HFValidationError:
+                return None
+            except HfHubHTTPError as error:
+                if _is_unseen(error):
+                    return None
+                raise
+            return dict(data.to_dict()) if data else {}  # type: ignore[no-untyped-call]
+
+        return self.patiently(ask, partial(self.explain, model_id=model_id, revision=""))
 
     def read(self, repository: Repository, name: str, start: int, stop: int) -> bytes:
         """Bytes `start` to `stop` (exclusive) of a file; no more than these are transferred.
@@ -290,8 +311,7 @@ class Hub:
                 f"{model_id} has no revision {revision!r}",
                 remedy=f"choose a branch, tag or commit from {page}/commits/main",
             )
-        anonymous = not has_token() and isinstance(error, HfHubHTTPError) and error.response.status_code == 401
-        if isinstance(error, RepositoryNotFoundError) or anonymous:  # to strangers the Hub answers 401 for both
+        if _is_unseen(error):
             return FetchError(
                 f"there is no model {model_id} at {self.endpoint}, or it is private and not yours to see",
                 cause="the id is misspelt" + (", or the token belongs to another account" if has_token() else ""),
@@ -368,6 +388,12 @@ def is_identity(error: Exception) -> bool:
     """Whether a CI job's identity was not taken, or there was none."""
     refused = isinstance(error, HfHubHTTPError) and error.response.request.url.path == "/oauth/token"
     return refused or isinstance(error, OIDCError)
+
+
+def _is_unseen(error: Exception) -> bool:
+    """Whether there is no such repository, or it is private and not ours: to strangers the Hub answers 401 for both."""
+    anonymous = not has_token() and isinstance(error, HfHubHTTPError) and error.response.status_code == 401
+    return isinstance(error, RepositoryNotFoundError) or anonymous
 
 
 def is_malformed_token(error: Exception) -> bool:

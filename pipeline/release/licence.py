@@ -1,15 +1,16 @@
 """Under which licence a converted model may be passed on, and the LICENSE and NOTICE that go with it.
 
 A conversion is a derivative of its checkpoint, and a checkpoint of its base models. The licence that a checkpoint's
-card claims is believed only where it does not contradict that chain: weights that come from Gemma 1 to 3n stay under
-the Gemma Terms of Use whatever a fine-tune's card says. A model of Gemma's architecture that was trained from nothing
-is its makers' own; its card says so with the tag `trained-from-scratch`. Whoever knows better can override this, with a
-reason that is published.
+card claims is believed only where it does not contradict that chain, which is followed on the Hub from card to card:
+weights that come from Gemma 1 to 3n stay under the Gemma Terms of Use whatever a fine-tune's card says. A model of
+Gemma's architecture that was trained from nothing is its makers' own; its card says so with the tag
+`trained-from-scratch`. Whoever knows better can override this, with a reason that is published.
 """
 
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from string import Template
@@ -29,6 +30,8 @@ _GEMMA_ALIASES = ("gemma-terms-of-use", "gemma-terms", "gemma terms of use")
 _GEMMA_TYPES = ("gemma", "gemma2", "gemma3", "gemma3_text", "gemma3n", "gemma3n_text")
 _OVERRIDE = 'if you know better, say so with LICENCE_OVERRIDE="identifier: reason": both are published'
 _HERE = Path(__file__).parent
+# A chain is a few models long; a card could name more than anybody wants to ask for.
+_MOST_ANCESTORS = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,14 +44,29 @@ class Said:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Ancestor:
+    """A model that a checkpoint was made from, near or far, and what its card says; not `known`: nobody may look."""
+
+    model: str
+    known: bool
+    licence: str
+    base_models: tuple[str, ...]
+    from_scratch: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class Claim:
-    """What a checkpoint says of itself: Hub id or folder name, `model_type`, and its card's licence, bases and tags."""
+    """What a checkpoint says of itself: Hub id or folder name, `model_type`, and its card's licence, bases and tags.
+
+    `lineage` are its bases and theirs, as far as the Hub knows them; empty for one that came from a folder.
+    """
 
     model: str
     model_type: str
     licence: str
     base_models: tuple[str, ...]
     tags: tuple[str, ...]
+    lineage: tuple[Ancestor, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +100,35 @@ def claimed(card: str) -> Said:
     except (ValueError, yaml.YAMLError):
         log.warn("the front matter of README.md can't be read: licence and base model are unknown")
         return Said()
+    return _said(data)
+
+
+def trace(bases: Sequence[str], read: Callable[[str], Mapping[str, Any] | None]) -> tuple[Ancestor, ...]:
+    """The models that `bases` and their cards name as their base, nearest first, each once.
+
+    `read` gives the front matter of a model's card, or None where there is no such model or nobody may look.
+    """
+    found: dict[str, Ancestor] = {}
+    waiting = list(bases)
+    while waiting and len(found) < _MOST_ANCESTORS:
+        model = waiting.pop(0)
+        if model in found:
+            continue
+        card = read(model)
+        said = _said(card or {})
+        found[model] = Ancestor(
+            model=model,
+            known=card is not None,
+            licence=said.licence,
+            base_models=said.base_models,
+            from_scratch=FROM_SCRATCH in said.tags,
+        )
+        waiting += said.base_models
+    return tuple(found.values())
+
+
+def _said(data: Mapping[str, Any]) -> Said:
+    """What front matter says."""
     licence, name = (str(data.get(key) or "") for key in ("license", "license_name"))
     return Said(
         licence=name if name and licence == "other" else licence,
@@ -165,28 +212,44 @@ def _known(name: str, model: str) -> Licence:
 
 def _refuse_unless_own(claim: Claim, licence: Licence) -> None:
     """A model of Gemma's architecture under another licence: fine if trained from nothing, else a contradiction."""
-    chain = " from ".join((claim.model, *claim.base_models))
-    gemma_bases = [base for base in (claim.model, *claim.base_models) if base.lower().startswith("google/gemma")]
+    chain = " from ".join(dict.fromkeys((claim.model, *claim.base_models, *(one.model for one in claim.lineage))))
     remedy = (
         f"if its weights come from Gemma, correct its card to `license: {GEMMA}` and start again from `make fetch`; "
     )
     remedy += _OVERRIDE
-    if gemma_bases:
+    if gemma := _gemma_bases(claim):
         raise PublishError(
-            f"{chain}: the card claims {licence.identifier}, but {gemma_bases[-1]} is under the Gemma Terms of Use",
+            f"{chain}: the card claims {licence.identifier}, but {gemma[-1]} is under the Gemma Terms of Use",
             cause="a licence further down the base_model chain can't set aside the terms of the base",
             remedy=remedy,
         )
-    if claim.base_models:
+    if claim.base_models and not _own_roots(claim):
         raise PublishError(
             f"{chain}: the card claims {licence.identifier} for a model of type {claim.model_type}",
             cause=f"it is made from {', '.join(claim.base_models)}, whose terms are not known here and may be Gemma's",
             remedy=remedy,
         )
-    if FROM_SCRATCH not in claim.tags:
+    if not claim.base_models and FROM_SCRATCH not in claim.tags:
         raise PublishError(
             f"the card of {claim.model} claims {licence.identifier} for a model of type {claim.model_type} "
             "and does not say what it was made from",
             cause="weights of this architecture usually come from Gemma, whose terms they keep",
             remedy=f"if they were trained from nothing, add the tag `{FROM_SCRATCH}`; {remedy}",
         )
+
+
+def _gemma_bases(claim: Claim) -> list[str]:
+    """The models of the chain that are Google's Gemma, or say that they are under its terms."""
+    named = [one for one in (claim.model, *claim.base_models) if one.lower().startswith("google/gemma")]
+    terms = (GEMMA, *_GEMMA_ALIASES)
+    return named + [
+        one.model
+        for one in claim.lineage
+        if one.licence.strip().lower() in terms or one.model.lower().startswith("google/gemma")
+    ]
+
+
+def _own_roots(claim: Claim) -> bool:
+    """Whether the whole chain is known, and each of its ends was trained from nothing."""
+    ends = [one for one in claim.lineage if not one.base_models]
+    return bool(ends) and all(one.known for one in claim.lineage) and all(one.from_scratch for one in ends)

@@ -23,6 +23,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Any
 
+import yaml
+
 LARGE = (".safetensors", ".model", ".bin", ".gguf", ".tflite", ".litertlm")
 PART = 1000
 """Bytes from which on a large file is sent in parts of this size."""
@@ -189,6 +191,15 @@ def oid_of(name: str, data: bytes | Sparse) -> str:
     if name.endswith(LARGE):
         return sha256_of(data)
     return hashlib.sha1(b"blob %d\0" % size_of(data) + (data if isinstance(data, bytes) else b"")).hexdigest()
+
+
+def _front_matter(card: object) -> dict[str, Any]:
+    """`cardData` as the Hub tells it, of a README.md that begins with it."""
+    found = re.match(rb"---\n(.*?)\n---\n", card, re.DOTALL) if isinstance(card, bytes) else None
+    try:
+        return {"cardData": yaml.safe_load(found[1])} if found else {}
+    except yaml.YAMLError:
+        return {}
 
 
 def _sibling(name: str, data: bytes | Sparse) -> dict[str, Any]:
@@ -436,7 +447,8 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
             siblings = [_sibling(file, data) for file, data in sorted(repo.commits[commit].items())]
             gated = "manual" if repo.gated else False
             about = {"_id": "0", "id": name, "modelId": name, "sha": commit, "gated": gated, "private": repo.private}
-            self.reply(200, json.dumps({**about, "siblings": siblings, "tags": []}).encode())
+            card = _front_matter(repo.commits[commit].get("README.md"))
+            self.reply(200, json.dumps({**about, "siblings": siblings, "tags": [], **card}).encode())
 
         def resolve(self, name: str, revision: str, file: str, token: str) -> None:
             repo = self.repo(name, token)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import signal
 import socket
 import subprocess
@@ -146,8 +147,24 @@ def test_only_what_is_needed_is_fetched_and_recorded(server: HubServer, model: F
     assert made.facts == {
         "model_type": "gemma3n_text", "parameters": parameters, "dtype": "bfloat16", "shards": 1,
         "licence": "apache-2.0", "base_models": ["org/base"],
+        "lineage": [{"model": "org/base", "known": False, "licence": "", "base_models": [], "from_scratch": False}],
     }  # fmt: skip
     assert not (run.root / fetch.DOWNLOADS).exists()
+
+
+def test_the_base_models_are_followed_to_the_root_gated_ones_too(server: HubServer, model: Files, run: Run) -> None:
+    """What a card says of its bases is all that is asked for: none of their files, and each model once."""
+    server.add("org/base", {"README.md": b"---\nlicense: mit\nbase_model: [google/root, org/base]\n---\n"})
+    server.add("google/root", {"README.md": b"---\nlicense: other\nlicense_name: gemma\n---\n"})
+    server.repos["google/root"].gated = True
+    server.add(NAME, model)
+    assert run() == 0, run.text
+    assert run.manifest().facts["lineage"] == [
+        {"model": "org/base", "known": True, "licence": "mit", "base_models": ["google/root", "org/base"],
+         "from_scratch": False},
+        {"model": "google/root", "known": True, "licence": "gemma", "base_models": [], "from_scratch": False},
+    ]  # fmt: skip
+    assert not [asked.path for asked in server.requests if re.match(r"/(org/base|google/root)/resolve/", asked.path)]
 
 
 def test_two_runs_give_the_same_manifest(server: HubServer, model: Files, run: Run) -> None:

@@ -67,6 +67,13 @@ def tensors(file: Path) -> list[dict[str, Any]]:
     return rows
 
 
+CHAIN: list[manifest.Fact] = [
+    {"model": "a/b", "known": True, "licence": "apache-2.0", "base_models": ["c/d"], "from_scratch": False},
+    {"model": "c/d", "known": True, "licence": "gemma", "base_models": [], "from_scratch": False},
+]
+"""A fine-tune's base that claims another licence than its own base."""
+
+
 @dataclass
 class Line:
     """The stages before publish in an artefact folder of their own; attributes change what they leave."""
@@ -75,6 +82,7 @@ class Line:
     model: str = "tiny-gemma3n"
     licence: str = "cc0-1.0"
     base_models: list[str] = field(default_factory=list)
+    lineage: list[manifest.Fact] = field(default_factory=list)
     tags: list[str] = field(default_factory=lambda: ["trained-from-scratch"])
     licence_files: tuple[str, ...] = ("LICENSE",)
     passed: bool = True
@@ -105,6 +113,7 @@ class Line:
             facts: dict[str, manifest.Fact] = {
                 "licence": self.licence,
                 "base_models": [*self.base_models],
+                "lineage": [*self.lineage],
                 "model_type": "gemma3n_text",
             }
             return Outcome(model=self.model, revision="a" * 40, facts=facts)
@@ -411,6 +420,7 @@ def test_refused_when_the_recipe_changed_after_verify(
         ({"licence": ""}, "names no licence"),
         ({"licence": "home-made"}, "is not one of gemma"),
         ({"licence": "apache-2.0", "base_models": ["google/gemma-3n-E2B-it"]}, "is under the Gemma Terms of Use"),
+        ({"licence": "apache-2.0", "base_models": ["a/b"], "lineage": CHAIN}, "c/d is under the Gemma Terms of Use"),
         ({"licence": "apache-2.0", "tags": []}, "does not say what it was made from"),
     ],
 )

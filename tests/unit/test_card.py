@@ -15,8 +15,8 @@ from pipeline.release import card
 from pipeline.release.card import Build, Check, Product, Subject
 from pipeline.release.licence import Licence
 
-HUB = Subject(model="google/gemma-3n-E2B-it", revision="a" * 40, base_models=(), model_type="gemma3n")
-FOLDER = Subject(model="tiny-gemma3n", revision="b" * 64, base_models=(), model_type="gemma3n_text")
+HUB = Subject(model="google/gemma-3n-E2B-it", revision="a" * 40, base_models=(), lineage=(), model_type="gemma3n")
+FOLDER = Subject(model="tiny-gemma3n", revision="b" * 64, base_models=(), lineage=(), model_type="gemma3n_text")
 TERMS = Licence(identifier="gemma", name="Gemma Terms of Use", link="https://ai.google.dev/gemma/terms")
 CC0 = Licence(identifier="cc0-1.0", name="CC0", link="https://creativecommons.org/publicdomain/zero/1.0/")
 STEPS = (

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from pipeline.core.errors import PublishError, UsageError
 from pipeline.release import licence
-from pipeline.release.licence import Claim, Licence
+from pipeline.release.licence import Ancestor, Claim, Licence
 
 GEMMA = Claim(model="google/gemma-3n-E2B-it", model_type="gemma3n", licence="gemma", base_models=(), tags=())
 OWN = Claim(
@@ -37,6 +37,35 @@ def test_gemma_stays_gemma(name: str) -> None:
 
 def test_a_fine_tune_that_keeps_the_terms_passes() -> None:
     assert licence.resolve(dataclasses.replace(FINE_TUNE, licence="gemma")).identifier == "gemma"
+
+
+ROOT = Ancestor(model="a/root", known=True, licence="mit", base_models=(), from_scratch=True)
+MIDDLE = Ancestor(model="a/middle", known=True, licence="mit", base_models=("a/root",), from_scratch=False)
+
+
+def test_a_chain_that_ends_in_a_model_trained_from_nothing_keeps_its_licence() -> None:
+    claim = dataclasses.replace(OWN, base_models=("a/middle",), tags=(), lineage=(MIDDLE, ROOT))
+    assert licence.resolve(claim).identifier == "cc0-1.0"
+
+
+@pytest.mark.parametrize(
+    "lineage",
+    [
+        (),
+        (MIDDLE, dataclasses.replace(ROOT, from_scratch=False)),
+        (MIDDLE, dataclasses.replace(ROOT, known=False, licence="")),
+        (MIDDLE, dataclasses.replace(ROOT, licence="Gemma-Terms")),
+    ],
+    ids=["not followed", "of unknown origin", "not to be seen", "Gemma's"],
+)
+def test_a_chain_that_may_end_in_gemma_is_refused(lineage: tuple[Ancestor, ...]) -> None:
+    with pytest.raises(PublishError, match="a/middle"):
+        licence.resolve(dataclasses.replace(OWN, base_models=("a/middle",), lineage=lineage))
+
+
+def test_a_circle_of_cards_ends() -> None:
+    cards = {"a/b": {"base_model": "c/d"}, "c/d": {"base_model": ["a/b", "e/f"]}}
+    assert [one.model for one in licence.trace(["a/b"], cards.get)] == ["a/b", "c/d", "e/f"]
 
 
 def test_a_model_trained_from_nothing_is_its_makers_own() -> None:
