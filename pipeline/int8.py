@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from pipeline.convert import calibrate, quantize, readback, residual
+from pipeline.convert import calibrate, fold, quantize, readback, residual
 from pipeline.convert.checkpoint import open_checkpoint
 from pipeline.convert.flatbuffer import Graph
 from pipeline.core import chat, log
@@ -49,7 +49,9 @@ def work(context: Context) -> Outcome:
 
 
 def _make_dynamic(graph: Graph, keep: quantize.Keep, recipe: Recipe) -> None:
-    """Quantise the weights, and let the recipe's linear layers see their input as two rows."""
+    """Even out the weights, quantise them, and let the recipe's linear layers see their input as two rows."""
+    if recipe.int8.fold:
+        fold.fold_scales(graph, recipe.int8.fold)
     quantize.make_dynamic(graph, keep)
     residual.take_two_rows(graph, quantize.keeper(recipe.int8.two_rows))
 

@@ -91,12 +91,14 @@ class Int8:
     `scheme` chooses what `int8/step.tflite` is. `calibration_samples` texts set the static ranges. `keep_float` are
     regular expressions over operator names that the static scheme leaves in float, `two_rows` over those of linear
     layers that take their input as two int8 rows, the value and the remainder, in dynamic files (convert/residual.py).
+    `fold` is how strongly scales are moved between neighbouring layers of dynamic files, 0 to 1 (convert/fold.py).
     """
 
     scheme: Scheme
     calibration_samples: int
     keep_float: tuple[str, ...] = ()
     two_rows: tuple[str, ...] = ()
+    fold: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
