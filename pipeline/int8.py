@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from pipeline.convert import calibrate, quantize, readback, residual
+from pipeline.convert import blocks, calibrate, fold, quantize, readback, residual
 from pipeline.convert.checkpoint import open_checkpoint
 from pipeline.convert.flatbuffer import Graph
 from pipeline.core import chat, log
@@ -49,9 +49,13 @@ def work(context: Context) -> Outcome:
 
 
 def _make_dynamic(graph: Graph, keep: quantize.Keep, recipe: Recipe) -> None:
-    """Quantise the weights, and let the recipe's linear layers see their input as two rows."""
+    """Even out the weights, quantise them, and let the recipe's linear layers see their input as two rows."""
+    chosen = recipe.int8
+    if chosen.fold:
+        fold.fold_scales(graph, chosen.fold)
+    blocks.split_columns(graph, quantize.keeper(chosen.blocks), chosen.block)
     quantize.make_dynamic(graph, keep)
-    residual.take_two_rows(graph, quantize.keeper(recipe.int8.two_rows))
+    residual.take_two_rows(graph, quantize.keeper(chosen.two_rows))
 
 
 def _make_static(context: Context, graph: Graph, keep: quantize.Keep) -> Facts:

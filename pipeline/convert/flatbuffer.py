@@ -500,6 +500,7 @@ _OPTIONS = {
     "REDUCE_MAX": "ReducerOptions",
     "REDUCE_MIN": "ReducerOptions",
     "CONCATENATION": "ConcatenationOptions",
+    "SPLIT": "SplitOptions",
 }
 
 

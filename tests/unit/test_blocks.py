@@ -1,0 +1,55 @@
+"""Linear layers as sums over blocks of columns: the float sum is the layer, and int8 comes closer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_fold import VOCABULARY, WIDTH, Model, logits, rounded, twice
+
+from pipeline.convert import blocks, quantize
+from pipeline.convert.flatbuffer import Graph
+from pipeline.core.errors import QuantiseError
+
+
+@settings(deadline=None, max_examples=10)
+@given(seed=st.integers(0, 2**16), width=st.sampled_from([8, 16]))
+def test_the_sum_over_blocks_is_the_layer(tmp_path_factory: pytest.TempPathFactory, seed: int, width: int) -> None:
+    folder, split = tmp_path_factory.mktemp("blocks"), twice(Model(seed))
+    exact = logits(Model(seed).graph, folder / "whole")
+    blocks.split_columns(split, lambda _: True, width)
+    for signature in ("one", "two"):
+        made = logits(split, folder / "split", signature)
+        np.testing.assert_allclose(made, exact, rtol=1e-4, atol=1e-4 * np.abs(exact).max())
+
+
+def test_the_table_is_stored_once_in_blocks_of_int8(tmp_path: Path) -> None:
+    graph = twice(Model())
+    blocks.split_columns(graph, lambda _: True, 16)
+    quantize.make_dynamic(graph, lambda _: False)
+    assert np.isfinite(logits(graph, tmp_path / "int8")).all()
+    made = Graph.read(tmp_path / "int8")
+    lookups = [operator for operator in made.operators() if made.code(operator) == "EMBEDDING_LOOKUP"]
+    assert [made.shape(int(lookup.inputs[1])) for lookup in lookups] == [(VOCABULARY, 16)] * (WIDTH // 16)
+    assert made.bytes_by_type()["INT8"] == VOCABULARY * WIDTH + 3 * 48 * WIDTH
+
+
+def test_int8_weights_come_closer(tmp_path: Path) -> None:
+    shares = [squared_error(seed, ".", tmp_path) / squared_error(seed, "none", tmp_path) for seed in range(5)]
+    assert np.median(shares) < 0.7
+
+
+def squared_error(seed: int, pattern: str, folder: Path) -> float:
+    """Of a model with columns of like size, whose layers that `pattern` names are split."""
+    exact, graph = logits(Model(seed, 0.0).graph, folder / "float"), Model(seed, 0.0).graph
+    blocks.split_columns(graph, quantize.keeper([pattern]), 8)
+    rounded(graph)
+    return float(np.square(logits(graph, folder / "int8") - exact).mean())
+
+
+def test_a_width_that_does_not_divide_is_refused() -> None:
+    with pytest.raises(QuantiseError, match="multiple of 20"):
+        blocks.split_columns(Model().graph, lambda _: True, 20)
