@@ -4,7 +4,8 @@
 
 Each line of the file has a `prompt` (or `messages`) and a `reference` (or `references`). The prompts go through the
 chat template into LiteRT-LM and into Hugging Face's model in fp32, and both answer greedily. Judged are exact match,
-chrF and BLEU, with paired bootstrap. `report.json` holds all figures and every answer, `summary.txt` the same in short.
+chrF and BLEU, with paired bootstrap. `report.json` holds all figures and every answer, `report.html` the same for
+people, `summary.txt` the figures alone.
 """
 
 from __future__ import annotations
@@ -18,16 +19,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pipeline.core import log, manifest, memory
+from pipeline.core import log, manifest, memory, versions
 from pipeline.core.errors import UsageError
 from pipeline.core.stage import Context, Outcome, Stage, main
+from pipeline.judge import report as pages
 from pipeline.judge import tasks
-from pipeline.judge.tasks import Answers, Item
+from pipeline.judge.tasks import ORIGINAL, TITLES, Answers, Item
 from pipeline.reference.model import HuggingFace
 
-ORIGINAL = "original"
 SCHEMA = 1
-_TITLES = {"exact": "exact match", "chrf": "chrF", "bleu": "BLEU"}
 _AT_ONCE = 8
 """Prompts that Hugging Face answers together."""
 
@@ -48,6 +48,8 @@ def work(context: Context) -> Outcome:
     report = {
         "schema": SCHEMA,
         "model": context.upstream["fetch"].model,
+        "revision": context.upstream["fetch"].revision,
+        "tools": versions.installed(),
         "task": {"file": file.name, "sha256": hashlib.sha256(file.read_bytes()).hexdigest(), "prompts": len(items)},
         "tokens": count,
         "sacrebleu": tasks.signatures(),
@@ -55,6 +57,7 @@ def work(context: Context) -> Outcome:
         "rows": _rows(texts, items),
     }
     manifest.write_atomically(context.folder / "report.json", manifest.dump_json(report))
+    manifest.write_atomically(context.folder / "report.html", pages.render_task(report))
     rows = summary(report)
     manifest.write_atomically(context.folder / "summary.txt", "\n".join(rows) + "\n")
     for row in rows:
@@ -127,14 +130,14 @@ def _rows(texts: Mapping[str, Sequence[str]], items: Sequence[Item]) -> list[dic
 def summary(report: Mapping[str, Any]) -> list[str]:
     """The figures for people: a table, and a sentence for each bundle."""
     prompts = report["task"]["prompts"]
-    rows = [["", *_TITLES.values()]]
+    rows = [["", *TITLES.values()]]
     for name, scores in report["scores"].items():
         cells = [f"{one['value']:.1f} ({one['low']:.1f} to {one['high']:.1f})" for one in _ordered(scores)]
         rows.append([name, *cells])
     lines = [f"{report['model']} on {report['task']['file']}: {prompts} prompts, points of 100 (95 % interval)", ""]
     lines += [*log.align(rows), ""]
     for name, found in report["against_original"].items():
-        titles = zip(_ordered(found), _TITLES.values(), strict=True)
+        titles = zip(_ordered(found), TITLES.values(), strict=True)
         within = ", ".join(f"{one['within']:.1f} points in {title}" for one, title in titles)
         lines.append(f"{name} is within {within} of the original (95 %).")
         lines.append(f"  {found['identical']:.0%} of its answers are the original's to the last character.")
@@ -145,7 +148,7 @@ def summary(report: Mapping[str, Any]) -> list[str]:
 
 def _ordered(figures: Mapping[str, Any]) -> list[Any]:
     """The figures of each metric in the order of the table."""
-    return [figures[metric] for metric in _TITLES]
+    return [figures[metric] for metric in TITLES]
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -201,9 +201,7 @@ def work(context: Context) -> Outcome:
         else make_shapes(reference, recipe.shapes, context.folder / "shapes.safetensors")
     )
     greedy = _greedy(reference, openings, recipe, context.graphs)
-    spoken: Facts = (
-        {} if context.graphs == "step" else make_recital(reference, documents, recipe.bundle, context.folder)
-    )
+    spoken: Facts = {} if context.graphs == "step" else make_recital(reference, documents, recipe, context.folder)
     manifest.write_atomically(context.folder / "greedy.json", json.dumps(greedy, ensure_ascii=False, indent=1) + "\n")
     facts: Facts = {
         "bos": reference.bos,
@@ -262,12 +260,13 @@ def _greedy(reference: HuggingFace, openings: Sequence[str], recipe: Recipe, gra
         return reference.continue_greedily(prompts, count, bar)
 
 
-def make_recital(reference: HuggingFace, documents: Sequence[str], bundle: Bundle, folder: Path) -> Facts:
-    """Compute and store what the reference says of the conversations that go through the cache.
+def make_recital(reference: HuggingFace, documents: Sequence[str], recipe: Recipe, folder: Path) -> Facts:
+    """Compute and store what the reference says of the conversations and texts that go through the cache.
 
     Raises:
         UsageError: the verification text is too short for them.
     """
+    bundle, window = recipe.bundle, recipe.corpus.window
     script, _ = cache.scripts(bundle, reference.model.config.sliding_window)
     length = script.length + 1  # the last token is only predicted
     tokens = corpus.pack_windows(documents, reference.tokenize, bos=reference.bos, window=length, limit=2)
@@ -276,12 +275,20 @@ def make_recital(reference: HuggingFace, documents: Sequence[str], bundle: Bundl
             f"the verification text is too short for two conversations of {script.length} tokens",
             remedy="give more text, or lower bundle.decode in the recipe",
         )
-    with log.progress("reference through the cache", 2 * tokens.size, "tokens") as bar:
+    count, texts = cache.texts(bundle, window), np.empty((0, window), np.int32)
+    with log.progress("reference through the cache", 2 * tokens.size + count * window, "tokens") as bar:
         read = tokens[:, :-1]
-        hidden = reference.hidden(read, np.ones_like(read), bar)
-        cached = reference.hidden_cached(read, bundle.decode, bar)
-    save_file({"input_ids": tokens, "hidden": hidden, "cached": cached}, folder / "cache.safetensors")
-    return {"sliding_window": reference.model.config.sliding_window, "conversation": script.length}
+        made: dict[str, NDArray[Any]] = {
+            "tokens": tokens,
+            "hidden": reference.hidden(read, np.ones_like(read), bar),
+            "cached": reference.hidden_cached(read, bundle.decode, bar),
+        }
+        if count:
+            texts = corpus.pack_windows(documents, reference.tokenize, bos=reference.bos, window=window, limit=count)
+            told = texts[:, :-1]
+            made |= {"texts": texts, "states": reference.hidden(told, np.ones_like(told), bar)}
+    save_file(made, folder / "cache.safetensors")
+    return {"sliding_window": reference.model.config.sliding_window, "conversation": script.length, "texts": len(texts)}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -123,8 +123,8 @@ def golden(model: Model) -> Need:
         shapes = recipe.shapes
         tokens += max(shapes.batch) * sum(shapes.sequence) * len(shapes.padding)
     if model.graphs != "step":
-        kept += 2 * (model.conversation + bundle.decode)
-        tokens += 4 * model.conversation
+        kept += 2 * (model.conversation + bundle.decode) + bundle.positions
+        tokens += 4 * model.conversation + bundle.positions
         steps = max(steps, bundle.continuation) + bundle.decode
     parameters = int(model.facts["parameters"])
     streamed = memory.must_stream(parameters)
@@ -163,10 +163,11 @@ def bundle(model: Model) -> Need:
 
 
 def verify(model: Model) -> Need:
-    """Each bundle speaks every position of the conversations, then every prompt's continuation."""
+    """Each bundle speaks every position of the conversations and texts, then every prompt's continuation."""
     settings = model.recipe.bundle
+    judged = 3 * settings.decode + settings.positions
     decoders = [model.files["decoder.tflite"].bytes(precision) for precision in model.bundles]
-    spoken = 3 * settings.decode + settings.prompts * settings.continuation
+    spoken = judged + settings.prompts * settings.continuation
     seconds = 30.0 + len(decoders) * 3 * 2 * model.multiplied * model.conversation / _FLOPS
     seconds += sum(decoders) * (spoken / (4 * _READ) + 2 / _HASH)
     if model.graphs != "bundle":
@@ -174,7 +175,7 @@ def verify(model: Model) -> Need:
     taken = 0.7 * _GIB + 6.5 * model.cache
     if model.graphs != "bundle":
         taken += 4 * model.multiplied  # XNNPACK packs a step graph's weights into memory
-    logits = 4 * 3 * settings.decode * model.table[0] * len(decoders)
+    logits = 4 * judged * model.table[0] * len(decoders)
     return Need(
         what="report.html", size=1 << 20, memory=taken, seconds=seconds, scratch=max(decoders, default=0) + logits
     )

@@ -48,7 +48,7 @@ _CAUSES: Mapping[Status, str] = {
 }
 _REMEDIES: Mapping[Status, str] = {
     "fail": "correct the stage that made the file, or the recipe's limit",
-    "inconclusive": "judge more positions: raise corpus.positions, for bundles bundle.decode, or give more text: EVAL=",
+    "inconclusive": "judge more positions: raise corpus.positions (bundles: bundle.positions), or more text: EVAL=",
     "not measured": "complete the recipe's limits, or run the stage that made the file again",
 }
 _PER_BATCH = 8
@@ -152,14 +152,10 @@ def _leaves(item: Verdict) -> bool:
 
 def _judge_bundles(context: Context, reference: Reference, tokenizer: Any) -> list[bundles.Verdict]:
     recipe, golden = context.recipe, context.upstream["golden"].facts
-    tokens, hidden, cached = reference.cache()
     with tempfile.TemporaryDirectory(dir=context.folder) as scratch:
         setting = bundles.Setting(
             recital=Recital(
-                scripts=cache.scripts(recipe.bundle, _integer(golden["sliding_window"])),
-                tokens=tokens,
-                hidden=hidden,
-                cached=cached,
+                scripts=cache.scripts(recipe.bundle, _integer(golden["sliding_window"])), **reference.cache()
             ),
             head=reference.head,
             tokenizer=tokenizer,

@@ -37,8 +37,9 @@ class Bundle:
     """The on-device bundle: LiteRT-LM's decoder with its cache.
 
     `cache_length` positions, `prefill` tokens that each prefill signature takes, `precisions` that become bundles.
-    Verify decodes `decode` tokens in each of its conversations, and holds LiteRT-LM's greedy text of `continuation`
-    tokens after each of `prompts` prompts against Hugging Face's.
+    Verify decodes `decode` tokens in each of its conversations, then whole texts of `corpus.window` tokens until these
+    have `positions` predictions (where left out: none). It holds LiteRT-LM's greedy text of `continuation` tokens after
+    each of `prompts` prompts against Hugging Face's.
     """
 
     cache_length: int
@@ -47,6 +48,7 @@ class Bundle:
     decode: int
     prompts: int
     continuation: int
+    positions: int = 0
 
     @property
     def max_tokens(self) -> int:
@@ -108,14 +110,17 @@ class Gate:
     """Limits for one variant; a limit that is absent is not judged.
 
     `nmse` worst normalised mean square error of logits against Hugging Face over all shapes; `kld` mean
-    KL(reference || file) in nats; `top1` share of equal most likely tokens; `size_ratio` bytes over the bytes of the
-    fp32 file; `size_per_parameter` bytes per parameter; `bytes_per_weight` bytes of a bundle's weights and scales per
-    stored weight; `integer_share` share of multiply-adds in integer kernels.
+    KL(reference || file) in nats; `top1` share of equal most likely tokens; `perplexity_ratio_min` and `_max` bound the
+    file's perplexity over that of what it is held against: text that gets likelier is as much of a change;
+    `size_ratio` bytes over the bytes of the fp32 file; `size_per_parameter` bytes per parameter; `bytes_per_weight`
+    bytes of a bundle's weights and scales per stored weight; `integer_share` share of multiply-adds in integer kernels.
     """
 
     nmse: float | None = None
     kld: float | None = None
     top1: float | None = None
+    perplexity_ratio_min: float | None = None
+    perplexity_ratio_max: float | None = None
     size_ratio: float | None = None
     size_per_parameter: float | None = None
     bytes_per_weight: float | None = None

@@ -132,7 +132,9 @@ def judge(subject: Subject, setting: Setting, baseline: Verdict | None) -> Verdi
     logits = cache.play(subject.sections, recital, subject.name, setting.scratch)
 
     def against_hidden(hidden: Floats) -> Summary:
-        return metrics.summarise(setting.head.score(logits, hidden, recital.targets), recital.blocks)
+        part = slice(len(hidden))
+        scores = setting.head.score(logits[part], hidden, recital.targets[part])
+        return metrics.summarise(scores, recital.blocks[part])
 
     without, withal = recital.expected()
     plain, cached = against_hidden(without), against_hidden(withal) if exact else None
@@ -143,7 +145,7 @@ def judge(subject: Subject, setting: Setting, baseline: Verdict | None) -> Verdi
         subject.path, setting.tokenizer, setting.conversations, setting.greedy, setting.stop, setting.scratch
     )
     figures = (
-        _exactness(plain, cached, recital.described)
+        _exactness(plain, cached, recital)
         if cached
         else gates.quality(
             "through the cache", own or plain, against=BASELINE if own else REFERENCE, detail=recital.described
@@ -161,10 +163,13 @@ def judge(subject: Subject, setting: Setting, baseline: Verdict | None) -> Verdi
     )
 
 
-def _exactness(plain: Summary, cached: Summary, where: str) -> list[Figure]:
+def _exactness(plain: Summary, cached: Summary, recital: Recital) -> list[Figure]:
     """fp32 against Hugging Face, without and with its own cache."""
     figures = []
-    for summary, way in ((plain, "without a cache"), (cached, "with its cache")):
+    for summary, way, where in (
+        (plain, "without a cache", recital.described),
+        (cached, "with its cache", recital.conversed),
+    ):
         detail = f"{where}; against {REFERENCE} {way}"
         name = f"worst logits NMSE through the cache, {way}"
         figures += [
@@ -193,7 +198,7 @@ def _sizes(subject: Subject) -> list[Figure]:
 
 
 def _finite(subject: Subject, logits: Logits) -> Check:
-    bad = int((~np.isfinite(logits).all(axis=1)).sum())
+    bad = sum(not np.isfinite(row).all() for row in logits)
     return gates.must_hold(subject.name, "positions with logits that are not finite", bad, f"{len(logits)} positions")
 
 

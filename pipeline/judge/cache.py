@@ -3,12 +3,16 @@
 The golden stage stores what Hugging Face says of the same tokens; prefill gives no logits, so positions are judged
 where the script decodes. Two conversations run in turns, so that a mix-up of caches would show, and the first is run
 again in the second's used cache after a reset, so that what an old conversation left behind would.
+
+Few positions tell faults of a conversion; to weigh what a precision costs takes thousands. So texts may follow, each
+decoded from its first token to its last, in the used cache as well.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import cycle, zip_longest
 from pathlib import Path
 
@@ -72,48 +76,68 @@ def _chunks(lengths: Sequence[int], total: int) -> tuple[tuple[str, int], ...]:
     return tuple(found)
 
 
+def texts(bundle: Bundle, window: int) -> int:
+    """How many texts of `window` tokens have `bundle.positions` predictions."""
+    return -(-bundle.positions // max(1, window - 1))
+
+
 @dataclass(frozen=True)
 class Recital:
-    """The reference of both scripts.
+    """The reference of both scripts, and of the texts.
 
     `tokens` int32 [2, L + 1], the last of which is only predicted; `hidden` float32 [2, L, H] of Hugging Face without
-    a cache; `cached` [2, D, H] of the last D positions with its cache, one token at a time.
+    a cache; `cached` [2, D, H] of the last D positions with its cache, one token at a time; `texts` int32 [N, T + 1]
+    and `states` float32 [N, T, H] without a cache.
     """
 
     scripts: tuple[Script, Script]
     tokens: Tokens
     hidden: Floats
     cached: Floats
+    texts: Tokens = field(default_factory=lambda: np.empty((0, 1), np.int32))
+    states: Floats = field(default_factory=lambda: np.empty((0, 0, 0), np.float32))
 
     @property
     def described(self) -> str:
         """Which positions are judged, in words."""
+        told = self.texts[:, 1:]
+        return self.conversed + (
+            f", and {told.size} in {len(told)} texts of {told.shape[1]} tokens" if told.size else ""
+        )
+
+    @property
+    def conversed(self) -> str:
+        """Those of the conversations, in words."""
         runs = []
         for row in ORDER:
-            judged = self.scripts[row].judged
-            edges = np.flatnonzero(np.diff(judged) != 1) + 1
-            runs.append(" and ".join(f"{part[0]}–{part[-1]}" for part in np.split(judged, edges)))
-        count = sum(len(self.scripts[row].judged) for row in ORDER)
-        return f"{count} decoded positions: {', '.join(runs)} of {len(runs)} conversations"
+            positions = self.scripts[row].judged
+            edges = np.flatnonzero(np.diff(positions) != 1) + 1
+            runs.append(" and ".join(f"{part[0]}–{part[-1]}" for part in np.split(positions, edges)))
+        judged = sum(len(self.scripts[row].judged) for row in ORDER)
+        return f"{judged} decoded positions: {', '.join(runs)} of {len(runs)} conversations"
 
     @property
     def targets(self) -> Tokens:
         """The token that really follows each judged position, in the order of `play`."""
-        return np.concatenate([self.tokens[row, self.scripts[row].judged + 1] for row in ORDER])
+        spoken = [self.tokens[row, self.scripts[row].judged + 1] for row in ORDER]
+        return np.concatenate([*spoken, self.texts[:, 1:].ravel()])
 
     @property
     def blocks(self) -> NDArray[np.int64]:
-        """Which stretch of 16 tokens each judged position is in; the first conversation's are the same when it returns.
+        """Which text, or stretch of 16 tokens of a conversation, each judged position is in.
 
-        What resampling draws: two conversations would be two blocks, and one that is played twice says nothing new.
+        What resampling draws: two conversations would be two blocks, and one that is played twice says nothing new, so
+        the first one's stretches are the same when it returns.
         """
         stretches = self.scripts[0].length // POSITIONS_PER_WINDOW + 1
-        return np.concatenate([row * stretches + self.scripts[row].judged // POSITIONS_PER_WINDOW for row in ORDER])
+        spoken = [row * stretches + self.scripts[row].judged // POSITIONS_PER_WINDOW for row in ORDER]
+        told = self.texts[:, 1:]
+        return np.concatenate([*spoken, np.repeat(2 * stretches + np.arange(len(told)), told.shape[1])])
 
     def expected(self) -> tuple[Floats, Floats]:
         """Hidden states [n, H] of the judged positions in the order of `play`, without a cache and with.
 
-        The second holds those without a cache where the reference has none with.
+        The second ends before the texts, and holds those without a cache where the reference has none with.
         """
         without, withal = [], []
         for row in ORDER:
@@ -122,11 +146,11 @@ class Recital:
             last = self.cached.shape[1]
             without.append(plain)
             withal.append(np.concatenate([plain[: len(plain) - last], self.cached[row]]))
-        return np.concatenate(without), np.concatenate(withal)
+        return np.concatenate([*without, *self.states]), np.concatenate(withal)
 
 
 def play(folder: Path, recital: Recital, label: str, scratch: Path | None = None) -> Logits:
-    """The logits [n, V] of the sections in `folder` at every judged position: first script, second, first again.
+    """The logits [n, V] of the sections in `folder` at every judged position: scripts as in `ORDER`, then texts.
 
     Args:
         folder: where the sections are.
@@ -136,8 +160,8 @@ def play(folder: Path, recital: Recital, label: str, scratch: Path | None = None
     """
     weights = scratch / f"{label}.weights" if scratch else None
     sections = Sections(folder, weights=weights) if weights else Sections(folder)
-    total = 2 * recital.scripts[0].length + recital.scripts[1].length
-    judged = sum(len(recital.scripts[row].judged) for row in ORDER)
+    total = 2 * recital.scripts[0].length + recital.scripts[1].length + recital.texts[:, 1:].size
+    judged = len(recital.blocks)
     room: Logits | None = None
     with log.progress(f"{label}: through the cache", total, "tokens") as bar:
         for place, logits in _spoken(sections, recital, bar):
@@ -155,10 +179,9 @@ def _room(shape: tuple[int, int], file: Path | None) -> Logits:
 
 
 def _spoken(sections: Sections, recital: Recital, bar: log.Progress) -> Iterator[tuple[int, Logits]]:
-    """Logits [V] as they are spoken, each with its place in `ORDER`."""
+    """Logits [V] as they are spoken, each with its place in what `play` gives."""
     first, second = (len(script.judged) for script in recital.scripts)
-    bounds = (0, first), (first, first + second), (first + second, 2 * first + second)
-    places = [iter(range(*pair)) for pair in bounds]
+    places = iter(range(first)), iter(range(first, first + second))
     conversations = Conversation(sections), Conversation(sections)
     turns = [
         _perform(conversation, script, tokens, bar)
@@ -167,9 +190,11 @@ def _spoken(sections: Sections, recital: Recital, bar: log.Progress) -> Iterator
     for pair in zip_longest(*turns):  # in turns, call by call
         for place, logits in zip(places, pair, strict=False):
             yield from ((next(place), row) for row in logits or [])
-    conversations[1].reset()
-    for logits in _perform(conversations[1], recital.scripts[0], recital.tokens[0], bar):
-        yield from ((next(places[2]), row) for row in logits)
+    after, whole = itertools.count(first + second), Script((("decode", recital.texts.shape[1] - 1),))
+    for script, tokens in [(recital.scripts[0], recital.tokens[0]), *((whole, text) for text in recital.texts)]:
+        conversations[1].reset()
+        for logits in _perform(conversations[1], script, tokens, bar):
+            yield from ((next(after), row) for row in logits)
 
 
 def _perform(conversation: Conversation, script: Script, tokens: Tokens, bar: log.Progress) -> Iterator[list[Logits]]:

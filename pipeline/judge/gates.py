@@ -93,7 +93,7 @@ class Figure:
         )
 
 
-_AT_LEAST = frozenset({"top1", "integer_share"})
+_AT_LEAST = frozenset({"top1", "perplexity_ratio_min", "integer_share"})
 
 
 def gate_name(variant: str, facts: Mapping[str, Fact]) -> str:
@@ -120,16 +120,19 @@ def judge(variant: str, gate: Gate | None, figures: Iterable[Figure]) -> list[Ch
 
 
 def quality(where: str, summary: Summary, *, against: str, detail: str) -> list[Figure]:
-    """The figures that say how close predictions are: KLD and top-1 agreement, with their intervals."""
-    kld = f"{detail}; 95 % interval {summary.kld.low:.3g} to {summary.kld.high:.3g}"
-    top1 = f"{detail}; 95 % interval {summary.top1.low:.2%} to {summary.top1.high:.2%}"
-    if summary.ties:
-        top1 += f"; {summary.ties:.2%} ties"
+    """How close predictions are: KLD, top-1 agreement and perplexity ratio, which has a limit on each side."""
+
+    def figure(metric: str, name: str, of: Estimate, form: str, more: str = "") -> Figure:
+        told = f"{detail}; 95 % interval {of.low:{form}} to {of.high:{form}}{more}"
+        return Figure.estimated(metric, f"{name} {where}", of, summary.positions, against=against, detail=told)
+
+    ties = f"; {summary.ties:.2%} ties" if summary.ties else ""
+    ratio = summary.perplexity_ratio
     return [
-        Figure.estimated("kld", f"KLD {where}", summary.kld, summary.positions, against=against, detail=kld),
-        Figure.estimated(
-            "top1", f"top-1 agreement {where}", summary.top1, summary.positions, against=against, detail=top1
-        ),
+        figure("kld", "KLD", summary.kld, ".3g"),
+        figure("top1", "top-1 agreement", summary.top1, ".2%", ties),
+        figure("perplexity_ratio_min", "perplexity ratio", ratio, ".4f"),
+        figure("perplexity_ratio_max", "perplexity ratio", ratio, ".4f"),
     ]
 
 

@@ -145,10 +145,13 @@ class Reference:
                 ids, mask, hidden = (tensors.get_tensor(f"{name}.{part}") for part in _CASE_PARTS)
                 yield name, ids, mask, hidden
 
-    def cache(self) -> tuple[Tokens, Floats, Floats]:
-        """The conversations through the cache: tokens [2, L + 1], hidden states [2, L, H], with the cache [2, D, H]."""
-        tensors = _load(self.folder / "cache.safetensors")
-        return tensors["input_ids"], tensors["hidden"], tensors["cached"]
+    def cache(self) -> dict[str, NDArray[Any]]:
+        """What goes through the cache, as `judge.cache.Recital` calls it.
+
+        Of the conversations `tokens` [2, L + 1], `hidden` [2, L, H] and `cached` [2, D, H]; of the texts after them
+        `texts` [N, T + 1] and `states` [N, T, H].
+        """
+        return _load(self.folder / "cache.safetensors")
 
     def greedy(self) -> list[Greedy]:
         """The greedy continuations."""

@@ -1,4 +1,4 @@
-"""The report for people: one HTML page from `report.json`, and the same table for a terminal.
+"""The reports for people: an HTML page each from verify's and evaluate's `report.json`, and a table for a terminal.
 
 `python -m pipeline.judge.report artifacts/<model>/verify/report.json` prints the table.
 """
@@ -16,7 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from pipeline.core import log
-from pipeline.judge import plots
+from pipeline.judge import plots, tasks
 
 Report = Mapping[str, Any]
 SCHEMA = 1
@@ -39,8 +39,11 @@ _LOSS = (
 """Mean KLD against Hugging Face up to which the words hold; 1e-2 and 5e-2 are the shipped recipe's int8 limits."""
 
 
-def render(report: Report) -> str:
-    """The page for `report`, self-contained: no script, no external resource."""
+_ANSWERS = 200
+"""Prompts whose answers are on the page."""
+
+
+def _environment() -> Environment:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -57,18 +60,36 @@ def render(report: Report) -> str:
         loss=loss,
         precision=precision,
     )
-    return environment.get_template("report.html.jinja").render(
-        report=report,
-        variants=variants(report),
-        distributions=_drawing(plots.kld_distributions, _distributions(report)),
-        quality=_drawing(plots.size_against_quality, _points(report)),
-        judged=_judged(report),
-        losses=_losses(report),
-        failed=[check for check in report["checks"] if not check["passed"]],
-        reference_name=REFERENCE,
-        figure=figure,
-        percent=percent,
-        ratio=ratio,
+    return environment
+
+
+def render(report: Report) -> str:
+    """The page for verify's `report`, self-contained: no script, no external resource."""
+    return (
+        _environment()
+        .get_template("report.html.jinja")
+        .render(
+            report=report,
+            variants=variants(report),
+            distributions=_drawing(plots.kld_distributions, _distributions(report)),
+            quality=_drawing(plots.size_against_quality, _points(report)),
+            judged=_judged(report),
+            losses=_losses(report),
+            failed=[check for check in report["checks"] if not check["passed"]],
+            reference_name=REFERENCE,
+            figure=figure,
+            percent=percent,
+            ratio=ratio,
+        )
+    )
+
+
+def render_task(report: Report) -> str:
+    """The page for evaluate's `report`, self-contained as well."""
+    return (
+        _environment()
+        .get_template("tasks.html.jinja")
+        .render(report=report, titles=tasks.TITLES, fewest=tasks.FEWEST, original=tasks.ORIGINAL, shown=_ANSWERS)
     )
 
 

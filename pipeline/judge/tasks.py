@@ -22,7 +22,10 @@ from pipeline.judge import corpus
 from pipeline.judge.metrics import Draws, Estimate, estimate
 
 Message = Mapping[str, str]
-METRICS = ("exact", "chrf", "bleu")
+ORIGINAL = "original"
+"""What Hugging Face's model is called among those that answer."""
+TITLES = {"exact": "exact match", "chrf": "chrF", "bleu": "BLEU"}
+METRICS = tuple(TITLES)
 FEWEST = 30
 """Prompts below which an interval is too rough to be relied on."""
 _REMEDY = 'each line must be JSON such as {"prompt": "…", "reference": "…"}, or with "messages" and "references"'

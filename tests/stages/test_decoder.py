@@ -202,9 +202,8 @@ def judge(built: Line, weights: dict[str, torch.Tensor]) -> Judge:
     folder = built.root / "fetch" / "checkpoint"
     recipe, checkpoint = load(built.recipe), open_checkpoint(folder)
     reference = Reference(built.root / "golden", Head.of_checkpoint(folder, CAP))
-    tokens, hidden, cached = reference.cache()
     scripts = cache.scripts(recipe.bundle, checkpoint.config["sliding_window"])
-    recital = Recital(scripts=scripts, tokens=tokens, hidden=hidden, cached=cached)
+    recital = Recital(scripts=scripts, **reference.cache())
 
     def run(changed: dict[str, torch.Tensor] | None = None) -> list[Check]:
         play = geometry.in_pytorch(checkpoint.config, weights | (changed or {}), recipe.bundle)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,13 @@ def test_a_reference_that_answers_itself_has_every_point(
     assert "Only 4 prompts" in summary
     assert summary.splitlines()[0] in capsys.readouterr().err
     made = manifest.read(built.root / "evaluate")
-    assert {record.path for record in made.outputs} == {"evaluate/report.json", "evaluate/summary.txt"}
+    assert {record.path for record in made.outputs} == {
+        f"evaluate/{file}" for file in ("report.json", "report.html", "summary.txt")
+    }
+    page = (built.root / "evaluate" / "report.html").read_text(encoding="utf-8")
+    assert "bundle-int8: within" in page and "4 prompts are few" in page
+    for row in found["rows"]:
+        assert html.escape(row["messages"][0]["content"]) in page
 
 
 def test_what_the_tokenizer_spells_in_bytes_comes_out_whole(built: Line) -> None:

@@ -129,7 +129,9 @@ def test_a_streamed_reference_says_the_same(judged: Line, tmp_path: Path) -> Non
     ours, theirs = (Reference(one.root / "golden", Head.of_checkpoint(SHIPPED, CAP)) for one in (line, judged))
     floor: Any = manifest.read(line.root / "golden").facts["self_floor"]
     assert floor["bfloat16"]["not_measured"].startswith("not measured: ")
-    for mine, other in zip((*ours.corpus(), *ours.cache()), (*theirs.corpus(), *theirs.cache()), strict=True):
+    for mine, other in zip(
+        (*ours.corpus(), *ours.cache().values()), (*theirs.corpus(), *theirs.cache().values()), strict=True
+    ):
         assert np.array_equal(getattr(mine, "length", mine), getattr(other, "length", other))
     for mine, other in zip(ours.shapes(), theirs.shapes(), strict=True):
         assert mine[0] == other[0] and np.array_equal(mine[3], other[3])

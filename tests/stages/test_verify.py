@@ -116,7 +116,9 @@ class TestAPass:
         for way in ("without a cache", "with its cache"):
             for figure in ("worst logits NMSE", "KLD", "top-1 agreement"):
                 assert ("bundle-fp32", f"{figure} through the cache, {way}") in names
-        assert {("bundle-int8", "KLD through the cache"), ("bundle-int8", "top-1 agreement through the cache")} <= names
+        for figure in ("KLD", "top-1 agreement", "perplexity ratio"):
+            assert ("bundle-int8", f"{figure} through the cache") in names
+            assert ("int8", f"{figure} on text, XNNPACK") in names
         for held in ("greedy texts of LiteRT-LM that differ", "scores of LiteRT-LM that are off"):
             assert ("bundle-fp32", held) in names and ("bundle-int8", held) not in names
         for bundle in ("bundle-fp32", "bundle-int8"):
@@ -150,7 +152,8 @@ class TestAPass:
         assert small["against_fp32"]["kld"]["low"] > 1e-6 and small["against_cached"] is None
         assert exact["divergence"]["identical"]["value"] == 1.0
         assert 0.9 < small["against_reference"]["perplexity_ratio"]["value"] < 1.1
-        assert exact["positions"] == small["positions"] == 24 + (24 + 24) + 24
+        assert exact["positions"] == small["positions"] == 24 + (24 + 24) + 24 + 310
+        assert exact["against_cached"]["positions"] == 24 + (24 + 24) + 24
         for bundle in (exact, small):
             assert bundle["token_ids"]["total"] >= 1000 and bundle["token_ids"]["wrong"] == 0
             assert bundle["prompts"]["total"] >= 8 and bundle["prompts"]["wrong"] == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +87,58 @@ def test_what_is_expected_follows_the_order_of_playing() -> None:
     assert withal.ravel().tolist() == [100, 101, 5, 6, 102, 103, 100, 101]
     assert recital.targets.tolist() == [4, 5, 7, 8, 10, 11, 4, 5]
     assert recital.described == "8 decoded positions: 3–4, 0–1 and 3–4, 3–4 of 3 conversations"
+
+
+def test_texts_follow_the_conversations_each_a_block_of_its_own() -> None:
+    scripts = (Script((("prefill", 3), ("decode", 2))), Script((("decode", 2), ("prefill", 1), ("decode", 2))))
+    hidden, cached = np.zeros((2, 5, 1), np.float32), np.zeros((2, 2, 1), np.float32)
+    texts = np.arange(100, 108, dtype=np.int32).reshape(2, 4)
+    states = np.arange(6, dtype=np.float32).reshape(2, 3, 1) + 1
+    tokens = np.arange(12, dtype=np.int32).reshape(2, 6)
+    recital = Recital(scripts=scripts, tokens=tokens, hidden=hidden, cached=cached, texts=texts, states=states)
+    without, withal = recital.expected()
+    assert without.ravel().tolist() == [0] * 8 + [1, 2, 3, 4, 5, 6] and len(withal) == 8
+    assert recital.targets[8:].tolist() == [101, 102, 103, 105, 106, 107]
+    first, second = np.split(recital.blocks[8:], 2)
+    assert len(set(first)) == len(set(second)) == 1 and len({*first, *second, *recital.blocks[:8]}) == 4
+    assert recital.described == recital.conversed + ", and 6 in 2 texts of 3 tokens"
+
+
+@given(st.integers(0, 10_000), st.integers(2, 512))
+def test_as_many_texts_as_hold_the_positions(positions: int, window: int) -> None:
+    count = cache.texts(dataclasses.replace(bundle((8,)), positions=positions), window)
+    assert (count - 1) * (window - 1) < positions <= count * (window - 1) or count == positions == 0
+
+
+class Talking:
+    """Sections that answer each token with its own number, its position, and what their cache has seen."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, int]] = []
+
+    def empty_cache(self) -> dict[str, np.ndarray]:
+        return {}
+
+    def signature_for(self, tokens: int) -> str:
+        return f"prefill_{tokens}"
+
+    def run(self, signature: str, tokens: list[int], position: int, _cache: object) -> dict[str, np.ndarray]:
+        self.seen += [(token, position + place) for place, token in enumerate(tokens)]
+        return {"logits": np.array([[[tokens[-1], position]]], np.float32)} if signature == "decode" else {}
+
+
+def test_texts_are_decoded_from_their_first_token_to_the_last_but_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    talking = Talking()
+    monkeypatch.setattr(cache, "Sections", lambda _folder: talking)
+    scripts = (Script((("prefill", 3), ("decode", 2))), Script((("decode", 2), ("prefill", 1), ("decode", 2))))
+    texts = np.arange(100, 108, dtype=np.int32).reshape(2, 4)
+    tokens = np.arange(12, dtype=np.int32).reshape(2, 6)
+    nothing = np.zeros((2, 5, 1), np.float32)
+    recital = Recital(scripts=scripts, tokens=tokens, hidden=nothing, cached=nothing, texts=texts)
+    spoken = cache.play(Path(), recital, "talking")
+    assert spoken.tolist()[:8] == [[3, 3], [4, 4], [6, 0], [7, 1], [9, 3], [10, 4], [3, 3], [4, 4]]
+    assert spoken.tolist()[8:] == [[100, 0], [101, 1], [102, 2], [104, 0], [105, 1], [106, 2]]
+    assert len(spoken) == len(recital.targets) == len(recital.blocks)
 
 
 def test_a_conversation_that_is_played_twice_is_no_second_sample() -> None:

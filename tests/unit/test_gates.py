@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from pipeline.core.recipe import PROJECT, Gate
 from pipeline.core.recipe import load as load_recipe
 from pipeline.core.stage import DEFAULT_RECIPE
-from pipeline.judge import gates
+from pipeline.judge import gates, metrics
 from pipeline.judge.gates import Figure
 from pipeline.judge.metrics import Estimate
 
@@ -57,6 +58,13 @@ def estimated(metric: str, value: float, low: float, high: float, positions: int
         (estimated("top1", 0.97, 0.96, 0.98), "pass"),
         (estimated("top1", 0.97, 0.955, 0.98), "inconclusive"),
         (estimated("top1", 0.94, 0.93, 0.95), "fail"),
+        (estimated("perplexity_ratio_min", 1.0, 0.993, 1.1), "pass"),
+        (estimated("perplexity_ratio_min", 1.0, 0.9929, 1.1), "inconclusive"),
+        (estimated("perplexity_ratio_min", 0.99, 0.98, 0.992), "fail"),
+        (estimated("perplexity_ratio_max", 1.0, 0.9, 1.007), "pass"),
+        (estimated("perplexity_ratio_max", 1.0, 0.9, 1.0071), "inconclusive"),
+        (estimated("perplexity_ratio_max", 1.01, 1.008, 1.02), "fail"),
+        (Figure(metric="perplexity_ratio_max", name="ratio", value=None), "not measured"),
         (estimated("kld", 0.0, 0.0, 0.0, gates.FEWEST), "pass"),
         (estimated("kld", 0.0, 0.0, 0.0, gates.FEWEST - 1), "inconclusive"),
         (estimated("kld", 0.9, 0.9, 0.9, gates.FEWEST - 1), "inconclusive"),
@@ -67,7 +75,8 @@ def estimated(metric: str, value: float, low: float, high: float, positions: int
     ],
 )
 def test_a_check_ends_in_one_of_four_ways(figure: Figure, status: str) -> None:
-    (check,) = gates.judge("int8", Gate(kld=0.01) if figure.metric == "kld" else Gate(top1=0.96), [figure])
+    limits = {"kld": 0.01, "top1": 0.96, "perplexity_ratio_min": 0.993, "perplexity_ratio_max": 1.007}
+    (check,) = gates.judge("int8", Gate(**{figure.metric: limits[figure.metric]}), [figure])
     assert check.status == status and check.passed == (status == "pass")
     assert check.facts()["status"] == status and check.facts()["passed"] is check.passed
 
@@ -78,6 +87,38 @@ def test_only_an_interval_that_keeps_the_limit_passes(value: float, down: float,
     (check,) = gates.judge("int8", Gate(kld=limit), [figure])
     assert check.passed == (value + up <= limit)
     assert (check.status == "fail") == (value - down > limit)
+
+
+@given(st.floats(0.9, 1.1), st.floats(0, 0.05), st.floats(0, 0.05))
+def test_a_perplexity_is_bounded_on_both_sides(value: float, down: float, up: float) -> None:
+    between = Gate(perplexity_ratio_min=0.98, perplexity_ratio_max=1.02)
+    figures = [
+        estimated(f"perplexity_ratio_{side}", value, value - down, value + up, positions=64) for side in ("min", "max")
+    ]
+    checks = gates.judge("int8", between, figures)
+    assert [check.direction for check in checks] == [">=", "<="]
+    assert all(check.passed for check in checks) == (value - down >= 0.98 and value + up <= 1.02)
+
+
+def test_closeness_is_judged_by_divergence_agreement_and_perplexity() -> None:
+    random = np.random.default_rng(1)
+    reference = random.normal(size=(640, 30))
+    scores = metrics.compare(reference, reference + 0.1 * random.normal(size=(640, 30)), np.arange(640) % 30)
+    summary = metrics.summarise(scores, np.arange(640) // 16)
+    figures = gates.quality("on text", summary, against="fp32", detail="640 positions")
+    limits = Gate(kld=1.0, top1=0.5, perplexity_ratio_min=0.9, perplexity_ratio_max=1.1)
+    checks = gates.judge("int8", limits, figures)
+    assert [check.name.removesuffix(" on text") for check in checks] == [
+        "KLD",
+        "top-1 agreement",
+        "perplexity ratio",
+        "perplexity ratio",
+    ]
+    ratio = np.exp(scores.nll.mean() - scores.reference_nll.mean())
+    for check in checks[2:]:
+        assert check.passed and check.value == pytest.approx(ratio)
+        assert check.low is not None and check.high is not None and check.low < ratio < check.high
+        assert f"95 % interval {check.low:.4f} to {check.high:.4f}" in check.detail
 
 
 def test_an_undecided_check_says_why() -> None:

@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from pipeline.judge import plots, report
+from pipeline.judge import plots, report, tasks
 
 VOID = {"meta", "br"}
 
@@ -163,6 +163,7 @@ def made_by_hand() -> dict[str, Any]:
             },
             "sliding_window": 16,
             "conversation": 297,
+            "texts": 2,
         },
         "bundles": {"bundle-fp32": bundle("fp32", 1e-12), "bundle-int8": bundle("int8", 3e-3)},
         "continuation": 24,
@@ -417,3 +418,53 @@ def test_names_of_files_that_lie_together_do_not_overlap() -> None:
     heights = [float(text.attrib["y"]) for text in root.iter("text") if text.attrib["class"] == "name"]
     assert len(heights) == 3
     assert min(abs(a - b) for i, a in enumerate(heights) for b in heights[:i]) >= 16
+
+
+def task_by_hand(prompts: int = 2) -> dict[str, Any]:
+    scores = {metric: estimate(40.0) for metric in tasks.METRICS}
+    apart = {"difference": {"value": -0.4, "low": -1.2, "high": 0.3}, "within": 1.2}
+    rows = [
+        {
+            "messages": [{"role": "user", "content": f"ⵎⴰⵜⵜⴰ <{number}>?"}],
+            "references": ["right & good", "also right"],
+            "answers": {"original": "yes", "bundle-fp32": "yes", "bundle-int8": "no"},
+        }
+        for number in range(prompts)
+    ]
+    return {
+        "schema": 1,
+        "model": "a/b",
+        "revision": "c" * 40,
+        "task": {"file": "task.jsonl", "sha256": "d" * 64, "prompts": prompts},
+        "tokens": 32,
+        "tools": {"ai-edge-litert": "2.3.0"},
+        "sacrebleu": {"chrf": "nrefs:1", "bleu": "nrefs:1"},
+        "scores": {name: scores for name in ("original", "bundle-fp32", "bundle-int8")},
+        "against_original": {
+            "bundle-fp32": {**dict.fromkeys(tasks.METRICS, apart), "identical": 1.0},
+            "bundle-int8": {**dict.fromkeys(tasks.METRICS, apart), "identical": 0.0},
+        },
+        "rows": rows,
+    }
+
+
+def test_a_tasks_page_is_well_formed_loads_nothing_and_says_how_far_apart() -> None:
+    page = report.render_task(task_by_hand())
+    found = outline(page)
+    assert not found.links and "script" not in found.seen
+    assert (
+        "bundle-int8: within 1.2 points in exact match, 1.2 points in chrF, 1.2 points in BLEU of the original" in page
+    )
+    assert "-0.4<small>-1.2 – +0.3</small>" in page and "40.0<small>36.0 – 44.0</small>" in page
+    assert "ⵎⴰⵜⵜⴰ &lt;1&gt;?" in page and "right &amp; good" in page
+    assert page.count("identical</span>") == page.count("differs</small>") == 2
+
+
+@pytest.mark.parametrize(("prompts", "rough"), [(tasks.FEWEST - 1, True), (tasks.FEWEST, False)])
+def test_few_prompts_are_said_to_be_few(prompts: int, rough: bool) -> None:
+    assert (f"{prompts} prompts are few" in report.render_task(task_by_hand(prompts))) is rough
+
+
+def test_a_large_task_shows_its_beginning_and_says_where_the_rest_is() -> None:
+    page = report.render_task(task_by_hand(203))
+    assert page.count(">prompt<") == 200 and "The first 200 of 203; report.json has all." in page
