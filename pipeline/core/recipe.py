@@ -22,7 +22,7 @@ PROJECT = Path(__file__).resolve().parents[2]
 
 Scheme = Literal["dynamic", "static"]
 Graphs = Literal["step", "bundle", "all"]
-BundlePrecision = Literal["fp32", "int8"]
+BundlePrecision = Literal["fp32", "int8", "int4"]
 Padding = Literal["none", "left", "right"]
 
 
@@ -100,18 +100,35 @@ class Int8:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Int4:
+    """How int4 files are made, where a recipe has them.
+
+    `keep_int8` are regular expressions over the names of weights (`layers.0.mlp.down_proj.weight`) that have 8 bits and
+    a scale per row; all others have 4 and a scale per 32 neighbours (convert/blockwise.py). Of a table that is the head
+    too, the `first_tokens` and `last_tokens` rows have 8 bits (convert/pieces.py). `two_rows` as in `Int8`.
+    """
+
+    keep_int8: tuple[str, ...] = ()
+    first_tokens: int = 0
+    last_tokens: int = 0
+    two_rows: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Gate:
     """Limits for one variant; a limit that is absent is not judged.
 
     `nmse` worst normalised mean square error of logits against Hugging Face over all shapes; `kld` mean
-    KL(reference || file) in nats; `top1` share of equal most likely tokens; `size_ratio` bytes over the bytes of the
-    fp32 file; `size_per_parameter` bytes per parameter; `bytes_per_weight` bytes of a bundle's weights and scales per
-    stored weight; `integer_share` share of multiply-adds in integer kernels.
+    KL(reference || file) in nats; `top1` share of equal most likely tokens; `perplexity` the file's over the other's on
+    the same text; `size_ratio` bytes over the bytes of the fp32 file; `size_per_parameter` bytes per parameter;
+    `bytes_per_weight` bytes of a bundle's weights and scales per stored weight; `integer_share` share of multiply-adds
+    in integer kernels.
     """
 
     nmse: float | None = None
     kld: float | None = None
     top1: float | None = None
+    perplexity: float | None = None
     size_ratio: float | None = None
     size_per_parameter: float | None = None
     bytes_per_weight: float | None = None
@@ -132,6 +149,7 @@ class Recipe:
     int8: Int8
     gates: Mapping[str, Gate]
     sha256: str
+    int4: Int4 | None = None
 
 
 def load(file: Path) -> Recipe:
@@ -162,6 +180,8 @@ def load(file: Path) -> Recipe:
                 f"`bundle.cache_length` is {recipe.bundle.cache_length}, "
                 f"shorter than a prefill of {max(recipe.bundle.prefill)}"
             )
+        if "int4" in recipe.bundle.precisions and not recipe.int4:
+            raise ValueError("`bundle.precisions` names int4, and there is no `int4` section to say how it is made")
         if recipe.bundle.decode >= recipe.bundle.max_tokens:
             raise ValueError(
                 f"`bundle.decode` is {recipe.bundle.decode}, "

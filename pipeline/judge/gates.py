@@ -120,7 +120,7 @@ def judge(variant: str, gate: Gate | None, figures: Iterable[Figure]) -> list[Ch
 
 
 def quality(where: str, summary: Summary, *, against: str, detail: str) -> list[Figure]:
-    """The figures that say how close predictions are: KLD and top-1 agreement, with their intervals."""
+    """The figures that say how close predictions are: KLD, top-1 agreement and perplexity, with intervals."""
     kld = f"{detail}; 95 % interval {summary.kld.low:.3g} to {summary.kld.high:.3g}"
     top1 = f"{detail}; 95 % interval {summary.top1.low:.2%} to {summary.top1.high:.2%}"
     if summary.ties:
@@ -129,6 +129,14 @@ def quality(where: str, summary: Summary, *, against: str, detail: str) -> list[
         Figure.estimated("kld", f"KLD {where}", summary.kld, summary.positions, against=against, detail=kld),
         Figure.estimated(
             "top1", f"top-1 agreement {where}", summary.top1, summary.positions, against=against, detail=top1
+        ),
+        Figure.estimated(
+            "perplexity",
+            f"perplexity ratio {where}",
+            summary.perplexity_ratio,
+            summary.positions,
+            against=against,
+            detail=detail,
         ),
     ]
 

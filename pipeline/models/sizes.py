@@ -10,7 +10,8 @@ from typing import Any
 from pipeline.core.recipe import Graphs
 from pipeline.models import Architecture
 
-_BYTES = {"fp32": 4, "fp16": 2, "int8": 1}
+_BYTES = {"fp32": 4, "fp16": 2, "int8": 1, "int4": 0.75}
+"""Of int4 a guess: half a byte and its scales, and some matrices that keep a byte."""
 _PER_ROW = 12
 """Bytes of an int8 row's scale (float32) and zero point (int64)."""
 _PER_LAYER = 12_000
@@ -35,7 +36,7 @@ class Weights:
     def bytes(self, precision: str) -> int:
         """The size of the file in `precision`, to a few per cent of a small model, closer of a large one."""
         scales = _PER_ROW * self.rows if precision == "int8" else 0
-        return _BYTES[precision] * self.elements + scales + 4 * self.vectors + _PER_LAYER * self.graph_layers
+        return int(_BYTES[precision] * self.elements) + scales + 4 * self.vectors + _PER_LAYER * self.graph_layers
 
 
 def of_files(
