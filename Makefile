@@ -81,7 +81,7 @@ ALTERNATIVE := $(if $(filter static,$(SCHEME)),int8-dynamic,int8-static)
 # int4 is made where the recipe's precisions name it, and where it is asked for.
 FOUR_BITS := $(filter int4,$(PRECISIONS))
 #: VARIANTS      the step graphs that verify judges; publish takes fp32, fp16, int8 and the recipe's int4 of them
-VARIANTS ?= $(if $(filter bundle,$(CHOSEN)),,fp32 fp16 int8 $(FOUR_BITS) $(ALTERNATIVE))
+VARIANTS ?= $(if $(filter bundle,$(CHOSEN)),,$(strip fp32 fp16 int8 $(FOUR_BITS) $(ALTERNATIVE)))
 # Texts that the recipe names.
 TEXTS := $(shell sed -n 's/^\(verification\|calibration\) *= *"\(.*\)".*/\2/p' $(RECIPE) 2>/dev/null)
 
