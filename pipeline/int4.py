@@ -16,7 +16,7 @@ from pipeline.core.errors import UsageError
 from pipeline.core.manifest import Fact, Facts
 from pipeline.core.recipe import Int4, Recipe
 from pipeline.core.stage import Context, Outcome, Stage, main
-from pipeline.models import build
+from pipeline.models import build, sizes
 
 
 def work(context: Context) -> Outcome:
@@ -38,8 +38,7 @@ def _write(checkpoint: Checkpoint, source: Path, file: Path, settings: Int4) -> 
     log.step(f"{file.name}: 4-bit weights")
     graph = build.with_weights(checkpoint, source)
     if settings.first_tokens or settings.last_tokens:
-        for table in pieces.tied_tables(graph):
-            pieces.cut(graph, table, settings.first_tokens, settings.last_tokens)
+        pieces.cut(graph, sizes.HEAD, settings.first_tokens, settings.last_tokens)
     blockwise.make_mixed(graph, quantize.keeper([*settings.keep_int8, *pieces.FINE]))
     residual.take_two_rows(graph, quantize.keeper(settings.two_rows))
     graph.prune()

@@ -4,7 +4,8 @@ Why: the table that embeds tokens and is the head as well is the most fragile ma
 Which rows matter is known: the first ones, which a vocabulary of merged pieces (BPE) has in the order of their
 frequency, and the last ones, where Gemma's vocabulary keeps the single characters, every script's.
 
-A product with the table becomes one product per piece, their results side by side. A lookup becomes one per piece, of
+A product with the table becomes one product per piece, their results side by side; an operator has its piece's name
+behind its own, `;first`, `;middle` or `;last`, and so has the piece. A lookup becomes one per piece, of
 which the one that holds the token is taken.
 """
 
@@ -23,23 +24,15 @@ FINE = (";first$", ";last$")
 """Patterns for the names of the pieces that are stored more finely."""
 
 
-def tied_tables(graph: Graph) -> list[int]:
-    """Buffers of the tables that are looked up and multiplied with."""
-    found: dict[str, set[int]] = {LINEAR: set(), LOOKUP: set()}
-    for view in graph.each():
-        for operator in view.operators():
-            if view.code(operator) in found and view.is_constant(int(operator.inputs[1])):
-                found[view.code(operator)].add(int(view.main.tensors[int(operator.inputs[1])].buffer))
-    return sorted(found[LINEAR] & found[LOOKUP])
+def cut(graph: Graph, table: str, first: int, last: int) -> None:
+    """Cut the constant called `table` into its `first` rows, those between, and its `last` rows, in every signature.
 
-
-def cut(graph: Graph, buffer: int, first: int, last: int) -> None:
-    """Cut the table in `buffer` into its `first` rows, those between, and its `last` rows.
-
-    The pieces have the table's name with `;first`, `;middle` or `;last` behind it; empty ones are left out.
+    Pieces without rows are left out.
     """
-    views = [view for view in graph.each() if _holders(view, buffer)]
-    values = views[0].blocks(_holders(views[0], buffer)[0])
+    views = [view for view in graph.each() if _holders(view, table)]
+    if not views:
+        return
+    values = views[0].blocks(_holders(views[0], table)[0])
     rows = values.shape[0]
     high = min(first, rows)
     low = max(high, rows - last)
@@ -47,11 +40,11 @@ def cut(graph: Graph, buffer: int, first: int, last: int) -> None:
     parts = {name: _part(values, start, stop) for name, (start, stop) in ranges.items() if start < stop}
     buffers = {name: graph.add_buffer(part) for name, part in parts.items()}
     for view in views:
-        _Cutting(view, buffer, {name: (*ranges[name], buffers[name]) for name in parts}).rewrite()
+        _Cutting(view, table, {name: (*ranges[name], buffers[name]) for name in parts}).rewrite()
 
 
-def _holders(view: Graph, buffer: int) -> list[int]:
-    return [tensor for tensor, entry in enumerate(view.main.tensors) if int(entry.buffer) == buffer]
+def _holders(view: Graph, table: str) -> list[int]:
+    return [tensor for tensor in range(len(view.main.tensors)) if view.name(tensor) == table]
 
 
 def _part(values: Blocks, start: int, stop: int) -> Blocks:
@@ -63,6 +56,7 @@ def _part(values: Blocks, start: int, stop: int) -> Blocks:
 class _Piece:
     """A constant of so many rows, the first of which was row `start` of the table."""
 
+    name: str
     tensor: int
     start: int
     rows: int
@@ -71,15 +65,15 @@ class _Piece:
 class _Cutting:
     """The rewriting of one signature."""
 
-    def __init__(self, graph: Graph, buffer: int, parts: Mapping[str, tuple[int, int, int]]) -> None:
+    def __init__(self, graph: Graph, table: str, parts: Mapping[str, tuple[int, int, int]]) -> None:
         """`parts`: name → first row, the row behind the last, buffer."""
-        self.graph, self.tables = graph, _holders(graph, buffer)
-        name, width = graph.name(self.tables[0]), graph.shape(self.tables[0])[1]
+        self.graph, self.tables = graph, _holders(graph, table)
+        width = graph.shape(self.tables[0])[1]
         self.pieces = []
         for part, (start, stop, made) in parts.items():
-            tensor = graph.add_tensor(f"{name};{part}", "FLOAT32", (stop - start, width))
+            tensor = graph.add_tensor(f"{table};{part}", "FLOAT32", (stop - start, width))
             graph.main.tensors[tensor].buffer = made
-            self.pieces.append(_Piece(tensor, start, stop - start))
+            self.pieces.append(_Piece(part, tensor, start, stop - start))
 
     def rewrite(self) -> None:
         self.graph.rewrite(self._change)
@@ -144,4 +138,4 @@ class _Cutting:
         return self.graph.add_tensor(f"{self.graph.name(piece.tensor)};{name}", kind, shape)
 
     def _rows_of(self, result: int, piece: _Piece, shape: Sequence[int]) -> int:
-        return self.graph.add_tensor(f"{self.graph.name(result)};{piece.start}", "FLOAT32", shape)
+        return self.graph.add_tensor(f"{self.graph.name(result)};{piece.name}", "FLOAT32", shape)

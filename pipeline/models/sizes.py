@@ -20,7 +20,7 @@ EXPORT_SECONDS = 1.5
 """Seconds per layer and signature of exporting a graph, on two cores (Gemma 3n E2B's decoder: 133 s for 90)."""
 EXPORT_BYTES = 3_400_000
 """Memory per layer and signature of exporting a graph, beyond the libraries' 0.4 GiB (E4B, 105 of them: 0.68 GiB)."""
-_HEAD = "embed_tokens.weight"
+HEAD = "embed_tokens.weight"
 """The embedding, which every architecture here uses as its head as well."""
 
 
@@ -57,7 +57,7 @@ def of_files(
     if graphs != "bundle":
         files["step.tflite"] = _weights(shapes, count)
     if graphs != "step":
-        apart = {name for name in tables if name != _HEAD}
+        apart = {name for name in tables if name != HEAD}
         inside = {name: shape for name, shape in shapes.items() if name not in apart}
         files["decoder.tflite"] = _weights(inside, count * (prefills + 1))
         for name, table in tables.items():
@@ -78,7 +78,7 @@ def cached(shapes: Mapping[str, tuple[int, ...]]) -> int:
 def multiplied(architecture: Architecture, config: Mapping[str, Any]) -> int:
     """Parameters that a token is multiplied with: all but those of tables where it is only looked up."""
     shapes = architecture.tensors(config)
-    apart = {table.tensor for table in architecture.tables(config)} - {_HEAD}
+    apart = {table.tensor for table in architecture.tables(config)} - {HEAD}
     return sum(math.prod(shape) for name, shape in shapes.items() if name not in apart)
 
 

@@ -163,8 +163,7 @@ def test_rows_that_are_no_whole_blocks_have_eight_bits(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("first", "last"), [(13, 10), (13, 0), (0, 10), (50, 0), (30, 40), (49, 1), (1, 1)])
 def test_a_table_in_pieces_is_the_same_table(tmp_path: Path, plain: bool, first: int, last: int) -> None:
     graph, file = tied(), tmp_path / "pieces.tflite"
-    (table,) = pieces.tied_tables(graph)
-    pieces.cut(graph, table, first, last)
+    pieces.cut(graph, "table", first, last)
     read = written(graph, file)
     assert read.bytes_by_type()["FLOAT32"] == TABLE.nbytes
     np.testing.assert_allclose(run(file, IDS, plain=plain), TABLE[IDS] @ TABLE.T, rtol=1e-4, atol=1e-4)
@@ -173,7 +172,7 @@ def test_a_table_in_pieces_is_the_same_table(tmp_path: Path, plain: bool, first:
 @KERNELS
 def test_pieces_have_the_bits_that_they_are_given(tmp_path: Path, plain: bool) -> None:
     graph, file = tied(), tmp_path / "pieces.tflite"
-    pieces.cut(graph, pieces.tied_tables(graph)[0], 13, 10)
+    pieces.cut(graph, "table", 13, 10)
     blockwise.make_mixed(graph, quantize.keeper(pieces.FINE))
     written(graph, file)
     table = real(TABLE)
