@@ -100,11 +100,14 @@ $(error GRAPHS=$(GRAPHS) is unknown: step, bundle or all)
 endif
 CHOSEN := $(or $(GRAPHS),$(shell sed -n 's/^graphs *= *"\(.*\)".*/\1/p' $(RECIPE) 2>/dev/null),all)
 # Precisions that the recipe makes bundles of.
-BUNDLES := $(if $(filter step,$(CHOSEN)),,$(shell sed -n 's/^precisions *= *\[\(.*\)\].*/\1/p' $(RECIPE) 2>/dev/null | tr -d '",'))
+PRECISIONS := $(shell sed -n 's/^precisions *= *\[\(.*\)\].*/\1/p' $(RECIPE) 2>/dev/null | tr -d '",')
+BUNDLES := $(if $(filter step,$(CHOSEN)),,$(PRECISIONS))
 SCHEME := $(shell sed -n 's/^scheme *= *"\(.*\)".*/\1/p' $(RECIPE) 2>/dev/null)
 ALTERNATIVE := $(if $(filter static,$(SCHEME)),int8-dynamic,int8-static)
-#: VARIANTS      the step graphs that verify judges; publish takes fp32, fp16 and int8 of them
-VARIANTS ?= $(if $(filter bundle,$(CHOSEN)),,fp32 fp16 int8 $(ALTERNATIVE))
+# int4 is made where the recipe's precisions name it, and where it is asked for.
+FOUR_BITS := $(filter int4,$(PRECISIONS))
+#: VARIANTS      the step graphs that verify judges; publish takes fp32, fp16, int8 and the recipe's int4 of them
+VARIANTS ?= $(if $(filter bundle,$(CHOSEN)),,$(strip fp32 fp16 int8 $(FOUR_BITS) $(ALTERNATIVE)))
 # Texts that the recipe names.
 TEXTS := $(shell sed -n 's/^\(verification\|calibration\) *= *"\(.*\)".*/\2/p' $(RECIPE) 2>/dev/null)
 
@@ -118,13 +121,14 @@ export OMP_NUM_THREADS := $(THREADS)
 endif
 
 # --- what each stage reads: stages, code, texts -------------------------------------------------------------------------
-STAGES := fetch golden graph fp32 fp16 int8 $(ALTERNATIVE) bundle verify publish evaluate
+STAGES := fetch golden graph fp32 fp16 int8 int4 $(ALTERNATIVE) bundle verify publish evaluate
 
 NEEDS_fetch :=
 NEEDS_golden := fetch
 NEEDS_graph := fetch
 NEEDS_fp32 := fetch graph
 NEEDS_fp16 := fetch graph
+NEEDS_int4 := fetch graph
 # The full-integer scheme takes its ranges from the fp32 file.
 NEEDS_int8 := fetch graph $(if $(filter static,$(SCHEME)),fp32)
 NEEDS_$(ALTERNATIVE) := fetch graph $(if $(filter int8-static,$(ALTERNATIVE)),fp32)
@@ -138,6 +142,7 @@ ROOMS_golden := core judge reference
 ROOMS_graph := core convert models
 ROOMS_fp32 := core convert models
 ROOMS_fp16 := core convert models
+ROOMS_int4 := core convert models
 ROOMS_int8 := core convert models
 ROOMS_$(ALTERNATIVE) := $(ROOMS_int8)
 ROOMS_bundle := core convert models
@@ -159,6 +164,7 @@ TEXTS_graph :=
 TEXTS_bundle :=
 TEXTS_fp32 :=
 TEXTS_fp16 :=
+TEXTS_int4 :=
 TEXTS_publish :=
 TEXTS_evaluate := $(TASK)
 TEXTS_golden := $(TEXTS) $(EVAL)
@@ -184,6 +190,7 @@ OPTIONS_golden := --device $(DEVICE) $(WANTED) $(EVALUATED)
 OPTIONS_graph := $(WANTED)
 OPTIONS_fp32 := $(WANTED)
 OPTIONS_fp16 := $(WANTED)
+OPTIONS_int4 := $(WANTED)
 OPTIONS_int8 := $(WANTED) $(CALIBRATED)
 OPTIONS_$(ALTERNATIVE) := --scheme $(subst int8-,,$(ALTERNATIVE)) $(OPTIONS_int8)
 OPTIONS_bundle := $(WANTED)
@@ -266,7 +273,7 @@ LABELS = --build-arg REVISION="$$(git describe --always --abbrev=40 --dirty --ex
 	--build-arg LOCK_SHA256="$$(sha256sum <$(IMAGE_LOCK) | cut -d' ' -f1)"
 
 # --- targets ----------------------------------------------------------------------------------------------------------
-.PHONY: all setup plan fetch golden graph fp32 fp16 int8 $(ALTERNATIVE) bundle verify publish release evaluate check inspect reproduce compare chat run bench image test lint format clean clean-env help
+.PHONY: all setup plan fetch golden graph fp32 fp16 int8 int4 $(ALTERNATIVE) bundle verify publish release evaluate check inspect reproduce compare chat run bench image test lint format clean clean-env help
 
 all: publish ## set-up, then everything for MODEL_ID: fp32, fp16, int8, bundles, the report, the publish folder (default)
 	@echo "files:   $(foreach variant,$(VARIANTS),$(ROOT)/$(variant)/step.tflite) $(foreach bundle,$(BUNDLES),$(ROOT)/bundle/$(bundle).litertlm)"
@@ -284,7 +291,8 @@ graph: ## export the graphs that every precision fills with weights
 fp32: ## build the files in fp32
 fp16: ## build the files with fp16 weights
 int8: ## build the int8 files, by the recipe's scheme
-bundle: ## pack what LiteRT-LM runs: bundle/fp32.litertlm and bundle/int8.litertlm
+int4: ## build the files with 4-bit weights, if the recipe says how
+bundle: ## pack what LiteRT-LM runs: bundle/fp32.litertlm, bundle/int8.litertlm; int4 where the recipe names it
 verify: ## judge every file against Hugging Face and fp32; write report.json and report.html
 evaluate: ## score the bundles and the original on your own TASK=: exact match, chrF, BLEU
 publish: $(if $(SIGN),.venv-sign/.ready) ## assemble what would be uploaded; HF_REPO= compares it with the Hub, CONFIRM=yes uploads it

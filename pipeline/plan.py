@@ -194,6 +194,7 @@ NEEDS: Mapping[str, Callable[[Model], Need]] = {
     "fp32": partial(_filled, precision="fp32"),
     "fp16": partial(_filled, precision="fp16"),
     "int8": partial(_filled, precision="int8"),
+    "int4": partial(_filled, precision="int4"),
     "int8-static": partial(_filled, precision="int8", sections=False),
     "int8-dynamic": partial(_filled, precision="int8", sections=False),
     "bundle": bundle,

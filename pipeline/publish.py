@@ -20,7 +20,7 @@ from pipeline.release import card, clearance, folder, licence, provenance, sbom
 from pipeline.release.card import Build, Product, Subject
 from pipeline.release.licence import Ancestor, Claim
 
-PRECISIONS = {"fp32": "float32", "fp16": "float16", "int8": "int8"}
+PRECISIONS = {"fp32": "float32", "fp16": "float16", "int8": "int8", "int4": "int4"}
 STEP = "step.tflite"
 
 
@@ -105,17 +105,18 @@ def _locks() -> dict[str, str]:
 
 
 def _products(context: Context) -> list[Product]:
-    """Bundles of the recipe's precisions, and step graphs in three, as far as they are wanted."""
+    """Bundles of the recipe's precisions, and step graphs in three and in int4 if the recipe names it, as wanted."""
     found: list[Product] = []
     if context.graphs != "step":
         found += [_bundle(context, precision) for precision in context.recipe.bundle.precisions]
     if context.graphs != "bundle":
-        found += [_step(context, precision) for precision in PRECISIONS]
+        named = [name for name in PRECISIONS if name != "int4" or name in context.recipe.bundle.precisions]
+        found += [_step(context, precision) for precision in named]
     return found
 
 
 def _bundle(context: Context, precision: str) -> Product:
-    scheme = ", dynamic" if precision == "int8" else ""
+    scheme = ", dynamic" if precision in ("int8", "int4") else ""
     return _product(
         context,
         variant=f"bundle-{precision}",
@@ -125,7 +126,7 @@ def _bundle(context: Context, precision: str) -> Product:
 
 
 def _step(context: Context, precision: str) -> Product:
-    scheme = f", {context.recipe.int8.scheme}" if precision == "int8" else ""
+    scheme = {"int8": f", {context.recipe.int8.scheme}", "int4": ", dynamic"}.get(precision, "")
     return _product(
         context,
         variant=precision,
@@ -182,7 +183,8 @@ def _build(context: Context) -> Build:
         commit=made.source.commit + (" with local changes" if made.source.commit and made.source.dirty else ""),
         tools=made.tools,
         changes="the text model was rebuilt as graphs of LiteRT operators, and its weights were stored as float32, as "
-        f"float16, and as int8 (one symmetric scale per output channel, {recipe.int8.scheme} activations).",
+        f"float16, and as int8 (one symmetric scale per output channel, {recipe.int8.scheme} activations)"
+        + (", and as int4 (a scale per 32 weights; some with 8 bits)." if "int4" in recipe.bundle.precisions else "."),
     )
 
 

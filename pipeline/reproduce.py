@@ -34,6 +34,7 @@ STAGES = (
     "fp32",
     "fp16",
     "int8",
+    "int4",
     "int8-static",
     "int8-dynamic",
     "bundle",

@@ -159,23 +159,23 @@ def _arithmetic(graph: Graph, operator: Any) -> str:
 
 
 def _constants(graph: Graph) -> tuple[Constant, ...]:
-    """All constants of the file, one that several tensors share once, largest first."""
+    """All constants of the file but the scales of others, one that several tensors share once, largest first."""
     found: dict[int, Constant] = {}
     for view in graph.each():
+        scales = view.holds_scales()
         for tensor, entry in enumerate(view.main.tensors):
-            if entry.buffer not in found and view.is_constant(tensor):
+            if entry.buffer not in found and tensor not in scales and view.is_constant(tensor):
                 found[entry.buffer] = _constant(view, tensor)
     return tuple(sorted(found.values(), key=lambda each: (-each.size, each.name)))
 
 
 def _constant(graph: Graph, tensor: int) -> Constant:
-    shape, scales = graph.shape(tensor), graph.scales(tensor)
+    shape = graph.shape(tensor)
     size = len(graph.model.buffers[graph.main.tensors[tensor].buffer].data)
-    own = scales.scale.nbytes if scales else 0
     return Constant(
         name=graph.name(tensor),
         type=graph.type_of(tensor),
         shape=shape,
         size=size,
-        bits=_WORD_BITS * (size + own) / max(1, math.prod(shape)),
+        bits=_WORD_BITS * graph.stored_bytes(tensor) / max(1, math.prod(shape)),
     )

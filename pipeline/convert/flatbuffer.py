@@ -65,6 +65,17 @@ class Scales:
         return cls(scale.astype(np.float32), np.zeros(scale.size, np.int64), axis)
 
 
+@dataclass(frozen=True)
+class BlockScales:
+    """Quantisation of a matrix by blocks: real = scale · q, one float16 scale per `block` neighbours in a row.
+
+    `scale` is [rows, columns / block]. In the file it is a constant of its own, that the matrix names.
+    """
+
+    scale: NDArray[np.float16]
+    block: int
+
+
 class Blocks:
     """Values of a constant that are made when they are needed, a block of rows at a time, several blocks at once."""
 
@@ -202,9 +213,10 @@ class Graph:
 
     def constant(self, tensor: int) -> Array:
         """The values of a constant tensor, a read-only view of the file."""
-        entry = self.main.tensors[tensor]
-        dtype = _DTYPES[self.type_of(tensor)]
-        return np.frombuffer(self.model.buffers[entry.buffer].data, dtype).reshape(self.shape(tensor))
+        data = self.model.buffers[self.main.tensors[tensor].buffer].data
+        if self.type_of(tensor) == "INT4":
+            return unpack(np.frombuffer(data, np.uint8)).reshape(self.shape(tensor))
+        return np.frombuffer(data, _DTYPES[self.type_of(tensor)]).reshape(self.shape(tensor))
 
     def blocks(self, tensor: int) -> Blocks:
         """The values of a constant tensor, block by block, wherever they are."""
@@ -226,6 +238,22 @@ class Graph:
             return None
         zero = found.zeroPoint if found.zeroPoint is not None else np.zeros(len(found.scale))
         return Scales(np.asarray(found.scale, np.float32), np.asarray(zero, np.int64), int(found.quantizedDimension))
+
+    def block_scales(self, tensor: int) -> BlockScales | None:
+        """How a matrix is quantised by blocks, None if it is not."""
+        found = _block_details(self.main.tensors[tensor])
+        return BlockScales(self.constant(found.scales).astype(np.float16), int(found.blockSize)) if found else None
+
+    def holds_scales(self) -> set[int]:
+        """The constants that are the scales of others."""
+        details = map(_block_details, self.main.tensors)
+        return {int(found.scales) for found in details if found}
+
+    def stored_bytes(self, tensor: int) -> int:
+        """What a constant takes in the file, its scales included."""
+        scales, blocks = self.scales(tensor), _block_details(self.main.tensors[tensor])
+        own = scales.scale.nbytes if scales else self.stored_bytes(int(blocks.scales)) if blocks else 0
+        return len(self.model.buffers[self.main.tensors[tensor].buffer].data) + own
 
     def consumers(self) -> dict[int, list[Any]]:
         """Tensor → the operators that read it."""
@@ -271,6 +299,16 @@ class Graph:
             if entry.buffer == buffer:
                 entry.type = _type_of(values.dtype)
                 entry.quantization = _parameters(scales)
+
+    def set_four_bits(self, tensor: int, packed: Blocks, scales: BlockScales) -> None:
+        """Give a constant matrix, and all that share its buffer, 4-bit values (`pack`) and a scale per block."""
+        buffer, shared = int(self.main.tensors[tensor].buffer), self.add_buffer(scales.scale)
+        self.model.buffers[buffer].data = packed
+        for view in (Graph(self.model, place) for place in range(len(self.model.subgraphs))):
+            for entry in [entry for entry in view.main.tensors if int(entry.buffer) == buffer]:
+                named = view.add_tensor(f"{text(entry.name)};scales", "FLOAT16", scales.scale.shape)
+                view.main.tensors[named].buffer = shared
+                entry.type, entry.quantization = _schema().TensorType.INT4, _block_parameters(named, scales.block)
 
     def add_constant(self, values: Array | Blocks, name: str, scales: Scales | None = None) -> int:
         """A new constant; returns its tensor index."""
@@ -370,12 +408,15 @@ class Graph:
         for operator in self.main.operators:
             used.update(int(i) for i in (*operator.inputs, *operator.outputs))
             operator.intermediates = None
+        used.update(int(found.scales) for i in used - {-1} if (found := _block_details(self.main.tensors[i])))
         for tensor in self.main.tensors:
-            if tensor.quantization is not None and tensor.quantization.scale is None:
+            if tensor.quantization is not None and tensor.quantization.scale is None and not _block_details(tensor):
                 tensor.quantization = None  # the converter writes empty ones
         order = sorted(used - {-1})
         place = {old: new for new, old in enumerate(order)} | {-1: -1}
         self.main.tensors = [self.main.tensors[old] for old in order]
+        for found in filter(None, map(_block_details, self.main.tensors)):
+            found.scales = place[int(found.scales)]
         self.main.inputs = [place[int(i)] for i in self.main.inputs]
         self.main.outputs = [place[int(i)] for i in self.main.outputs]
         for operator in self.main.operators:
@@ -585,6 +626,34 @@ def _bytes(values: Array) -> NDArray[np.uint8]:
 
 def _type_of(dtype: np.dtype[Any]) -> int:
     return int(getattr(_schema().TensorType, dtype.name.upper()))
+
+
+def pack(values: Array) -> NDArray[np.uint8]:
+    """4-bit integers, −8 … 7, two in a byte, the first in its low half: [rows, columns] → [rows, columns / 2]."""
+    low, high = (values[:, start::2].astype(np.int8).view(np.uint8) for start in (0, 1))
+    packed: NDArray[np.uint8] = (low & np.uint8(15)) | (high << np.uint8(4))
+    return packed
+
+
+def unpack(packed: NDArray[np.uint8]) -> NDArray[np.int8]:
+    """The integers in the bytes of `pack`, as int8."""
+    both = packed.view(np.int8)
+    return np.stack([(both << 4) >> 4, both >> 4], axis=-1).astype(np.int8)
+
+
+def _block_details(tensor: Any) -> Any:
+    """What a tensor says of its blocks, None if it has none."""
+    found = tensor.quantization
+    kind = _schema().QuantizationDetails.BlockwiseQuantization
+    return found.details if found is not None and found.detailsType == kind else None
+
+
+def _block_parameters(scales: int, block: int) -> Any:
+    s = _schema()
+    made, details = s.QuantizationParametersT(), s.BlockwiseQuantizationT()
+    details.scales, details.zeroPoints, details.blockSize = scales, -1, block
+    made.detailsType, made.details, made.quantizedDimension = s.QuantizationDetails.BlockwiseQuantization, details, 0
+    return made
 
 
 def _parameters(scales: Scales | None) -> Any:

@@ -41,7 +41,7 @@ LOOKUP, LINEAR, PRODUCT = "EMBEDDING_LOOKUP", "FULLY_CONNECTED", "BATCH_MATMUL"
 # Operators that only move values: their output has the input's scale, so they are integer on the way into a product.
 _MOVES = ("RESHAPE", "TRANSPOSE", "SQUEEZE", "EXPAND_DIMS", "STRIDED_SLICE", "SLICE", "BROADCAST_TO")
 # Versions that TFLite's version rules demand: per-channel int8 weights, int8 rows with float output, float16 rows.
-_LINEAR_VERSION, LOOKUP_INT8_VERSION, LOOKUP_FLOAT16_VERSION, DEQUANTIZE_FLOAT16_VERSION = 12, 3, 4, 3
+LINEAR_VERSION, LOOKUP_INT8_VERSION, LOOKUP_FLOAT16_VERSION, DEQUANTIZE_FLOAT16_VERSION = 12, 3, 4, 3
 _LARGEST_HALF = 65504.0
 _SMALLEST_ROW = 2.0**-20
 
@@ -94,7 +94,7 @@ def quantise_weights(graph: Graph, keep: Keep) -> None:
             code, weight = view.code(operator), int(operator.inputs[1]) if len(operator.inputs) > 1 else -1
             if code not in (LINEAR, LOOKUP) or not view.is_constant(weight):
                 continue
-            view.opcode(code, _LINEAR_VERSION if code == LINEAR else LOOKUP_INT8_VERSION)
+            view.opcode(code, LINEAR_VERSION if code == LINEAR else LOOKUP_INT8_VERSION)
             if view.type_of(weight) == "FLOAT32" and not keep(view.operator_name(operator)):
                 view.set_constant(weight, *quantise_rows(view.blocks(weight)))
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,17 +20,19 @@ from pipeline.core.errors import PipelineError, QuantiseError
 from pipeline.core.manifest import Facts
 
 Arithmetic = Literal["integer", "hybrid", "float"]
-Target = Literal["fp16", "dynamic", "static"]
+Target = Literal["fp16", "dynamic", "static", "int4"]
 
 _SEQUENCE = 128
 _PRODUCTS = ("FULLY_CONNECTED", "BATCH_MATMUL", "CONV_2D")
-_WIDTHS = {"FLOAT32": 4, "FLOAT16": 2, "INT8": 1}
+_NARROW = ("INT8", "INT4")
+_WEIGHTS = ("FLOAT32", "FLOAT16", *_NARROW)
 _NO_ARITHMETIC = (
     *("QUANTIZE", "DEQUANTIZE", "CAST", "EMBEDDING_LOOKUP", "GATHER", "SELECT_V2"),
     *("RESHAPE", "TRANSPOSE", "SQUEEZE", "EXPAND_DIMS", "STRIDED_SLICE", "SLICE", "BROADCAST_TO", "CONCATENATION"),
 )
 # What a file of each kind must at least be. Recipes demand more; below this it is not that kind of file.
 _LEAST_WEIGHTS = 0.9
+_LEAST_FOUR_BITS = 0.5
 _LEAST_INTEGER = 0.5
 _LISTED = 40
 
@@ -40,7 +42,7 @@ class Product:
     """A matrix product: its operator's name, its multiply-adds, the arithmetic of its kernel, whether it has weights.
 
     `integer`: activations and weights are int8 in the file. `hybrid`: float32 activations, quantised by the kernel,
-    times int8 weights. `float`: the rest.
+    times int8 or 4-bit weights. `float`: the rest.
     """
 
     name: str
@@ -53,13 +55,15 @@ class Product:
 class ReadBack:
     """What stands in a file.
 
-    `shares`: element type → its share of all weights (float and int8 constants, counted by elements). `products` are
+    `shares`: element type → its share of all weights (float and integer constants, counted by elements, without the
+    scales of others). `bits_per_weight`: of matrices and tables, scales included. `products` are
     counted at batch 1 and 128 tokens. `float_operators`: kind → how many operators of it compute in float32.
     `tables`: element types of the embedding tables.
     """
 
     size: int
     shares: Mapping[str, float]
+    bits_per_weight: float
     products: tuple[Product, ...]
     float_operators: Mapping[str, int]
     tables: tuple[str, ...]
@@ -78,13 +82,14 @@ def read_back(file: Path) -> ReadBack:
     """
     views = {view.signature(): view for view in Graph.read(file).each()}
     graph = views.get("decode") or next(iter(views.values()))
-    sizes = graph.bytes_by_type()
-    elements = {kind: sizes[kind] // width for kind, width in _WIDTHS.items() if kind in sizes}
+    elements = _elements(graph)
+    stored, weight_bytes = _stored([graph])
     shapes = _shapes(graph, file)
     operators = list(graph.operators())
     return ReadBack(
         size=file.stat().st_size,
         shares={kind: count / sum(elements.values()) for kind, count in elements.items()},
+        bits_per_weight=8 * weight_bytes / max(stored, 1),
         products=tuple(_product(graph, o, shapes) for o in operators if graph.code(o) in _PRODUCTS),
         float_operators=dict(sorted(Counter(graph.code(o) for o in operators if _computes_in_float(graph, o)).items())),
         tables=tuple(graph.type_of(int(o.inputs[1])) for o in operators if graph.code(o) == "EMBEDDING_LOOKUP"),
@@ -93,18 +98,38 @@ def read_back(file: Path) -> ReadBack:
 
 def stored_weights(files: Iterable[Path]) -> Facts:
     """`stored`: elements of all matrices and tables in `files`. `weight_bytes`: what they take, scales included."""
-    stored = size = 0
-    for file in files:
-        graph, seen = Graph.read(file), set[int]()
-        for view in graph.each():
-            for tensor, entry in enumerate(view.main.tensors):
-                if entry.buffer in seen or not view.is_constant(tensor) or len(view.shape(tensor)) < 2:
-                    continue
-                seen.add(entry.buffer)
-                scales = view.scales(tensor)
-                stored += math.prod(view.shape(tensor))
-                size += len(graph.model.buffers[entry.buffer].data) + (scales.scale.nbytes if scales else 0)
+    stored, size = _stored(Graph.read(file) for file in files)
     return {"stored": stored, "weight_bytes": size}
+
+
+def _stored(graphs: Iterable[Graph]) -> tuple[int, int]:
+    stored = size = 0
+    for graph in graphs:
+        for view, tensor in _constants(graph):
+            if len(view.shape(tensor)) >= 2:
+                stored += math.prod(view.shape(tensor))
+                size += view.stored_bytes(tensor)
+    return stored, size
+
+
+def _elements(graph: Graph) -> Counter[str]:
+    """Element type → how many weights of it there are."""
+    found: Counter[str] = Counter()
+    for view, tensor in _constants(graph):
+        if view.type_of(tensor) in _WEIGHTS:
+            found[view.type_of(tensor)] += math.prod(view.shape(tensor))
+    return found
+
+
+def _constants(graph: Graph) -> Iterator[tuple[Graph, int]]:
+    """Every constant but the scales of others, one that several tensors share once."""
+    seen = set[int]()
+    for view in graph.each():
+        scales = view.holds_scales()
+        for tensor, entry in enumerate(view.main.tensors):
+            if entry.buffer not in seen and tensor not in scales and view.is_constant(tensor):
+                seen.add(entry.buffer)
+                yield view, tensor
 
 
 def _shapes(graph: Graph, file: Path) -> list[tuple[int, ...]]:
@@ -141,7 +166,8 @@ def _product(graph: Graph, operator: Any, shapes: Sequence[tuple[int, ...]]) -> 
     else:
         summed = int(np.prod(shapes[right][1:]))
     name, types = graph.operator_name(operator), (graph.type_of(left), graph.type_of(right))
-    kinds: dict[tuple[str, str], Arithmetic] = {("INT8", "INT8"): "integer", ("FLOAT32", "INT8"): "hybrid"}
+    kinds: dict[tuple[str, str], Arithmetic] = {("INT8", "INT8"): "integer"}
+    kinds |= {("FLOAT32", narrow): "hybrid" for narrow in _NARROW}
     return Product(
         name=name if not name.startswith(";") else f"step{name}",
         multiply_adds=int(np.prod(shapes[result])) * summed,
@@ -156,7 +182,7 @@ def _computes_in_float(graph: Graph, operator: Any) -> bool:
         return False
     tensors = [int(i) for i in (*operator.inputs, *operator.outputs) if i >= 0]
     types = [graph.type_of(tensor) for tensor in tensors]
-    hybrid = graph.code(operator) in _PRODUCTS and types[1] == "INT8"
+    hybrid = graph.code(operator) in _PRODUCTS and types[1] in _NARROW
     return "FLOAT32" in types and not hybrid
 
 
@@ -169,22 +195,24 @@ def check(found: ReadBack, target: Target, file: Path) -> Facts:
     Raises:
         QuantiseError: too few weights have the type, a table is of another, or too few products are integer.
     """
-    wanted = "FLOAT16" if target == "fp16" else "INT8"
-    share = found.shares.get(wanted, 0.0)
+    wanted = {"fp16": ("FLOAT16",), "int4": _NARROW}.get(target, ("INT8",))
+    share = sum(found.shares.get(kind, 0.0) for kind in wanted)
     kinds: tuple[Arithmetic, ...] = ("integer",) if target == "static" else ("integer", "hybrid")
     integer, linear = found.share(*kinds), found.share(*kinds, weights_only=True)
     wrong = []
     if share < _LEAST_WEIGHTS:
         types = ", ".join(f"{value:.1%} {kind.lower()}" for kind, value in sorted(found.shares.items()))
         wrong.append(f"its weights are {types}")
-    if set(found.tables) - {wanted}:
+    if target == "int4" and found.shares.get("INT4", 0.0) < _LEAST_FOUR_BITS:
+        wrong.append(f"only {found.shares.get('INT4', 0.0):.1%} of its weights have 4 bits")
+    if set(found.tables) - {*wanted}:
         wrong.append(f"its embedding tables are {', '.join(sorted({t.lower() for t in found.tables}))}")
     if target != "fp16" and linear < _LEAST_INTEGER:
         wrong.append(f"only {linear:.1%} of the multiply-adds with its weights are integer")
     if wrong:
         raise QuantiseError(
             f"{file} is not a {target} file: {'; '.join(wrong)}",
-            cause="the graph has weights or products that the quantiser does not know, or keep_float names too much",
+            cause="the graph has weights or products that the quantiser does not know, or the recipe keeps too much",
             remedy="compare its operators with those in pipeline/convert/quantize.py",
         )
     return _facts(found, target, share, integer)
@@ -198,10 +226,13 @@ def _facts(found: ReadBack, target: Target, share: float, integer: float) -> Fac
     for product in found.products:
         if product.arithmetic == "float" or (target == "static" and product.arithmetic == "hybrid"):
             left[product.name] += product.multiply_adds
+    own = {"scheme": target, "weights_int8_share": round(share, 6)}
+    if target == "int4":
+        shares = {f"weights_int{bits}_share": round(found.shares.get(f"INT{bits}", 0.0), 6) for bits in (4, 8)}
+        own = {**shares, "bits_per_weight": round(found.bits_per_weight, 4)}
     return {
-        "scheme": target,
+        **own,
         "size": found.size,
-        "weights_int8_share": round(share, 6),
         "integer_share": round(integer, 6),
         "multiply_adds": total,
         "float_operators": dict(found.float_operators),

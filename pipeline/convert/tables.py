@@ -14,20 +14,27 @@ from typing import Any, Literal
 
 import numpy as np
 
-from pipeline.convert import quantize, weights
+from pipeline.convert import blockwise, quantize, weights
 from pipeline.convert.checkpoint import Checkpoint
-from pipeline.convert.flatbuffer import Blocks, Graph, Scales
+from pipeline.convert.flatbuffer import Blocks, Graph
 from pipeline.core.errors import QuantiseError
 
-Precision = Literal["fp32", "fp16", "int8"]
+Precision = Literal["fp32", "fp16", "int8", "int4"]
 SIGNATURE, INPUT, OUTPUT = "lookup", "token_ids", "embeddings"
 _VERSIONS: dict[Precision, int] = {
     "fp32": 1,
     "fp16": quantize.LOOKUP_FLOAT16_VERSION,
     "int8": quantize.LOOKUP_INT8_VERSION,
+    "int4": blockwise.LOOKUP_VERSION,
 }
-# The largest error of a value over the largest in its row: exact, half a float16 step, half an int8 step (rounded up).
-_ERROR: dict[Precision, float] = {"fp32": 0.0, "fp16": 2.0**-11 * 1.01, "int8": 0.5 / 127 * 1.01}
+# The largest error of a value over the largest in its row: exact, half a float16 step, half an int8 step (rounded up),
+# and with 4 bits what may be clipped.
+_ERROR: dict[Precision, float] = {
+    "fp32": 0.0,
+    "fp16": 2.0**-11 * 1.01,
+    "int8": 0.5 / 127 * 1.01,
+    "int4": blockwise.LARGEST_ERROR,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,15 +55,22 @@ def write(checkpoint: Checkpoint, source: Source, precision: Precision, file: Pa
         IntegrityError: a value is not finite.
         QuantiseError: a value is too large for float16.
     """
-    table, scales = weights.rows(checkpoint, source.tensor), None
+    _graph(weights.rows(checkpoint, source.tensor), source, precision).write(file)
+
+
+def _store(graph: Graph, table: Blocks, source: Source, precision: Precision) -> int:
+    """The table as a constant of `precision`."""
+    tensor = graph.add_constant(table, "table")
     if precision == "int8":
-        table, scales = quantize.quantise_rows(table)
+        graph.set_constant(tensor, *quantize.quantise_rows(table))
+    elif precision == "int4":
+        graph.set_four_bits(tensor, *blockwise.quantise_blocks(table))
     elif precision == "fp16":
-        table = table.map(np.float16, lambda block, _: quantize.to_half(block, source.tensor))
-    _graph(table, scales, source, precision).write(file)
+        graph.set_constant(tensor, table.map(np.float16, lambda block, _: quantize.to_half(block, source.tensor)))
+    return tensor
 
 
-def _graph(table: Blocks, scales: Scales | None, source: Source, precision: Precision) -> Graph:
+def _graph(table: Blocks, source: Source, precision: Precision) -> Graph:
     """token → token if it has a row else 0 → its row in float32 → times scale → [1, 1, *shape]."""
     graph = Graph.empty()
     rows, columns = table.shape
@@ -74,9 +88,9 @@ def _graph(table: Blocks, scales: Scales | None, source: Source, precision: Prec
     known = then("LESS", [flat, constant("rows", [rows])], "known", "BOOL", (1,))
     first = constant("first", [0])
     row = then("SELECT_V2", [known, flat, first], "row", "INT32", (1,))
-    weights = graph.add_constant(table, "table", scales)
+    stored = _store(graph, table, source, precision)
     kind = "FLOAT16" if precision == "fp16" else "FLOAT32"
-    found = then("EMBEDDING_LOOKUP", [row, weights], "found", kind, (1, columns), _VERSIONS[precision])
+    found = then("EMBEDDING_LOOKUP", [row, stored], "found", kind, (1, columns), _VERSIONS[precision])
     if precision == "fp16":
         found = then("DEQUANTIZE", [found], "wide", "FLOAT32", (1, columns), quantize.DEQUANTIZE_FLOAT16_VERSION)
     scaled = then("MUL", [found, constant("scale", source.scale, np.float32)], "scaled", "FLOAT32", (1, columns))

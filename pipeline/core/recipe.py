@@ -20,7 +20,7 @@ KIND = toml.Kind(name="recipe", setting="RECIPE", example="pipeline/recipes/gemm
 
 Scheme = Literal["dynamic", "static"]
 Graphs = Literal["step", "bundle", "all"]
-BundlePrecision = Literal["fp32", "int8"]
+BundlePrecision = Literal["fp32", "int8", "int4"]
 Padding = Literal["none", "left", "right"]
 
 
@@ -106,6 +106,21 @@ class Int8:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Int4:
+    """How int4 files are made, where a recipe has them.
+
+    `keep_int8` are regular expressions over the names of weights (`layers.0.mlp.down_proj.weight`) that have 8 bits and
+    a scale per row; all others have 4 and a scale per 32 neighbours (convert/blockwise.py). Of a table that is the head
+    too, the `first_tokens` and `last_tokens` rows have 8 bits (convert/pieces.py). `two_rows` as in `Int8`.
+    """
+
+    keep_int8: tuple[str, ...] = ()
+    first_tokens: int = 0
+    last_tokens: int = 0
+    two_rows: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Gate:
     """Limits for one variant; a limit that is absent is not judged.
 
@@ -141,6 +156,7 @@ class Recipe:
     int8: Int8
     gates: Mapping[str, Gate]
     sha256: str
+    int4: Int4 | None = None
 
 
 def load(file: Path) -> Recipe:
@@ -160,6 +176,8 @@ def load(file: Path) -> Recipe:
                 f"`bundle.cache_length` is {recipe.bundle.cache_length}, "
                 f"shorter than a prefill of {max(recipe.bundle.prefill)}"
             )
+        if "int4" in recipe.bundle.precisions and not recipe.int4:
+            raise ValueError("`bundle.precisions` names int4, and there is no `int4` section to say how it is made")
         if recipe.bundle.decode >= recipe.bundle.max_tokens:
             raise ValueError(
                 f"`bundle.decode` is {recipe.bundle.decode}, "

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from pipeline.convert import intake, tables, weights
+from pipeline.convert import blockwise, intake, quantize, tables, weights
 from pipeline.convert.checkpoint import Checkpoint
 from pipeline.convert.export import Signature, export
 from pipeline.convert.flatbuffer import Graph
@@ -79,14 +79,21 @@ def with_weights(checkpoint: Checkpoint, file: Path) -> Graph:
     return graph
 
 
-def write_tables(checkpoint: Checkpoint, precision: tables.Precision, folder: Path) -> list[Path]:
-    """Write the embedding tables that are sections of their own into `folder`, straight from the checkpoint."""
+def write_tables(
+    checkpoint: Checkpoint, precision: tables.Precision, folder: Path, fine: quantize.Keep = lambda name: False
+) -> list[Path]:
+    """Write the embedding tables that are sections of their own into `folder`, straight from the checkpoint.
+
+    Of 4-bit tables, those that `fine` names and those without whole blocks have 8 bits.
+    """
     names, written = tensor_names(checkpoint), []
     for table in architecture_for(checkpoint.config).tables(checkpoint.config):
         source = tables.Source(tensor=names[table.tensor], scale=table.scale, shape=table.shape)
         file = folder / f"{table.name}.tflite"
-        tables.write(checkpoint, source, precision, file)
-        tables.check(checkpoint, source, precision, file)
+        whole = checkpoint.tensors[source.tensor].shape[-1] % blockwise.BLOCK == 0
+        made: tables.Precision = "int8" if precision == "int4" and (fine(table.tensor) or not whole) else precision
+        tables.write(checkpoint, source, made, file)
+        tables.check(checkpoint, source, made, file)
         written.append(file)
     return written
 

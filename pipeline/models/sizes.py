@@ -10,7 +10,8 @@ from typing import Any
 from pipeline.core.recipe import Graphs
 from pipeline.models import Architecture
 
-_BYTES = {"fp32": 4, "fp16": 2, "int8": 1}
+_BYTES = {"fp32": 4, "fp16": 2, "int8": 1, "int4": 0.75}
+"""Of int4 a guess: half a byte and its scales, and some matrices that keep a byte."""
 _PER_ROW = 12
 """Bytes of an int8 row's scale (float32) and zero point (int64)."""
 _PER_LAYER = 12_000
@@ -19,7 +20,7 @@ EXPORT_SECONDS = 1.5
 """Seconds per layer and signature of exporting a graph, on two cores (Gemma 3n E2B's decoder: 133 s for 90)."""
 EXPORT_BYTES = 3_400_000
 """Memory per layer and signature of exporting a graph, beyond the libraries' 0.4 GiB (E4B, 105 of them: 0.68 GiB)."""
-_HEAD = "embed_tokens.weight"
+HEAD = "embed_tokens.weight"
 """The embedding, which every architecture here uses as its head as well."""
 
 
@@ -35,7 +36,7 @@ class Weights:
     def bytes(self, precision: str) -> int:
         """The size of the file in `precision`, to a few per cent of a small model, closer of a large one."""
         scales = _PER_ROW * self.rows if precision == "int8" else 0
-        return _BYTES[precision] * self.elements + scales + 4 * self.vectors + _PER_LAYER * self.graph_layers
+        return int(_BYTES[precision] * self.elements) + scales + 4 * self.vectors + _PER_LAYER * self.graph_layers
 
 
 def of_files(
@@ -56,7 +57,7 @@ def of_files(
     if graphs != "bundle":
         files["step.tflite"] = _weights(shapes, count)
     if graphs != "step":
-        apart = {name for name in tables if name != _HEAD}
+        apart = {name for name in tables if name != HEAD}
         inside = {name: shape for name, shape in shapes.items() if name not in apart}
         files["decoder.tflite"] = _weights(inside, count * (prefills + 1))
         for name, table in tables.items():
@@ -77,7 +78,7 @@ def cached(shapes: Mapping[str, tuple[int, ...]]) -> int:
 def multiplied(architecture: Architecture, config: Mapping[str, Any]) -> int:
     """Parameters that a token is multiplied with: all but those of tables where it is only looked up."""
     shapes = architecture.tensors(config)
-    apart = {table.tensor for table in architecture.tables(config)} - {_HEAD}
+    apart = {table.tensor for table in architecture.tables(config)} - {HEAD}
     return sum(math.prod(shape) for name, shape in shapes.items() if name not in apart)
 
 

@@ -64,8 +64,19 @@ def test_a_clean_run_makes_every_stage_after_what_it_reads(tmp_path: Path) -> No
 
 
 def test_one_precision_alone_builds_only_what_it_needs(tmp_path: Path) -> None:
-    for name in ("fp32", "fp16", "int8"):
+    for name in ("fp32", "fp16", "int8", "int4"):
         assert planned(name, f"ARTIFACTS={tmp_path}") == ["fetch", "graph", name]
+
+
+def test_int4_is_made_judged_and_bundled_only_where_the_recipe_names_it(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    text = (PROJECT / "pipeline" / "recipes" / "gemma3.toml").read_text()
+    recipe.write_text(text.replace('precisions = ["fp32", "int8"]', 'precisions = ["fp32", "int8", "int4"]'))
+    settings = (f"ARTIFACTS={tmp_path}", f"RECIPE={recipe}")
+    order = planned(*settings)
+    assert order.index("graph") < order.index("int4") < min(order.index("bundle"), order.index("verify"))
+    assert "--variants fp32 fp16 int8 int4 int8-static" in make("-n", *settings)
+    assert "int4" not in planned(*settings, "GRAPHS=step", f"RECIPE={PROJECT / 'pipeline' / 'recipes' / 'gemma3.toml'}")
 
 
 def test_what_will_be_run_is_planned_first(tmp_path: Path) -> None:

@@ -1,0 +1,100 @@
+"""4-bit weights: in each row of a matrix, 32 neighbours share a scale.
+
+What LiteRT 2.3.0 runs (found with small graphs in the real interpreter, 2026-11-24):
+
+- FULLY_CONNECTED with 4-bit weights in blocks is right in XNNPACK and in the built-in kernels, at static and dynamic
+  shapes, for blocks of 32, 64, … that divide a row. With one scale per row XNNPACK is right too, but the built-in
+  kernels give noise and no error, so that form is not written here.
+- EMBEDDING_LOOKUP reads the same form, exactly: a table that is looked up and multiplied with is stored once.
+- Scales are float16 in the file. XNNPACK keeps them as bfloat16, which would cost a relative 2⁻⁹ of every block: so
+  only scales are used that both types hold, and the two sets of kernels see the same weights.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.convert import quantize
+from pipeline.convert.flatbuffer import Array, Blocks, BlockScales, Graph, pack
+
+BLOCK = 32
+"""Neighbours that share a scale: 4.5 bits per weight."""
+LOOKUP_VERSION = 4
+_LOW, _HIGH = -8, 7
+# Scales that are tried for a block, over its largest magnitude: smaller ones clip a few values, and the rest is finer.
+_TRIED = tuple(share / 7.5 for share in (1.0, 0.94, 0.88, 0.82, 0.76, 0.7))
+LARGEST_ERROR = 1 - 7 * _TRIED[-1] * (1 - 2**-9)
+"""By which a value may be clipped, over the largest in its block."""
+_SMALLEST, _LARGEST = 2.0**-24, 65280.0
+
+
+def make_mixed(graph: Graph, wide: quantize.Keep) -> None:
+    """4-bit tables and weights of linear layers; 8-bit ones, a scale per row, where `wide` names the weight.
+
+    Rows that can't be cut into blocks have 8 bits too. Linear layers quantise their input while they run.
+    """
+    for view in graph.each():
+        for operator in view.operators():
+            code, weight = view.code(operator), int(operator.inputs[1]) if len(operator.inputs) > 1 else -1
+            if code not in (quantize.LINEAR, quantize.LOOKUP) or not view.is_constant(weight):
+                continue
+            view.opcode(code, quantize.LINEAR_VERSION if code == quantize.LINEAR else LOOKUP_VERSION)
+            if code == quantize.LINEAR:
+                operator.builtinOptions.asymmetricQuantizeInputs = True  # else the built-in kernels take another step
+            if view.type_of(weight) == "FLOAT32":
+                _narrow(view, weight, fine=wide(view.name(weight)))
+
+
+def _narrow(graph: Graph, weight: int, *, fine: bool) -> None:
+    values = graph.blocks(weight)
+    if fine or values.shape[-1] % BLOCK:
+        graph.set_constant(weight, *quantize.quantise_rows(values))
+    else:
+        graph.set_four_bits(weight, *quantise_blocks(values))
+
+
+def quantise_blocks(values: Blocks) -> tuple[Blocks, BlockScales]:
+    """[rows, columns] float → 4-bit integers two in a byte, and the scales with which they are closest.
+
+    Rows are read twice: now for their scales, and for their values when the file is written.
+    """
+    rows, columns = values.shape
+    scale = np.concatenate(list(values.each(best_scales)))
+    packed = Blocks(
+        (rows, columns // 2),
+        np.uint8,
+        lambda start, stop: pack(round_blocks(values.rows(start, stop), scale[start:stop])),
+    )
+    return packed, BlockScales(scale, BLOCK)
+
+
+def best_scales(values: Array) -> NDArray[np.float16]:
+    """For each block in each row, the scale of those tried that has the least sum of squared errors."""
+    blocks = values.reshape(len(values), -1, BLOCK)
+    peak = np.abs(blocks).max(-1)
+    best, least = np.ones(peak.shape, np.float16), np.full(peak.shape, np.inf, np.float32)
+    for share in _TRIED:
+        scale = _storable(peak * np.float32(share))
+        wide = scale.astype(np.float32)[..., None]
+        error = np.square(_nearest(blocks, wide) * wide - blocks).sum(-1)
+        closer = error < least
+        best, least = np.where(closer, scale, best), np.where(closer, error, least)
+    return best
+
+
+def round_blocks(values: Array, scale: NDArray[np.float16]) -> NDArray[np.int8]:
+    """Rows as integers, −8 … 7, each block by its scale."""
+    blocks = values.reshape(len(values), -1, BLOCK)
+    return _nearest(blocks, scale.astype(np.float32)[..., None]).astype(np.int8).reshape(values.shape)
+
+
+def _nearest(blocks: Array, scale: Array) -> Array:
+    return np.clip(np.rint(blocks / scale), _LOW, _HIGH)
+
+
+def _storable(scale: Array) -> NDArray[np.float16]:
+    """The nearest scale that bfloat16 and float16 both hold exactly."""
+    bits = scale.astype(np.float32).view(np.uint32).astype(np.uint64)
+    short = ((bits + 0x8000) & 0xFFFF0000).astype(np.uint32).view(np.float32)
+    return np.clip(short, _SMALLEST, _LARGEST).astype(np.float16)

@@ -1,0 +1,71 @@
+"""int4: the graphs and tables with 4-bit weights, and 8-bit ones where the recipe says so; activations are dynamic.
+
+Only made for a recipe that has an `[int4]` section, and only when it is asked for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from pipeline.convert import blockwise, pieces, quantize, readback, residual
+from pipeline.convert.checkpoint import Checkpoint, open_checkpoint
+from pipeline.core import log
+from pipeline.core.errors import UsageError
+from pipeline.core.manifest import Fact, Facts
+from pipeline.core.recipe import Int4, Recipe
+from pipeline.core.stage import Context, Outcome, Stage, main
+from pipeline.models import build, sizes
+
+
+def work(context: Context) -> Outcome:
+    """Fill the graphs, write the tables, and look into what was written."""
+    settings = context.recipe.int4
+    assert settings is not None  # `_needs` refuses
+    checkpoint = open_checkpoint(context.root / "fetch" / "checkpoint")
+    graphs = build.graph_files(context.upstream["graph"], context.root, context.graphs)
+    facts: dict[str, Fact] = {"graphs": context.graphs}
+    for name, file in graphs.items():
+        facts[Path(name).stem] = dict(_write(checkpoint, file, context.folder / name, settings))
+    if build.DECODER in graphs:
+        build.write_tables(checkpoint, "int4", context.folder, quantize.keeper(settings.keep_int8))
+    return Outcome(facts=facts)
+
+
+def _write(checkpoint: Checkpoint, source: Path, file: Path, settings: Int4) -> Facts:
+    """Write `file`, the graph `source` with its weights, and find out what stands in it."""
+    log.step(f"{file.name}: 4-bit weights")
+    graph = build.with_weights(checkpoint, source)
+    if settings.first_tokens or settings.last_tokens:
+        pieces.cut(graph, sizes.HEAD, settings.first_tokens, settings.last_tokens)
+    blockwise.make_mixed(graph, quantize.keeper([*settings.keep_int8, *pieces.FINE]))
+    residual.take_two_rows(graph, quantize.keeper(settings.two_rows))
+    graph.prune()
+    graph.write(file)
+    found = readback.read_back(file)
+    facts = readback.check(found, "int4", file)
+    readback.round_trip(file)
+    log.step(f"{file.name}: {log.human_bytes(found.size)}; {found.bits_per_weight:.2f} bits per weight")
+    return facts
+
+
+def _needs(_arguments: argparse.Namespace, recipe: Recipe) -> tuple[str, ...]:
+    if recipe.int4 is None:
+        raise UsageError(
+            f"recipe {recipe.name} has no [int4] section",
+            cause="4 bits are not good enough for its models, or nobody has tried",
+            remedy="add the section and its limits, as in pipeline/recipes/gemma3.toml",
+        )
+    return ("fetch", "graph")
+
+
+STAGE = Stage(
+    name="int4",
+    summary="Write the files with 4-bit weights, and 8-bit ones where the recipe says so.",
+    work=work,
+    needs_of=_needs,
+)
+
+if __name__ == "__main__":
+    sys.exit(main(STAGE))

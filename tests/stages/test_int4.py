@@ -1,0 +1,117 @@
+"""int4 of the shipped model: made, looked into, judged by its own limits, published only where the recipe names it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Line, small_recipe
+
+from pipeline import bundle, int4, publish, verify
+from pipeline.convert import contents
+from pipeline.convert.flatbuffer import Graph
+from pipeline.core import manifest
+from pipeline.core.errors import UsageError, VerificationError
+from pipeline.models import build
+
+SETTINGS = """[int4]
+keep_int8 = ["embed_tokens_per_layer", "altup", "per_layer_model_projection"]
+first_tokens = 512
+last_tokens = 256
+two_rows = ["down_proj"]
+
+[gates.int4]
+kld = {kld}
+perplexity_ratio_max = 1.2
+size_ratio = 0.26
+
+[gates.bundle-int4]
+kld = {kld}
+bytes_per_weight = 0.9
+
+# Limits. nmse"""
+NAMED = {'precisions = ["fp32", "int8"]': 'precisions = ["fp32", "int8", "int4"]'}
+
+
+def recipe_with(file: Path, kld: float, **more: str) -> Path:
+    return small_recipe(file, **{"# Limits. nmse": SETTINGS.format(kld=kld), **more})
+
+
+@pytest.fixture(scope="module")
+def line(built: Line, tmp_path_factory: pytest.TempPathFactory) -> Line:
+    """The built line with int4 and a bundle of it."""
+    folder = tmp_path_factory.mktemp("four")
+    stages = ("fetch", "golden", "graph", "fp32", "fp16", "int8")
+    copy = replace(built.copy(folder / "artifacts", *stages), recipe=recipe_with(folder / "r.toml", 0.5, **NAMED))
+    assert copy.run(int4.STAGE) == 0
+    assert copy.run(bundle.STAGE) == 0
+    return copy
+
+
+def judgement(line: Line) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((line.root / "verify" / "judgement.json").read_text(encoding="utf-8"))
+    return found
+
+
+def test_the_manifest_says_how_many_bits_there_are(line: Line) -> None:
+    made = manifest.read(line.root / "int4").facts
+    for name in ("step", "decoder"):
+        facts = made[name]
+        assert isinstance(facts, dict)
+        four, eight = facts["weights_int4_share"], facts["weights_int8_share"]
+        assert isinstance(four, float) and isinstance(eight, float)
+        assert 0.5 < four < 1 and 0.99 < four + eight <= 1
+        told = contents.read(line.root / "int4" / f"{name}.tflite").models[0]
+        assert facts["bits_per_weight"] == pytest.approx(told.bits_per_weight(), rel=0.01)
+
+
+def test_what_the_recipe_keeps_has_eight_bits(line: Line) -> None:
+    graph = Graph.read(line.root / "int4" / build.STEP)
+    kinds = {graph.name(t): graph.type_of(t) for t in range(len(graph.main.tensors)) if graph.is_constant(t)}
+    tables = {name.removeprefix("embed_tokens.weight;"): kind for name, kind in kinds.items() if "tokens.w" in name}
+    assert {name: tables[name] for name in ("first", "middle", "last")} == {
+        "first": "INT8",
+        "middle": "INT4",
+        "last": "INT8",
+    }
+    assert kinds["embed_tokens_per_layer.weight"] == "INT8"
+    assert kinds["layers.0.mlp.down_proj.weight"] == "INT4"
+    embedders = [Graph.read(line.root / "int4" / f"{name}.tflite") for name in ("embedder", "per_layer_embedder")]
+    assert ["INT4" in each.bytes_by_type() for each in embedders] == [True, False]
+
+
+def test_two_runs_give_the_same_bytes(line: Line, tmp_path: Path) -> None:
+    other = line.copy(tmp_path, "fetch", "graph")
+    assert other.run(int4.STAGE) == 0
+    assert manifest.read(other.root / "int4").outputs == manifest.read(line.root / "int4").outputs
+
+
+def test_it_is_judged_and_published_where_the_recipe_names_it(line: Line) -> None:
+    assert line.run(verify.STAGE, "--variants", "fp32", "fp16", "int8", "int4") == 0
+    found = judgement(line)
+    checked = {(check["variant"], check["name"]) for check in found["checks"]}
+    assert {("int4", "perplexity ratio on text, XNNPACK"), ("int4", "KLD on text, built-in kernels")} <= checked
+    assert found["bundles"]["bundle-int4"]["fit"] and found["variants"]["int4"]["fit"]
+    sizes = [found["bundles"][f"bundle-{name}"]["size"] for name in ("int4", "int8")]
+    assert sizes[0] < 0.9 * sizes[1]
+    assert line.run(publish.STAGE) == 0
+    published = {file.name for file in (line.root / "publish").iterdir()}
+    assert {f"{line.root.name}_int4.tflite", f"{line.root.name}_int4.litertlm"} <= published
+
+
+def test_a_file_that_misses_its_limits_is_refused(
+    line: Line, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = line.copy(tmp_path / "artifacts", "fetch", "golden", "fp32", "int4")
+    strict = recipe_with(tmp_path / "r.toml", 1e-5)
+    code = copy.run(verify.STAGE, "--graphs", "step", "--variants", "fp32", "int4", recipe=strict)
+    assert code == VerificationError.exit_code and "int4: KLD on text" in capsys.readouterr().err
+
+
+def test_a_recipe_without_the_section_makes_none(built: Line, capsys: pytest.CaptureFixture[str]) -> None:
+    assert built.run(int4.STAGE) == UsageError.exit_code
+    assert "has no [int4] section" in capsys.readouterr().err
+    assert not (built.root / "int4").exists()
