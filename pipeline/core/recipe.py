@@ -141,12 +141,21 @@ def load(file: Path) -> Recipe:
         UsageError: the file is missing, is not TOML, or has an unknown, missing or wrongly typed key.
     """
     try:
-        data = file.read_bytes()
-        table = tomllib.loads(data.decode("utf-8"))
+        return parse(file.read_bytes(), str(file))
     except OSError as error:
         raise UsageError(
             f"can't read recipe {file}: {error.strerror}", remedy="set RECIPE= to a file in pipeline/recipes/"
         ) from error
+
+
+def parse(data: bytes, file: str) -> Recipe:
+    """A recipe from the bytes of a file, which errors call `file`.
+
+    Raises:
+        UsageError: as `load`.
+    """
+    try:
+        table = tomllib.loads(data.decode("utf-8"))
     except ValueError as error:
         raise UsageError(f"recipe {file} is not TOML: {error}", remedy="correct that line") from error
     schema = table.pop("schema", None)
