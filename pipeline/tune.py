@@ -128,8 +128,8 @@ class Bench:
         return self.folder / "scratch"
 
     def rows(self, shard: int) -> range:
-        """The windows of a shard."""
-        return range(shard * WINDOWS, min((shard + 1) * WINDOWS, len(self.windows)))
+        """The windows of a shard, spread over the text as a whole."""
+        return range(shard, len(self.windows), self.shards)
 
     @cached_property
     def references(self) -> list[Path]:
@@ -158,10 +158,11 @@ class Bench:
             graph.write(self.scratch / f"{name}.tflite")
         return self.scratch / f"{name}.tflite"
 
-    def record(self, candidate: Candidate, shard: int) -> Path:
-        """Where a measurement is kept."""
-        what = json.dumps([self.identity, asdict(self.int8(candidate)), list(self.rows(shard))], sort_keys=True)
-        return self.folder / f"{hashlib.sha256(what.encode()).hexdigest()[:32]}.json"
+    def record(self, candidate: Candidate, what: int | str) -> Path:
+        """Where the measurement of a candidate on a shard is kept, or that of its "speed"."""
+        rows = what if isinstance(what, str) else list(self.rows(what))
+        key = json.dumps([self.identity, asdict(self.int8(candidate)), rows], sort_keys=True)
+        return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
 
     def measure(self, wanted: Iterable[tuple[Candidate, Sequence[int]]], share: float) -> None:
         """Measure candidates × shards, as far as they are not yet known and there is time.
@@ -191,6 +192,14 @@ class Bench:
         file.unlink()
         self.clock.longest = max(self.clock.longest, time.monotonic() - started)
         return f"{candidate.name}: KLD {scores.kld.mean():.2e}, top-1 {scores.top1.mean():.1%}"
+
+    def speed(self, candidate: Candidate, plain: Candidate) -> dict[str, list[float]]:
+        """Seconds of one step of the plain candidate and of this one, by sequence length."""
+        first = self.scratch / "plain.tflite"
+        if not first.is_file():
+            self.write(plain, self.step, first.stem)
+        files, bos = [first, self.write(candidate, self.step, "other")], int(self.windows[0, 0])
+        return {str(length): runtime.measure_in_turns(files, length, bos=bos, rounds=_ROUNDS) for length in _SEQUENCES}
 
     def _score(self, model: runtime.StepModel, place: int) -> metrics.Scores:
         targets = self.windows[place, 1:][_JUDGED.start :]
@@ -265,7 +274,7 @@ class Study:
 
     def _distinct(self) -> list[Candidate]:
         """The path and the recipe as given, each set of values once."""
-        path = candidates.path(self.groups, self.contributions, self.limits[0])
+        path = candidates.paths(self.groups, self.contributions, self.limits[0])
         made: dict[str, Candidate] = {}
         for each in (path[0], self.given, *path[1:]):
             made.setdefault(repr(self.bench.int8(each)), each)
@@ -296,18 +305,14 @@ class Study:
 
     def time(self) -> None:
         """Time the finalists against plain int8, on the step graph itself."""
-        others = [each for each in self.tried[1:] if each.name in self.points(self.depth)]
-        if not others or self.bench.clock.left() <= 0:
-            return
-        plain = self.bench.write(self.tried[0], self.bench.step, "plain")
-        for each in others:
-            if self.bench.clock.left() <= 0:
-                return
-            log.step(f"speed of {each.name}; {log.human_seconds(self.bench.clock.left())} left")
-            files, bos = [plain, self.bench.write(each, self.bench.step, "other")], int(self.bench.windows[0, 0])
-            self.speeds[each.name] = {
-                str(length): runtime.measure_in_turns(files, length, bos=bos, rounds=_ROUNDS) for length in _SEQUENCES
-            }
+        known = self.points(self.depth)
+        for each in (each for each in self.tried[1:] if each.name in known):
+            record = self.bench.record(each, "speed")
+            if not record.is_file() and self.bench.clock.left() > 0:
+                log.step(f"speed of {each.name}; {log.human_seconds(self.bench.clock.left())} left")
+                manifest.write_atomically(record, json.dumps(self.bench.speed(each, self.tried[0])))
+            if record.is_file():
+                self.speeds[each.name] = json.loads(record.read_text(encoding="utf-8"))
 
     def relative_speed(self, each: Candidate) -> dict[str, float] | None:
         """Tokens a second against plain int8, by sequence length."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Literal
 
 from pipeline.search.groups import Group, patterns
@@ -14,7 +15,7 @@ from pipeline.search.groups import Group, patterns
 Side = Literal["weights", "activations"]
 Value = str | float | bool | list[str]
 SIDES: tuple[Side, ...] = ("weights", "activations")
-_FREE = 1e-3
+_FREE = 1e-6
 """The cost of what costs nothing, in the unit of costs: such moves come first, the largest gain before the others."""
 
 
@@ -22,20 +23,21 @@ _FREE = 1e-3
 class Knob:
     """A key of [int8] to search.
 
-    A knob is set for groups of layers, by patterns over operator names; one with `values` is set to one of these for
-    the whole model, and `off` is its value before. `lessens` are the sides whose contribution it takes away, by about
-    `share`. It costs `size` bytes per weight and `work` products per product of an int8 layer. A layer that has it
-    needs none of `spares`.
+    A knob is set for groups of layers, by patterns over operator names. `lessens` are the sides whose contribution it
+    takes away, by about `share`. It costs `size` bytes per weight and `work` products per product of an int8 layer. A
+    layer that has it needs none of `spares`.
+
+    One with `values` is set for the whole model, to each of them in turn, the first being that at rest: the others are
+    searched with it as without.
     """
 
     key: str
-    lessens: tuple[Side, ...]
+    lessens: tuple[Side, ...] = ()
     share: float = 1.0
     size: float = 0.0
     work: float = 0.0
     spares: tuple[str, ...] = ()
     values: tuple[Value, ...] = ()
-    off: Value = False
 
 
 KNOBS = (
@@ -66,7 +68,6 @@ class Candidate:
 class _Move:
     knob: Knob
     group: str
-    value: Value
     gain: float
     size: float
     work: float
@@ -78,16 +79,15 @@ class _Move:
 
 @dataclass(frozen=True, kw_only=True)
 class _State:
-    """How far a path is: groups by key, values by key, and what is left of each group's contributions."""
+    """How far a path is: groups by key, and what is left of each group's contributions."""
 
     groups: Mapping[str, frozenset[str]]
-    values: Mapping[str, Value]
     left: Mapping[tuple[str, Side], float]
 
 
 def plain(knobs: Sequence[Knob] = KNOBS) -> Candidate:
     """Every knob at rest: plain dynamic int8."""
-    return Candidate(name="plain", values={knob.key: knob.off if knob.values else [] for knob in knobs})
+    return Candidate(name="plain", values={knob.key: knob.values[0] if knob.values else [] for knob in knobs})
 
 
 def alone(group: Group, groups: Sequence[Group], rows: int) -> Candidate:
@@ -98,21 +98,44 @@ def alone(group: Group, groups: Sequence[Group], rows: int) -> Candidate:
     return Candidate(name=f"only {group.name}, {'two rows' if rows == 2 else 'one row'}", values=values)
 
 
-def path(
+def paths(
     groups: Sequence[Group], found: Mapping[str, Contribution], most: float, knobs: Sequence[Knob] = KNOBS
 ) -> list[Candidate]:
-    """Candidates from the plain one on, each a move further: always the one with the most gain for its cost.
+    """A path for every combination of the values that knobs of the whole model have, the plain candidate first."""
+    whole = [knob for knob in knobs if knob.values]
+    made: list[Candidate] = []
+    for values in product(*(knob.values for knob in whole)):
+        chosen = {knob.key: value for knob, value in zip(whole, values, strict=True)}
+        moved = [f"{knob.key} {chosen[knob.key]}" for knob in whole if chosen[knob.key] != knob.values[0]]
+        name = ", ".join(moved) or "plain"
+        first = Candidate(name=name, values={**plain(knobs).values, **chosen})
+        made += _path(first, groups, found, most, [knob for knob in knobs if not knob.values])
+    return made
+
+
+def _path(
+    first: Candidate, groups: Sequence[Group], found: Mapping[str, Contribution], most: float, knobs: Sequence[Knob]
+) -> list[Candidate]:
+    """Candidates from `first` on, each a move further: always the one with the most gain for its cost.
 
     Gains are what `found` says of the groups and `share` of the knobs; costs are in shares of the plain file's size
     plus shares of its products. None is expected to be more than `most` times as large as the plain file.
     """
     left = {(name, side): max(getattr(one, side), 0.0) for name, one in found.items() for side in SIDES}
-    state = _State(groups={knob.key: frozenset() for knob in knobs if not knob.values}, values={}, left=left)
-    made = [plain(knobs)]
+    state = _State(groups={knob.key: frozenset() for knob in knobs}, left=left)
+    made = [first]
     while moves := [move for move in _moves(state, groups, knobs) if made[-1].size + move.size <= most - 1]:
         best = max(moves, key=lambda move: (move.worth, move.knob.key, move.group))
         state = _after(state, best)
-        made.append(_candidate(state, best, made[-1], groups, knobs))
+        chosen = {key: list(patterns(names, groups)) for key, names in state.groups.items()}
+        made.append(
+            Candidate(
+                name=f"{'' if first.name == 'plain' else first.name + ' '}+ {best.knob.key} {best.group}",
+                values={**first.values, **chosen},
+                size=made[-1].size + best.size,
+                work=made[-1].work + best.work,
+            )
+        )
     return made
 
 
@@ -121,25 +144,14 @@ def _moves(state: _State, groups: Sequence[Group], knobs: Sequence[Knob]) -> lis
     elements, products = sum(each.elements for each in groups), sum(each.products for each in groups)
     found = []
     for knob in knobs:
-        if knob.values:
-            found += _settings(state, knob)
-            continue
         for each in groups:
             if each.name in state.groups[knob.key] or _spared(state, knob, each.name, knobs):
                 continue
             spared = sum(other.work for other in knobs if other.key in knob.spares and _has(state, other, each.name))
             gain = knob.share * sum(state.left.get((each.name, side), 0.0) for side in knob.lessens)
             size, work = knob.size * each.elements / elements, (knob.work - spared) * each.products / products
-            found.append(_Move(knob=knob, group=each.name, value="", gain=gain, size=size, work=work))
+            found.append(_Move(knob=knob, group=each.name, gain=gain, size=size, work=work))
     return [move for move in found if move.gain > 0]
-
-
-def _settings(state: _State, knob: Knob) -> list[_Move]:
-    """Setting a knob of the whole model, once: each value is a move of its own."""
-    if knob.key in state.values:
-        return []
-    gain = knob.share * sum(left for (_, side), left in state.left.items() if side in knob.lessens)
-    return [_Move(knob=knob, group="", value=v, gain=gain, size=knob.size, work=knob.work) for v in knob.values]
 
 
 def _has(state: _State, knob: Knob, group: str) -> bool:
@@ -152,22 +164,6 @@ def _spared(state: _State, knob: Knob, group: str, knobs: Sequence[Knob]) -> boo
 
 def _after(state: _State, move: _Move) -> _State:
     knob = move.knob
-    if knob.values:
-        left = {key: rest * (1 - knob.share) if key[1] in knob.lessens else rest for key, rest in state.left.items()}
-        return _State(groups=state.groups, values={**state.values, knob.key: move.value}, left=left)
     groups = {key: names - {move.group} if key in knob.spares else names for key, names in state.groups.items()}
-    lessened = {(move.group, side): state.left[move.group, side] * (1 - knob.share) for side in knob.lessens}
-    return _State(
-        groups={**groups, knob.key: groups[knob.key] | {move.group}},
-        values=state.values,
-        left={**state.left, **lessened},
-    )
-
-
-def _candidate(
-    state: _State, move: _Move, before: Candidate, groups: Sequence[Group], knobs: Sequence[Knob]
-) -> Candidate:
-    values: dict[str, Value] = dict(plain(knobs).values) | dict(state.values)
-    values |= {key: list(patterns(names, groups)) for key, names in state.groups.items() if names}
-    name = f"+ {move.knob.key} {move.group or move.value}"
-    return Candidate(name=name, values=values, size=before.size + move.size, work=before.work + move.work)
+    rest = {(move.group, side): state.left.get((move.group, side), 0.0) * (1 - knob.share) for side in knob.lessens}
+    return _State(groups={**groups, knob.key: groups[knob.key] | {move.group}}, left={**state.left, **rest})

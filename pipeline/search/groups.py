@@ -11,6 +11,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 _LAYER = re.compile(r"layers\.(\d+)\.")
+_HEAD, _HEADS = "head", "^head;|logits"
+"""The head, and how it is found: one whose product is itself an output of the graph is named by that, `…_logits_…`."""
 _NUMBER = re.compile(r"\.\d+(?=\.|$)")
 
 
@@ -114,6 +116,8 @@ def patterns(chosen: Iterable[str], groups: Sequence[Group]) -> tuple[str, ...]:
 
 
 def _pattern(kind: str, numbers: Sequence[int]) -> str:
+    if kind == _HEAD:
+        return _HEADS
     first, *rest = kind.split("*")
     digits = rf"({'|'.join(map(str, numbers))})" if numbers else r"\d+"
     tail = [digits + re.escape(rest[0]), *(r"\d+" + re.escape(part) for part in rest[1:])] if rest else []

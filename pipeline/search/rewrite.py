@@ -81,7 +81,8 @@ def literal(value: object) -> str:
         return str(value).lower()
     if isinstance(value, str):
         plain = "'" not in value and value.isprintable() and "\\" in value
-        return f"'{value}'" if plain else json.dumps(value, ensure_ascii=False)
+        # JSON's text is TOML's, but for one control character that JSON takes as it is.
+        return f"'{value}'" if plain else json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, list):
         return f"[{', '.join(map(literal, value))}]"
     if isinstance(value, Mapping):
