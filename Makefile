@@ -22,6 +22,8 @@ PROMPT ?= Hello
 PRECISION ?= int8
 #: TASK          prompts with references (.jsonl) that `make evaluate` lets the bundles and the original answer
 TASK ?=
+#: MINUTES       how long `make tune` may search
+MINUTES ?= 30
 #: FILE          the .tflite or .litertlm file that `make inspect` looks into
 FILE ?=
 #: AGAINST       the fp32 step graph that `make inspect` holds FILE against, operator by operator
@@ -149,7 +151,7 @@ ROOMS_bundle := core convert models
 ROOMS_verify := core judge convert
 ROOMS_publish := core release
 ROOMS_evaluate := core judge reference
-# Not stages: they look ahead, run a result, check and rebuild what is there.
+# Not stages: they look ahead, run a result, check and rebuild what is there, search for a better recipe.
 ROOMS_plan := core convert models judge release
 ROOMS_chat := core judge
 ROOMS_check := core release
@@ -157,6 +159,7 @@ ROOMS_inspection := core convert
 ROOMS_sign := core release
 ROOMS_upload := core release
 ROOMS_reproduce := core convert
+ROOMS_tune := core convert models judge search
 
 # Texts that end up in a stage's result (every stage reads the recipe and depends on the lock).
 TEXTS_fetch :=
@@ -207,7 +210,7 @@ OPTIONS_check = $(if $(PUBLIC_KEY),--public-key $(call QUOTE,$(abspath $(PUBLIC_
 # What the goals need, in order: this is planned before any of it is begun, once for the same settings.
 closure = $(sort $(1) $(foreach need,$(1),$(call closure,$(NEEDS_$(need)))))
 AIMS := $(patsubst $(ROOT)/%/manifest.json,%,$(GOALS))
-AIMS := $(sort $(filter $(STAGES),$(AIMS)) $(if $(filter chat run,$(AIMS)),bundle) $(if $(filter compare,$(AIMS)),verify))
+AIMS := $(sort $(filter $(STAGES),$(AIMS)) $(if $(filter chat run,$(AIMS)),bundle) $(if $(filter compare,$(AIMS)),verify) $(if $(filter tune,$(AIMS)),graph))
 AIMS := $(or $(AIMS),publish)
 PLANNED := $(filter-out evaluate,$(filter $(call closure,$(AIMS)),$(STAGES)))
 OPTIONS_plan := $(OPTIONS_fetch) $(WANTED) --stages $(PLANNED)
@@ -235,7 +238,7 @@ $(shell mkdir -p $(ROOT)/.inputs && { \
 	if cmp -s $(ROOT)/.inputs/$(1).new $(ROOT)/.inputs/$(1); then rm $(ROOT)/.inputs/$(1).new; \
 	else mv $(ROOT)/.inputs/$(1).new $(ROOT)/.inputs/$(1); fi)
 endef
-ifneq ($(filter all compare chat run $(STAGES) $(ROOT)/%,$(GOALS)),)
+ifneq ($(filter all compare chat run tune $(STAGES) $(ROOT)/%,$(GOALS)),)
 $(foreach stage,$(STAGES),$(call RECORD,$(stage)))
 endif
 
@@ -273,7 +276,7 @@ LABELS = --build-arg REVISION="$$(git describe --always --abbrev=40 --dirty --ex
 	--build-arg LOCK_SHA256="$$(sha256sum <$(IMAGE_LOCK) | cut -d' ' -f1)"
 
 # --- targets ----------------------------------------------------------------------------------------------------------
-.PHONY: all setup plan fetch golden graph fp32 fp16 int8 int4 $(ALTERNATIVE) bundle verify publish release evaluate check inspect reproduce compare chat run bench image test lint format clean clean-env help
+.PHONY: all setup plan fetch golden graph fp32 fp16 int8 int4 $(ALTERNATIVE) bundle verify publish release evaluate tune check inspect reproduce compare chat run bench image test lint format clean clean-env help
 
 all: publish ## set-up, then everything for MODEL_ID: fp32, fp16, int8, bundles, the report, the publish folder (default)
 	@echo "files:   $(foreach variant,$(VARIANTS),$(ROOT)/$(variant)/step.tflite) $(foreach bundle,$(BUNDLES),$(ROOT)/bundle/$(bundle).litertlm)"
@@ -315,6 +318,9 @@ chat: bundle ## talk to the int8 bundle in the terminal (PRECISION=)
 
 run: bundle ## let the int8 bundle answer PROMPT= once
 	$(call RUN,run) -m pipeline.chat $(abspath $(ROOT))/bundle/$(PRECISION).litertlm --prompt $(call QUOTE,$(PROMPT))
+
+tune: graph ## search the recipe's [int8] for MINUTES=: what costs quality where, and tune/recipe.toml for RECIPE=
+	$(call RUN,tune) -m pipeline.tune $(WHERE) $(CALIBRATED) --minutes $(MINUTES)
 
 check: $(READY) $(if $(SIGNS),.venv-sign/.ready) ## hold a published folder (FILES=, also on the Hub) against its papers and signature
 	$(call RUN,check) -m pipeline.check $(call QUOTE,$(if $(ON_HUB),$(FILES),$(abspath $(FILES)))) \

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from pipeline.convert import blocks, calibrate, fold, quantize, readback, residual
+from pipeline.convert import calibrate, dynamic, quantize, readback
 from pipeline.convert.checkpoint import open_checkpoint
 from pipeline.convert.flatbuffer import Graph
 from pipeline.core import chat, log
@@ -38,24 +38,14 @@ def work(context: Context) -> Outcome:
         if scheme == "static":
             facts |= _make_static(context, graph, keep)
         else:
-            _make_dynamic(graph, keep, context.recipe)
+            dynamic.make(graph, context.recipe.int8)
         facts["step"] = dict(_write(graph, context.folder / build.STEP, scheme))
     if build.DECODER in graphs and not context.arguments.scheme:
         graph = build.with_weights(checkpoint, graphs[build.DECODER])
-        _make_dynamic(graph, keep, context.recipe)
+        dynamic.make(graph, context.recipe.int8)
         facts["decoder"] = dict(_write(graph, context.folder / build.DECODER, "dynamic"))
         build.write_tables(checkpoint, "int8", context.folder)
     return Outcome(facts=facts)
-
-
-def _make_dynamic(graph: Graph, keep: quantize.Keep, recipe: Recipe) -> None:
-    """Even out the weights, quantise them, and let the recipe's linear layers see their input as two rows."""
-    chosen = recipe.int8
-    if chosen.fold:
-        fold.fold_scales(graph, chosen.fold)
-    blocks.split_columns(graph, quantize.keeper(chosen.blocks), chosen.block)
-    quantize.make_dynamic(graph, keep)
-    residual.take_two_rows(graph, quantize.keeper(chosen.two_rows))
 
 
 def _make_static(context: Context, graph: Graph, keep: quantize.Keep) -> Facts:

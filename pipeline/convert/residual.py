@@ -55,10 +55,15 @@ class _TwoRows:
             return [operator]
         before = [] if taken in self.rows else self._split(taken, shape)
         both = self._tensor(given, "rows", (*graph.shape(given)[:-2], 2, graph.shape(given)[-1]))
-        operator.inputs = [self.rows[taken], *operator.inputs[1:]]
+        bias = int(operator.inputs[2]) if len(operator.inputs) > 2 else -1
+        total = given if bias < 0 else self._tensor(given, "sum", graph.shape(given))
+        operator.inputs = [self.rows[taken], int(operator.inputs[1]), -1]
         operator.outputs = [both]
         operator.builtinOptions.asymmetricQuantizeInputs = True  # else the built-in kernels take another step
-        return [*before, operator, graph.operator("SUM", [both, self._axis(len(shape) - 2)], [given], keepDims=True)]
+        after = [graph.operator("SUM", [both, self._axis(len(shape) - 2)], [total], keepDims=True)]
+        if bias >= 0:  # added once, to the sum, and not to each row
+            after.append(graph.operator("ADD", [total, bias], [given]))
+        return [*before, operator, *after]
 
     def _split(self, x: int, shape: tuple[int, ...]) -> list[Any]:
         """The operators that make [..., 2, inputs] of `x` [..., 1, inputs]."""

@@ -165,7 +165,16 @@ def load(file: Path) -> Recipe:
     Raises:
         UsageError: the file is missing, is not TOML, or has an unknown, missing or wrongly typed key.
     """
-    table, data = toml.read(file, KIND)
+    return parse(toml.read(file, KIND), file)
+
+
+def parse(data: bytes, file: Path | str) -> Recipe:
+    """A recipe from the bytes of a file, which errors call `file`.
+
+    Raises:
+        UsageError: as `load`.
+    """
+    table = toml.parse(data, file, KIND)
     try:
         if "sha256" in table:
             raise ValueError("unknown key `recipe.sha256`")

@@ -67,7 +67,7 @@ def describe(file: Path | None, given: Mapping[str, str]) -> Release:
     Raises:
         UsageError: the description can't be read, is wrong, or says something else than `given`.
     """
-    table = toml.read(file, KIND)[0] if file else {}
+    table = toml.parse(toml.read(file, KIND), file, KIND) if file else {}
     where = f"{KIND.name} {file}" if file else KIND.name
     try:
         for key, value in given.items():

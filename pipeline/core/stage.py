@@ -160,7 +160,7 @@ def _run(stage: Stage, arguments: argparse.Namespace) -> None:
     versions.check(tools, PROJECT / "locks" / "cpu.txt")
     root = arguments.artifacts / model_name(arguments.model_id)
     log.line(f"{name} · {root.name} · {versions.line(tools)}")
-    with _locked(root, name):
+    with locked(root, name):
         upstream = {need: manifest.read(root / need) for need in needs}
         inputs = tuple(record for need in upstream.values() for record in need.outputs)
         manifest.check(inputs, root)
@@ -195,7 +195,7 @@ def _run(stage: Stage, arguments: argparse.Namespace) -> None:
 
 
 @contextmanager
-def _locked(root: Path, name: str) -> Iterator[None]:
+def locked(root: Path, name: str) -> Iterator[None]:
     """Hold the stage's lock, so that two runs never write the same folder."""
     root.mkdir(parents=True, exist_ok=True)
     with (root / f".{name}.lock").open("w") as stream:

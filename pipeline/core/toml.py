@@ -24,26 +24,35 @@ class Kind:
     example: str
 
 
-def read(file: Path, kind: Kind) -> tuple[dict[str, Any], bytes]:
-    """The table in `file`, without its `schema`, and the file's bytes.
+def read(file: Path, kind: Kind) -> bytes:
+    """The bytes of `file`.
 
     Raises:
-        UsageError: the file is missing, is not TOML, or is of another schema.
+        UsageError: it can't be read.
     """
     try:
-        data = file.read_bytes()
-        table = tomllib.loads(data.decode("utf-8"))
+        return file.read_bytes()
     except OSError as error:
         raise UsageError(
             f"can't read {kind.name} {file}: {error.strerror}",
             remedy=f"set {kind.setting}= to a file in {kind.example.rpartition('/')[0]}/",
         ) from error
+
+
+def parse(data: bytes, file: Path | str, kind: Kind) -> dict[str, Any]:
+    """The table in `data`, without its `schema`; errors call it `file`.
+
+    Raises:
+        UsageError: it is not TOML, or of another schema.
+    """
+    try:
+        table = tomllib.loads(data.decode("utf-8"))
     except ValueError as error:
         raise UsageError(f"{kind.name} {file} is not TOML: {error}", remedy="correct that line") from error
     schema = table.pop("schema", None)
     if type(schema) is not int or schema != SCHEMA:
         raise UsageError(f"{kind.name} {file} has no `schema = {SCHEMA}`", remedy=f"start from {kind.example}")
-    return table, data
+    return table
 
 
 def build(kind: Any, value: object, where: str) -> object:

@@ -135,6 +135,58 @@ def size_against_quality(points: Sequence[Point]) -> str:
     return "".join([*parts, "</svg>"])
 
 
+@dataclass(frozen=True, kw_only=True)
+class Tried:
+    """One candidate of a tune: its cost beyond plain int8 as a share, mean KLD in nats and its 95 % interval."""
+
+    name: str
+    cost: float
+    kld: float
+    low: float
+    high: float
+
+
+def frontier(tried: Sequence[Tried], best: Sequence[str], chosen: str) -> str:
+    """Candidates by cost and KLD (low is better), a line through those named `best`, the `chosen` one marked."""
+    height, top, bottom, least = 380, 20, 324, 10.0 ** DECADES[0]
+    powers = [math.log10(max(value, least)) for one in tried for value in (one.kld, one.low, one.high)]
+    low, high = math.floor(min(powers) * 2) / 2, math.ceil(max(powers) * 2) / 2 + 1e-9
+    left, widest = min(0.0, *(one.cost for one in tried)), max(0.05, *(one.cost for one in tried)) * 1.3
+
+    def across(cost: float) -> float:
+        return _LEFT + (_WIDTH - _RIGHT - _LEFT) * (cost - left) / (widest - left)
+
+    def up(kld: float) -> float:
+        return bottom - (bottom - top) * (math.log10(max(kld, least)) - low) / max(high - low, 0.5)
+
+    parts = [_open(height, "Cost of each candidate against its mean KL divergence from fp32")]
+    for power in range(math.ceil(low), math.floor(high) + 1):
+        for factor in (1, 2, 5):
+            if (y := up(factor * 10.0**power)) >= top:
+                parts.append(f'<line class="grid" x1="{_LEFT}" y1="{y:.1f}" x2="{_WIDTH - _RIGHT}" y2="{y:.1f}"/>')
+                parts.append(_text(_LEFT - 10, y + 4, f"{factor} · 10{_superscript(power)}", "end", "tick"))
+    for cost in _round_steps(widest):
+        parts.append(_text(across(cost), bottom + 20, f"{cost:.0%}", "middle", "tick"))
+    parts.append(
+        _text((_LEFT + _WIDTH - _RIGHT) / 2, bottom + 44, "larger and slower than plain int8", "middle", "tick")
+    )
+    parts.append(_text(_LEFT - 44, top + 4, "mean KLD, nats", "end", "tick"))
+    parts.append(f'<line class="axis" x1="{_LEFT}" y1="{bottom}" x2="{_WIDTH - _RIGHT}" y2="{bottom}"/>')
+    named = {one.name: one for one in tried}
+    line = " ".join(f"{across(named[n].cost):.1f},{up(named[n].kld):.1f}" for n in best if n in named)
+    parts.append(f'<polyline class="line" points="{line}"/>')
+    taken: list[tuple[float, float]] = []
+    for one in sorted(tried, key=lambda one: -one.kld):
+        x, y = across(one.cost), up(one.kld)
+        parts.append(
+            f'<g class="{"chosen" if one.name == chosen else "series"}"><line class="whisker" x1="{x:.1f}" '
+            f'y1="{up(one.low):.1f}" x2="{x:.1f}" y2="{up(one.high):.1f}"/>'
+            f'<circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="6"/></g>'
+        )
+        parts.append(_place_label(one.name, x, y, taken))
+    return "".join([*parts, "</svg>"])
+
+
 def signal_to_noise(name: str, curve: Sequence[tuple[str, float]]) -> str:
     """Decibels of every operator's result in the order of execution, `curve` of (layer, decibels); down is noise."""
     height, top, bottom, most = 300, 20, 244, 80.0

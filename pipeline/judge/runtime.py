@@ -252,6 +252,23 @@ def measure_speed(
     return Speed(load=statistics.median(model.load_seconds for model in models), latency=latency)
 
 
+def measure_in_turns(paths: Sequence[Path], sequence: int, *, bos: int, rounds: int) -> list[float]:
+    """Seconds of one step of one row of `sequence` tokens with each of `paths`, run in turns.
+
+    The least of `rounds`: other work on the machine only ever adds to a time.
+    """
+    ids = np.full((1, sequence), bos, dtype=np.int32)
+    mask, models = np.ones_like(ids), [StepModel(path) for path in paths]
+    times: list[list[float]] = []
+    for _ in range(_WARM_UP + rounds):
+        times.append([])
+        for model in models:
+            started = time.perf_counter()
+            model.logits(ids, mask)
+            times[-1].append(time.perf_counter() - started)
+    return [min(column) for column in zip(*times[_WARM_UP:], strict=True)]
+
+
 def _median_seconds(model: StepModel, ids: Tokens) -> float:
     """Median of up to 15 runs after warm-up, or fewer once a second has gone; never fewer than three."""
     mask = np.ones_like(ids)

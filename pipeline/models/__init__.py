@@ -30,8 +30,11 @@ class Architecture(Protocol):
     def tensors(self, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         """Every tensor of the text model: canonical name → shape."""
 
-    def step(self, config: Mapping[str, Any]) -> Any:
-        """The step graph (a `torch.nn.Module`, its text model `model`), its weights still to be assigned."""
+    def step(self, config: Mapping[str, Any], *, every: bool = False) -> Any:
+        """The step graph (a `torch.nn.Module`, its text model `model`), its weights still to be assigned.
+
+        With the logits of the last attended position, or of `every` one.
+        """
 
     def decoder(self, config: Mapping[str, Any], *, logits: bool) -> Any:
         """The bundle's decoder graph with or without `logits` (as `step`), its weights still to be assigned."""

@@ -41,6 +41,15 @@ def export_step(checkpoint: Checkpoint, limits: StepLimits, out: Path) -> None:
         export([Signature("serving_default", module, _vectors(checkpoint), inputs, dimensions)], out)
 
 
+def export_every(checkpoint: Checkpoint, window: int, out: Path) -> None:
+    """Write the step graph with the logits of every position, for one row of `window` tokens; weights as there."""
+    inputs = {name: torch.ones((1, window), dtype=torch.int32) for name in ("input_ids", "attention_mask")}
+    with torch.device("meta"):
+        module = architecture_for(checkpoint.config).step(checkpoint.config, every=True)
+    with log.waiting("exporting the graph of every position", _seconds(checkpoint, 1)):
+        export([Signature("serving_default", module, _vectors(checkpoint), inputs)], out)
+
+
 def export_decoder(checkpoint: Checkpoint, bundle: Bundle, out: Path) -> None:
     """Write the bundle's decoder, as `export_step`: signatures `decode`, and `prefill_<n>` for the recipe's lengths."""
     lengths = {"decode": 1} | {f"prefill_{length}": length for length in bundle.prefill}

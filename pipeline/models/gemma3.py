@@ -204,8 +204,8 @@ class TextModel(nn.Module):
 class Gemma3ForTFLite(StepGraph):
     """The step graph of a Gemma 3 text model."""
 
-    def __init__(self, config: TextConfig) -> None:
-        super().__init__(TextModel(config))
+    def __init__(self, config: TextConfig, every: bool = False) -> None:
+        super().__init__(TextModel(config), every)
 
 
 class Gemma3Decoder(DecoderGraph):
@@ -235,9 +235,9 @@ class Gemma3:
             state = TextModel(TextConfig.from_config(config)).state_dict()
         return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
-    def step(self, config: Mapping[str, Any]) -> Gemma3ForTFLite:
+    def step(self, config: Mapping[str, Any], *, every: bool = False) -> Gemma3ForTFLite:
         """The step graph, its weights still to be assigned."""
-        return Gemma3ForTFLite(TextConfig.from_config(config))
+        return Gemma3ForTFLite(TextConfig.from_config(config), every)
 
     def decoder(self, config: Mapping[str, Any], *, logits: bool) -> Gemma3Decoder:
         """The decoder graph, its weights still to be assigned."""

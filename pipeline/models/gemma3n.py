@@ -385,8 +385,8 @@ def _with_magnitude(x: Tensor, magnitude: Tensor) -> Tensor:
 class Gemma3nForTFLite(StepGraph):
     """The step graph of a Gemma 3n text model."""
 
-    def __init__(self, config: TextConfig) -> None:
-        super().__init__(TextModel(config))
+    def __init__(self, config: TextConfig, every: bool = False) -> None:
+        super().__init__(TextModel(config), every)
 
 
 class Gemma3nDecoder(DecoderGraph):
@@ -424,9 +424,9 @@ class Gemma3n:
             state = TextModel(TextConfig.from_config(config)).state_dict()
         return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
-    def step(self, config: Mapping[str, Any]) -> Gemma3nForTFLite:
+    def step(self, config: Mapping[str, Any], *, every: bool = False) -> Gemma3nForTFLite:
         """The step graph, its weights still to be assigned."""
-        return Gemma3nForTFLite(TextConfig.from_config(config))
+        return Gemma3nForTFLite(TextConfig.from_config(config), every)
 
     def decoder(self, config: Mapping[str, Any], *, logits: bool) -> Gemma3nDecoder:
         """The decoder graph, its weights still to be assigned."""

@@ -234,10 +234,13 @@ class Head(nn.Module):
 class StepGraph(nn.Module):
     """Next-token logits of whole prompts, any batch and length, left or right padding."""
 
-    def __init__(self, model: Any) -> None:
-        """`model` has `config`, `embed_tokens`, `embed(ids)`, and maps (positions, attend, *embedded) to states."""
+    def __init__(self, model: Any, every: bool = False) -> None:
+        """`model` has `config`, `embed_tokens`, `embed(ids)`, and maps (positions, attend, *embedded) to states.
+
+        `every` position's logits instead of the last one's: what tune measures on.
+        """
         super().__init__()
-        self.model = model
+        self.model, self.every = model, every
         self.head = Head(model.config.final_logit_softcapping)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
@@ -248,7 +251,7 @@ class StepGraph(nn.Module):
             attention_mask: int32 [B, S], 1 for tokens and 0 for padding.
 
         Returns:
-            `logits`, float32 [B, V].
+            `logits`, float32 [B, V]; of every position, [B, S, V].
         """
         config = self.model.config
         attended = attention_mask.to(torch.float32)
@@ -258,6 +261,9 @@ class StepGraph(nn.Module):
         near = causal & torch.lt(distance, torch.tensor(config.sliding_window - 0.5))
         attend = PromptAttention(config, causal, near)
         hidden = self.model(_positions(causal), attend, *self.model.embed(input_ids))
+        if self.every:
+            scaled = hidden * self.head.factor if self.head.cap else hidden
+            return {"logits": self.head(scaled, self.model.embed_tokens.weight).squeeze(2)}
         chosen = self._last(hidden, attended, distance, self.head.factor)
         return {"logits": self.head(chosen, self.model.embed_tokens.weight).squeeze(1)}
 

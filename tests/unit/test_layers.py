@@ -13,13 +13,14 @@ import pytest
 from pipeline.core.recipe import PROJECT
 
 PIPELINE = PROJECT / "pipeline"
-ROOMS = ("core", "convert", "judge", "reference", "release", "models")
+ROOMS = ("core", "convert", "judge", "reference", "release", "models", "search")
 ALLOWED = {
     "core": {"core"},
     "convert": {"convert", "core"},
     "judge": {"judge", "core"},
     "reference": {"reference", "core"},
     "release": {"release", "core"},
+    "search": {"search", "core"},
     "models": {"models", "convert", "core"},
     "stage": {*ROOMS},
 }

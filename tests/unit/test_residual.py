@@ -20,15 +20,19 @@ WEIGHTS = RANDOM.standard_normal((2, OUTPUTS, INPUTS)).astype(np.float32)
 Floats = NDArray[np.float32]
 
 
-def layers(inner: int = 1) -> Graph:
-    """Two int8 linear layers, `q` and `k`, that see the same x [1, tokens, inner, inputs]; their sum comes out."""
+def layers(inner: int = 1, bias: float = 0.0) -> Graph:
+    """Two int8 linear layers, `q` and `k`, that see the same x [1, tokens, inner, inputs]; their sum comes out.
+
+    A `bias` other than 0 is added to every output of both.
+    """
     graph = Graph.empty()
     x = graph.add_tensor("x", "FLOAT32", (1, -1, inner, INPUTS))
     made = [graph.add_tensor(name, "FLOAT32", (1, -1, inner, OUTPUTS)) for name in ("q", "k", "sum")]
     graph.main.inputs, graph.main.outputs = [x], [made[2]]
     weights = [graph.add_constant(matrix, f"weight_{name}") for matrix, name in zip(WEIGHTS, "qk", strict=True)]
+    added = graph.add_constant(np.full(OUTPUTS, bias, np.float32), "bias") if bias else -1
     graph.main.operators = [
-        graph.operator("FULLY_CONNECTED", [x, weight, -1], [result], keepNumDims=True)
+        graph.operator("FULLY_CONNECTED", [x, weight, added], [result], keepNumDims=True)
         for weight, result in zip(weights, made, strict=False)
     ]
     graph.main.operators.append(graph.operator("ADD", made[:2], [made[2]]))
@@ -92,6 +96,14 @@ def test_a_row_of_zeros_gives_zeros(tmp_path: Path) -> None:
     x[0, 1] = 0
     made = run(tmp_path / "two", x)
     assert np.isfinite(made).all() and not made[0, 1].any()
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["xnnpack", "plain"])
+def test_a_bias_is_added_once(tmp_path: Path, plain: bool) -> None:
+    graph, x = layers(bias=7.0), outliers()
+    residual.take_two_rows(graph, quantize.keeper(["."]))
+    graph.write(tmp_path / "two")
+    assert error(run(tmp_path / "two", x, plain=plain), expected(tmp_path / "two", x) + 14) < 1e-4
 
 
 def test_layers_with_the_same_input_share_its_rows() -> None:

@@ -1,0 +1,19 @@
+"""The dynamic int8 scheme as a whole: what the recipe's [int8] section makes of a graph.
+
+Stage int8 and tune both call this, so that what tune measured is what int8 builds.
+"""
+
+from __future__ import annotations
+
+from pipeline.convert import blocks, fold, quantize, residual
+from pipeline.convert.flatbuffer import Graph
+from pipeline.core.recipe import Int8
+
+
+def make(graph: Graph, int8: Int8) -> None:
+    """Make `graph`, its weights attached in float32, int8: weights now, activations while it runs."""
+    if int8.fold:
+        fold.fold_scales(graph, int8.fold)
+    blocks.split_columns(graph, quantize.keeper(int8.blocks), int8.block)
+    quantize.make_dynamic(graph, quantize.keeper(int8.keep_float))
+    residual.take_two_rows(graph, quantize.keeper(int8.two_rows))

@@ -1,0 +1,169 @@
+"""Candidates: a recipe with other values in its [int8] section, on a greedy path from the plain file on.
+
+`KNOBS` is the whole search space. A key of [int8] that should be searched is one line more there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Literal
+
+from pipeline.search.groups import Group, patterns
+
+Side = Literal["weights", "activations"]
+Value = str | float | bool | list[str]
+SIDES: tuple[Side, ...] = ("weights", "activations")
+_FREE = 1e-6
+"""The cost of what costs nothing, in the unit of costs: such moves come first, the largest gain before the others."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Knob:
+    """A key of [int8] to search.
+
+    A knob is set for groups of layers, by patterns over operator names. `lessens` are the sides whose contribution it
+    takes away, by about `share`. It costs `size` bytes per weight and `work` products per product of an int8 layer. A
+    layer that has it needs none of `spares`.
+
+    One with `values` is set for the whole model, to each of them in turn, the first being that at rest: the others are
+    searched with it as without.
+    """
+
+    key: str
+    lessens: tuple[Side, ...] = ()
+    share: float = 1.0
+    size: float = 0.0
+    work: float = 0.0
+    spares: tuple[str, ...] = ()
+    values: tuple[Value, ...] = ()
+
+
+KNOBS = (
+    Knob(key="two_rows", lessens=("activations",), work=1.0),
+    Knob(key="keep_float", lessens=("weights", "activations"), size=3.0, work=2.0, spares=("two_rows",)),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contribution:
+    """What int8 in one group alone costs, KLD in nats with the rest in float: its weights, its activations."""
+
+    weights: float
+    activations: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """`values` of [int8] keys; `size` and `work` expected beyond the plain file's, as shares of it."""
+
+    name: str
+    values: Mapping[str, Value]
+    size: float = 0.0
+    work: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Move:
+    knob: Knob
+    group: str
+    gain: float
+    size: float
+    work: float
+
+    @property
+    def worth(self) -> float:
+        return self.gain / max(self.size + self.work, _FREE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _State:
+    """How far a path is: groups by key, and what is left of each group's contributions."""
+
+    groups: Mapping[str, frozenset[str]]
+    left: Mapping[tuple[str, Side], float]
+
+
+def plain(knobs: Sequence[Knob] = KNOBS) -> Candidate:
+    """Every knob at rest: plain dynamic int8."""
+    return Candidate(name="plain", values={knob.key: knob.values[0] if knob.values else [] for knob in knobs})
+
+
+def alone(group: Group, groups: Sequence[Group], rows: int) -> Candidate:
+    """Int8 in one `group`, float elsewhere; its input as one row or two, whose activations are as good as float."""
+    others = [each.name for each in groups if each is not group]
+    two = list(patterns([group.name], groups)) if rows == 2 else []
+    values: dict[str, Value] = {"keep_float": list(patterns(others, groups)), "two_rows": two}
+    return Candidate(name=f"only {group.name}, {'two rows' if rows == 2 else 'one row'}", values=values)
+
+
+def paths(
+    groups: Sequence[Group], found: Mapping[str, Contribution], most: float, knobs: Sequence[Knob] = KNOBS
+) -> list[Candidate]:
+    """A path for every combination of the values that knobs of the whole model have, the plain candidate first."""
+    whole = [knob for knob in knobs if knob.values]
+    made: list[Candidate] = []
+    for values in product(*(knob.values for knob in whole)):
+        chosen = {knob.key: value for knob, value in zip(whole, values, strict=True)}
+        moved = [f"{knob.key} {chosen[knob.key]}" for knob in whole if chosen[knob.key] != knob.values[0]]
+        name = ", ".join(moved) or "plain"
+        first = Candidate(name=name, values={**plain(knobs).values, **chosen})
+        made += _path(first, groups, found, most, [knob for knob in knobs if not knob.values])
+    return made
+
+
+def _path(
+    first: Candidate, groups: Sequence[Group], found: Mapping[str, Contribution], most: float, knobs: Sequence[Knob]
+) -> list[Candidate]:
+    """Candidates from `first` on, each a move further: always the one with the most gain for its cost.
+
+    Gains are what `found` says of the groups and `share` of the knobs; costs are in shares of the plain file's size
+    plus shares of its products. None is expected to be more than `most` times as large as the plain file.
+    """
+    left = {(name, side): max(getattr(one, side), 0.0) for name, one in found.items() for side in SIDES}
+    state = _State(groups={knob.key: frozenset() for knob in knobs}, left=left)
+    made = [first]
+    while moves := [move for move in _moves(state, groups, knobs) if made[-1].size + move.size <= most - 1]:
+        best = max(moves, key=lambda move: (move.worth, move.knob.key, move.group))
+        state = _after(state, best)
+        chosen = {key: list(patterns(names, groups)) for key, names in state.groups.items()}
+        made.append(
+            Candidate(
+                name=f"{'' if first.name == 'plain' else first.name + ' '}+ {best.knob.key} {best.group}",
+                values={**first.values, **chosen},
+                size=made[-1].size + best.size,
+                work=made[-1].work + best.work,
+            )
+        )
+    return made
+
+
+def _moves(state: _State, groups: Sequence[Group], knobs: Sequence[Knob]) -> list[_Move]:
+    """Moves that gain anything."""
+    elements, products = sum(each.elements for each in groups), sum(each.products for each in groups)
+    found = []
+    for knob in knobs:
+        for each in groups:
+            if each.name in state.groups[knob.key] or _spared(state, knob, each.name, knobs):
+                continue
+            spared = sum(other.work for other in knobs if other.key in knob.spares and _has(state, other, each.name))
+            gain = knob.share * sum(state.left.get((each.name, side), 0.0) for side in knob.lessens)
+            size, work = knob.size * each.elements / elements, (knob.work - spared) * each.products / products
+            found.append(_Move(knob=knob, group=each.name, gain=gain, size=size, work=work))
+    return [move for move in found if move.gain > 0]
+
+
+def _has(state: _State, knob: Knob, group: str) -> bool:
+    return group in state.groups.get(knob.key, ())
+
+
+def _spared(state: _State, knob: Knob, group: str, knobs: Sequence[Knob]) -> bool:
+    return any(knob.key in other.spares and _has(state, other, group) for other in knobs)
+
+
+def _after(state: _State, move: _Move) -> _State:
+    knob = move.knob
+    groups = {key: names - {move.group} if key in knob.spares else names for key, names in state.groups.items()}
+    rest = {(move.group, side): state.left.get((move.group, side), 0.0) * (1 - knob.share) for side in knob.lessens}
+    return _State(groups={**groups, knob.key: groups[knob.key] | {move.group}}, left={**state.left, **rest})

@@ -1,0 +1,74 @@
+"""Which candidates are worth more measuring, and which are on the frontier of quality and cost.
+
+Cost is one number: the share by which a file is larger than the plain one, plus the share by which it is slower.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+_SMALLEST = 1e-12
+
+
+@dataclass(frozen=True)
+class Point:
+    """A candidate's cost, and its KLD in nats."""
+
+    cost: float
+    kld: float
+
+
+def better_half(points: Mapping[str, Point], fewest: int) -> list[str]:
+    """The names of the half (but `fewest` at least) that lies lowest above the hull, in their order.
+
+    The lower convex hull of cost and log KLD is what mixtures of the others reach: a candidate far above it is no good
+    choice at any price.
+    """
+    keep = max(fewest, -(-len(points) // 2))
+    distance = regrets(points)
+    ranked = sorted(points, key=lambda name: (distance[name], points[name].cost, name))
+    return [name for name in points if name in ranked[:keep]]
+
+
+def regrets(points: Mapping[str, Point]) -> dict[str, float]:
+    """How far log KLD of each lies above the lower convex hull at its cost."""
+    corners = _hull(sorted({(point.cost, _log(point.kld)) for point in points.values()}))
+    return {name: _log(point.kld) - _height(corners, point.cost) for name, point in points.items()}
+
+
+def _log(kld: float) -> float:
+    return math.log(max(kld, _SMALLEST)) if math.isfinite(kld) else math.log(1 / _SMALLEST)
+
+
+def _hull(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The lower hull of points in ascending order (Andrew's monotone chain, 1979), as far as it falls."""
+    corners: list[tuple[float, float]] = []
+    for point in points:
+        while len(corners) > 1 and _turn(corners[-2], corners[-1], point) <= 0:
+            corners.pop()
+        corners.append(point)
+    lowest = min(range(len(corners)), key=lambda place: corners[place][1])
+    return corners[: lowest + 1]
+
+
+def _turn(a: tuple[float, float], b: tuple[float, float], c: tuple[float, float]) -> float:
+    return (b[0] - a[0]) * (c[1] - a[1]) - (b[1] - a[1]) * (c[0] - a[0])
+
+
+def _height(corners: list[tuple[float, float]], cost: float) -> float:
+    for (left, high), (right, low) in zip(corners, corners[1:], strict=False):
+        if cost <= right:
+            return high + (low - high) * (max(cost, left) - left) / (right - left)
+    return corners[-1][1]
+
+
+def frontier(points: Mapping[str, Point]) -> list[str]:
+    """The names that no other beats: in ascending cost, each with less KLD than all that cost less."""
+    best, found = math.inf, []
+    for name in sorted(points, key=lambda name: (points[name].cost, points[name].kld, name)):
+        if points[name].kld < best:
+            best = points[name].kld
+            found.append(name)
+    return found

@@ -1,0 +1,221 @@
+"""Searching [int8]: groups and their patterns, the greedy path, halving, the frontier, the recipe that is written."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.core.errors import UsageError
+from pipeline.core.recipe import PROJECT
+from pipeline.core.recipe import parse as parse_recipe
+from pipeline.search import candidates, halving, rewrite
+from pipeline.search.candidates import KNOBS, Contribution, Knob
+from pipeline.search.groups import Layer, group, kind_of, patterns
+from pipeline.search.halving import Point
+
+RECIPES = sorted((PROJECT / "pipeline" / "recipes").glob("*.toml"))
+LAYERS = 6
+
+
+def model() -> list[Layer]:
+    """A table tied to the head, and per layer q and k of one input, o, and two more that end in numbers."""
+    made = [Layer(name="embed_tokens;1", reads=-1, weight=0, elements=4000, products=0)]
+    for number in range(LAYERS):
+        for place, kind in enumerate(("self_attn.q_proj", "self_attn.k_proj", "mlp.down_proj", "mlp.experts.1")):
+            reads = 10 * number + max(place, 1)
+            name = f"layers.{number}.{kind};{number % 2 or ''}"
+            made.append(Layer(name=name, reads=reads, weight=10 * number + place + 1, elements=100, products=100))
+    return [*made, Layer(name="head;", reads=999, weight=0, elements=4000, products=4000)]
+
+
+GROUPS = group(model(), 2)
+
+
+def test_kinds_that_share_an_input_or_weights_are_one_group() -> None:
+    assert kind_of("layers.3.mlp.up_proj;1") == "layers.*.mlp.up_proj"
+    assert kind_of("altup_projections.0;") == "altup_projections.*"
+    assert [each.name for each in GROUPS] == [
+        "embed_tokens + head",
+        *("self_attn.q_proj + self_attn.k_proj 0–2", "self_attn.q_proj + self_attn.k_proj 3–5"),
+        *("mlp.down_proj 0–2", "mlp.down_proj 3–5"),
+        *("mlp.experts.* 0–2", "mlp.experts.* 3–5"),
+    ]
+    assert (GROUPS[0].elements, GROUPS[0].products) == (4000, 4000)
+    assert (GROUPS[1].elements, GROUPS[1].products) == (600, 600)
+
+
+@given(st.sets(st.sampled_from([each.name for each in GROUPS])), st.integers(1, 7))
+def test_patterns_find_the_layers_of_the_groups_and_no_others(names: set[str], parts: int) -> None:
+    groups = group(model(), parts)
+    chosen = {each.name for each in groups if each.name in names or each.name.split(" ")[0] in names}
+    found = {layer.name for layer in model() if any(re.search(one, layer.name) for one in patterns(chosen, groups))}
+    wanted = {
+        layer.name
+        for layer in model()
+        for each in groups
+        if each.name in chosen
+        and kind_of(layer.name) in each.kinds
+        and (not each.numbers or int(layer.name.split(".")[1]) in each.numbers)
+    }
+    assert found == wanted
+
+
+def test_the_head_is_found_by_what_a_decoder_calls_it() -> None:
+    found = patterns(["embed_tokens + head"], GROUPS)
+    names = ("head;", "decode_logits_output", "embed_tokens;2", "layers.0.mlp.head;", "embed_tokens_per_layer;1")
+    assert [any(re.search(one, name) for one in found) for name in names] == [True, True, True, False, False]
+
+
+def test_every_group_is_said_with_one_pattern() -> None:
+    assert patterns([each.name for each in GROUPS], GROUPS) == (".",)
+    assert patterns([], GROUPS) == ()
+    assert patterns(["mlp.down_proj 3–5", "mlp.down_proj 0–2"], GROUPS) == (r"^layers\.\d+\.mlp\.down_proj;",)
+
+
+figures = st.fixed_dictionaries(
+    {
+        each.name: st.builds(Contribution, weights=st.floats(-1e-3, 1), activations=st.floats(-1e-3, 1))
+        for each in GROUPS
+    }
+)
+
+
+@settings(deadline=None)
+@given(figures, st.sampled_from([1.0, 1.08, 2.0, 9.0]))
+def test_the_path_begins_plain_grows_and_keeps_the_size(found: dict[str, Contribution], most: float) -> None:
+    made = candidates.paths(GROUPS, found, most)
+    assert made[0] == candidates.plain() and made == candidates.paths(GROUPS, dict(reversed(found.items())), most)
+    assert all(each.size <= most - 1 + 1e-9 for each in made)
+    assert all(one.size <= two.size and one.work < two.work for one, two in zip(made, made[1:], strict=False))
+    assert len({repr(each.values) for each in made}) == len(made)
+    gained = sum(max(each.activations, 0) > 0 or max(each.weights, 0) > 0 for each in found.values())
+    if most == 9.0:  # nothing holds it up: every group that costs anything ends in float
+        assert made[-1].values["keep_float"] or not gained
+
+
+def test_the_cheapest_gain_comes_first() -> None:
+    found = {each.name: Contribution(weights=0.0, activations=0.0) for each in GROUPS}
+    found["embed_tokens + head"] = Contribution(weights=0.0, activations=0.5)
+    found["mlp.down_proj 3–5"] = Contribution(weights=0.0, activations=0.4)
+    made = candidates.paths(GROUPS, found, 1.08)
+    assert [each.name for each in made[1:3]] == ["+ two_rows mlp.down_proj 3–5", "+ two_rows embed_tokens + head"]
+    assert made[1].values == {"two_rows": [r"^layers\.(3|4|5)\.mlp\.down_proj;"], "keep_float": []}
+
+
+def test_a_layer_in_float_needs_no_second_row() -> None:
+    found = {"mlp.down_proj 0–2": Contribution(weights=0.1, activations=1.0)}
+    last = candidates.paths(GROUPS, found, 9.0)[-1]
+    assert last.values["two_rows"] == [] and last.values["keep_float"] == [r"^layers\.(0|1|2)\.mlp\.down_proj;"]
+
+
+def test_a_knob_of_the_whole_model_is_one_line_more() -> None:
+    knobs = (*KNOBS, Knob(key="fold", values=(0.0, 0.3, 0.6)))
+    found = {"mlp.down_proj 0–2": Contribution(weights=0.1, activations=1.0)}
+    made = candidates.paths(GROUPS, found, 1.0, knobs)
+    rows = "+ two_rows mlp.down_proj 0–2"
+    assert [each.name for each in made] == [
+        "plain",
+        rows,
+        "fold 0.3",
+        f"fold 0.3 {rows}",
+        "fold 0.6",
+        f"fold 0.6 {rows}",
+    ]
+    assert [each.values["fold"] for each in made] == [0.0, 0.0, 0.3, 0.3, 0.6, 0.6]
+
+
+def test_a_group_alone_is_the_only_one_in_int8() -> None:
+    one = candidates.alone(GROUPS[3], GROUPS, 2)
+    assert not any(re.search(pattern, "layers.1.mlp.down_proj;") for pattern in one.values["keep_float"])  # type: ignore[union-attr]
+    floats = [each for each in GROUPS if each is not GROUPS[3]]
+    assert one.values["keep_float"] == list(patterns([each.name for each in floats], GROUPS))
+    assert candidates.alone(GROUPS[3], GROUPS, 1).values["two_rows"] == []
+
+
+# --- halving
+
+points = st.dictionaries(
+    st.text("abcdefgh", min_size=1, max_size=3),
+    st.builds(Point, st.floats(0, 2), st.floats(1e-6, 1)),
+    min_size=1,
+    max_size=12,
+)
+
+
+@given(points)
+def test_the_frontier_is_monotone_and_beats_the_rest(found: dict[str, Point]) -> None:
+    best = [found[name] for name in halving.frontier(found)]
+    assert all(a.cost < b.cost and a.kld > b.kld for a, b in zip(best, best[1:], strict=False))
+    assert all(any(one.cost <= each.cost and one.kld <= each.kld for one in best) for each in found.values())
+
+
+@given(points, st.integers(1, 6))
+def test_the_better_half_is_a_half_and_never_lies_higher(found: dict[str, Point], fewest: int) -> None:
+    kept = halving.better_half(found, fewest)
+    assert len(kept) == min(len(found), max(fewest, -(-len(found) // 2)))
+    far = halving.regrets(found)
+    assert max(far[name] for name in kept) <= min((far[name] for name in found if name not in kept), default=np.inf)
+    assert all(distance >= -1e-9 for distance in far.values())
+    best = min(found, key=lambda name: (found[name].kld, found[name].cost))
+    assert far[best] == pytest.approx(0, abs=1e-9)
+
+
+def test_what_lies_above_the_hull_goes() -> None:
+    found = {"plain": Point(0, 0.1), "bad": Point(0.5, 0.09), "good": Point(0.5, 0.01), "dear": Point(1, 0.009)}
+    assert halving.better_half(found, 3) == ["plain", "good", "dear"]
+
+
+def test_a_file_that_gives_no_numbers_goes() -> None:
+    assert halving.better_half({"a": Point(0, 0.1), "b": Point(0.1, float("nan"))}, 1) == ["a"]
+
+
+# --- the written recipe
+
+values = st.fixed_dictionaries(
+    {},
+    optional={
+        "keep_float": st.lists(st.text(min_size=1, max_size=40), max_size=6),
+        "two_rows": st.lists(st.text(r"^layers\.\d+(1|2)_proj;'\"#[]é", min_size=1, max_size=40), max_size=6),
+        "calibration_samples": st.integers(1, 10**6),
+    },
+)
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
+@settings(deadline=None)
+@given(wanted=values)
+def test_a_written_recipe_says_what_it_should_and_loads(file: Any, wanted: dict[str, Any]) -> None:
+    text = file.read_text(encoding="utf-8")
+    made = rewrite.with_values(text, wanted, ["a line", "another"])
+    loaded = parse_recipe(made.encode(), "x").int8
+    assert all(list(getattr(loaded, key)) == value for key, value in wanted.items() if isinstance(value, list))
+    before, after = tomllib.loads(text), tomllib.loads(made)
+    assert {**before, "int8": None} == {**after, "int8": None}
+    again = rewrite.with_values(made, wanted, ["a line", "another"])
+    assert again == made, "written twice, it says so once"
+
+
+def test_comments_and_layout_stay() -> None:
+    text = '# head\n[int8]\nscheme = "x"  # why\nkeep_float = [\n  "a", # one\n  "b",\n]\n\n# next\n[more] # c\nk = 1\n'
+    made = rewrite.with_values(text, {"keep_float": [], "two_rows": ["."]})
+    assert (
+        made == '# head\n[int8]\nscheme = "x"  # why\nkeep_float = []\ntwo_rows = ["."]\n\n# next\n[more] # c\nk = 1\n'
+    )
+    assert rewrite.with_values(text, {"keep_float": ["a", "b"], "two_rows": []}) == text
+
+
+def test_a_recipe_without_the_section_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"no \[int8\] section"):
+        rewrite.with_values("int8.scheme = 'dynamic'\n", {"keep_float": []})
+
+
+def test_the_line_of_a_long_array_is_broken() -> None:
+    made = rewrite.with_values("[int8]\n", {"two_rows": [rf"^layers\.\d+\.{'x' * 40};"] * 3})
+    assert made.count("\n") == 6 and max(map(len, made.splitlines())) <= 120
+    assert tomllib.loads(made)["int8"]["two_rows"] == [rf"^layers\.\d+\.{'x' * 40};"] * 3
