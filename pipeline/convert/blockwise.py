@@ -23,7 +23,9 @@ all linear layers                                      0.53      +61 %
 gate, up and o alone, rounded by GPTQ (958 tokens)     0.115    +8.9 %
 =====================================================  ======  =======
 
-Linear layers of so small a model need their 8 bits, then; the table does not, but for the tokens that are often used.
+Linear layers of so small a model need their 8 bits, then, and so does the table: in English text it is enough that the
+rows which are often used have them, but not in Tifinagh (64 tokens through the cache: KLD 1.64, and 1.56 with 124,928
+rows of 8 bits; int8 0.087), where the logits are close and noise in those of all other tokens presumably decides.
 """
 
 from __future__ import annotations
