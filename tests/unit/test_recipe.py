@@ -55,7 +55,7 @@ def parent_of(table: Any, place: Place) -> Any:
 
 
 def is_optional(place: Place) -> bool:
-    return place == ("int8", "keep_float") or (place[0] == "gates" and len(place) > 1)
+    return place == ("int8", "keep_float") or place[0] == "int4" or (place[0] == "gates" and len(place) > 1)
 
 
 PLACES = sorted(places(GOOD), key=str)
@@ -91,6 +91,7 @@ def test_what_the_test_writes_is_the_same_recipe(tmp_path: Path) -> None:
 def test_int4_in_bundles_without_a_word_on_how_it_is_made_is_refused(tmp_path: Path) -> None:
     table = copy.deepcopy(GOOD)
     table["bundle"]["precisions"] = ["fp32", "int4"]
+    del table["int4"]
     assert "there is no `int4` section" in refused(tmp_path, table)
     table["int4"] = {"keep_int8": ["layers"], "first_tokens": 8}
     loaded = load(tmp_path, table).int4
