@@ -32,7 +32,7 @@ _NO_ARITHMETIC = (
 )
 # What a file of each kind must at least be. Recipes demand more; below this it is not that kind of file.
 _LEAST_WEIGHTS = 0.9
-_LEAST_FOUR_BITS = 0.5
+_LEAST_FOUR_BITS = 0.4
 _LEAST_INTEGER = 0.5
 _LISTED = 40
 

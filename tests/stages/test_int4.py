@@ -17,27 +17,7 @@ from pipeline.core import manifest
 from pipeline.core.errors import UsageError, VerificationError
 from pipeline.models import build
 
-SETTINGS = """[int4]
-keep_int8 = ["embed_tokens_per_layer", "altup", "per_layer_model_projection"]
-first_tokens = 512
-last_tokens = 256
-two_rows = ["down_proj"]
-
-[gates.int4]
-kld = {kld}
-perplexity_ratio_max = 1.2
-size_ratio = 0.26
-
-[gates.bundle-int4]
-kld = {kld}
-bytes_per_weight = 0.9
-
-# Limits. nmse"""
 NAMED = {'precisions = ["fp32", "int8"]': 'precisions = ["fp32", "int8", "int4"]'}
-
-
-def recipe_with(file: Path, kld: float, **more: str) -> Path:
-    return small_recipe(file, **{"# Limits. nmse": SETTINGS.format(kld=kld), **more})
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +25,7 @@ def line(built: Line, tmp_path_factory: pytest.TempPathFactory) -> Line:
     """The built line with int4 and a bundle of it."""
     folder = tmp_path_factory.mktemp("four")
     stages = ("fetch", "golden", "graph", "fp32", "fp16", "int8")
-    copy = replace(built.copy(folder / "artifacts", *stages), recipe=recipe_with(folder / "r.toml", 0.5, **NAMED))
+    copy = replace(built.copy(folder / "artifacts", *stages), recipe=small_recipe(folder / "r.toml", **NAMED))
     assert copy.run(int4.STAGE) == 0
     assert copy.run(bundle.STAGE) == 0
     return copy
@@ -106,12 +86,17 @@ def test_a_file_that_misses_its_limits_is_refused(
     line: Line, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     copy = line.copy(tmp_path / "artifacts", "fetch", "golden", "fp32", "int4")
-    strict = recipe_with(tmp_path / "r.toml", 1e-5)
+    strict = small_recipe(tmp_path / "r.toml", **{"kld = 0.04": "kld = 1e-05"})
     code = copy.run(verify.STAGE, "--graphs", "step", "--variants", "fp32", "int4", recipe=strict)
     assert code == VerificationError.exit_code and "int4: KLD on text" in capsys.readouterr().err
 
 
-def test_a_recipe_without_the_section_makes_none(built: Line, capsys: pytest.CaptureFixture[str]) -> None:
-    assert built.run(int4.STAGE) == UsageError.exit_code
+def test_a_recipe_without_the_section_makes_none(
+    built: Line, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bare = small_recipe(tmp_path / "r.toml")
+    before, _, after = bare.read_text(encoding="utf-8").partition("[int4]")
+    bare.write_text(before + "# Limits" + after.partition("# Limits")[2], encoding="utf-8")
+    assert built.run(int4.STAGE, recipe=bare) == UsageError.exit_code
     assert "has no [int4] section" in capsys.readouterr().err
     assert not (built.root / "int4").exists()

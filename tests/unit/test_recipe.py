@@ -55,7 +55,7 @@ def parent_of(table: Any, place: Place) -> Any:
 
 
 def is_optional(place: Place) -> bool:
-    return place == ("int8", "keep_float") or (place[0] == "gates" and len(place) > 1)
+    return place == ("int8", "keep_float") or place[0] == "int4" or (place[0] == "gates" and len(place) > 1)
 
 
 PLACES = sorted(places(GOOD), key=str)
@@ -86,6 +86,18 @@ def test_the_shipped_recipe_loads() -> None:
 def test_what_the_test_writes_is_the_same_recipe(tmp_path: Path) -> None:
     assert tomllib.loads("x = " + as_toml(GOOD)) == {"x": GOOD}
     assert load(tmp_path, GOOD).gates == recipe.load(FILE).gates
+
+
+def test_int4_in_bundles_without_a_word_on_how_it_is_made_is_refused(tmp_path: Path) -> None:
+    table = copy.deepcopy(GOOD)
+    table["bundle"]["precisions"] = ["fp32", "int4"]
+    del table["int4"]
+    assert "there is no `int4` section" in refused(tmp_path, table)
+    table["int4"] = {"keep_int8": ["layers"], "first_tokens": 8}
+    loaded = load(tmp_path, table).int4
+    assert (
+        loaded is not None and loaded.keep_int8 == ("layers",) and (loaded.first_tokens, loaded.last_tokens) == (8, 0)
+    )
 
 
 def test_a_whole_number_will_do_for_a_limit(tmp_path: Path) -> None:

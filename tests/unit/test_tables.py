@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from pipeline.convert import flatbuffer, tables, weights
+from pipeline.convert import blockwise, flatbuffer, tables, weights
 from pipeline.convert.checkpoint import Checkpoint, open_checkpoint
 from pipeline.convert.flatbuffer import Graph
 from pipeline.core.errors import IntegrityError, QuantiseError
@@ -185,3 +185,20 @@ def test_a_weight_that_is_not_finite_leaves_no_graph(tmp_path: Path) -> None:
     with pytest.raises(IntegrityError, match="tensor table holds values that are not finite"):
         graph.write(tmp_path / "graph.tflite")
     assert [file.name for file in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_a_table_with_four_bits_gives_its_rounded_rows(tmp_path: Path) -> None:
+    values = RANDOM.standard_normal((ROWS, 64)).astype(np.float32)
+    checkpoint, file = stored(tmp_path / "checkpoint", table=values), tmp_path / "table.tflite"
+    source = tables.Source(tensor="table", scale=8.0, shape=(2, 32))
+    tables.write(checkpoint, source, "int4", file)
+    tables.check(checkpoint, source, "int4", file)
+    assert Graph.read(file).bytes_by_type()["INT4"] == values.size // 2
+    scale = blockwise.best_scales(values)
+    rounded = blockwise.round_blocks(values, scale) * np.repeat(scale.astype(np.float32), blockwise.BLOCK, axis=1)
+    from ai_edge_litert.interpreter import Interpreter
+
+    run = Interpreter(model_path=str(file)).get_signature_runner("lookup")
+    for token in range(ROWS):
+        made = run(token_ids=np.array([[token]], np.int32))["embeddings"]
+        np.testing.assert_allclose(made.ravel(), rounded[token] * 8, rtol=1e-6)
