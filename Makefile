@@ -24,7 +24,7 @@ PRECISION ?= int8
 TASK ?=
 #: FILE          the .tflite or .litertlm file that `make inspect` looks into
 FILE ?=
-#: AGAINST       the fp32 step graph that `make inspect` holds FILE against, operator by operator
+#: AGAINST       the fp32 step graph or decoder that `make inspect` holds FILE against, operator by operator
 AGAINST ?=
 #: FILES         the published folder that `make check` looks at
 FILES ?= $(ROOT)/publish
@@ -122,7 +122,7 @@ ROOMS_evaluate := core judge reference
 ROOMS_plan := core convert models judge release
 ROOMS_chat := core judge
 ROOMS_check := core release
-ROOMS_inspection := core convert
+ROOMS_inspection := core convert judge
 ROOMS_reproduce := core convert
 
 # Texts that end up in a stage's result (every stage reads the recipe and depends on the lock).
