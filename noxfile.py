@@ -97,7 +97,7 @@ def rival(session: nox.Session) -> None:
     folder = ROOT / "artifacts" / "rival"
     source, library = llama(session, folder)
     checkpoint = folder / "gemma3-270m"
-    if not checkpoint.is_dir():
+    if not (checkpoint / "config.json").is_file():  # which is written last
         session.run("python", "-m", "tools.gemma3_checkpoint", str(checkpoint))
     settings = [f"MODEL_ID={checkpoint}", "RECIPE=pipeline/recipes/gemma3.toml", f"ARTIFACTS={folder}/made"]
     session.run("make", "golden", "bundle", "GRAPHS=bundle", *settings, external=True)
