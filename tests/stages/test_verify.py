@@ -152,7 +152,7 @@ class TestAPass:
         assert small["against_fp32"]["kld"]["low"] > 1e-6 and small["against_cached"] is None
         assert exact["divergence"]["identical"]["value"] == 1.0
         assert 0.9 < small["against_reference"]["perplexity_ratio"]["value"] < 1.1
-        assert exact["positions"] == small["positions"] == 24 + (24 + 24) + 24 + 310
+        assert exact["positions"] == small["positions"] == 24 + (24 + 24) + 24 + 930
         assert exact["against_cached"]["positions"] == 24 + (24 + 24) + 24
         for bundle in (exact, small):
             assert bundle["token_ids"]["total"] >= 1000 and bundle["token_ids"]["wrong"] == 0
