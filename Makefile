@@ -26,7 +26,7 @@ TASK ?=
 MINUTES ?= 30
 #: FILE          the .tflite or .litertlm file that `make inspect` looks into
 FILE ?=
-#: AGAINST       the fp32 step graph that `make inspect` holds FILE against, operator by operator
+#: AGAINST       the fp32 step graph or decoder that `make inspect` holds FILE against, operator by operator
 AGAINST ?=
 #: FILES         what `make check` looks at: a published folder, or owner/name@revision on the Hub
 FILES ?= $(ROOT)/publish
@@ -155,7 +155,7 @@ ROOMS_evaluate := core judge reference
 ROOMS_plan := core convert models judge release
 ROOMS_chat := core judge
 ROOMS_check := core release
-ROOMS_inspection := core convert
+ROOMS_inspection := core convert judge
 ROOMS_sign := core release
 ROOMS_upload := core release
 ROOMS_reproduce := core convert

@@ -19,7 +19,7 @@ import nox
 nox.options.error_on_missing_interpreters = True
 ROOT = Path(__file__).parent
 BIN = ROOT / ".venv" / "bin"
-LOCKS = ("cpu", "cuda", "dev", "publish", "sign", "tensorflow", "material", "stock")
+LOCKS = ("cpu", "cuda", "dev", "publish", "sign", "tensorflow", "material", "stock", "rival")
 TORCH_INDEX = os.environ.get("TORCH_INDEX") or "https://download.pytorch.org/whl/cpu"
 
 
@@ -96,6 +96,40 @@ def gemma3(session: nox.Session) -> None:
         session.run("python", "-m", "tools.gemma3_checkpoint", str(checkpoint))
         command = (str(BIN / "python"), "-m", "pytest", "tests/models/test_gemma3.py", f"--basetemp={scratch}/tests")
         session.run(*command, *session.posargs, external=True, env={"GEMMA3_CHECKPOINT": str(checkpoint)})
+
+
+@nox.session(python="3.11", default=False)
+def rival(session: nox.Session) -> None:
+    """The int8 bundle of Gemma 3 270M beside llama.cpp's Q8_0: builds llama.cpp from source, half an hour in all.
+
+    Needs a C++ compiler. What was built stays in artifacts/rival and is used again.
+    """
+    session.install("--require-hashes", "--only-binary=:all:", "-r", "locks/rival.txt")
+    folder = ROOT / "artifacts" / "rival"
+    source, library = llama(session, folder)
+    checkpoint = folder / "gemma3-270m"
+    if not (checkpoint / "config.json").is_file():  # which is written last
+        session.run("python", "-m", "tools.gemma3_checkpoint", str(checkpoint))
+    settings = [f"MODEL_ID={checkpoint}", "RECIPE=pipeline/recipes/gemma3.toml", f"ARTIFACTS={folder}/made"]
+    session.run("make", "golden", "bundle", "GRAPHS=bundle", *settings, external=True)
+    tools = ("--source", str(source), "--library", str(library), "--python", str(Path(session.bin) / "python"))
+    python(session, "-m", "tools.rival", str(folder / "made" / checkpoint.name), *tools, *session.posargs)
+
+
+def llama(session: nox.Session, folder: Path) -> tuple[Path, Path]:
+    """llama.cpp's source with its bindings, and the folder of the library built from it, for this processor."""
+    if not list(folder.glob("llama_cpp_python-*/PKG-INFO")):
+        options = ("--no-deps", "--no-build-isolation", "--require-hashes", "--no-binary=:all:")
+        session.run("python", "-m", "pip", "download", *options, "-r", "locks/llama.txt", "-d", str(folder))
+        shutil.unpack_archive(next(folder.glob("llama_cpp_python-*.tar.gz")), folder, filter="data")
+    source = next(folder.glob("llama_cpp_python-*/PKG-INFO")).parent
+    parts = ("COMMON", "TESTS", "TOOLS", "EXAMPLES", "SERVER", "APP")
+    options = ["-DCMAKE_BUILD_TYPE=Release", "-DBUILD_SHARED_LIBS=ON", "-DGGML_NATIVE=ON", "-DLLAMA_CURL=OFF"]
+    options += [f"-DLLAMA_BUILD_{part}=OFF" for part in parts]
+    build = folder / "build"
+    session.run("cmake", "-S", str(source / "vendor" / "llama.cpp"), "-B", str(build), "-G", "Ninja", *options)
+    session.run("nice", "cmake", "--build", str(build), "--target", "llama", "-j", "1", external=True)
+    return source, build / "bin"
 
 
 @nox.session(venv_backend="none", default=False)

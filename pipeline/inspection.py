@@ -2,10 +2,11 @@
 
     make inspect FILE=file
     make inspect FILE=step.tflite AGAINST=fp32/step.tflite
+    make inspect FILE=int8/decoder.tflite AGAINST=fp32/decoder.tflite
 
 Tells signatures, sections, bits per weight, operators, products in float and the biggest tensors, from the file's
-tables alone. With AGAINST=, two step graphs of one model run on the same tokens, and the signal-to-noise ratio of every
-operator's result says where they part.
+tables alone. With AGAINST=, two step graphs of one model, or two decoders with the embedders beside them, run on the
+same tokens, and the signal-to-noise ratio of every operator's result says where they part.
 """
 
 from __future__ import annotations
@@ -19,12 +20,17 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from pipeline.convert import contents, noise
+from pipeline.convert import calibrate, contents, noise
+from pipeline.convert.flatbuffer import Graph
 from pipeline.core import log, manifest
+from pipeline.core.errors import UsageError
 from pipeline.core.stage import guard
+from pipeline.judge.sections import DECODER, Conversation, Sections
 
 _BIGGEST = 12
 _WINDOWS, _LONGEST = 4, 64
+_SPOKEN = 1
+"""Samples that decoders read: each token is a run of its own, and all its results are compared."""
 _SEED = 20251124
 _NUMBER = re.compile(r"_\d+$")
 
@@ -45,9 +51,30 @@ def describe(file: Path, against: Path | None, biggest: int) -> dict[str, Any]:
     told = {**asdict(found), "models": models}
     if against:
         where, samples = _samples(file, _vocabulary(found))
-        trace = noise.trace(file, against, samples)
+        if file.name == against.name == DECODER:
+            trace = noise.compare(Decoder(file), Decoder(against), samples[:_SPOKEN])
+        else:
+            trace = noise.trace(file, against, samples)
         told["against"] = {"file": str(against), "text": where, **trace.facts(), "table": noise.table(trace)}
     return told
+
+
+class Decoder(noise.Running):
+    """A bundle's decoder, which reads a sample token by token through its cache, as `decode` does in LiteRT-LM."""
+
+    def __init__(self, file: Path) -> None:
+        decode = next((view for view in Graph.read(file).each() if view.signature() == "decode"), None)
+        if decode is None:
+            raise UsageError(f"{file} has no signature `decode`", remedy="name a decoder.tflite that int8 or fp32 made")
+        super().__init__(decode, calibrate.open_traced(file))
+        self._conversation = Conversation(Sections(file.parent, decoder=self.interpreter))
+
+    def play(self, sample: Any) -> Iterator[int]:
+        """Decode its tokens."""
+        self._conversation.reset()
+        for token in sample:
+            self._conversation.decode(int(token))
+            yield 1
 
 
 def _vocabulary(found: contents.Contents) -> int:
@@ -150,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m pipeline.inspection", description=(__doc__ or "").split("\n", 1)[0].removeprefix("inspect: ")
     )
     parser.add_argument("file", type=Path, help="a .tflite or .litertlm file")
-    parser.add_argument("--against", type=Path, metavar="FILE", help="the fp32 step graph of the same model")
+    parser.add_argument("--against", type=Path, metavar="FILE", help="the fp32 step graph or decoder of the same model")
     parser.add_argument(
         "--biggest", type=int, default=_BIGGEST, metavar="N", help="tensors to list (default: %(default)s)"
     )

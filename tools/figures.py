@@ -2,8 +2,8 @@
 
     python -m tools.figures
 
-Reads `artifacts/tiny-gemma3n/verify/report.json` and `bench.json`, `large.json` and `image.json` in `bench/`; replaces
-what stands between the two markers.
+Reads `artifacts/tiny-gemma3n/verify/report.json` and `bench.json`, `large.json`, `image.json` and, if it is there,
+`rival.json` in `bench/`; replaces what stands between the two markers.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ REPORT = PROJECT / "artifacts" / "tiny-gemma3n" / "verify" / "report.json"
 BENCH = PROJECT / "bench" / "bench.json"
 LARGE = PROJECT / "bench" / "large.json"
 IMAGE = PROJECT / "bench" / "image.json"
+RIVAL = PROJECT / "bench" / "rival.json"
 PICTURE = LARGE.with_suffix(".png")
 BEGIN, END = "<!-- figures: written by tools/figures.py -->", "<!-- end of figures -->"
 NAMES = {
@@ -131,6 +132,36 @@ def bundles(bench: dict[str, Any]) -> list[str]:
     return rows
 
 
+def rival(found: dict[str, Any]) -> list[str]:
+    """Gemma 3 270M's int8 bundle beside llama.cpp's Q8_0 of the same checkpoint."""
+    ours, theirs = found["files"]["ours"], found["files"]["llama.cpp"]
+    rows = [
+        "",
+        "The same bundle beside llama.cpp's Q8_0 of the same checkpoint (the source in llama-cpp-python "
+        f"{found['bindings']}, built for this processor); `nox -s rival` on {found['date']}, {found['threads']} "
+        f"threads ({found['cpu']}). Quality against Hugging Face in fp32 on {ours['positions']:,} positions of "
+        f"{ours['blocks']} held-out texts; speed with {found['prompt_tokens']} tokens in, {found['decode_tokens']} "
+        f"out, medians of {found['rounds']} rounds in turns.",
+        "",
+        "| | size | KLD (95 %) | top-1 (95 %) | perplexity ratio (95 %) | prefill | decode |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, row in (("this project, int8", ours), ("llama.cpp, Q8_0", theirs)):
+        cells = [f"{row['size'] / 1e6:.1f} MB"]
+        cells += [
+            _within(row[key], form) for key, form in (("kld", ".4f"), ("top1", ".1%"), ("perplexity_ratio", ".4f"))
+        ]
+        cells += [f"{row['prefill_tokens_per_s']:.0f} tok/s", f"{row['decode_tokens_per_s']:.1f} tok/s"]
+        rows.append(f"| {name} | {' | '.join(cells)} |")
+    ratios = [f"{ours['size'] / theirs['size']:.2f}", f"{ours['kld']['value'] / theirs['kld']['value']:.1f}", "", ""]
+    ratios += [f"{ours[key] / theirs[key]:.2f}" for key in ("prefill_tokens_per_s", "decode_tokens_per_s")]
+    return [*rows, f"| ours / llama.cpp | {' | '.join(ratios)} |"]
+
+
+def _within(of: dict[str, float], form: str) -> str:
+    return f"{of['value']:{form}} ({of['low']:{form}} to {of['high']:{form}})"
+
+
 def large(found: dict[str, Any]) -> list[str]:
     """True E2B and E4B size: what each run took, beside its limits."""
     rows = [
@@ -175,10 +206,12 @@ def main() -> int:
             return 2
     found = (json.loads(file.read_text(encoding="utf-8")) for file in (REPORT, BENCH, LARGE, IMAGE))
     report, bench, runs, container = found
+    beside = rival(json.loads(RIVAL.read_text(encoding="utf-8"))) if RIVAL.is_file() else []
     text = README.read_text(encoding="utf-8")
     before, rest = text.split(BEGIN)
     after = rest.split(END)[1]
-    made = "\n".join([BEGIN, *quality(report), *speed(bench), *bundles(bench), *large(runs), *image(container), END])
+    parts = (quality(report), speed(bench), bundles(bench), beside, large(runs), image(container))
+    made = "\n".join([BEGIN, *(line for part in parts for line in part), END])
     README.write_text(before + made + after, encoding="utf-8")
     return 0
 

@@ -1,16 +1,18 @@
-"""Where a file leaves the one it was made from: signal-to-noise of every operator's result in two step graphs.
+"""Where a file leaves the one it was made from: signal-to-noise of every operator's result in two graphs.
 
-Both run with the built-in kernels on the same tokens, and each result is held against that of the operator of the same
-name. 20 dB is noise of a hundredth of the signal's power, 40 dB of a ten-thousandth.
+Both run with the built-in kernels on the same tokens, step graphs at once and decoders token by token, each with its
+own cache. Each result is held against that of the operator of the same name. 20 dB is noise of a hundredth of the
+signal's power, 40 dB of a ten-thousandth.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -106,22 +108,27 @@ def trace(file: Path, reference: Path, samples: Sequence[Ids]) -> Trace:
     Raises:
         UsageError: one is no step graph, or they have no operator in common.
     """
-    ours, theirs = _Running(file), _Running(reference)
+    return compare(StepGraph(file), StepGraph(reference), samples)
+
+
+def compare(ours: Running, theirs: Running, samples: Sequence[Ids]) -> Trace:
+    """Play `samples` [L] each on both, and compare what every operator makes of them.
+
+    Raises:
+        UsageError: they have no operator in common.
+    """
     pairs = _pairs(ours, theirs)
     if not pairs:
-        raise UsageError(
-            f"{file} and {reference} have no operator of the same name", remedy="name two step graphs of one model"
-        )
+        raise UsageError("the files have no operator of the same name", remedy="name two graphs of one model")
     signal, noise = np.zeros(len(pairs)), np.zeros(len(pairs))
     with log.progress("signal to noise", sum(map(len, samples)), "tokens") as bar:
         for sample in samples:
-            for each in (ours, theirs):
-                calibrate.run(each.interpreter, sample)
-            for place, (tensor, other) in enumerate(pairs.items()):
-                power, error = _powers(theirs.value(tensor), ours.value(other))
-                signal[place] += power
-                noise[place] += error
-            bar.advance(len(sample))
+            for read, _ in zip(ours.play(sample), theirs.play(sample), strict=True):
+                for place, (tensor, other) in enumerate(pairs.items()):
+                    power, error = _powers(theirs.value(tensor), ours.value(other))
+                    signal[place] += power
+                    noise[place] += error
+                bar.advance(read)
     levels = dict(zip(pairs, map(decibels, signal, noise), strict=True))
     return _trace(theirs.graph, levels, sum(map(len, samples)))
 
@@ -135,21 +142,19 @@ def decibels(signal: float, noise: float) -> float:
     return max(-MOST, min(MOST, 10 * math.log10(signal / noise)))
 
 
-class _Running:
-    """A step graph that keeps all tensors of its last run."""
+class Running:
+    """A graph that keeps all tensors of its last run."""
 
-    def __init__(self, file: Path) -> None:
-        self.graph, self.interpreter = Graph.read(file), calibrate.open_traced(file)
-        inputs = next(iter(self.interpreter.get_signature_list().values()))["inputs"]
-        if set(inputs) != {"input_ids", "attention_mask"}:
-            raise UsageError(
-                f"{file} is not a step graph: its inputs are {', '.join(sorted(inputs))}",
-                remedy="name a step.tflite; a bundle's decoder is made of the same operators",
-            )
+    def __init__(self, graph: Graph, interpreter: Any) -> None:
+        self.graph, self.interpreter = graph, interpreter
+
+    def play(self, sample: Ids) -> Iterator[int]:
+        """Run the tokens of `sample` [L]; after each run, while its results stand, how many it has read."""
+        raise NotImplementedError
 
     def value(self, tensor: int) -> NDArray[np.float64]:
         """What a tensor holds after a run, in real numbers."""
-        values = np.asarray(self.interpreter.get_tensor(tensor)).astype(np.float64)
+        values = np.asarray(self.interpreter.get_tensor(tensor, self.graph.place)).astype(np.float64)
         scales = self.graph.scales(tensor)
         if scales is not None and self.graph.type_of(tensor) != "FLOAT32":
             values = (values - float(scales.zero_point[0])) * float(scales.scale[0])
@@ -165,7 +170,25 @@ class _Running:
         }
 
 
-def _pairs(ours: _Running, theirs: _Running) -> dict[int, int]:
+class StepGraph(Running):
+    """A step graph, which reads a sample at once."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__(Graph.read(file), calibrate.open_traced(file))
+        inputs = next(iter(self.interpreter.get_signature_list().values()))["inputs"]
+        if set(inputs) != {"input_ids", "attention_mask"}:
+            raise UsageError(
+                f"{file} is not a step graph: its inputs are {', '.join(sorted(inputs))}",
+                remedy="name two step.tflite, or two decoder.tflite with their embedders beside them",
+            )
+
+    def play(self, sample: Ids) -> Iterator[int]:
+        """Run it all."""
+        calibrate.run(self.interpreter, sample)
+        yield len(sample)
+
+
+def _pairs(ours: Running, theirs: Running) -> dict[int, int]:
     """The reference's tensors and the file's of the same operators, in the order in which they are made."""
     mine = ours.results()
     return {tensor: mine[key] for key, tensor in theirs.results().items() if key in mine}

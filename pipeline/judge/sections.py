@@ -61,7 +61,13 @@ class Sections:
     """The open sections in one folder."""
 
     def __init__(
-        self, folder: Path, *, weights: Path | None = None, threads: int | None = None, xnnpack: bool = True
+        self,
+        folder: Path,
+        *,
+        weights: Path | None = None,
+        threads: int | None = None,
+        xnnpack: bool = True,
+        decoder: Any = None,
     ) -> None:
         """Open `folder`'s decoder and what embedders stand beside it.
 
@@ -70,14 +76,16 @@ class Sections:
             weights: the file for the decoder's weights as XNNPACK repacks them, which otherwise take memory.
             threads: how many threads run the kernels.
             xnnpack: whether the XNNPACK delegate runs what it can.
+            decoder: an interpreter of the decoder, where that is open already.
         """
         threads = threads or default_threads()
 
         def open_file(name: str) -> Any:
             return litert(folder / name, xnnpack=xnnpack, threads=threads)
 
-        with log.waiting(f"opening {folder.name}/{DECODER}", (folder / DECODER).stat().st_size / _REPACKED):
-            decoder = MappedModel(folder / DECODER, weights, threads) if weights else open_file(DECODER)
+        if decoder is None:
+            with log.waiting(f"opening {folder.name}/{DECODER}", (folder / DECODER).stat().st_size / _REPACKED):
+                decoder = MappedModel(folder / DECODER, weights, threads) if weights else open_file(DECODER)
         self.signatures = decoder.get_signature_list()
         self._runners = {name: decoder.get_signature_runner(name) for name in self.signatures}
         self._shapes = {

@@ -74,6 +74,16 @@ def test_litert_lm_reads_and_says_what_hugging_face_does(built: Build) -> None:
     assert found["scored"] > 0 and found["score_error"] <= 5e-3
 
 
+def test_int8_is_judged_on_five_thousand_positions_and_on_perplexity(built: Build) -> None:
+    judged = built.bundle("int8")["against_fp32"]
+    assert judged["positions"] >= 5000 and judged["blocks"] >= 40
+    checks = [check for check in built.read("verify/report.json")["checks"] if check["variant"] == "bundle-int8"]
+    assert [check["direction"] for check in checks if check["name"] == "perplexity ratio through the cache"] == [
+        ">=",
+        "<=",
+    ]
+
+
 def test_int8_takes_a_byte_per_parameter(built: Build) -> None:
     assert built.bundle("int8")["size_per_parameter"] <= 1.06
 

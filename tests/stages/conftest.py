@@ -23,7 +23,7 @@ CAP = 30.0
 SMALL = {
     "cache_length = 4096": "cache_length = 512",
     "prefill = [32, 128]": "prefill = [8, 32]",
-    "decode = 128": "decode = 24\npositions = 310",
+    "decode = 128": "decode = 24\npositions = 930",
     "prompts = 16": "prompts = 4",
     "continuation = 128": "continuation = 12",
     "window = 128": "window = 32",

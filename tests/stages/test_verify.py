@@ -19,7 +19,7 @@ from pipeline import golden, inspection, verify
 from pipeline.convert import noise
 from pipeline.convert.flatbuffer import Graph
 from pipeline.core import manifest
-from pipeline.core.errors import IntegrityError
+from pipeline.core.errors import IntegrityError, UsageError
 from pipeline.core.manifest import Facts
 from pipeline.core.recipe import PROJECT
 from pipeline.core.stage import Context, Outcome, Stage
@@ -27,6 +27,7 @@ from pipeline.judge import examine
 from pipeline.judge.reference import Head, Reference
 from pipeline.judge.report import REFERENCE
 from pipeline.judge.runtime import StepModel, measure_speed
+from pipeline.judge.sections import Conversation, Sections
 
 STEP = "step.tflite"
 BUNDLES = ("bundle-fp32", "bundle-int8")
@@ -152,7 +153,7 @@ class TestAPass:
         assert small["against_fp32"]["kld"]["low"] > 1e-6 and small["against_cached"] is None
         assert exact["divergence"]["identical"]["value"] == 1.0
         assert 0.9 < small["against_reference"]["perplexity_ratio"]["value"] < 1.1
-        assert exact["positions"] == small["positions"] == 24 + (24 + 24) + 24 + 310
+        assert exact["positions"] == small["positions"] == 24 + (24 + 24) + 24 + 930
         assert exact["against_cached"]["positions"] == 24 + (24 + 24) + 24
         for bundle in (exact, small):
             assert bundle["token_ids"]["total"] >= 1000 and bundle["token_ids"]["wrong"] == 0
@@ -325,8 +326,33 @@ class TestWhereItGoesWrong:
             "prefill_32",
         }
         assert 8 < told["models"][0]["bits_per_weight"] < 8.5
-        assert inspection.main([str(step(built, "int8")), "--against", str(step(built))]) == 0
-        assert "(the verification text in golden)" in capsys.readouterr().out
+        for file in (STEP, "decoder.tflite"):
+            ours, theirs = (str(built.root / precision / file) for precision in ("int8", "fp32"))
+            assert inspection.main([ours, "--against", theirs]) == 0
+            assert "(the verification text in golden)" in capsys.readouterr().out
+
+    def test_decoders_are_held_against_each_other_through_their_caches(self, built: Line) -> None:
+        exact, small = (built.root / precision / "decoder.tflite" for precision in ("fp32", "int8"))
+        sample = np.array([2, 40, 41, 300, 7, 512, 90, 17], np.int32)
+        same = noise.compare(inspection.Decoder(exact), inspection.Decoder(exact), [sample, sample[:3]])
+        assert same.tokens == 11 and {operator.decibels for operator in same.operators} == {noise.MOST}
+        found = noise.compare(inspection.Decoder(small), inspection.Decoder(exact), [sample])
+        assert found.tokens == 8 and 20 < found.operators[-1].decibels < 60 and found.first is None
+        assert {f"layers.{number}" for number in range(8)} <= set(found.layers())
+
+    def test_what_is_compared_is_what_the_sections_say(self, built: Line) -> None:
+        folder = built.root / "fp32"
+        decoder = inspection.Decoder(folder / "decoder.tflite")
+        alone = Conversation(Sections(folder, xnnpack=False))
+        signatures = decoder.interpreter.get_signature_runner("decode").get_output_details()
+        logits = signatures["logits"]["index"]
+        for token, _ in zip((2, 40, 41), decoder.play(np.array([2, 40, 41], np.int32)), strict=True):
+            np.testing.assert_allclose(decoder.value(logits).ravel(), alone.decode(token), atol=1e-4)
+
+    def test_a_decoder_that_can_not_decode_is_refused(self, built: Line, tmp_path: Path) -> None:
+        shutil.copy(step(built), tmp_path / "decoder.tflite")
+        with pytest.raises(UsageError, match="has no signature `decode`"):
+            inspection.Decoder(tmp_path / "decoder.tflite")
 
 
 class TestTheUsersText:
