@@ -21,7 +21,7 @@ from pipeline.core.recipe import PROJECT
 from pipeline.core.recipe import load as load_recipe
 
 OPTIONS = ("--parts", "1", "--speed", "0.01")
-LONGEST = 300.0
+LONGEST = 600.0
 """Seconds within which a tune must have measured something."""
 
 
