@@ -92,7 +92,9 @@ class Measured:
     size: int
 
     def facts(self) -> dict[str, Any]:
-        """The figures with 95 % intervals."""
+        """The figures with 95 % intervals; none where the file gives no numbers."""
+        if not np.isfinite(self.kld).all():
+            return {}
         draws = metrics.Draws.of(self.blocks)
         mean = partial(metrics.bootstrap, draws=draws)
         return {
@@ -380,17 +382,18 @@ def _group_facts(study: Study, group: Group) -> dict[str, Any]:
 def _candidate_facts(study: Study, each: Candidate, depth: int) -> dict[str, Any]:
     shards = next((n for n in range(study.bench.shards, 0, -1) if study.bench.found(each, range(n))), 0)
     measured = study.bench.found(each, range(shards))
+    facts = measured.facts() if measured else {}
     return {
         "name": each.name,
         "values": dict(each.values),
         "shards": shards,
-        "finalist": shards >= depth,
+        "finalist": shards >= depth and bool(facts),
         "size": measured and measured.size,
         "relative_size": study.relative_size(each),
         "speed": study.relative_speed(each),
         "seconds": study.speeds.get(each.name),
         "cost": study.cost(each),
-        **(measured.facts() if measured else {}),
+        **facts,
     }
 
 
@@ -445,7 +448,7 @@ def work(arguments: argparse.Namespace) -> None:
             study = Study(
                 bench=bench,
                 groups=groups.group(layers, arguments.parts),
-                given=Candidate(name="the given recipe", values=values),
+                given=candidates.priced("the given recipe", values, layers),
                 limits=(arguments.size, arguments.speed),
             )
             try:

@@ -5,12 +5,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Literal
+from typing import Any, Literal
 
-from pipeline.search.groups import Group, patterns
+from pipeline.search.groups import Group, Layer, patterns
 
 Side = Literal["weights", "activations"]
 Value = str | float | bool | list[str]
@@ -88,6 +89,17 @@ class _State:
 def plain(knobs: Sequence[Knob] = KNOBS) -> Candidate:
     """Every knob at rest: plain dynamic int8."""
     return Candidate(name="plain", values={knob.key: knob.values[0] if knob.values else [] for knob in knobs})
+
+
+def priced(name: str, values: Mapping[str, Any], layers: Sequence[Layer], knobs: Sequence[Knob] = KNOBS) -> Candidate:
+    """A candidate of any `values`, with the size and work that its patterns over `layers` mean."""
+    elements = sum({layer.weight: layer.elements for layer in layers}.values())
+    products, size, work = sum(layer.products for layer in layers), 0.0, 0.0
+    for knob in (knob for knob in knobs if not knob.values):
+        named = [layer for layer in layers if any(re.search(one, layer.name) for one in values[knob.key])]
+        size += knob.size * sum({layer.weight: layer.elements for layer in named}.values()) / elements
+        work += knob.work * sum(layer.products for layer in named) / products
+    return Candidate(name=name, values=dict(values), size=size, work=work)
 
 
 def alone(group: Group, groups: Sequence[Group], rows: int) -> Candidate:

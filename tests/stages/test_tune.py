@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import signal
 import subprocess
 import sys
@@ -21,8 +22,11 @@ from pipeline.core.recipe import PROJECT
 from pipeline.core.recipe import load as load_recipe
 
 OPTIONS = ("--parts", "1", "--speed", "0.01")
-LONGEST = 300.0
+LONGEST = 600.0
 """Seconds within which a tune must have measured something."""
+
+MOST = 360.0
+"""Seconds of processor time that are 3 minutes of two cores, whatever else the machine does."""
 
 
 def begin(line: Line, *options: str) -> subprocess.Popen[bytes]:
@@ -68,14 +72,17 @@ def tuned(built: Line, tmp_path_factory: pytest.TempPathFactory) -> Line:
     assert load_recipe(line.root / "tune" / "recipe.toml").name == "gemma3n"
     assert not report(line)["complete"]
     stopped = records(line)
-    finish(line, "--minutes", "3")
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    finish(line, "--minutes", "20")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < MOST
     assert killed.items() <= stopped.items() <= records(line).items()
     return line
 
 
 def test_every_group_and_candidate_is_measured(tuned: Line) -> None:
     told = report(tuned)
-    assert told["complete"] and told["seconds"] <= 180
+    assert told["complete"]
     assert all(each["weights"] >= 0 and each["activations"] is not None for each in told["groups"])
     heads = [each for each in told["groups"] if "head" in each["kinds"]]
     assert len(heads) == 1 and heads[0]["weights"] > 1e-6

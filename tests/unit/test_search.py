@@ -50,6 +50,7 @@ def test_kinds_that_share_an_input_or_weights_are_one_group() -> None:
     assert (GROUPS[1].elements, GROUPS[1].products) == (600, 600)
 
 
+@settings(deadline=None)
 @given(st.sets(st.sampled_from([each.name for each in GROUPS])), st.integers(1, 7))
 def test_patterns_find_the_layers_of_the_groups_and_no_others(names: set[str], parts: int) -> None:
     groups = group(model(), parts)
@@ -97,6 +98,14 @@ def test_the_path_begins_plain_grows_and_keeps_the_size(found: dict[str, Contrib
     gained = sum(max(each.activations, 0) > 0 or max(each.weights, 0) > 0 for each in found.values())
     if most == 9.0:  # nothing holds it up: every group that costs anything ends in float
         assert made[-1].values["keep_float"] or not gained
+
+
+@settings(deadline=None)
+@given(figures)
+def test_a_recipe_is_priced_as_the_path_is(found: dict[str, Contribution]) -> None:
+    for each in candidates.paths(GROUPS, found, 9.0):
+        priced = candidates.priced(each.name, each.values, model())
+        assert (priced.size, priced.work) == pytest.approx((each.size, each.work))
 
 
 def test_the_cheapest_gain_comes_first() -> None:
@@ -148,6 +157,7 @@ points = st.dictionaries(
 )
 
 
+@settings(deadline=None)
 @given(points)
 def test_the_frontier_is_monotone_and_beats_the_rest(found: dict[str, Point]) -> None:
     best = [found[name] for name in halving.frontier(found)]
@@ -155,6 +165,7 @@ def test_the_frontier_is_monotone_and_beats_the_rest(found: dict[str, Point]) ->
     assert all(any(one.cost <= each.cost and one.kld <= each.kld for one in best) for each in found.values())
 
 
+@settings(deadline=None)
 @given(points, st.integers(1, 6))
 def test_the_better_half_is_a_half_and_never_lies_higher(found: dict[str, Point], fewest: int) -> None:
     kept = halving.better_half(found, fewest)
