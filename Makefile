@@ -76,7 +76,7 @@ CHOSEN := $(or $(GRAPHS),$(shell sed -n 's/^graphs *= *"\(.*\)".*/\1/p' $(RECIPE
 # Precisions that the recipe makes bundles of.
 BUNDLES := $(if $(filter step,$(CHOSEN)),,$(shell sed -n 's/^precisions *= *\[\(.*\)\].*/\1/p' $(RECIPE) 2>/dev/null | tr -d '",'))
 SCHEME := $(shell sed -n 's/^scheme *= *"\(.*\)".*/\1/p' $(RECIPE) 2>/dev/null)
-ALTERNATIVE := $(if $(filter static,$(SCHEME)),int8-dynamic,int8-static)
+ALTERNATIVE := $(if $(filter static static16,$(SCHEME)),int8-dynamic,int8-static)
 #: VARIANTS      the step graphs that verify judges; publish takes fp32, fp16 and int8 of them
 VARIANTS ?= $(if $(filter bundle,$(CHOSEN)),,fp32 fp16 int8 $(ALTERNATIVE))
 # Texts that the recipe names.
@@ -92,7 +92,7 @@ export OMP_NUM_THREADS := $(THREADS)
 endif
 
 # --- what each stage reads: stages, code, texts -------------------------------------------------------------------------
-STAGES := fetch golden graph fp32 fp16 int8 $(ALTERNATIVE) bundle verify publish evaluate
+STAGES := fetch golden graph fp32 fp16 int8 $(ALTERNATIVE) int8-static16 bundle verify publish evaluate
 
 NEEDS_fetch :=
 NEEDS_golden := fetch
@@ -100,8 +100,9 @@ NEEDS_graph := fetch
 NEEDS_fp32 := fetch graph
 NEEDS_fp16 := fetch graph
 # The full-integer scheme takes its ranges from the fp32 file.
-NEEDS_int8 := fetch graph $(if $(filter static,$(SCHEME)),fp32)
+NEEDS_int8 := fetch graph $(if $(filter static static16,$(SCHEME)),fp32)
 NEEDS_$(ALTERNATIVE) := fetch graph $(if $(filter int8-static,$(ALTERNATIVE)),fp32)
+NEEDS_int8-static16 := fetch graph fp32
 NEEDS_bundle := fetch $(BUNDLES)
 NEEDS_verify := fetch golden $(sort $(VARIANTS) $(if $(BUNDLES),bundle $(BUNDLES)))
 NEEDS_evaluate := fetch bundle
@@ -114,6 +115,7 @@ ROOMS_fp32 := core convert models
 ROOMS_fp16 := core convert models
 ROOMS_int8 := core convert models
 ROOMS_$(ALTERNATIVE) := $(ROOMS_int8)
+ROOMS_int8-static16 := $(ROOMS_int8)
 ROOMS_bundle := core convert models
 ROOMS_verify := core judge convert
 ROOMS_publish := core release
@@ -137,6 +139,7 @@ TEXTS_golden := $(TEXTS) $(EVAL)
 TEXTS_int8 := $(TEXTS) $(CALIBRATION)
 TEXTS_verify := $(TEXTS) $(EVAL) $(CALIBRATION)
 TEXTS_$(ALTERNATIVE) := $(TEXTS_int8)
+TEXTS_int8-static16 := $(TEXTS_int8)
 
 # --- settings of each stage -------------------------------------------------------------------------------------------
 WANTED := $(if $(GRAPHS),--graphs $(GRAPHS))
@@ -150,6 +153,7 @@ OPTIONS_fp32 := $(WANTED)
 OPTIONS_fp16 := $(WANTED)
 OPTIONS_int8 := $(WANTED) $(CALIBRATED)
 OPTIONS_$(ALTERNATIVE) := --scheme $(subst int8-,,$(ALTERNATIVE)) $(OPTIONS_int8)
+OPTIONS_int8-static16 := --scheme static16 $(OPTIONS_int8)
 OPTIONS_bundle := $(WANTED)
 OPTIONS_verify := $(WANTED) --variants $(VARIANTS) $(EVALUATED) $(CALIBRATED)
 OPTIONS_publish := $(WANTED)
@@ -213,7 +217,7 @@ WHERE = --model-id $(MODEL_ID) --artifacts $(ARTIFACTS) --recipe $(RECIPE)
 endif
 
 # --- targets ----------------------------------------------------------------------------------------------------------
-.PHONY: all setup plan fetch golden graph fp32 fp16 int8 $(ALTERNATIVE) bundle verify publish evaluate check inspect reproduce compare chat run bench image test lint format clean clean-env help
+.PHONY: all setup plan fetch golden graph fp32 fp16 int8 $(ALTERNATIVE) int8-static16 bundle verify publish evaluate check inspect reproduce compare chat run bench image test lint format clean clean-env help
 
 all: publish ## set-up, then everything for MODEL_ID: fp32, fp16, int8, bundles, the report, the publish folder (default)
 	@echo "files:   $(foreach variant,$(VARIANTS),$(ROOT)/$(variant)/step.tflite) $(foreach bundle,$(BUNDLES),$(ROOT)/bundle/$(bundle).litertlm)"
@@ -231,6 +235,7 @@ graph: ## export the graphs that every precision fills with weights
 fp32: ## build the files in fp32
 fp16: ## build the files with fp16 weights
 int8: ## build the int8 files, by the recipe's scheme
+int8-static16: ## build the step graph with int8 weights and static 16-bit activations (VARIANTS= to judge it)
 bundle: ## pack what LiteRT-LM runs: bundle/fp32.litertlm and bundle/int8.litertlm
 verify: ## judge every file against Hugging Face and fp32; write report.json and report.html
 publish: ## assemble what would be uploaded (dry run)

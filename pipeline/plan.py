@@ -194,6 +194,7 @@ NEEDS: Mapping[str, Callable[[Model], Need]] = {
     "fp16": partial(_filled, precision="fp16"),
     "int8": partial(_filled, precision="int8"),
     "int8-static": partial(_filled, precision="int8", sections=False),
+    "int8-static16": partial(_filled, precision="int8", sections=False),
     "int8-dynamic": partial(_filled, precision="int8", sections=False),
     "bundle": bundle,
     "verify": verify,

@@ -28,7 +28,7 @@ _SMALLEST_STEP = 1e-30
 def take_two_rows(graph: Graph, chosen: Keep) -> None:
     """Give linear layers that `chosen` names their input as two rows, in every signature.
 
-    A layer must see [..., 1, inputs]: the rows stand on that axis, which is there in all graphs of this project.
+    A layer must see float32 [..., 1, inputs]: the rows stand on that axis, there in all graphs of this project.
     """
     for view in graph.each():
         _TwoRows(view, chosen).rewrite()
@@ -51,7 +51,7 @@ class _TwoRows:
             return [operator]
         taken, given = int(operator.inputs[0]), int(operator.outputs[0])
         shape = graph.shape(taken)
-        if len(shape) < 2 or shape[-2] != 1:
+        if len(shape) < 2 or shape[-2] != 1 or graph.type_of(taken) != "FLOAT32":
             return [operator]
         before = [] if taken in self.rows else self._split(taken, shape)
         both = self._tensor(given, "rows", (*graph.shape(given)[:-2], 2, graph.shape(given)[-1]))

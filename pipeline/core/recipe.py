@@ -20,7 +20,7 @@ from pipeline.core.errors import UsageError
 SCHEMA = 1
 PROJECT = Path(__file__).resolve().parents[2]
 
-Scheme = Literal["dynamic", "static"]
+Scheme = Literal["dynamic", "static", "static16"]
 Graphs = Literal["step", "bundle", "all"]
 BundlePrecision = Literal["fp32", "int8"]
 Padding = Literal["none", "left", "right"]
@@ -88,14 +88,17 @@ class Shapes:
 class Int8:
     """How int8 files are made.
 
-    `scheme` chooses what `int8/step.tflite` is. `calibration_samples` texts set the static ranges. `keep_float` are
-    regular expressions over operator names that the static scheme leaves in float, `two_rows` over those of linear
-    layers that take their input as two int8 rows, the value and the remainder, in dynamic files (convert/residual.py).
+    `scheme` chooses what `int8/step.tflite` is; `static16` is static with 16-bit activations. `calibration_samples`
+    texts set the static ranges. `keep_float` are regular expressions over operator names that the static schemes leave
+    in float, `islands` over those that only `static` does, as 8 bits are too few there. `two_rows` are over linear
+    layers that take their input twice, the value and the remainder, as two int8 rows in dynamic files
+    (convert/residual.py), as two int8 tensors in static ones (convert/static.py).
     """
 
     scheme: Scheme
     calibration_samples: int
     keep_float: tuple[str, ...] = ()
+    islands: tuple[str, ...] = ()
     two_rows: tuple[str, ...] = ()
 
 

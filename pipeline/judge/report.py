@@ -27,6 +27,7 @@ _PRECISIONS = {
     "fp16": "float16 weights",
     "int8-dynamic": "dynamic int8",
     "int8-static": "full integer int8",
+    "int8-static16": "full integer, int8 weights, int16 activations",
 }
 _LOSS = (
     (1e-7, "no measurable loss"),
