@@ -61,15 +61,19 @@ def _make_static(context: Context, graph: Graph, keep: quantize.Keep, scheme: Sc
     """
     settings = context.recipe.int8
     bits: static.Bits = 16 if scheme == "static16" else 8
-    in_float = quantize.keeper((*settings.keep_float, *(settings.islands if bits == 8 else ())))
-    two_rows = quantize.keeper(settings.two_rows if bits == 8 else ())
+    plan = partial(
+        static.plan_static,
+        keep=keep,
+        two_rows=quantize.keeper(settings.two_rows if bits == 8 else ()),
+        float_scores=settings.float_scores and bits == 8,
+    )
     samples = _samples(context)
     tokens = sum(map(len, samples))
     log.step(f"run fp32 on {len(samples)} samples of {tokens} tokens for the ranges")
     fp32 = context.root / context.upstream["fp32"].output(build.STEP).path
-    seen = calibrate.collect(fp32, static.plan_static(Graph.read(fp32), in_float, two_rows).wanted, samples)
+    seen = calibrate.collect(fp32, plan(Graph.read(fp32)).wanted, samples)
     graph.prune()  # as the fp32 file was: tensors have the same places in both
-    static.make_static(graph, static.plan_static(graph, in_float, two_rows), seen, keep, bits)
+    static.make_static(graph, plan(graph), seen, keep, bits)
     residual.take_two_rows(graph, quantize.keeper(settings.two_rows))
     return {"calibration_samples": len(samples), "calibration_tokens": tokens}
 

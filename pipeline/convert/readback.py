@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from pipeline.convert.flatbuffer import Graph
+from pipeline.convert.residual import ROWS
 from pipeline.convert.static import REST
 from pipeline.core.errors import PipelineError, QuantiseError
 from pipeline.core.manifest import Facts
@@ -50,7 +51,7 @@ class Product:
 
     `integer`: activations are int8 or int16 in the file, and what they are multiplied by as well. `hybrid`: float32
     activations, quantised by the kernel, times int8 weights. `float`: the rest. A layer that is computed of two int8
-    tensors (static.py) is one product: its remainder does not count.
+    tensors (static.py) or two rows (residual.py) is one product: its remainder does not count.
     """
 
     name: str
@@ -157,7 +158,7 @@ def _product(graph: Graph, operator: Any, shapes: Sequence[tuple[int, ...]]) -> 
     name, types = graph.operator_name(operator), (graph.type_of(left), graph.type_of(right))
     return Product(
         name=name if not name.startswith(";") else f"step{name}",
-        multiply_adds=int(np.prod(shapes[result])) * summed,
+        multiply_adds=int(np.prod(shapes[result])) * summed // (2 if name.endswith(f";{ROWS}") else 1),
         arithmetic=_ARITHMETIC.get(types, "float"),
         weights=graph.is_constant(right),
     )

@@ -20,6 +20,8 @@ import numpy as np
 from pipeline.convert.flatbuffer import Graph
 from pipeline.convert.quantize import LINEAR, Keep
 
+ROWS = "rows"
+"""How the name of what a layer makes of two rows ends."""
 _STEPS = 255.0
 # Keeps a row of zeros from a division by zero; activations are many orders above.
 _SMALLEST_STEP = 1e-30
@@ -54,7 +56,7 @@ class _TwoRows:
         if len(shape) < 2 or shape[-2] != 1 or graph.type_of(taken) != "FLOAT32":
             return [operator]
         before = [] if taken in self.rows else self._split(taken, shape)
-        both = self._tensor(given, "rows", (*graph.shape(given)[:-2], 2, graph.shape(given)[-1]))
+        both = self._tensor(given, ROWS, (*graph.shape(given)[:-2], 2, graph.shape(given)[-1]))
         operator.inputs = [self.rows[taken], *operator.inputs[1:]]
         operator.outputs = [both]
         operator.builtinOptions.asymmetricQuantizeInputs = True  # else the built-in kernels take another step
@@ -66,7 +68,7 @@ class _TwoRows:
         high, low, width = (self._tensor(x, name, one) for name in ("max", "min", "range"))
         share, step = (self._tensor(x, name, one) for name in ("share", "step"))
         counted, whole, coarse, rest = (self._tensor(x, name, shape) for name in ("steps", "whole", "coarse", "rest"))
-        self.rows[x] = self._tensor(x, "rows", (*shape[:-2], 2, shape[-1]))
+        self.rows[x] = self._tensor(x, ROWS, (*shape[:-2], 2, shape[-1]))
         axis, scale = self._axis(len(shape) - 1), self._scalar("scale", 1 / _STEPS)
         least = self._scalar("least", _SMALLEST_STEP)
         return [

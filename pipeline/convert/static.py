@@ -28,7 +28,7 @@ layer that the recipe's `two_rows` names escapes from that on both sides:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -70,18 +70,18 @@ class Plan:
     wanted: tuple[int, ...]
 
 
-def plan_static(graph: Graph, keep: Keep, two_rows: Keep = lambda _: False) -> Plan:
+def plan_static(graph: Graph, keep: Keep, two_rows: Keep = lambda _: False, *, float_scores: bool = False) -> Plan:
     """Choose the operators of the static scheme.
 
     Every matrix product becomes integer but the head, what picks its rows, and those that `keep` names; and so does
     what only moves values on the way into one. Everything else stays float32; see the measurements at `make_static`.
-    Linear layers that `two_rows` names are doubled.
+    Linear layers that `two_rows` names are doubled; with `float_scores` what a softmax reads is left in float as well.
     """
-    heads, operators = _heads(graph), graph.main.operators
+    left, operators = _heads(graph) | (_scores(graph) if float_scores else set()), graph.main.operators
     products = {
         place
         for place, operator in enumerate(operators)
-        if _is_product(graph, operator) and id(operator) not in heads and not keep(graph.operator_name(operator))
+        if _is_product(graph, operator) and id(operator) not in left and not keep(graph.operator_name(operator))
     }
     doubled = {
         place
@@ -106,26 +106,41 @@ def _heads(graph: Graph) -> set[int]:
     A step graph picks the last token of each row with a product by ones and zeros. As an integer product it would round
     what the head sees, and save nothing.
     """
+    heads = _last_products(graph, map(int, graph.main.outputs))
     producers = graph.producers()
-    found: set[int] = set()
-    waiting = [int(i) for i in graph.main.outputs]
+    before = [producers.get(int(head.inputs[0])) for head in heads if graph.code(head) == LINEAR]
+    picking = [operator for operator in before if operator is not None and graph.code(operator) == PRODUCT]
+    return {id(operator) for operator in (*heads, *picking)}
+
+
+def _scores(graph: Graph) -> set[int]:
+    """Identities of the products that a softmax reads."""
+    read = [int(operator.inputs[0]) for operator in graph.operators() if graph.code(operator) == "SOFTMAX"]
+    return {id(operator) for operator in _last_products(graph, read)}
+
+
+def _last_products(graph: Graph, tensors: Iterable[int]) -> list[Any]:
+    """The products that `tensors` come from, without another product between."""
+    producers, found, waiting, seen = graph.producers(), list[Any](), list(tensors), set[int]()
     while waiting:
-        operator = producers.get(waiting.pop())
-        if operator is None:
+        tensor = waiting.pop()
+        operator = producers.get(tensor)
+        if operator is None or tensor in seen:
             continue
-        picked = producers.get(int(operator.inputs[0]))
-        if graph.code(operator) not in (LINEAR, PRODUCT):
+        seen.add(tensor)
+        if _multiplies(graph, operator):
+            found.append(operator)
+        else:
             waiting += [int(i) for i in operator.inputs if i >= 0]
-            continue
-        found.add(id(operator))
-        if picked is not None and graph.code(operator) == LINEAR and graph.code(picked) == PRODUCT:
-            found.add(id(picked))
     return found
 
 
+def _multiplies(graph: Graph, operator: Any) -> bool:
+    return graph.code(operator) in (LINEAR, PRODUCT)
+
+
 def _is_product(graph: Graph, operator: Any) -> bool:
-    code = graph.code(operator)
-    return code in (LINEAR, PRODUCT) and all(graph.type_of(i) == "FLOAT32" for i in _activations(graph, operator))
+    return _multiplies(graph, operator) and all(graph.type_of(i) == "FLOAT32" for i in _activations(graph, operator))
 
 
 def _is_plain(graph: Graph, operator: Any) -> bool:
@@ -189,7 +204,9 @@ class _Static:
     def __init__(self, graph: Graph, plan: Plan, seen: Mapping[int, Statistics], bits: Bits) -> None:
         self.graph, self.seen, self.bits = graph, seen, bits
         choose = best_scales if bits == 8 else wide_scales
-        self.scales = _scales(graph, plan, {tensor: choose(statistics) for tensor, statistics in seen.items()})
+        self.scales = _activation_scales(
+            graph, plan, {tensor: choose(statistics) for tensor, statistics in seen.items()}
+        )
         operators, self.consumers = graph.main.operators, graph.consumers()
         self.integer = {id(operators[place]) for place in plan.integer}
         self.doubled = {id(operators[place]) for place in plan.doubled}
@@ -262,7 +279,8 @@ class _Static:
         assert peak is not None
         rounding = self.steps[taken] / np.sqrt(12)  # its standard deviation
         noise = _DEVIATIONS * rounding * _row_norms(self.graph, int(operator.inputs[1]))
-        parts = [self._part(operator, value, ";value", peak), self._part(operator, rest, REST, noise)]
+        reach = np.hypot(peak, noise)  # the value alone is further from zero than with its remainder
+        parts = [self._part(operator, value, ";value", reach), self._part(operator, rest, REST, noise)]
         halves = [int(part[-1].outputs[0]) for part in parts]
         return [*before, *parts[0], *parts[1], self.graph.operator("ADD", halves, [given])]
 
@@ -330,7 +348,7 @@ def _steps(values: Array, unit: Array, kind: Any) -> Array:
     return np.clip(wanted, limits.min, limits.max).astype(kind)
 
 
-def _scales(graph: Graph, plan: Plan, own: Mapping[int, Scales]) -> dict[int, Scales]:
+def _activation_scales(graph: Graph, plan: Plan, own: Mapping[int, Scales]) -> dict[int, Scales]:
     """The scales of every integer activation: its own, or that of the tensor it is moved from."""
     scales = dict(own)
     for place in sorted(plan.integer):

@@ -90,16 +90,16 @@ class Int8:
 
     `scheme` chooses what `int8/step.tflite` is; `static16` is static with 16-bit activations. `calibration_samples`
     texts set the static ranges. `keep_float` are regular expressions over operator names that the static schemes leave
-    in float, `islands` over those that only `static` does, as 8 bits are too few there. `two_rows` are over linear
-    layers that take their input twice, the value and the remainder, as two int8 rows in dynamic files
-    (convert/residual.py), as two int8 tensors in static ones (convert/static.py).
+    in float, `two_rows` over linear layers that take their input twice, the value and the remainder, as two int8 rows
+    in dynamic files (convert/residual.py), as two int8 tensors in static ones (convert/static.py). `float_scores`
+    leaves attention's scores in float in `static`, where 8 bits are too few for them.
     """
 
     scheme: Scheme
     calibration_samples: int
     keep_float: tuple[str, ...] = ()
-    islands: tuple[str, ...] = ()
     two_rows: tuple[str, ...] = ()
+    float_scores: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
