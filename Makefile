@@ -105,7 +105,7 @@ CHOSEN := $(or $(GRAPHS),$(shell sed -n 's/^graphs *= *"\(.*\)".*/\1/p' $(RECIPE
 PRECISIONS := $(shell sed -n 's/^precisions *= *\[\(.*\)\].*/\1/p' $(RECIPE) 2>/dev/null | tr -d '",')
 BUNDLES := $(if $(filter step,$(CHOSEN)),,$(PRECISIONS))
 SCHEME := $(shell sed -n 's/^scheme *= *"\(.*\)".*/\1/p' $(RECIPE) 2>/dev/null)
-ALTERNATIVE := $(if $(filter static,$(SCHEME)),int8-dynamic,int8-static)
+ALTERNATIVE := $(if $(filter static static16,$(SCHEME)),int8-dynamic,int8-static)
 # int4 is made where the recipe's precisions name it, and where it is asked for.
 FOUR_BITS := $(filter int4,$(PRECISIONS))
 #: VARIANTS      the step graphs that verify judges; publish takes fp32, fp16, int8 and the recipe's int4 of them
@@ -123,7 +123,7 @@ export OMP_NUM_THREADS := $(THREADS)
 endif
 
 # --- what each stage reads: stages, code, texts -------------------------------------------------------------------------
-STAGES := fetch golden graph fp32 fp16 int8 int4 $(ALTERNATIVE) bundle verify publish evaluate
+STAGES := fetch golden graph fp32 fp16 int8 int4 $(ALTERNATIVE) int8-static16 bundle verify publish evaluate
 
 NEEDS_fetch :=
 NEEDS_golden := fetch
@@ -132,8 +132,9 @@ NEEDS_fp32 := fetch graph
 NEEDS_fp16 := fetch graph
 NEEDS_int4 := fetch graph
 # The full-integer scheme takes its ranges from the fp32 file.
-NEEDS_int8 := fetch graph $(if $(filter static,$(SCHEME)),fp32)
+NEEDS_int8 := fetch graph $(if $(filter static static16,$(SCHEME)),fp32)
 NEEDS_$(ALTERNATIVE) := fetch graph $(if $(filter int8-static,$(ALTERNATIVE)),fp32)
+NEEDS_int8-static16 := fetch graph fp32
 NEEDS_bundle := fetch $(BUNDLES)
 NEEDS_verify := fetch golden $(sort $(VARIANTS) $(if $(BUNDLES),bundle $(BUNDLES)))
 NEEDS_evaluate := fetch bundle
@@ -147,6 +148,7 @@ ROOMS_fp16 := core convert models
 ROOMS_int4 := core convert models
 ROOMS_int8 := core convert models
 ROOMS_$(ALTERNATIVE) := $(ROOMS_int8)
+ROOMS_int8-static16 := $(ROOMS_int8)
 ROOMS_bundle := core convert models
 ROOMS_verify := core judge convert
 ROOMS_publish := core release
@@ -174,6 +176,7 @@ TEXTS_golden := $(TEXTS) $(EVAL)
 TEXTS_int8 := $(TEXTS) $(CALIBRATION)
 TEXTS_verify := $(TEXTS) $(EVAL) $(CALIBRATION)
 TEXTS_$(ALTERNATIVE) := $(TEXTS_int8)
+TEXTS_int8-static16 := $(TEXTS_int8)
 
 # model-signing has an environment of its own. The key's path goes through the environment, so that it stands nowhere else.
 SIGNER := .venv-sign/bin/python
@@ -196,6 +199,7 @@ OPTIONS_fp16 := $(WANTED)
 OPTIONS_int4 := $(WANTED)
 OPTIONS_int8 := $(WANTED) $(CALIBRATED)
 OPTIONS_$(ALTERNATIVE) := --scheme $(subst int8-,,$(ALTERNATIVE)) $(OPTIONS_int8)
+OPTIONS_int8-static16 := --scheme static16 $(OPTIONS_int8)
 OPTIONS_bundle := $(WANTED)
 OPTIONS_verify := $(WANTED) --variants $(VARIANTS) $(EVALUATED) $(CALIBRATED)
 OPTIONS_evaluate := $(if $(TASK),--task $(abspath $(TASK)))
@@ -276,7 +280,7 @@ LABELS = --build-arg REVISION="$$(git describe --always --abbrev=40 --dirty --ex
 	--build-arg LOCK_SHA256="$$(sha256sum <$(IMAGE_LOCK) | cut -d' ' -f1)"
 
 # --- targets ----------------------------------------------------------------------------------------------------------
-.PHONY: all setup plan fetch golden graph fp32 fp16 int8 int4 $(ALTERNATIVE) bundle verify publish release evaluate tune check inspect reproduce compare chat run bench image test lint format clean clean-env help
+.PHONY: all setup plan fetch golden graph fp32 fp16 int8 int4 $(ALTERNATIVE) int8-static16 bundle verify publish release evaluate tune check inspect reproduce compare chat run bench image test lint format clean clean-env help
 
 all: publish ## set-up, then everything for MODEL_ID: fp32, fp16, int8, bundles, the report, the publish folder (default)
 	@echo "files:   $(foreach variant,$(VARIANTS),$(ROOT)/$(variant)/step.tflite) $(foreach bundle,$(BUNDLES),$(ROOT)/bundle/$(bundle).litertlm)"
@@ -294,6 +298,7 @@ graph: ## export the graphs that every precision fills with weights
 fp32: ## build the files in fp32
 fp16: ## build the files with fp16 weights
 int8: ## build the int8 files, by the recipe's scheme
+int8-static16: ## build the step graph with int8 weights and static 16-bit activations (VARIANTS= to judge it)
 int4: ## build the files with 4-bit weights, if the recipe says how
 bundle: ## pack what LiteRT-LM runs: bundle/fp32.litertlm, bundle/int8.litertlm; int4 where the recipe names it
 verify: ## judge every file against Hugging Face and fp32; write report.json and report.html

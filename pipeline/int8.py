@@ -1,7 +1,7 @@
-"""int8: the graphs and tables with int8 weights; the step graph by the scheme `dynamic` or `static`.
+"""int8: the graphs and tables with int8 weights; the step graph by the scheme `dynamic`, `static` or `static16`.
 
-The recipe's scheme makes `int8/`; `--scheme dynamic` or `--scheme static` makes `int8-dynamic/` or `int8-static/`, so
-that both can stand side by side.
+The recipe's scheme makes `int8/`; `--scheme static` makes `int8-static/`, and so on, so that all can stand side by
+side.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
-from pipeline.convert import calibrate, dynamic, quantize, readback
+from pipeline.convert import calibrate, dynamic, quantize, readback, residual, static
 from pipeline.convert.checkpoint import open_checkpoint
 from pipeline.convert.flatbuffer import Graph
 from pipeline.core import chat, log
@@ -35,8 +35,8 @@ def work(context: Context) -> Outcome:
     facts: dict[str, Fact] = {"graphs": context.graphs, "scheme": scheme}
     if build.STEP in graphs:
         graph = build.with_weights(checkpoint, graphs[build.STEP])
-        if scheme == "static":
-            facts |= _make_static(context, graph, keep)
+        if scheme != "dynamic":
+            facts |= _make_static(context, graph, keep, scheme)
         else:
             dynamic.make(graph, context.recipe.int8)
         facts["step"] = dict(_write(graph, context.folder / build.STEP, scheme))
@@ -48,15 +48,27 @@ def work(context: Context) -> Outcome:
     return Outcome(facts=facts)
 
 
-def _make_static(context: Context, graph: Graph, keep: quantize.Keep) -> Facts:
-    """Quantise the step graph's activations as well, with the ranges that the fp32 file shows on real text."""
+def _make_static(context: Context, graph: Graph, keep: quantize.Keep, scheme: Scheme) -> Facts:
+    """Quantise the step graph's activations as well, with the ranges that the fp32 file shows on real text.
+
+    The head, which stays dynamic, takes its rows as the recipe says of it.
+    """
+    settings = context.recipe.int8
+    bits: static.Bits = 16 if scheme == "static16" else 8
+    plan = partial(
+        static.plan_static,
+        keep=keep,
+        two_rows=quantize.keeper(settings.two_rows if bits == 8 else ()),
+        float_scores=settings.float_scores and bits == 8,
+    )
     samples = _samples(context)
     tokens = sum(map(len, samples))
     log.step(f"run fp32 on {len(samples)} samples of {tokens} tokens for the ranges")
     fp32 = context.root / context.upstream["fp32"].output(build.STEP).path
-    seen = calibrate.collect(fp32, quantize.plan_static(Graph.read(fp32), keep).wanted, samples)
+    seen = calibrate.collect(fp32, plan(Graph.read(fp32)).wanted, samples)
     graph.prune()  # as the fp32 file was: tensors have the same places in both
-    quantize.make_static(graph, quantize.plan_static(graph, keep), seen, keep)
+    static.make_static(graph, plan(graph), seen, keep, bits)
+    residual.take_two_rows(graph, quantize.keeper(settings.two_rows))
     return {"calibration_samples": len(samples), "calibration_tokens": tokens}
 
 
@@ -96,7 +108,7 @@ def _tokenizer(checkpoint: Path) -> Any:
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--scheme", choices=("dynamic", "static"), help="write int8-SCHEME/ instead of int8/")
+    parser.add_argument("--scheme", choices=get_args(Scheme), help="write int8-SCHEME/ instead of int8/")
     parser.add_argument(
         "--calibration", type=Path, metavar="FILE", help="your own text for the static ranges: .txt or .jsonl"
     )
@@ -108,7 +120,7 @@ def _name(arguments: argparse.Namespace) -> str:
 
 def _needs(arguments: argparse.Namespace, recipe: Recipe) -> tuple[str, ...]:
     """The full-integer scheme runs the fp32 file for its ranges."""
-    calibrated = arguments.graphs != "bundle" and _scheme(arguments, recipe) == "static"
+    calibrated = arguments.graphs != "bundle" and _scheme(arguments, recipe) != "dynamic"
     return ("fetch", "graph", "fp32") if calibrated else ("fetch", "graph")
 
 

@@ -196,6 +196,7 @@ NEEDS: Mapping[str, Callable[[Model], Need]] = {
     "int8": partial(_filled, precision="int8"),
     "int4": partial(_filled, precision="int4"),
     "int8-static": partial(_filled, precision="int8", sections=False),
+    "int8-static16": partial(_filled, precision="int8", sections=False),
     "int8-dynamic": partial(_filled, precision="int8", sections=False),
     "bundle": bundle,
     "verify": verify,

@@ -36,6 +36,7 @@ STAGES = (
     "int8",
     "int4",
     "int8-static",
+    "int8-static16",
     "int8-dynamic",
     "bundle",
     "verify",
@@ -106,7 +107,10 @@ def _options(name: str, made: Manifest, finished: Mapping[str, Manifest]) -> lis
 
 def _texts(name: str, arguments: argparse.Namespace) -> list[str]:
     """The user's own texts, for the stages that read them; a manifest knows their contents, not where they are."""
-    read = {"eval": ("golden", "verify"), "calibration": ("int8", "int8-static", "int8-dynamic", "verify")}
+    read = {
+        "eval": ("golden", "verify"),
+        "calibration": tuple(stage for stage in STAGES if stage.startswith(("int8", "verify"))),
+    }
     given = {option: getattr(arguments, option) for option, stages in read.items() if name in stages}
     return [word for option, file in given.items() if file for word in (f"--{option}", str(file))]
 

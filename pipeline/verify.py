@@ -291,7 +291,7 @@ def _write_report(context: Context, judgement: Mapping[str, Any], verdicts: Sequ
     }
     manifest.write_atomically(context.folder / "report.json", manifest.dump_json(full))
     manifest.write_atomically(context.folder / "report.html", report.render(full))
-    for row in report.table(full):
+    for row in (*report.table(full), *report.advice(full)):
         log.line(f"  {row}")
 
 

@@ -29,6 +29,7 @@ NAMES = {
     "fp16": "fp16 weights",
     "int8": "int8, dynamic",
     "int8-static": "int8, full integer",
+    "int8-static16": "int8, full integer, 16-bit activations",
 }
 
 

@@ -189,9 +189,14 @@ class StepGraph(Running):
 
 
 def _pairs(ours: Running, theirs: Running) -> dict[int, int]:
-    """The reference's tensors and the file's of the same operators, in the order in which they are made."""
+    """The reference's tensors and the file's of the same operators, in the order in which they are made.
+
+    Where the file has no operator of that kind and name, one of the name alone: the last of those that a layer became.
+    """
     mine = ours.results()
-    return {tensor: mine[key] for key, tensor in theirs.results().items() if key in mine}
+    named = {name: tensor for (_, name), tensor in mine.items()}
+    found = {tensor: mine.get(key, named.get(key[1])) for key, tensor in theirs.results().items()}
+    return {tensor: other for tensor, other in found.items() if other is not None}
 
 
 def _powers(reference: NDArray[np.float64], values: NDArray[np.float64]) -> tuple[float, float]:

@@ -16,16 +16,27 @@ from typing import Any, Literal
 import numpy as np
 
 from pipeline.convert.flatbuffer import Graph
+from pipeline.convert.residual import ROWS
+from pipeline.convert.static import REST
 from pipeline.core.errors import PipelineError, QuantiseError
 from pipeline.core.manifest import Facts
 
 Arithmetic = Literal["integer", "hybrid", "float"]
-Target = Literal["fp16", "dynamic", "static", "int4"]
+Target = Literal["fp16", "dynamic", "static", "static16", "int4"]
 
+_STATIC = ("static", "static16")
 _SEQUENCE = 128
 _PRODUCTS = ("FULLY_CONNECTED", "BATCH_MATMUL", "CONV_2D")
 _NARROW = ("INT8", "INT4")
 _WEIGHTS = ("FLOAT32", "FLOAT16", *_NARROW)
+# By the types of what is multiplied; at 16 bits, activations by each other as well.
+_ARITHMETIC: Mapping[tuple[str, str], Arithmetic] = {
+    ("INT8", "INT8"): "integer",
+    ("INT16", "INT8"): "integer",
+    ("INT16", "INT16"): "integer",
+    ("FLOAT32", "INT8"): "hybrid",
+    ("FLOAT32", "INT4"): "hybrid",
+}
 _NO_ARITHMETIC = (
     *("QUANTIZE", "DEQUANTIZE", "CAST", "EMBEDDING_LOOKUP", "GATHER", "SELECT_V2"),
     *("RESHAPE", "TRANSPOSE", "SQUEEZE", "EXPAND_DIMS", "STRIDED_SLICE", "SLICE", "BROADCAST_TO", "CONCATENATION"),
@@ -41,8 +52,9 @@ _LISTED = 40
 class Product:
     """A matrix product: its operator's name, its multiply-adds, the arithmetic of its kernel, whether it has weights.
 
-    `integer`: activations and weights are int8 in the file. `hybrid`: float32 activations, quantised by the kernel,
-    times int8 or 4-bit weights. `float`: the rest.
+    `integer`: activations are int8 or int16 in the file, and what they are multiplied by as well. `hybrid`: float32
+    activations, quantised by the kernel, times int8 or 4-bit weights. `float`: the rest. A layer that is computed of
+    two int8 tensors (static.py) or two rows (residual.py) is one product: its remainder does not count.
     """
 
     name: str
@@ -90,7 +102,7 @@ def read_back(file: Path) -> ReadBack:
         size=file.stat().st_size,
         shares={kind: count / sum(elements.values()) for kind, count in elements.items()},
         bits_per_weight=8 * weight_bytes / max(stored, 1),
-        products=tuple(_product(graph, o, shapes) for o in operators if graph.code(o) in _PRODUCTS),
+        products=tuple(_product(graph, o, shapes) for o in operators if _counts(graph, o)),
         float_operators=dict(sorted(Counter(graph.code(o) for o in operators if _computes_in_float(graph, o)).items())),
         tables=tuple(graph.type_of(int(o.inputs[1])) for o in operators if graph.code(o) == "EMBEDDING_LOOKUP"),
     )
@@ -158,6 +170,10 @@ def _open(file: Path) -> Any:
     return Interpreter(model_path=str(file), experimental_op_resolver_type=kind)
 
 
+def _counts(graph: Graph, operator: Any) -> bool:
+    return graph.code(operator) in _PRODUCTS and not graph.operator_name(operator).endswith(REST)
+
+
 def _product(graph: Graph, operator: Any, shapes: Sequence[tuple[int, ...]]) -> Product:
     """Multiply-adds: elements of the result times the length of what is summed for each."""
     left, right, result = int(operator.inputs[0]), int(operator.inputs[1]), int(operator.outputs[0])
@@ -166,12 +182,10 @@ def _product(graph: Graph, operator: Any, shapes: Sequence[tuple[int, ...]]) -> 
     else:
         summed = int(np.prod(shapes[right][1:]))
     name, types = graph.operator_name(operator), (graph.type_of(left), graph.type_of(right))
-    kinds: dict[tuple[str, str], Arithmetic] = {("INT8", "INT8"): "integer"}
-    kinds |= {("FLOAT32", narrow): "hybrid" for narrow in _NARROW}
     return Product(
         name=name if not name.startswith(";") else f"step{name}",
-        multiply_adds=int(np.prod(shapes[result])) * summed,
-        arithmetic=kinds.get(types, "float"),
+        multiply_adds=int(np.prod(shapes[result])) * summed // (2 if name.endswith(f";{ROWS}") else 1),
+        arithmetic=_ARITHMETIC.get(types, "float"),
         weights=graph.is_constant(right),
     )
 
@@ -189,7 +203,7 @@ def _computes_in_float(graph: Graph, operator: Any) -> bool:
 def check(found: ReadBack, target: Target, file: Path) -> Facts:
     """Make sure that a file is what it was to become, and return what the manifest says of it.
 
-    `integer_share` counts a static file's products with int8 activations only, a dynamic file's hybrid ones too.
+    `integer_share` counts a static file's products with integer activations only, a dynamic file's hybrid ones too.
     `float_products` are the largest of the others by name, with their share; a static file's head is one of them.
 
     Raises:
@@ -197,7 +211,7 @@ def check(found: ReadBack, target: Target, file: Path) -> Facts:
     """
     wanted = {"fp16": ("FLOAT16",), "int4": _NARROW}.get(target, ("INT8",))
     share = sum(found.shares.get(kind, 0.0) for kind in wanted)
-    kinds: tuple[Arithmetic, ...] = ("integer",) if target == "static" else ("integer", "hybrid")
+    kinds: tuple[Arithmetic, ...] = ("integer",) if target in _STATIC else ("integer", "hybrid")
     integer, linear = found.share(*kinds), found.share(*kinds, weights_only=True)
     wrong = []
     if share < _LEAST_WEIGHTS:
@@ -224,7 +238,7 @@ def _facts(found: ReadBack, target: Target, share: float, integer: float) -> Fac
     total = sum(product.multiply_adds for product in found.products)
     left = Counter[str]()
     for product in found.products:
-        if product.arithmetic == "float" or (target == "static" and product.arithmetic == "hybrid"):
+        if product.arithmetic == "float" or (target in _STATIC and product.arithmetic == "hybrid"):
             left[product.name] += product.multiply_adds
     own = {"scheme": target, "weights_int8_share": round(share, 6)}
     if target == "int4":

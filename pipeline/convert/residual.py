@@ -20,6 +20,8 @@ import numpy as np
 from pipeline.convert.flatbuffer import Graph
 from pipeline.convert.quantize import LINEAR, Keep
 
+ROWS = "rows"
+"""How the name of what a layer makes of two rows ends."""
 _STEPS = 255.0
 # Keeps a row of zeros from a division by zero; activations are many orders above.
 _SMALLEST_STEP = 1e-30
@@ -28,7 +30,7 @@ _SMALLEST_STEP = 1e-30
 def take_two_rows(graph: Graph, chosen: Keep) -> None:
     """Give linear layers that `chosen` names their input as two rows, in every signature.
 
-    A layer must see [..., 1, inputs]: the rows stand on that axis, which is there in all graphs of this project.
+    A layer must see float32 [..., 1, inputs]: the rows stand on that axis, there in all graphs of this project.
     """
     for view in graph.each():
         _TwoRows(view, chosen).rewrite()
@@ -51,10 +53,10 @@ class _TwoRows:
             return [operator]
         taken, given = int(operator.inputs[0]), int(operator.outputs[0])
         shape = graph.shape(taken)
-        if len(shape) < 2 or shape[-2] != 1:
+        if len(shape) < 2 or shape[-2] != 1 or graph.type_of(taken) != "FLOAT32":
             return [operator]
         before = [] if taken in self.rows else self._split(taken, shape)
-        both = self._tensor(given, "rows", (*graph.shape(given)[:-2], 2, graph.shape(given)[-1]))
+        both = self._tensor(given, ROWS, (*graph.shape(given)[:-2], 2, graph.shape(given)[-1]))
         bias = int(operator.inputs[2]) if len(operator.inputs) > 2 else -1
         total = given if bias < 0 else self._tensor(given, "sum", graph.shape(given))
         operator.inputs = [self.rows[taken], int(operator.inputs[1]), -1]
@@ -71,7 +73,7 @@ class _TwoRows:
         high, low, width = (self._tensor(x, name, one) for name in ("max", "min", "range"))
         share, step = (self._tensor(x, name, one) for name in ("share", "step"))
         counted, whole, coarse, rest = (self._tensor(x, name, shape) for name in ("steps", "whole", "coarse", "rest"))
-        self.rows[x] = self._tensor(x, "rows", (*shape[:-2], 2, shape[-1]))
+        self.rows[x] = self._tensor(x, ROWS, (*shape[:-2], 2, shape[-1]))
         axis, scale = self._axis(len(shape) - 1), self._scalar("scale", 1 / _STEPS)
         least = self._scalar("least", _SMALLEST_STEP)
         return [

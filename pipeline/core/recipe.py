@@ -18,7 +18,7 @@ from pipeline.core.errors import UsageError
 PROJECT = Path(__file__).resolve().parents[2]
 KIND = toml.Kind(name="recipe", setting="RECIPE", example="pipeline/recipes/gemma3n.toml")
 
-Scheme = Literal["dynamic", "static"]
+Scheme = Literal["dynamic", "static", "static16"]
 Graphs = Literal["step", "bundle", "all"]
 BundlePrecision = Literal["fp32", "int8", "int4"]
 Padding = Literal["none", "left", "right"]
@@ -88,18 +88,20 @@ class Shapes:
 class Int8:
     """How int8 files are made.
 
-    `scheme` chooses what `int8/step.tflite` is. `calibration_samples` texts set the static ranges. `keep_float` are
-    regular expressions over operator names that the static scheme leaves in float, `two_rows` over those of linear
-    layers that take their input as two int8 rows, the value and the remainder, in dynamic files (convert/residual.py).
-    `fold` is how strongly scales are moved between neighbouring layers of dynamic files, 0 to 1 (convert/fold.py).
-    `blocks` are regular expressions over the linear layers of dynamic files that are made sums of layers `block`
-    columns wide (convert/blocks.py).
+    `scheme` chooses what `int8/step.tflite` is; `static16` is static with 16-bit activations. `calibration_samples`
+    texts set the static ranges. `keep_float` are regular expressions over the names of operators that stay in float,
+    `two_rows` over linear layers that take their input twice, the value and the remainder, as two int8 rows
+    in dynamic files (convert/residual.py), as two int8 tensors in static ones (convert/static.py). `float_scores`
+    leaves attention's scores in float in `static`, where 8 bits are too few for them. `fold` is how strongly scales are
+    moved between neighbouring layers of dynamic files, 0 to 1 (convert/fold.py). `blocks` are regular expressions over
+    the linear layers of dynamic files that are made sums of layers `block` columns wide (convert/blocks.py).
     """
 
     scheme: Scheme
     calibration_samples: int
     keep_float: tuple[str, ...] = ()
     two_rows: tuple[str, ...] = ()
+    float_scores: bool = False
     fold: float = 0.0
     blocks: tuple[str, ...] = ()
     block: int = 64

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.convert import calibrate, quantize
+from pipeline.convert import calibrate, static
 from pipeline.convert.calibrate import Statistics, make_samples, read_texts
 from pipeline.core.errors import QuantiseError, UsageError
 
@@ -102,7 +102,7 @@ def test_scales_hold_zero_exactly_and_fit_the_values(seed: int, shift: float, sp
     values = (np.random.default_rng(seed).standard_normal(5000) * spread + shift).astype(np.float32)
     seen = Statistics()
     seen.add(values)
-    scales = quantize.best_scales(seen)
+    scales = static.best_scales(seen)
     scale, zero = float(scales.scale[0]), int(scales.zero_point[0])
     assert -128 <= zero <= 127
     restored = (np.clip(np.rint(values / scale) + zero, -128, 127) - zero) * scale
@@ -117,7 +117,7 @@ def test_the_chosen_range_beats_the_whole_range_on_heavy_tails() -> None:
     def error(scale: float) -> float:
         return float(np.mean((np.clip(np.rint(values / scale), -127, 127) * scale - values) ** 2))
 
-    assert error(float(quantize.best_scales(seen).scale[0])) < 0.8 * error(float(np.abs(values).max()) / 127)
+    assert error(float(static.best_scales(seen).scale[0])) < 0.8 * error(float(np.abs(values).max()) / 127)
 
 
 def test_effective_tokens_of_a_uniform_text() -> None:

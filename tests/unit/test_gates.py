@@ -167,8 +167,8 @@ def test_nothing_beyond_the_limit_passes(value: float, limit: float) -> None:
 def test_the_shipped_recipe_has_limits_for_every_variant() -> None:
     recipe = load_recipe(PROJECT / DEFAULT_RECIPE)
     named = [gates.gate_name(name, {}) for name in ("fp32", "fp16")]
-    named += [gates.gate_name("int8", {"scheme": scheme}) for scheme in ("dynamic", "static")]
-    assert named == ["fp32", "fp16", "int8-dynamic", "int8-static"]
+    named += [gates.gate_name("int8", {"scheme": scheme}) for scheme in ("dynamic", "static", "static16")]
+    assert named == ["fp32", "fp16", "int8-dynamic", "int8-static", "int8-static16"]
     assert all(recipe.gates[name].kld and recipe.gates[name].top1 for name in named)
 
 

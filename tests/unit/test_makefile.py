@@ -157,6 +157,14 @@ def test_a_static_recipe_makes_dynamic_the_alternative(tmp_path: Path) -> None:
     assert "--variants fp32 fp16 int8 int8-dynamic" in plan
 
 
+def test_sixteen_bits_are_built_where_they_are_asked_for(tmp_path: Path) -> None:
+    out = f"ARTIFACTS={tmp_path / 'out'}"
+    assert "--scheme static16" in make("-n", "int8-static16", out)
+    assert "static16" not in make("-n", out)
+    judged = make("-n", "verify", out, "VARIANTS=fp32 int8-static16")
+    assert "--scheme static16" in judged and "--variants fp32 int8-static16" in judged
+
+
 @pytest.mark.parametrize("model_id", ["examples/tiny-gemma3n", "examples/tiny-gemma3n/", "google/gemma-3n-E2B-it", "."])
 def test_make_and_the_stages_agree_on_the_models_folder(
     model_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

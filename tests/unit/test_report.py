@@ -337,6 +337,24 @@ def test_the_table_has_a_row_per_file_in_the_order_of_judging(
     assert rows[4].endswith("not fit to publish") and rows[3].endswith("passed")
 
 
+@pytest.mark.parametrize(("static", "said"), [(0.2, 1), (2.1e-3, 0)])
+def test_a_static_file_that_is_clearly_worse_is_advised_against(static: float, said: int) -> None:
+    whole = made_by_hand()
+    for name, gate, kld in (("int8", "int8-dynamic", 2e-3), ("int8-static", "int8-static", static)):
+        whole["variants"][name] |= {"gate": gate, "against_fp32": summary(kld, 0.98)}
+    found = report.advice(whole)
+    assert len(found) == said == report.render(whole).count("wrong choice for this model")
+    assert all(sentence.startswith("int8-static is") for sentence in found)
+
+
+def test_nothing_is_advised_of_figures_that_are_missing() -> None:
+    whole = made_by_hand()
+    whole["variants"]["int8"] |= {"gate": "int8-dynamic"}
+    whole["variants"]["int8-static"] |= {"gate": "int8-static"}
+    whole["variants"]["int8-static"]["against_fp32"]["kld"] = {"value": None, "low": None, "high": None}
+    assert report.advice(whole) == []
+
+
 def test_the_table_needs_a_report() -> None:
     assert report.main([]) == 2
 
