@@ -163,8 +163,9 @@ class _Walk:
     def undoing(self, table: _Use) -> _Site:
         """What takes the factors of a table off again: the constant that its rows are multiplied by next."""
         rows = int(table.operator.outputs[0])
-        readers = self.consumers.get(rows, [])
-        found = self._constant_of(readers[0]) if len(readers) == 1 and rows not in self.results else None
+        while self._alone(rows) and self._same_channels(self.consumers[rows][0]) == rows:
+            rows = int(self.consumers[rows][0].outputs[0])
+        found = self._constant_of(self.consumers[rows][0]) if self._alone(rows) else None
         return _Site({}, [found] if found else [], found is not None)
 
     def _feeder(self, tensor: int) -> _Use | None:
