@@ -3,7 +3,13 @@
 A row's step is set by its largest weight; in a block of 64 columns that is smaller than in a whole row. TFLite knows
 one int8 scale per row, so a layer becomes the sum of narrower ones, each over its block of the input. A table that is
 also the head is looked up block by block, and the rows are put together again. Scales take 4 bytes a block: 6 % of the
-weights at 64 columns. Each block is an operator of its own, so such a file is slow.
+weights at 64 columns. Each block is an operator of its own, so such a file is slower.
+
+Gemma 3 270M, every layer in blocks of 64, two rows, scales folded, 2026-11-24: KL(Hugging Face || file) 0.0028 (95 %:
+0.0020 to 0.0038), top-1 96.6 % (95.7 to 97.5 %), perplexity ratio 1.0039 on 2,230 held-out positions of the decode
+signature; with whole rows it is 0.0129 and 93.1 % on the very same ones.
+294 MB instead of 273. Processor time of one thread, in turns: a decode step 50 ms instead of 38, a prefill
+of 128 tokens 592 ms instead of 455.
 """
 
 from __future__ import annotations

@@ -10,6 +10,17 @@ as it was; factors are powers of two, so it stays so to the bit. What feeds a co
 
 A table that is also the head is looked up as well: there the factors are undone in the constant that scales the rows
 anyway.
+
+Gemma 3 270M, 2026-11-24. Mean square of what rounding changes, over that of the tensor, weighted as its inputs are:
+looked-up rows 2.9e-4 → 1.1e-4 at a strength of 0.7; the head 1.7e-3 → 3.1e-4; q, k and v 1.34e-4 → 1.08e-4; gate and up
+1.01e-4 → 0.96e-4; down 1.52e-4 → 1.42e-4. The rows matter: simulated on 1,375 positions, KLD is 0.0062 with float32
+rows and 0.0098 with int8 ones. Strengths beyond 0.7 do no better in the real decoder: 1.0 has 0.0073, 0.7 has 0.0066 on
+the same 840 positions. Factors from the inputs' sizes on calibration text would leave about a tenth less error in the
+linear layers, and take a run of the fp32 model.
+
+Decode signature, two rows, 5,174 held-out positions, KL(Hugging Face || file): 0.0108 (95 %: 0.0083 to 0.0142), top-1
+93.9 % (92.8 to 94.8 %), perplexity ratio 1.0055 (1.0004 to 1.0107). A few windows
+hold most of it. It is a small gain: on 300 of these positions 0.0134, and 0.0143 without.
 """
 
 from __future__ import annotations
@@ -152,8 +163,9 @@ class _Walk:
     def undoing(self, table: _Use) -> _Site:
         """What takes the factors of a table off again: the constant that its rows are multiplied by next."""
         rows = int(table.operator.outputs[0])
-        readers = self.consumers.get(rows, [])
-        found = self._constant_of(readers[0]) if len(readers) == 1 and rows not in self.results else None
+        while self._alone(rows) and self._same_channels(self.consumers[rows][0]) == rows:
+            rows = int(self.consumers[rows][0].outputs[0])
+        found = self._constant_of(self.consumers[rows][0]) if self._alone(rows) else None
         return _Site({}, [found] if found else [], found is not None)
 
     def _feeder(self, tensor: int) -> _Use | None:

@@ -28,8 +28,6 @@ def kld(value: float | None) -> Figure:
         (Gate(kld=0.01), kld(0.010001), False),
         (Gate(top1=0.96), Figure(metric="top1", name="top-1", value=0.96), True),
         (Gate(top1=0.96), Figure(metric="top1", name="top-1", value=0.9599), False),
-        (Gate(perplexity=1.06), Figure(metric="perplexity", name="perplexity", value=1.06), True),
-        (Gate(perplexity=1.06), Figure(metric="perplexity", name="perplexity", value=1.061), False),
         (Gate(integer_share=0.9), Figure(metric="integer_share", name="share", value=0.91), True),
         (Gate(integer_share=0.9), Figure(metric="integer_share", name="share", value=0.89), False),
     ],
