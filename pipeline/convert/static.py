@@ -208,7 +208,8 @@ def make_static(graph: Graph, plan: Plan, seen: Mapping[int, Statistics], keep: 
     ==============================================  =======  ======  =======
 
     The head takes its input as two rows in all but the first (`residual.py`). Ranges are of 2,048 tokens. On 2,032
-    positions the 8-bit scheme has 0.044 (95 %: 0.035 to 0.053) and 87.3 %: some windows are far worse than the rest.
+    positions the 8-bit scheme has 0.044 (95 %: 0.035 to 0.053) and 87.3 %, and with 16 bits and ranges of 10,405 tokens
+    0.017 (0.010 to 0.026) and 92.1 %, its median 0.0078: some windows are far worse than the rest.
 
     The head keeps int8 weights and quantises its one input row while it runs, so logits are float32.
     """
