@@ -283,7 +283,10 @@ class Study:
         return list(made.values())
 
     def race(self) -> None:
-        """Successive halving: fewer candidates on more text, until all that are left have seen all of it."""
+        """Successive halving: fewer candidates on more text, until all that are left have seen all of it.
+
+        What turns out to be too large goes at once; plain int8 and the given recipe stay.
+        """
         names, shards = [each.name for each in self.tried], 1
         while True:
             racing = [each for each in self.tried if each.name in names]
@@ -294,6 +297,8 @@ class Study:
             self.depth = shards
             if shards == self.bench.shards:
                 return
+            small = {each.name for each in racing if self.relative_size(each) <= self.limits[0]}
+            known = {name: point for name, point in known.items() if name in small}
             kept = {self.tried[0].name, self.given.name, *halving.better_half(known, FINALISTS)}
             names = [name for name in names if name in kept]
             shards = self.bench.shards if len(names) <= FINALISTS + 2 else min(2 * shards, self.bench.shards)
