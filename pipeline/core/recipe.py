@@ -94,7 +94,8 @@ class Int8:
     in dynamic files (convert/residual.py), as two int8 tensors in static ones (convert/static.py). `float_scores`
     leaves attention's scores in float in `static`, where 8 bits are too few for them. `fold` is how strongly scales are
     moved between neighbouring layers of dynamic files, 0 to 1 (convert/fold.py). `blocks` are regular expressions over
-    the linear layers of dynamic files that are made sums of layers `block` columns wide (convert/blocks.py).
+    the linear layers of dynamic files that are made sums of layers `block` columns wide, where their width is a
+    multiple of it (convert/blocks.py).
     """
 
     scheme: Scheme

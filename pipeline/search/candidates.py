@@ -43,7 +43,9 @@ class Knob:
 
 KNOBS = (
     Knob(key="two_rows", lessens=("activations",), work=1.0),
-    Knob(key="keep_float", lessens=("weights", "activations"), size=3.0, work=2.0, spares=("two_rows",)),
+    Knob(key="blocks", lessens=("weights",), share=0.65, size=0.03, work=0.3),
+    Knob(key="keep_float", lessens=("weights", "activations"), size=3.0, work=2.0, spares=("two_rows", "blocks")),
+    Knob(key="fold", values=(0.0, 0.7)),
 )
 
 
@@ -106,7 +108,7 @@ def alone(group: Group, groups: Sequence[Group], rows: int) -> Candidate:
     """Int8 in one `group`, float elsewhere; its input as one row or two, whose activations are as good as float."""
     others = [each.name for each in groups if each is not group]
     two = list(patterns([group.name], groups)) if rows == 2 else []
-    values: dict[str, Value] = {"keep_float": list(patterns(others, groups)), "two_rows": two}
+    values = {**plain().values, "keep_float": list(patterns(others, groups)), "two_rows": two}
     return Candidate(name=f"only {group.name}, {'two rows' if rows == 2 else 'one row'}", values=values)
 
 

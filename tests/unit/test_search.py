@@ -15,12 +15,17 @@ from pipeline.core.errors import UsageError
 from pipeline.core.recipe import PROJECT
 from pipeline.core.recipe import parse as parse_recipe
 from pipeline.search import candidates, halving, rewrite
-from pipeline.search.candidates import KNOBS, Contribution, Knob
+from pipeline.search.candidates import Contribution, Knob
 from pipeline.search.groups import Layer, group, kind_of, patterns
 from pipeline.search.halving import Point
 
 RECIPES = sorted((PROJECT / "pipeline" / "recipes").glob("*.toml"))
 LAYERS = 6
+KNOBS = (
+    Knob(key="two_rows", lessens=("activations",), work=1.0),
+    Knob(key="keep_float", lessens=("weights", "activations"), size=3.0, work=2.0, spares=("two_rows",)),
+)
+"""Two of the search space, which may change."""
 
 
 def model() -> list[Layer]:
@@ -90,8 +95,9 @@ figures = st.fixed_dictionaries(
 @settings(deadline=None)
 @given(figures, st.sampled_from([1.0, 1.08, 2.0, 9.0]))
 def test_the_path_begins_plain_grows_and_keeps_the_size(found: dict[str, Contribution], most: float) -> None:
-    made = candidates.paths(GROUPS, found, most)
-    assert made[0] == candidates.plain() and made == candidates.paths(GROUPS, dict(reversed(found.items())), most)
+    made = candidates.paths(GROUPS, found, most, KNOBS)
+    assert made[0] == candidates.plain(KNOBS)
+    assert made == candidates.paths(GROUPS, dict(reversed(found.items())), most, KNOBS)
     assert all(each.size <= most - 1 + 1e-9 for each in made)
     assert all(one.size <= two.size and one.work < two.work for one, two in zip(made, made[1:], strict=False))
     assert len({repr(each.values) for each in made}) == len(made)
@@ -103,8 +109,8 @@ def test_the_path_begins_plain_grows_and_keeps_the_size(found: dict[str, Contrib
 @settings(deadline=None)
 @given(figures)
 def test_a_recipe_is_priced_as_the_path_is(found: dict[str, Contribution]) -> None:
-    for each in candidates.paths(GROUPS, found, 9.0):
-        priced = candidates.priced(each.name, each.values, model())
+    for each in candidates.paths(GROUPS, found, 9.0, KNOBS):
+        priced = candidates.priced(each.name, each.values, model(), KNOBS)
         assert (priced.size, priced.work) == pytest.approx((each.size, each.work))
 
 
@@ -112,14 +118,14 @@ def test_the_cheapest_gain_comes_first() -> None:
     found = {each.name: Contribution(weights=0.0, activations=0.0) for each in GROUPS}
     found["embed_tokens + head"] = Contribution(weights=0.0, activations=0.5)
     found["mlp.down_proj 3–5"] = Contribution(weights=0.0, activations=0.4)
-    made = candidates.paths(GROUPS, found, 1.08)
+    made = candidates.paths(GROUPS, found, 1.08, KNOBS)
     assert [each.name for each in made[1:3]] == ["+ two_rows mlp.down_proj 3–5", "+ two_rows embed_tokens + head"]
     assert made[1].values == {"two_rows": [r"^layers\.(3|4|5)\.mlp\.down_proj;"], "keep_float": []}
 
 
 def test_a_layer_in_float_needs_no_second_row() -> None:
     found = {"mlp.down_proj 0–2": Contribution(weights=0.1, activations=1.0)}
-    last = candidates.paths(GROUPS, found, 9.0)[-1]
+    last = candidates.paths(GROUPS, found, 9.0, KNOBS)[-1]
     assert last.values["two_rows"] == [] and last.values["keep_float"] == [r"^layers\.(0|1|2)\.mlp\.down_proj;"]
 
 
