@@ -250,7 +250,7 @@ def test_any_mixture_of_edits_is_refused_or_loads(tmp_path: Path, data: st.DataO
     except UsageError as error:
         assert error.remedy
     else:
-        assert set(table) == set(GOOD)
+        assert set(table) | {"int4"} == set(GOOD)  # a recipe need not have that section
         assert loaded.gates and loaded.shapes.batch
 
 
