@@ -281,7 +281,8 @@ class TestARefusal:
 
     def test_too_few_positions_are_no_pass(self, built: Line, judge: Judge, tmp_path: Path) -> None:
         """The agreement of int8 is above this limit, its interval is not."""
-        agreed = {"top1 = 0.96\nsize_ratio = 0.28": "top1 = 0.985\nsize_ratio = 0.28"}
+        ratio = "\nperplexity_ratio_min = 0.993\nperplexity_ratio_max = 1.007\nsize_ratio = 0.28"
+        agreed = {f"top1 = 0.96{ratio}": f"top1 = 0.985{ratio}"}
         strict = small_recipe(tmp_path / "r.toml", **{"max_sequence = 2048": "max_sequence = 16", **agreed})
         code, text = judge("fp32", "int8", with_recipe=strict)
         checks = {check["name"]: check for check in found(built)["checks"] if check["variant"] == "int8"}
