@@ -25,11 +25,10 @@ from pipeline.core.errors import IntegrityError, UsageError
 from pipeline.core.manifest import dump_json
 from pipeline.core.stage import guard
 from pipeline.release import provenance, signing
-from pipeline.release.clearance import JUDGEMENT, REPORTS
+from pipeline.release.clearance import JUDGEMENT, MODELS, REPORTS
 from pipeline.release.obtain import obtain
 from pipeline.release.signing import Trust
 
-MODELS = (".tflite", ".litertlm")
 _HOLDS = {"<=": operator.le, ">=": operator.ge}
 _MEASURED = ("date", "machine", "sequences", "speed")
 """What verify adds to its judgement to make the report."""

@@ -17,10 +17,10 @@ from pathlib import Path
 from pipeline.core import log, manifest
 from pipeline.core.errors import IntegrityError
 from pipeline.core.stage import guard
+from pipeline.release.clearance import MODELS
 from pipeline.reproduce import where_different
 
 PAPERS = ("manifests", "provenance.json")
-MODELS = (".tflite", ".litertlm")
 
 
 def compare(published: Path, again: Path) -> list[str]:

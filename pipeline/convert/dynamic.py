@@ -15,5 +15,5 @@ def make(graph: Graph, int8: Int8) -> None:
     if int8.fold:
         fold.fold_scales(graph, int8.fold)
     blocks.split_columns(graph, quantize.keeper(int8.blocks), int8.block)
-    quantize.make_dynamic(graph, quantize.keeper(int8.keep_float))
+    quantize.quantise_weights(graph, quantize.keeper(int8.keep_float))
     residual.take_two_rows(graph, quantize.keeper(int8.two_rows))

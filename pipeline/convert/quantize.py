@@ -96,11 +96,6 @@ def quantise_weights(graph: Graph, keep: Keep) -> None:
                 view.set_constant(weight, *quantise_rows(view.blocks(weight)))
 
 
-def make_dynamic(graph: Graph, keep: Keep) -> None:
-    """int8 weights; linear layers quantise their input while they run."""
-    quantise_weights(graph, keep)
-
-
 def make_half(graph: Graph) -> None:
     """Tables and matrices in float16; arithmetic stays float32.
 

@@ -12,11 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment
 from markupsafe import Markup
 
 from pipeline.core import log
-from pipeline.judge import plots, tasks
+from pipeline.judge import page, plots, tasks
 
 Report = Mapping[str, Any]
 SCHEMA = 1
@@ -46,14 +46,7 @@ _ANSWERS = 200
 
 
 def _environment() -> Environment:
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(
+    return page.environment(
         figure=figure,
         percent=percent,
         size=log.human_bytes,
@@ -62,7 +55,6 @@ def _environment() -> Environment:
         loss=loss,
         precision=precision,
     )
-    return environment
 
 
 def render(report: Report) -> str:

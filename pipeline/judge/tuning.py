@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from pipeline.core import log
-from pipeline.judge import plots
+from pipeline.judge import page, plots
 
 Row = Mapping[str, Any]
 Report = Mapping[str, Any]
@@ -18,14 +16,7 @@ Report = Mapping[str, Any]
 
 def render(report: Report) -> str:
     """The page for tune's report, self-contained: no script, no external resource."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(kld=_kld, share=_share, times=_times, size=log.human_bytes)
+    environment = page.environment(kld=_kld, share=_share, times=_times, size=log.human_bytes)
     points = [_point(row) for row in report["candidates"] if row["finalist"]]
     drawing = plots.frontier(points, report["frontier"], report["chosen"]) if points else ""
     return environment.get_template("tuning.html.jinja").render(

@@ -197,8 +197,14 @@ def notice_text(licence: Licence, origin: str, changes: str) -> str:
     return f"{sentence}The files in this folder are modified. They were made from {origin}: {changes}\n"
 
 
+def _identifier(name: str) -> str:
+    """The Hub's identifier of a licence that a card calls `name`."""
+    name = name.strip().lower()
+    return GEMMA if name in _GEMMA_ALIASES else name
+
+
 def _known(name: str, model: str) -> Licence:
-    identifier = GEMMA if name in _GEMMA_ALIASES else name
+    identifier = _identifier(name)
     with (_HERE / "licences.toml").open("rb") as stream:
         table = tomllib.load(stream)
     if identifier not in table:
@@ -241,11 +247,10 @@ def _refuse_unless_own(claim: Claim, licence: Licence) -> None:
 def _gemma_bases(claim: Claim) -> list[str]:
     """The models of the chain that are Google's Gemma, or say that they are under its terms."""
     named = [one for one in (claim.model, *claim.base_models) if one.lower().startswith("google/gemma")]
-    terms = (GEMMA, *_GEMMA_ALIASES)
     return named + [
         one.model
         for one in claim.lineage
-        if one.licence.strip().lower() in terms or one.model.lower().startswith("google/gemma")
+        if _identifier(one.licence) == GEMMA or one.model.lower().startswith("google/gemma")
     ]
 
 

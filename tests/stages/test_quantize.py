@@ -170,11 +170,11 @@ def untouched(graph: Graph) -> None:
 
 
 def tables_in_float(graph: Graph) -> None:
-    quantize.make_dynamic(graph, keep=lambda name: "layers" not in name)
+    quantize.quantise_weights(graph, keep=lambda name: "layers" not in name)
 
 
 def layers_in_float(graph: Graph) -> None:
-    quantize.make_dynamic(graph, keep=lambda name: "layers" in name)
+    quantize.quantise_weights(graph, keep=lambda name: "layers" in name)
 
 
 @pytest.mark.parametrize("defect", [untouched, tables_in_float, layers_in_float])

@@ -28,7 +28,7 @@ def test_the_sum_over_blocks_is_the_layer(tmp_path_factory: pytest.TempPathFacto
 def test_the_table_is_stored_once_in_blocks_of_int8(tmp_path: Path) -> None:
     graph = twice(Model())
     blocks.split_columns(graph, lambda _: True, 16)
-    quantize.make_dynamic(graph, lambda _: False)
+    quantize.quantise_weights(graph, lambda _: False)
     assert np.isfinite(logits(graph, tmp_path / "int8")).all()
     made = Graph.read(tmp_path / "int8")
     lookups = [operator for operator in made.operators() if made.code(operator) == "EMBEDDING_LOOKUP"]

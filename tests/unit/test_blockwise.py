@@ -147,7 +147,7 @@ def test_a_tied_table_with_four_bits_computes_what_numpy_computes(tmp_path: Path
 def test_a_named_table_has_eight_bits(tmp_path: Path, plain: bool) -> None:
     graph, plainly = tied(), tied()
     blockwise.make_mixed(graph, quantize.keeper(["table"]))
-    quantize.make_dynamic(plainly, lambda _: False)
+    quantize.quantise_weights(plainly, lambda _: False)
     for each, name in ((graph, "mixed"), (plainly, "int8")):
         written(each, tmp_path / name)
     assert error(run(tmp_path / "mixed", IDS, plain=plain), run(tmp_path / "int8", IDS)) < 1e-2

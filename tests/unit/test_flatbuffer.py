@@ -329,7 +329,7 @@ def test_what_two_signatures_share_is_made_small_once(
 ) -> None:
     monkeypatch.setattr(flatbuffer, "_INLINE_LIMIT", limit)
     graph, file = two(), tmp_path / "two.tflite"
-    quantize.make_half(graph) if kind == "half" else quantize.make_dynamic(graph, keep=lambda name: False)
+    quantize.make_half(graph) if kind == "half" else quantize.quantise_weights(graph, keep=lambda name: False)
     graph.prune()
     graph.write(file)
     expected = TABLE.astype(np.float16).astype(np.float32)

@@ -72,7 +72,7 @@ def exact(tmp_path: Path) -> Path:
 
 def quantised(file: Path) -> Path:
     graph = model(weights())
-    quantize.make_dynamic(graph, quantize.keeper(()))
+    quantize.quantise_weights(graph, quantize.keeper(()))
     graph.prune()
     graph.write(file)
     return file

@@ -36,7 +36,7 @@ def layers(inner: int = 1, bias: float = 0.0) -> Graph:
         for weight, result in zip(weights, made, strict=False)
     ]
     graph.main.operators.append(graph.operator("ADD", made[:2], [made[2]]))
-    quantize.make_dynamic(graph, lambda _: False)
+    quantize.quantise_weights(graph, lambda _: False)
     return graph
 
 
