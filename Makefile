@@ -106,6 +106,8 @@ PRECISIONS := $(shell sed -n 's/^precisions *= *\[\(.*\)\].*/\1/p' $(RECIPE) 2>/
 BUNDLES := $(if $(filter step,$(CHOSEN)),,$(PRECISIONS))
 SCHEME := $(shell sed -n 's/^scheme *= *"\(.*\)".*/\1/p' $(RECIPE) 2>/dev/null)
 ALTERNATIVE := $(if $(filter static static16,$(SCHEME)),int8-dynamic,int8-static)
+# Sections of the recipe whose weights are rounded by GPTQ.
+ROUNDED := $(shell awk '/^\[/ { section = $$1 } /^gptq *= *true/ { gsub(/[][]/, "", section); print section }' $(RECIPE) 2>/dev/null)
 # int4 is made where the recipe's precisions name it, and where it is asked for.
 FOUR_BITS := $(filter int4,$(PRECISIONS))
 #: VARIANTS      the step graphs that verify judges; publish takes fp32, fp16, int8 and the recipe's int4 of them
@@ -123,16 +125,18 @@ export OMP_NUM_THREADS := $(THREADS)
 endif
 
 # --- what each stage reads: stages, code, texts -------------------------------------------------------------------------
-STAGES := fetch golden graph fp32 fp16 int8 int4 $(ALTERNATIVE) int8-static16 bundle verify publish evaluate
+STAGES := fetch golden graph moments fp32 fp16 int8 int4 $(ALTERNATIVE) int8-static16 bundle verify publish evaluate
 
 NEEDS_fetch :=
 NEEDS_golden := fetch
 NEEDS_graph := fetch
+NEEDS_moments := fetch
 NEEDS_fp32 := fetch graph
 NEEDS_fp16 := fetch graph
-NEEDS_int4 := fetch graph
+# GPTQ rounds by the moments of what layers read.
+NEEDS_int4 := fetch graph $(if $(filter int4,$(ROUNDED)),moments)
 # The full-integer scheme takes its ranges from the fp32 file.
-NEEDS_int8 := fetch graph $(if $(filter static static16,$(SCHEME)),fp32)
+NEEDS_int8 := fetch graph $(if $(filter static static16,$(SCHEME)),fp32) $(if $(filter int8,$(ROUNDED)),moments)
 NEEDS_$(ALTERNATIVE) := fetch graph $(if $(filter int8-static,$(ALTERNATIVE)),fp32)
 NEEDS_int8-static16 := fetch graph fp32
 NEEDS_bundle := fetch $(BUNDLES)
@@ -143,6 +147,7 @@ NEEDS_publish := $(sort fetch $(VARIANTS) $(if $(BUNDLES),bundle $(BUNDLES))) ve
 ROOMS_fetch := core convert models release
 ROOMS_golden := core judge reference
 ROOMS_graph := core convert models
+ROOMS_moments := core convert judge models reference
 ROOMS_fp32 := core convert models
 ROOMS_fp16 := core convert models
 ROOMS_int4 := core convert models
@@ -166,6 +171,7 @@ ROOMS_tune := core convert models judge search
 # Texts that end up in a stage's result (every stage reads the recipe and depends on the lock).
 TEXTS_fetch :=
 TEXTS_graph :=
+TEXTS_moments := $(TEXTS) $(CALIBRATION)
 TEXTS_bundle :=
 TEXTS_fp32 :=
 TEXTS_fp16 :=
@@ -194,6 +200,7 @@ EVALUATED := $(if $(EVAL),--eval $(abspath $(EVAL)))
 CALIBRATED := $(if $(CALIBRATION),--calibration $(abspath $(CALIBRATION)))
 OPTIONS_golden := --device $(DEVICE) $(WANTED) $(EVALUATED)
 OPTIONS_graph := $(WANTED)
+OPTIONS_moments := $(CALIBRATED)
 OPTIONS_fp32 := $(WANTED)
 OPTIONS_fp16 := $(WANTED)
 OPTIONS_int4 := $(WANTED)
@@ -279,7 +286,7 @@ LABELS = --build-arg REVISION="$$(git describe --always --abbrev=40 --dirty --ex
 	--build-arg LOCK_SHA256="$$(sha256sum <$(IMAGE_LOCK) | cut -d' ' -f1)"
 
 # --- targets ----------------------------------------------------------------------------------------------------------
-.PHONY: all setup plan fetch golden graph fp32 fp16 int8 int4 $(ALTERNATIVE) int8-static16 bundle verify publish release evaluate tune check inspect reproduce compare chat run bench image test lint format clean clean-env help
+.PHONY: all setup plan fetch golden graph moments fp32 fp16 int8 int4 $(ALTERNATIVE) int8-static16 bundle verify publish release evaluate tune check inspect reproduce compare chat run bench image test lint format clean clean-env help
 
 all: publish ## set-up, then everything for MODEL_ID: fp32, fp16, int8, bundles, the report, the publish folder (default)
 	@echo "files:   $(foreach variant,$(VARIANTS),$(ROOT)/$(variant)/step.tflite) $(foreach bundle,$(BUNDLES),$(ROOT)/bundle/$(bundle).litertlm)"
@@ -293,6 +300,7 @@ plan: $(READY) ## say what the stages will make and need, from the checkpoint's 
 
 fetch: ## get the checkpoint and check it before and after
 golden: ## compute the Hugging Face fp32 reference
+moments: ## keep the second moments of what layers read, which GPTQ rounds by
 graph: ## export the graphs that every precision fills with weights
 fp32: ## build the files in fp32
 fp16: ## build the files with fp16 weights

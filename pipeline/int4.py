@@ -9,14 +9,14 @@ import argparse
 import sys
 from pathlib import Path
 
-from pipeline.convert import blockwise, pieces, quantize, readback, residual
+from pipeline.convert import gptq, mixed, quantize, readback
 from pipeline.convert.checkpoint import Checkpoint, open_checkpoint
 from pipeline.core import log
 from pipeline.core.errors import UsageError
 from pipeline.core.manifest import Fact, Facts
 from pipeline.core.recipe import Int4, Recipe
 from pipeline.core.stage import Context, Outcome, Stage, main
-from pipeline.models import build, sizes
+from pipeline.models import build
 
 
 def work(context: Context) -> Outcome:
@@ -26,21 +26,19 @@ def work(context: Context) -> Outcome:
     checkpoint = open_checkpoint(context.root / "fetch" / "checkpoint")
     graphs = build.graph_files(context.upstream["graph"], context.root, context.graphs)
     facts: dict[str, Fact] = {"graphs": context.graphs}
+    moments = gptq.Moments(context.root / "moments") if "moments" in context.upstream else None
     for name, file in graphs.items():
-        facts[Path(name).stem] = dict(_write(checkpoint, file, context.folder / name, settings))
+        facts[Path(name).stem] = dict(_write(checkpoint, file, context.folder / name, settings, moments))
     if build.DECODER in graphs:
         build.write_tables(checkpoint, "int4", context.folder, quantize.keeper(settings.keep_int8))
     return Outcome(facts=facts)
 
 
-def _write(checkpoint: Checkpoint, source: Path, file: Path, settings: Int4) -> Facts:
+def _write(checkpoint: Checkpoint, source: Path, file: Path, settings: Int4, moments: gptq.Moments | None) -> Facts:
     """Write `file`, the graph `source` with its weights, and find out what stands in it."""
     log.step(f"{file.name}: 4-bit weights")
     graph = build.with_weights(checkpoint, source)
-    if settings.first_tokens or settings.last_tokens:
-        pieces.cut(graph, sizes.HEAD, settings.first_tokens, settings.last_tokens)
-    blockwise.make_mixed(graph, quantize.keeper([*settings.keep_int8, *pieces.FINE]))
-    residual.take_two_rows(graph, quantize.keeper(settings.two_rows))
+    mixed.make(graph, settings, moments)
     graph.prune()
     graph.write(file)
     found = readback.read_back(file)
@@ -57,7 +55,7 @@ def _needs(_arguments: argparse.Namespace, recipe: Recipe) -> tuple[str, ...]:
             cause="4 bits are not good enough for its models, or nobody has tried",
             remedy="add the section and its limits, as in pipeline/recipes/gemma3.toml",
         )
-    return ("fetch", "graph")
+    return ("fetch", "graph", "moments") if recipe.int4.gptq else ("fetch", "graph")
 
 
 STAGE = Stage(

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast, get_args
 
-from pipeline.convert import calibrate, dynamic, quantize, readback, residual, static
+from pipeline.convert import calibrate, dynamic, gptq, quantize, readback, residual, static
 from pipeline.convert.checkpoint import open_checkpoint
 from pipeline.convert.flatbuffer import Graph
 from pipeline.core import chat, log
@@ -33,16 +33,17 @@ def work(context: Context) -> Outcome:
     keep = quantize.keeper(context.recipe.int8.keep_float)
     scheme = _scheme(context.arguments, context.recipe)
     facts: dict[str, Fact] = {"graphs": context.graphs, "scheme": scheme}
+    moments = gptq.Moments(context.root / "moments") if "moments" in context.upstream else None
     if build.STEP in graphs:
         graph = build.with_weights(checkpoint, graphs[build.STEP])
         if scheme != "dynamic":
             facts |= _make_static(context, graph, keep, scheme)
         else:
-            dynamic.make(graph, context.recipe.int8)
+            dynamic.make(graph, context.recipe.int8, moments)
         facts["step"] = dict(_write(graph, context.folder / build.STEP, scheme))
     if build.DECODER in graphs and not context.arguments.scheme:
         graph = build.with_weights(checkpoint, graphs[build.DECODER])
-        dynamic.make(graph, context.recipe.int8)
+        dynamic.make(graph, context.recipe.int8, moments)
         facts["decoder"] = dict(_write(graph, context.folder / build.DECODER, "dynamic"))
         build.write_tables(checkpoint, "int8", context.folder)
     return Outcome(facts=facts)
@@ -121,7 +122,8 @@ def _name(arguments: argparse.Namespace) -> str:
 def _needs(arguments: argparse.Namespace, recipe: Recipe) -> tuple[str, ...]:
     """The full-integer scheme runs the fp32 file for its ranges."""
     calibrated = arguments.graphs != "bundle" and _scheme(arguments, recipe) != "dynamic"
-    return ("fetch", "graph", "fp32") if calibrated else ("fetch", "graph")
+    rounded = recipe.int8.gptq and not (arguments.scheme and arguments.scheme != "dynamic")
+    return ("fetch", "graph", *(["fp32"] if calibrated else []), *(["moments"] if rounded else []))
 
 
 def _scheme(arguments: argparse.Namespace, recipe: Recipe) -> Scheme:

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline.convert import intake
+from pipeline.convert import gptq, intake
 from pipeline.convert.checkpoint import CONFIG
 from pipeline.core import log, manifest, memory
 from pipeline.core.errors import PublishError, ResourceError
@@ -136,6 +136,21 @@ def golden(model: Model) -> Need:
     )
 
 
+def moments(model: Model) -> Need:
+    """A forward pass over the calibration text; a square of each input's width, span by span."""
+    recipe = model.recipe
+    tokens, parameters = recipe.int8.calibration_samples * recipe.corpus.window, int(model.facts["parameters"])
+    widths = {(name.rsplit(".", 2)[0], shape[1]) for name, shape in model.shapes.items() if len(shape) == 2}
+    size = sum(4 * width * gptq.span(width) for _, width in widths)
+    streamed = memory.must_stream(parameters)
+    return Need(
+        what="second moments of what layers read",
+        size=size,
+        memory=1.9 * _GIB if streamed else memory.of_reference(parameters),
+        seconds=(2 * model.multiplied * tokens + 2 * tokens * size / 4) / _FLOPS + size / _WRITE,
+    )
+
+
 def graph(model: Model) -> Need:
     """Export: a matter of layers and signatures, not of parameters."""
     layers = sum(held.graph_layers for held in model.files.values())
@@ -190,6 +205,7 @@ def publish(model: Model) -> Need:
 NEEDS: Mapping[str, Callable[[Model], Need]] = {
     "fetch": fetch,
     "golden": golden,
+    "moments": moments,
     "graph": graph,
     "fp32": partial(_filled, precision="fp32"),
     "fp16": partial(_filled, precision="fp16"),

@@ -31,6 +31,7 @@ STAGES = (
     "fetch",
     "golden",
     "graph",
+    "moments",
     "fp32",
     "fp16",
     "int8",
@@ -109,7 +110,7 @@ def _texts(name: str, arguments: argparse.Namespace) -> list[str]:
     """The user's own texts, for the stages that read them; a manifest knows their contents, not where they are."""
     read = {
         "eval": ("golden", "verify"),
-        "calibration": tuple(stage for stage in STAGES if stage.startswith(("int8", "verify"))),
+        "calibration": tuple(stage for stage in STAGES if stage.startswith(("int8", "verify", "moments"))),
     }
     given = {option: getattr(arguments, option) for option, stages in read.items() if name in stages}
     return [word for option, file in given.items() if file for word in (f"--{option}", str(file))]

@@ -33,7 +33,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.convert import quantize
+from pipeline.convert import gptq, quantize
 from pipeline.convert.flatbuffer import Array, Blocks, BlockScales, Graph, pack
 
 BLOCK = 32
@@ -47,8 +47,8 @@ LARGEST_ERROR = 1 - 7 * _TRIED[-1] * (1 - 2**-9)
 _SMALLEST, _LARGEST = 2.0**-24, 65280.0
 
 
-def make_mixed(graph: Graph, wide: quantize.Keep) -> None:
-    """4-bit tables and weights of linear layers; 8-bit ones, a scale per row, where `wide` names the weight.
+def make_mixed(graph: Graph, wide: quantize.Keep, rounding: quantize.Rounding = quantize.to_nearest) -> None:
+    """4-bit tables and weights of linear layers; 8-bit ones, a scale per row, where `wide` names the operator.
 
     Rows that can't be cut into blocks have 8 bits too. Linear layers quantise their input while they run.
     """
@@ -61,30 +61,31 @@ def make_mixed(graph: Graph, wide: quantize.Keep) -> None:
             if code == quantize.LINEAR:
                 operator.builtinOptions.asymmetricQuantizeInputs = True  # else the built-in kernels take another step
             if view.type_of(weight) == "FLOAT32":
-                _narrow(view, weight, fine=wide(view.name(weight)))
+                values = view.blocks(weight)
+                factors = rounding(view.name(weight), values.shape[-1])
+                if not wide(view.operator_name(operator)) and not values.shape[-1] % BLOCK:
+                    view.set_four_bits(weight, *quantise_blocks(values, factors))
+                else:  # a table is looked up as well, where the nearest integer is best
+                    view.set_constant(
+                        weight, *quantize.quantise_rows(values, factors if code == quantize.LINEAR else None)
+                    )
 
 
-def _narrow(graph: Graph, weight: int, *, fine: bool) -> None:
-    values = graph.blocks(weight)
-    if fine or values.shape[-1] % BLOCK:
-        graph.set_constant(weight, *quantize.quantise_rows(values))
-    else:
-        graph.set_four_bits(weight, *quantise_blocks(values))
-
-
-def quantise_blocks(values: Blocks) -> tuple[Blocks, BlockScales]:
+def quantise_blocks(values: Blocks, factors: gptq.Factors | None = None) -> tuple[Blocks, BlockScales]:
     """[rows, columns] float → 4-bit integers two in a byte, and the scales with which they are closest.
+
+    To the nearest integer, or with `factors` by GPTQ.
 
     Rows are read twice: now for their scales, and for their values when the file is written.
     """
     rows, columns = values.shape
     scale = np.concatenate(list(values.each(best_scales)))
-    packed = Blocks(
-        (rows, columns // 2),
-        np.uint8,
-        lambda start, stop: pack(round_blocks(values.rows(start, stop), scale[start:stop])),
-    )
-    return packed, BlockScales(scale, BLOCK)
+
+    def packed(start: int, stop: int) -> Array:
+        block, own = values.rows(start, stop), scale[start:stop]
+        return pack(gptq.round_rows(block, own, factors(), _LOW, _HIGH) if factors else round_blocks(block, own))
+
+    return Blocks((rows, columns // 2), np.uint8, packed), BlockScales(scale, BLOCK)
 
 
 def best_scales(values: Array) -> NDArray[np.float16]:

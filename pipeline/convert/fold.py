@@ -43,7 +43,7 @@ _MOVES = ("RESHAPE", "SQUEEZE", "EXPAND_DIMS")
 Factors = NDArray[np.float32]
 
 
-def fold_scales(graph: Graph, strength: float) -> int:
+def fold_scales(graph: Graph, strength: float) -> dict[str, Factors]:
     """Even out the columns of linear layers where what feeds them can take the factors, in every signature alike.
 
     Column j is multiplied by rms(column j)^(−strength), over all matrices that read it, rounded to a power of two and
@@ -54,12 +54,12 @@ def fold_scales(graph: Graph, strength: float) -> int:
         strength: 0 moves nothing, 1 makes all columns equally large.
 
     Returns:
-        How many groups of matrices were changed.
+        By the name of each matrix that was changed, what its columns were multiplied with.
     """
-    sites = _closed_sites(graph)
-    for site, factors in [(site, _factors(site, strength)) for site in sites]:
+    made = [(site, _factors(site, strength)) for site in _closed_sites(graph)]
+    for site, factors in made:
         _apply(site, factors)
-    return len(sites)
+    return {use.view.name(use.tensor): factors for site, factors in made for use in site.matrices.values()}
 
 
 @dataclass(frozen=True)

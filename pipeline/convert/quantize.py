@@ -33,6 +33,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.convert import gptq
 from pipeline.convert.flatbuffer import Array, Blocks, Graph, Scales
 from pipeline.core.errors import QuantiseError
 
@@ -43,6 +44,8 @@ _LARGEST_HALF = 65504.0
 _SMALLEST_ROW = 2.0**-20
 
 Keep = Callable[[str], bool]
+Rounding = Callable[[str, int], gptq.Factors | None]
+"""Of a matrix, by its name and how many columns it has: what GPTQ rounds it by, None for the nearest integers."""
 
 
 def keeper(patterns: Iterable[str]) -> Keep:
@@ -51,18 +54,28 @@ def keeper(patterns: Iterable[str]) -> Keep:
     return lambda name: any(pattern.search(name) for pattern in compiled)
 
 
+def to_nearest(_weight: str, _columns: int) -> None:
+    """The rounding of a recipe without `gptq`."""
+
+
 # --- weights
 
 
-def quantise_rows(values: Blocks) -> tuple[Blocks, Scales]:
+def quantise_rows(values: Blocks, factors: gptq.Factors | None = None) -> tuple[Blocks, Scales]:
     """Symmetric int8 with one scale per row: [rows, columns] float → int8 in −127 … 127, scale = max |row| / 127.
+
+    To the nearest integer, or with `factors` by GPTQ.
 
     Rows are read twice: now for their scales, and for their values when the file is written. A row a million times
     smaller than the largest has that row's scale · 2⁻²⁰: XNNPACK refuses a product of scales outside 2⁻³² … 2⁸.
     """
     scale = scales_of_peaks(np.concatenate(list(values.each(row_peaks))))
-    made = values.map(np.int8, lambda block, row: round_rows(block, scale[row : row + len(block)]))
-    return made, Scales.channels(scale)
+
+    def rounded(block: Array, row: int) -> NDArray[np.int8]:
+        own = scale[row : row + len(block)]
+        return gptq.round_rows(block, own[:, None], factors(), -127, 127) if factors else round_rows(block, own)
+
+    return values.map(np.int8, rounded), Scales.channels(scale)
 
 
 def row_peaks(values: Array) -> NDArray[np.float64]:
@@ -84,7 +97,7 @@ def round_rows(values: Array, scale: Array) -> NDArray[np.int8]:
     return np.clip(np.rint(values / scale[:, None]), -127, 127).astype(np.int8)
 
 
-def quantise_weights(graph: Graph, keep: Keep) -> None:
+def quantise_weights(graph: Graph, keep: Keep, rounding: Rounding = to_nearest) -> None:
     """Make tables and the weights of linear layers int8, except where `keep` says otherwise."""
     for view in graph.each():
         for operator in view.operators():
@@ -93,7 +106,10 @@ def quantise_weights(graph: Graph, keep: Keep) -> None:
                 continue
             view.opcode(code, LINEAR_VERSION if code == LINEAR else LOOKUP_INT8_VERSION)
             if view.type_of(weight) == "FLOAT32" and not keep(view.operator_name(operator)):
-                view.set_constant(weight, *quantise_rows(view.blocks(weight)))
+                values = view.blocks(weight)
+                # A table is looked up as well, where the nearest integer is best.
+                factors = rounding(view.name(weight), values.shape[-1]) if code == LINEAR else None
+                view.set_constant(weight, *quantise_rows(values, factors))
 
 
 def make_half(graph: Graph) -> None:

@@ -42,6 +42,7 @@ class _TwoRows:
     def __init__(self, graph: Graph, chosen: Keep) -> None:
         self.graph, self.chosen = graph, chosen
         self.rows: dict[int, int] = {}
+        self.parts: dict[int, list[int]] = {}
         self.constants: dict[str, int] = {}
 
     def rewrite(self) -> None:
@@ -55,6 +56,9 @@ class _TwoRows:
         shape = graph.shape(taken)
         if len(shape) < 2 or shape[-2] != 1 or graph.type_of(taken) != "FLOAT32":
             return [operator]
+        weight = int(operator.inputs[1])
+        if graph.is_constant(weight) and graph.type_of(weight) == "INT4":
+            return self._apart(operator, shape)
         before = [] if taken in self.rows else self._split(taken, shape)
         both = self._tensor(given, ROWS, (*graph.shape(given)[:-2], 2, graph.shape(given)[-1]))
         bias = int(operator.inputs[2]) if len(operator.inputs) > 2 else -1
@@ -67,13 +71,33 @@ class _TwoRows:
             after.append(graph.operator("ADD", [total, bias], [given]))
         return [*before, operator, *after]
 
+    def _apart(self, operator: Any, shape: tuple[int, ...]) -> list[Any]:
+        """The layer once for each row, and the sum: of 4-bit weights XNNPACK has a fast kernel for one row, none for two."""
+        graph, taken, given = self.graph, int(operator.inputs[0]), int(operator.outputs[0])
+        before = [] if taken in self.parts else self._measure(taken, shape)
+        coarse, fine = self.parts[taken]
+        results = [self._tensor(given, name, graph.shape(given)) for name in ("coarse", "fine")]
+        keep = bool(operator.builtinOptions.keepNumDims)
+        second = graph.operator("FULLY_CONNECTED", [fine, int(operator.inputs[1]), -1], results[1:], keepNumDims=keep)
+        operator.inputs, operator.outputs = [coarse, *operator.inputs[1:]], results[:1]
+        for layer in (operator, second):
+            layer.builtinOptions.asymmetricQuantizeInputs = True  # else the built-in kernels take another step
+        return [*before, operator, second, graph.operator("ADD", results, [given])]
+
     def _split(self, x: int, shape: tuple[int, ...]) -> list[Any]:
         """The operators that make [..., 2, inputs] of `x` [..., 1, inputs]."""
+        before = [] if x in self.parts else self._measure(x, shape)
+        self.rows[x] = self._tensor(x, ROWS, (*shape[:-2], 2, shape[-1]))
+        both = self.graph.operator("CONCATENATION", self.parts[x], [self.rows[x]], axis=len(shape) - 2)
+        return [*before, both]
+
+    def _measure(self, x: int, shape: tuple[int, ...]) -> list[Any]:
+        """The operators that make of `x` its value in the kernel's own steps, and what is left."""
         graph, one = self.graph, (*shape[:-1], 1)
         high, low, width = (self._tensor(x, name, one) for name in ("max", "min", "range"))
         share, step = (self._tensor(x, name, one) for name in ("share", "step"))
         counted, whole, coarse, rest = (self._tensor(x, name, shape) for name in ("steps", "whole", "coarse", "rest"))
-        self.rows[x] = self._tensor(x, ROWS, (*shape[:-2], 2, shape[-1]))
+        self.parts[x] = [coarse, rest]
         axis, scale = self._axis(len(shape) - 1), self._scalar("scale", 1 / _STEPS)
         least = self._scalar("least", _SMALLEST_STEP)
         return [
@@ -86,7 +110,6 @@ class _TwoRows:
             graph.operator("ROUND", [counted], [whole]),
             graph.operator("MUL", [whole, step], [coarse]),
             graph.operator("SUB", [x, coarse], [rest]),
-            graph.operator("CONCATENATION", [coarse, rest], [self.rows[x]], axis=len(shape) - 2),
         ]
 
     def _tensor(self, of: int, name: str, shape: tuple[int, ...]) -> int:

@@ -95,7 +95,8 @@ class Int8:
     leaves attention's scores in float in `static`, where 8 bits are too few for them. `fold` is how strongly scales are
     moved between neighbouring layers of dynamic files, 0 to 1 (convert/fold.py). `blocks` are regular expressions over
     the linear layers of dynamic files that are made sums of layers `block` columns wide, where their width is a
-    multiple of it (convert/blocks.py).
+    multiple of it (convert/blocks.py). With `gptq`, weights of layers in dynamic files are rounded so that the layers'
+    results stay close on calibration text, not each weight by itself (convert/gptq.py).
     """
 
     scheme: Scheme
@@ -106,21 +107,24 @@ class Int8:
     fold: float = 0.0
     blocks: tuple[str, ...] = ()
     block: int = 64
+    gptq: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Int4:
     """How int4 files are made, where a recipe has them.
 
-    `keep_int8` are regular expressions over the names of weights (`layers.0.mlp.down_proj.weight`) that have 8 bits and
-    a scale per row; all others have 4 and a scale per 32 neighbours (convert/blockwise.py). Of a table that is the head
-    too, the `first_tokens` and `last_tokens` rows have 8 bits (convert/pieces.py). `two_rows` as in `Int8`.
+    `keep_int8` are regular expressions over the names of operators (`layers.0.mlp.down_proj;`) whose weights have 8
+    bits and a scale per row; all others have 4 and a scale per 32 neighbours (convert/blockwise.py). Of a table that is
+    the head too, the `first_tokens` and `last_tokens` rows have 8 bits (convert/pieces.py). `two_rows` and `gptq` as in
+    `Int8`.
     """
 
     keep_int8: tuple[str, ...] = ()
     first_tokens: int = 0
     last_tokens: int = 0
     two_rows: tuple[str, ...] = ()
+    gptq: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

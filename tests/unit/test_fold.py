@@ -88,7 +88,7 @@ def test_the_float_model_stays_the_same_to_the_bit(
 ) -> None:
     folder, folded = tmp_path_factory.mktemp("fold"), twice(Model(seed, spread))
     plain = logits(Model(seed, spread).graph, folder / "plain")
-    assert fold.fold_scales(folded, strength) == 3
+    assert set(fold.fold_scales(folded, strength)) == {"gate", "up", "down", "table"}
     for signature in ("one", "two"):
         np.testing.assert_array_equal(logits(folded, folder / "folded", signature), plain)
 
@@ -144,5 +144,5 @@ def test_what_others_read_as_well_is_left_alone(where: str, tmp_path: Path) -> N
     read = {"up": model.up, "rows": int(model.operators[0].outputs[0]), "head": int(model.operators[-1].inputs[0])}
     model.graph.main.outputs = [model.logits, read[where]]
     plain = logits(copy.deepcopy(model.graph), tmp_path / "plain")
-    assert fold.fold_scales(model.graph, 1.0) == 2
+    assert len({factors.tobytes() for factors in fold.fold_scales(model.graph, 1.0).values()}) == 2
     np.testing.assert_array_equal(logits(model.graph, tmp_path / "folded"), plain)

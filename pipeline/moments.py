@@ -1,0 +1,114 @@
+"""moments: the second moments of what each linear layer reads, on calibration text: what GPTQ rounds by.
+
+Hugging Face's model in fp32 reads windows of the calibration text. Of each linear layer's inputs x, H = Σ x xᵀ / |x|²
+over all tokens is kept: what Gemma's layers give is normalised per token, so an error counts by its share of the
+token's own result, and the few tokens with huge activations (the first of a text) do not outweigh all others. Layers
+that read the same tensor have one file; a layer wider than `gptq.SPAN` columns has moments of each span alone.
+
+Made only for precisions that round by them. A model that does not fit into memory is streamed, and the sums stand in
+mapped files, so memory stays bounded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pipeline.convert import gptq
+from pipeline.core import log, manifest, memory
+from pipeline.core.recipe import PROJECT
+from pipeline.core.stage import Context, Outcome, Stage, main
+from pipeline.judge import corpus
+from pipeline.models import sizes
+from pipeline.reference.model import HuggingFace
+
+
+class Sums:
+    """The sums so far, each in a mapped file in `folder`, and which weights each is of."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.files: dict[str, str] = {}
+        self.mapped: dict[str, Any] = {}
+        self._last: tuple[Any, str] = (None, "")
+
+    def listen(self, model: nn.Module) -> None:
+        """Add what every linear layer of `model` reads from now on."""
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear):
+                module.register_forward_pre_hook(lambda _, given, name=name: self.hear(f"{name}.weight", given[0]))
+
+    def hear(self, weight: str, given: Tensor) -> None:
+        """Add `given` [..., columns] to the sum of `weight`; a tensor that several layers read is added once."""
+        if self._last[0] is given:  # q, k and v are called one after the other, as are gate and up
+            self.files[weight] = self._last[1]
+            return
+        file = self.files.setdefault(weight, f"{weight}.npy")
+        self._last = (given, file)
+        self.add(file, given.detach().reshape(-1, given.shape[-1]).float())
+
+    def add(self, file: str, rows: Tensor) -> None:
+        """Add Σ x xᵀ / |x|² of `rows` [tokens, columns], span by span."""
+        width = gptq.span(rows.shape[1])
+        count = rows.shape[1] // width
+        if file not in self.mapped:
+            self.mapped[file] = np.lib.format.open_memmap(
+                self.folder / file, mode="w+", dtype=np.float32, shape=(count, width, width)
+            )
+        unit = rows / rows.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+        for place, part in enumerate(unit.split(width, dim=1)):
+            self.mapped[file][place] += (part.T @ part).numpy()
+
+    def close(self) -> None:
+        """Finish all files, and write which weight reads which."""
+        for mapped in self.mapped.values():
+            mapped.flush()
+        self.mapped.clear()
+        manifest.write_atomically(self.folder / gptq.INDEX, manifest.dump_json(dict(sorted(self.files.items()))))
+
+
+def work(context: Context) -> Outcome:
+    """Let the reference read the calibration text, and keep the sums."""
+    recipe, checkpoint = context.recipe, context.root / "fetch" / "checkpoint"
+    parameters = context.upstream["fetch"].facts["parameters"]
+    assert isinstance(parameters, int)
+    streamed = memory.must_stream(parameters)
+    log.step("the reference runs in fp32" + (", a matrix at a time" if streamed else ""))
+    reference = HuggingFace.load(checkpoint, "cpu", streamed=streamed)
+    text = context.arguments.calibration or PROJECT / recipe.corpus.calibration
+    windows = corpus.pack_windows(
+        corpus.read_documents(text, reference.render),
+        reference.tokenize,
+        bos=reference.bos,
+        window=recipe.corpus.window,
+        limit=recipe.int8.calibration_samples,
+    )
+    sums = Sums(context.folder)
+    sums.listen(reference.model.model)
+    with log.progress("what layers read", windows.size, "tokens") as bar:
+        states = reference.hidden(windows, np.ones_like(windows), bar)
+    sums.hear(sizes.HEAD, torch.from_numpy(states))
+    sums.close()
+    return Outcome(facts={"tokens": int(windows.size), "files": len({*sums.files.values()})})
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--calibration", type=Path, metavar="FILE", help="your own text: .txt or .jsonl")
+
+
+STAGE = Stage(
+    name="moments",
+    summary="Keep the second moments of what linear layers read, which GPTQ rounds by.",
+    work=work,
+    needs=("fetch",),
+    add_arguments=_add_arguments,
+)
+
+if __name__ == "__main__":
+    sys.exit(main(STAGE))

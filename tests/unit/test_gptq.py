@@ -1,0 +1,169 @@
+"""GPTQ: against a plain computation by the paper's equations, and what it gains; moments by name, block and fold."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from pipeline.convert import blockwise, gptq, quantize
+from pipeline.convert.flatbuffer import Blocks, unpack
+
+Floats = NDArray[np.float32]
+RANDOM = np.random.default_rng(7)
+
+
+def moments(columns: int, seed: int = 0, spread: float = 1.0) -> NDArray[np.float64]:
+    """H of random inputs whose channels differ in size and depend on each other."""
+    random = np.random.default_rng(seed)
+    x = random.standard_normal((4 * columns, columns)) @ random.standard_normal((columns, columns))
+    x *= np.exp(spread * random.standard_normal(columns))
+    return np.asarray(x.T @ x)
+
+
+def matrix(rows: int, columns: int, seed: int = 0) -> Floats:
+    return np.random.default_rng(seed).standard_normal((rows, columns)).astype(np.float32)
+
+
+def scale_of(values: Floats, high: int = 127) -> Floats:
+    return (np.abs(values).max(axis=1, keepdims=True) / high).astype(np.float32)
+
+
+def error(made: NDArray[np.int8], scale: Floats, values: Floats, h: NDArray[np.float64]) -> float:
+    off = made * np.repeat(scale.astype(np.float64), values.shape[1] // scale.shape[1], axis=1) - values
+    return float(np.einsum("ij,jk,ik->", off, h, off))
+
+
+def nearest(values: Floats, scale: Floats, high: int = 127) -> NDArray[np.int8]:
+    return np.clip(np.rint(values / scale), -high, high).astype(np.int8)
+
+
+def plainly(values: Floats, scale: Floats, h: NDArray[np.float64], high: int) -> NDArray[np.int8]:
+    """Optimal brain quantisation of one column after the other: equation 2, the inverse updated by equation 3."""
+    h = h + np.eye(len(h)) * gptq.DAMPING * np.diag(h).mean()
+    order = np.argsort(-np.diag(h), kind="stable")
+    rest, inverse, made = values.astype(np.float64), np.linalg.inv(h), np.zeros(values.shape, np.int8)
+    for q in order:
+        made[:, q] = np.clip(np.rint(rest[:, q] / scale[:, 0]), -high, high)
+        off = (rest[:, q] - made[:, q] * scale[:, 0].astype(np.float64)) / inverse[q, q]
+        rest -= off[:, None] * inverse[q]
+        inverse = inverse - np.outer(inverse[:, q], inverse[q]) / inverse[q, q]
+        inverse[q, q] = 1.0  # it is done; its row and column are zeros
+    return made
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 80), st.integers(1, 9), st.sampled_from([7, 127]))
+def test_it_is_what_the_equations_say(seed: int, columns: int, rows: int, high: int) -> None:
+    h, values = moments(columns, seed), matrix(rows, columns, seed)
+    scale = scale_of(values, high)
+    made = gptq.round_rows(values, scale, [gptq.Factor.of(h)], -high, high)
+    assert (made != plainly(values, scale, h, high)).mean() <= 0.001  # a value between two integers may fall either way
+
+
+@pytest.mark.parametrize("high", [7, 127])
+def test_results_are_closer_than_with_the_nearest_integers(high: int) -> None:
+    h, values = moments(96), matrix(200, 96)
+    scale = scale_of(values, high)
+    made = gptq.round_rows(values, scale, [gptq.Factor.of(h)], -high, high)
+    assert error(made, scale, values, h) < 0.5 * error(nearest(values, scale, high), scale, values, h)
+
+
+def test_inputs_that_do_not_depend_on_each_other_give_the_nearest_integers() -> None:
+    h, values = np.diag(np.arange(1.0, 41.0)), matrix(30, 40)
+    scale = scale_of(values)
+    assert np.array_equal(gptq.round_rows(values, scale, [gptq.Factor.of(h)], -127, 127), nearest(values, scale))
+
+
+def test_a_channel_that_is_always_zero_and_an_input_that_never_came_are_no_harm() -> None:
+    h, values = moments(20), matrix(8, 20)
+    h[3] = h[:, 3] = 0
+    scale = scale_of(values)
+    for one in (h, np.zeros((20, 20))):
+        made = gptq.round_rows(values, scale, [gptq.Factor.of(one)], -127, 127)
+        assert np.abs(made * scale - values)[:, 3].max() <= 0.5001 * scale.max()
+
+
+def test_spans_are_rounded_each_by_itself() -> None:
+    parts = [moments(24, 1), moments(24, 2)]
+    values = matrix(1100, 48)  # in two lots of rows
+    scale = scale_of(values)
+    made = gptq.round_rows(values, scale, [gptq.Factor.of(part) for part in parts], -127, 127)
+    for place, part in enumerate(parts):
+        columns = slice(24 * place, 24 * place + 24)
+        own = gptq.round_rows(np.ascontiguousarray(values[:, columns]), scale, [gptq.Factor.of(part)], -127, 127)
+        assert np.array_equal(made[:, columns], own)
+
+
+@pytest.mark.parametrize(("columns", "width"), [(640, 640), (2048, 2048), (8192, 2048), (6912, 1728), (16384, 2048)])
+def test_a_wide_matrix_has_spans_of_a_bounded_width(columns: int, width: int) -> None:
+    assert gptq.span(columns) == width
+
+
+# --- moments in files
+
+
+def stored(folder: Path, **named: NDArray[np.float64]) -> gptq.Moments:
+    for name, h in named.items():
+        np.save(folder / f"{name}.npy", h.astype(np.float32)[None] if h.ndim == 2 else h.astype(np.float32))
+    (folder / gptq.INDEX).write_text(json.dumps({f"{name}.weight": f"{name}.npy" for name in named}))
+    return gptq.Moments(folder)
+
+
+def test_a_weight_without_moments_is_rounded_to_the_nearest(tmp_path: Path) -> None:
+    rounding = stored(tmp_path, q=moments(8)).rounding()
+    assert rounding("k.weight", 8) is None and quantize.to_nearest("q.weight", 8) is None
+
+
+def test_pieces_of_rows_have_the_moments_of_all_and_blocks_of_columns_their_own(tmp_path: Path) -> None:
+    h = moments(12)
+    rounding = stored(tmp_path, q=h).rounding()
+    for name, columns in (
+        ("q.weight", slice(0, 12)),
+        ("q.weight;middle", slice(0, 12)),
+        ("q.weight;block_2", slice(8, 12)),
+    ):
+        made = rounding(name, columns.stop - columns.start)
+        assert made is not None
+        wanted = gptq.Factor.of(h.astype(np.float32)[columns, columns])
+        assert np.array_equal(made()[0].upper, wanted.upper) and np.array_equal(made()[0].order, wanted.order)
+
+
+def test_columns_of_several_spans_are_cut_where_the_spans_are(tmp_path: Path) -> None:
+    parts = np.stack([moments(8, 1), moments(8, 2)])
+    made = stored(tmp_path, q=parts).rounding()("q.weight;block_1", 12)  # columns 12 to 24, of 16: four are left
+    assert made is not None and [len(one.order) for one in made()] == [4]
+
+
+def test_what_was_folded_into_the_columns_is_taken_off_the_moments(tmp_path: Path) -> None:
+    h, values, factors = moments(16), matrix(40, 16), np.exp2(np.arange(16) % 5 - 2).astype(np.float32)
+    made = stored(tmp_path, q=h).rounding({"q.weight": factors})("q.weight", 16)
+    assert made is not None
+    folded = values * factors
+    scale = scale_of(folded)
+    rounded = gptq.round_rows(folded, scale, made(), -127, 127)
+    off = (rounded * scale - folded) / factors
+    plain = (nearest(folded, scale) * scale - folded) / factors
+    assert np.einsum("ij,jk,ik->", off, h, off) < 0.6 * np.einsum("ij,jk,ik->", plain, h, plain)
+
+
+def test_int8_rows_and_4_bit_blocks_are_rounded_by_it(tmp_path: Path) -> None:
+    h, values = moments(64), matrix(50, 64)
+    factors = stored(tmp_path, q=h).rounding()("q.weight", 64)
+    assert factors is not None
+    whole, scales = quantize.quantise_rows(Blocks.of(values), factors)
+    narrow, blocks = blockwise.quantise_blocks(Blocks.of(values), factors)
+    for made, plain, scale in (
+        (whole.rows(0, 50), quantize.quantise_rows(Blocks.of(values))[0].rows(0, 50), scales.scale[:, None]),
+        (
+            unpack(narrow.rows(0, 50)).reshape(50, 64),
+            blockwise.round_blocks(values, blocks.scale),
+            blocks.scale.astype(np.float32),
+        ),
+    ):
+        assert error(made, scale, values, h) < 0.7 * error(plain, scale, values, h)
