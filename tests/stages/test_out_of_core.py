@@ -106,6 +106,16 @@ def test_what_comes_out_is_the_model(wide: Line) -> None:
     assert "decoded positions: " in judgement["checks"][0]["detail"]
 
 
+def test_bundles_alone_are_built_judged_and_published_without_a_step_graph(wide: Line) -> None:
+    assert not list(wide.root.rglob("step.tflite"))
+    judgement = json.loads((wide.root / "verify" / "judgement.json").read_text(encoding="utf-8"))
+    assert judgement["passed"] and set(judgement["bundles"]) == {"bundle-fp32", "bundle-int8"}
+    assert judgement["order"] == [] and judgement["variants"] == {}
+    assert "Verified:" in (wide.root / "verify" / "report.html").read_text(encoding="utf-8")
+    published = {file.name for file in (wide.root / "publish").iterdir()}
+    assert {f"{wide.root.name}_{name}.litertlm" for name in ("fp32", "int8")} <= published
+
+
 def after_graph(wide: Line, artifacts: Path) -> Line:
     """The same line elsewhere, with what precisions are filled from."""
     line = dataclasses.replace(wide, artifacts=artifacts)
