@@ -60,16 +60,23 @@ def unit(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def stages(session: nox.Session) -> None:
-    """The stages on the shipped model and on small odd ones: minutes."""
-    python(session, "-m", "pytest", "tests/stages", *session.posargs)
+    """The stages on the shipped model and on small odd ones: minutes, in two processes (`-- -n 0`: in one).
+
+    A file's tests stay together, for what they share; what all files share is made once and copied.
+    """
+    # Threads that wait leave their core to the other process.
+    environment = {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE")}
+    command = (str(BIN / "python"), "-m", "pytest", "tests/stages", "-n", "2", "--dist", "loadfile")
+    session.run(*command, "--no-loadscope-reorder", *session.posargs, external=True, env=environment)
 
 
 @nox.session(venv_backend="none", default=False)
 def faults(session: nox.Session) -> None:
-    """The upload under 200 random schedules of faults (`-- 1000` for more): some 50 seconds."""
+    """The upload under 200 random schedules of faults (`-- 1000` for more), and 100 changes of what is signed."""
     count = session.posargs[0] if session.posargs else "200"
-    command = (str(BIN / "python"), "-m", "pytest", "tests/stages/test_upload.py", "-k", "random")
-    session.run(*command, external=True, env={"UPLOAD_SCHEDULES": count})
+    files = ("tests/stages/test_upload.py", "tests/stages/test_check.py")
+    command = (str(BIN / "python"), "-m", "pytest", *files, "-k", "random or finds_every_change")
+    session.run(*command, external=True, env={"UPLOAD_SCHEDULES": count, "SIGNED_CHANGES": "100"})
 
 
 @nox.session(venv_backend="none", default=False)

@@ -1,10 +1,12 @@
-"""The shipped model, taken through the stages once per test session, and a Hub on this machine."""
+"""The shipped model, taken through the stages once per test run, and a Hub on this machine."""
 
 from __future__ import annotations
 
 import dataclasses
+import fcntl
+import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +36,16 @@ SMALL = {
     "sequence = [1, 16, 17, 128, 300, 1024, 2048]": "sequence = [1, 17, 40]",
 }
 """Changes of the shipped recipe that make judging quick; files and limits stay the same."""
+
+
+LONG = ("bundle", "decoder", "tune", "interrupted", "step", "out_of_core", "upload", "verify")
+"""Files that take longest, by what follows `test_`."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let the longest files come first: at the end no process waits long for the other one."""
+    order = {f"test_{name}": place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
 @dataclass(frozen=True)
@@ -91,22 +103,45 @@ def lasting(folder: Path, *names: str) -> dict[str, object]:
     return {"manifest": made, **{name: (folder / name).read_bytes() for name in names}}
 
 
+def shared(factory: pytest.TempPathFactory, name: str, make: Callable[[Line], None]) -> Line:
+    """A line of this process' own, a copy of what `make` made in the first process of this test run that asked."""
+    own = factory.getbasetemp()
+    common = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+    made = Line(artifacts=common / f"made-{name}", recipe=common / f"{name}.toml")
+    with (common / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not made.recipe.exists():
+            shutil.rmtree(made.artifacts, ignore_errors=True)
+            recipe = small_recipe(common / f"{name}.toml.new")
+            make(dataclasses.replace(made, recipe=recipe))
+            recipe.rename(made.recipe)
+    copy = factory.mktemp(name)
+    shutil.copytree(made.artifacts, copy / "artifacts", symlinks=True)
+    return Line(artifacts=copy / "artifacts", recipe=made.recipe)
+
+
 @pytest.fixture(scope="session")
 def judged(tmp_path_factory: pytest.TempPathFactory) -> Line:
     """fetch and golden, with the small recipe."""
-    folder = tmp_path_factory.mktemp("line")
-    line = Line(artifacts=folder / "artifacts", recipe=small_recipe(folder / "recipe.toml"))
-    assert line.run(fetch.STAGE) == 0
-    assert line.run(golden.STAGE, "--device", "cpu") == 0
-    return line
+
+    def make(line: Line) -> None:
+        assert line.run(fetch.STAGE) == 0
+        assert line.run(golden.STAGE, "--device", "cpu") == 0
+
+    return shared(tmp_path_factory, "judged", make)
 
 
 @pytest.fixture(scope="session")
-def built(judged: Line) -> Line:
+def built(judged: Line, tmp_path_factory: pytest.TempPathFactory) -> Line:
     """The same with the graphs, fp32, fp16, int8 and the bundles."""
-    for stage in (graph.STAGE, fp32.STAGE, fp16.STAGE, int8.STAGE, bundle.STAGE):
-        assert judged.run(stage) == 0
-    return judged
+
+    def make(line: Line) -> None:
+        for stage in ("fetch", "golden"):
+            shutil.copytree(judged.root / stage, line.root / stage, symlinks=True)
+        for stage in (graph.STAGE, fp32.STAGE, fp16.STAGE, int8.STAGE, bundle.STAGE):
+            assert line.run(stage) == 0
+
+    return shared(tmp_path_factory, "built", make)
 
 
 @pytest.fixture

@@ -239,24 +239,6 @@ def failing(judgement: dict[str, Any]) -> set[tuple[str, str]]:
     return {(check["variant"], check["name"]) for check in judgement["checks"] if not check["passed"]}
 
 
-def test_bundles_alone_are_built_and_judged_without_a_step_graph(
-    tmp_path: Path, built: Line, capsys: pytest.CaptureFixture[str]
-) -> None:
-    line = Line(
-        artifacts=tmp_path, recipe=small_recipe(tmp_path / "r.toml", **{"prefill = [32, 128]": "prefill = [32]"})
-    )
-    assert line.run(fetch.STAGE) == 0
-    for stage in (golden.STAGE, graph.STAGE, fp32.STAGE, int8.STAGE, bundle.STAGE):
-        assert line.run(stage, "--graphs", "bundle") == 0
-    code, said, judgement = judged(line, capsys)
-    assert code == 0, said
-    assert not list(line.root.rglob("step.tflite"))
-    assert judgement["passed"] and set(judgement["bundles"]) == {"bundle-fp32", "bundle-int8"}
-    assert judgement["order"] == [] and judgement["variants"] == {}
-    page = (line.root / "verify" / "report.html").read_text(encoding="utf-8")
-    assert "Verified:" in page
-
-
 def test_a_missing_soft_cap(
     built: Line, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

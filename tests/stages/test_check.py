@@ -24,6 +24,8 @@ from pipeline.release import provenance, signing
 from pipeline.release.signing import Trust
 
 MEASURED = {"report.html", "report.json"}
+SIGNED_CHANGES = int(os.environ.get("SIGNED_CHANGES", "12"))
+"""Changes behind a signature that are drawn, each checked by a process of model-signing (`nox -s faults`: 100)."""
 Edit = Callable[[Path], None]
 
 
@@ -172,7 +174,7 @@ def test_a_rewritten_checksum_hides_only_what_was_measured(signed: Path, scratch
             check.check(folder)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=SIGNED_CHANGES)
 @given(st.data())
 def test_a_signature_finds_every_change_behind_rewritten_papers(
     signed: Path, scratch: Path, keys: Path, signer: str, data: st.DataObject

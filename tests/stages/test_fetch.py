@@ -675,7 +675,7 @@ def test_killed_run_goes_on(server: HubServer, model: Files, run: Run, weights: 
     killed = subprocess.Popen(command, cwd=PROJECT, stderr=subprocess.DEVNULL)
     partials = run.root / fetch.DOWNLOADS
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 600  # however busy the machine is
         while sum(file.stat().st_size for file in partials.rglob("*.safetensors.partial")) < weights.half:
             assert time.monotonic() < deadline and killed.poll() is None
             time.sleep(0.02)

@@ -76,6 +76,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Line:
         "top1 = 0.96": "top1 = 0.0",
         "perplexity_ratio_min = 0.993": "perplexity_ratio_min = 0.0",
         "perplexity_ratio_max = 1.007": "perplexity_ratio_max = 1e9",
+        "positions = 930": "positions = 62",  # nor does more of its text, which takes minutes
     }
     line = Line(artifacts=folder / "artifacts", recipe=small_recipe(folder / "recipe.toml"), model=checkpoint)
     text = line.recipe.read_text(encoding="utf-8")
@@ -104,6 +105,16 @@ def test_what_comes_out_is_the_model(wide: Line) -> None:
         and exact["against_reference"]["top1"]["value"] == 1.0
     )
     assert "decoded positions: " in judgement["checks"][0]["detail"]
+
+
+def test_bundles_alone_are_built_judged_and_published_without_a_step_graph(wide: Line) -> None:
+    assert not list(wide.root.rglob("step.tflite"))
+    judgement = json.loads((wide.root / "verify" / "judgement.json").read_text(encoding="utf-8"))
+    assert judgement["passed"] and set(judgement["bundles"]) == {"bundle-fp32", "bundle-int8"}
+    assert judgement["order"] == [] and judgement["variants"] == {}
+    assert "Verified:" in (wide.root / "verify" / "report.html").read_text(encoding="utf-8")
+    published = {file.name for file in (wide.root / "publish").iterdir()}
+    assert {f"{wide.root.name}_{name}.litertlm" for name in ("fp32", "int8")} <= published
 
 
 def after_graph(wide: Line, artifacts: Path) -> Line:
