@@ -72,7 +72,7 @@ class _TwoRows:
         return [*before, operator, *after]
 
     def _apart(self, operator: Any, shape: tuple[int, ...]) -> list[Any]:
-        """The layer once for each row, and the sum: of 4-bit weights XNNPACK has a fast kernel for one row, none for two."""
+        """The layer once for each row, and the sum: of 4-bit weights XNNPACK has a fast kernel for one row alone."""
         graph, taken, given = self.graph, int(operator.inputs[0]), int(operator.outputs[0])
         before = [] if taken in self.parts else self._measure(taken, shape)
         coarse, fine = self.parts[taken]

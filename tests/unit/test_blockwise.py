@@ -146,7 +146,7 @@ def test_a_tied_table_with_four_bits_computes_what_numpy_computes(tmp_path: Path
 @KERNELS
 def test_a_named_table_has_eight_bits(tmp_path: Path, plain: bool) -> None:
     graph, plainly = tied(), tied()
-    blockwise.make_mixed(graph, quantize.keeper(["table"]))
+    blockwise.make_mixed(graph, quantize.keeper(["looked"]))
     quantize.quantise_weights(plainly, lambda _: False)
     for each, name in ((graph, "mixed"), (plainly, "int8")):
         written(each, tmp_path / name)
