@@ -220,7 +220,7 @@ OPTIONS_check = $(if $(PUBLIC_KEY),--public-key $(call QUOTE,$(abspath $(PUBLIC_
 # What the goals need, in order: this is planned before any of it is begun, once for the same settings.
 closure = $(sort $(1) $(foreach need,$(1),$(call closure,$(NEEDS_$(need)))))
 AIMS := $(patsubst $(ROOT)/%/manifest.json,%,$(GOALS))
-AIMS := $(sort $(filter $(STAGES),$(AIMS)) $(if $(filter chat run,$(AIMS)),bundle) $(if $(filter compare,$(AIMS)),verify) $(if $(filter tune,$(AIMS)),graph))
+AIMS := $(sort $(filter $(STAGES),$(AIMS)) $(if $(filter chat run,$(AIMS)),bundle) $(if $(filter compare,$(AIMS)),verify) $(if $(filter tune,$(AIMS)),graph moments))
 AIMS := $(or $(AIMS),publish)
 PLANNED := $(filter-out evaluate,$(filter $(call closure,$(AIMS)),$(STAGES)))
 OPTIONS_plan := $(OPTIONS_fetch) $(WANTED) --stages $(PLANNED)
@@ -331,7 +331,7 @@ chat: bundle ## talk to the int8 bundle in the terminal (PRECISION=)
 run: bundle ## let the int8 bundle answer PROMPT= once
 	$(call RUN,run) -m pipeline.chat $(abspath $(ROOT))/bundle/$(PRECISION).litertlm --prompt $(call QUOTE,$(PROMPT))
 
-tune: graph ## search the recipe's [int8] for MINUTES=: what costs quality where, and tune/recipe.toml for RECIPE=
+tune: graph moments ## search the recipe's [int8] for MINUTES=: what costs quality where, and tune/recipe.toml for RECIPE=
 	$(call RUN,tune) -m pipeline.tune $(WHERE) $(CALIBRATED) --minutes $(MINUTES)
 
 check: $(READY) $(if $(SIGNS),.venv-sign/.ready) ## hold a published folder (FILES=, also on the Hub) against its papers and signature

@@ -6,8 +6,8 @@ Three things are measured, all in LiteRT on the recipe's calibration text, as KL
 position of whole windows:
 
 1. what each group of layers contributes, its weights and its activations: int8 in that group alone;
-2. candidates on a greedy path from plain int8 on, by gain for cost; half of them go on to twice as much text, until few
-   are left, which see all of it;
+2. candidates on a greedy path from plain int8, with the best of what costs nothing at run time, by gain for cost; half
+   of them go on to twice as much text, until few are left, which see all of it;
 3. size and speed of these, against the plain file, in turns.
 
 The most faithful one within `--size` and `--speed` becomes `tune/recipe.toml`, which `make int8 RECIPE=` takes as it
@@ -35,7 +35,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.convert import dynamic, quantize
+from pipeline.convert import dynamic, gptq, quantize
 from pipeline.convert.checkpoint import Checkpoint, open_checkpoint
 from pipeline.convert.flatbuffer import Graph
 from pipeline.core import chat, log, manifest, parallel, versions
@@ -110,6 +110,7 @@ class Bench:
     """Where candidates are built and measured. `identity` of all that a measurement depends on but the candidate."""
 
     checkpoint: Checkpoint
+    moments: gptq.Moments
     every: Path
     step: Path
     text: str
@@ -155,7 +156,7 @@ class Bench:
         with self.building:  # it uses all cores by itself
             graph = build.with_weights(self.checkpoint, source)
             if candidate:
-                dynamic.make(graph, self.int8(candidate))
+                dynamic.make(graph, self.int8(candidate), self.moments)
             graph.prune()
             graph.write(self.scratch / f"{name}.tflite")
         return self.scratch / f"{name}.tflite"
@@ -257,7 +258,7 @@ class Study:
         self.tried = [candidates.plain(), self.given]
         self.bench.measure([(each, [0]) for each in self.tried], _CONTRIBUTIONS)
         self.contribute()
-        self.tried = self._distinct()
+        self.tried = self._distinct([self.tried[0], self.given, *self._path()])
         log.step(f"{len(self.tried)} candidates")
         self.race()
         self.time()
@@ -274,11 +275,18 @@ class Study:
                 weights = float(two.kld.mean())
                 self.contributions[name] = Contribution(weights=weights, activations=float(one.kld.mean()) - weights)
 
-    def _distinct(self) -> list[Candidate]:
-        """The path and the recipe as given, each set of values once."""
-        path = candidates.paths(self.groups, self.contributions, self.limits[0])
+    def _path(self) -> list[Candidate]:
+        """What is free for the whole model, and the path from the best of it on."""
+        starts = candidates.starts()
+        self.bench.measure([(each, [0]) for each in starts], _CONTRIBUTIONS)
+        known = {each.name: one for each in starts if (one := self.bench.found(each, [0]))}
+        first = min(starts, key=lambda each: float(known[each.name].kld.mean()) if each.name in known else math.inf)
+        return [*starts, *candidates.path(first, self.groups, self.contributions, self.limits[0])]
+
+    def _distinct(self, tried: Iterable[Candidate]) -> list[Candidate]:
+        """Each set of values once."""
         made: dict[str, Candidate] = {}
-        for each in (path[0], self.given, *path[1:]):
+        for each in tried:
             made.setdefault(repr(self.bench.int8(each)), each)
         return list(made.values())
 
@@ -439,7 +447,7 @@ def work(arguments: argparse.Namespace) -> None:
 
     Raises:
         UsageError: the recipe's scheme is not dynamic, or a text can't be read.
-        IntegrityError: stages fetch or graph are not finished, or were changed.
+        IntegrityError: stages fetch, graph or moments are not finished, or were changed.
     """
     recipe, clock = load_recipe(arguments.recipe), Clock(60 * arguments.minutes)
     if recipe.int8.scheme != "dynamic":
@@ -470,7 +478,7 @@ def _plain(value: Any) -> Any:
 
 def _bench(arguments: argparse.Namespace, recipe: Recipe, root: Path, clock: Clock) -> Bench:
     """Check what is read, export the graph that is measured on, and cut the text."""
-    upstream = {name: manifest.read(root / name) for name in ("fetch", "graph")}
+    upstream = {name: manifest.read(root / name) for name in ("fetch", "graph", "moments")}
     manifest.check([record for made in upstream.values() for record in made.outputs], root)
     checkpoint = open_checkpoint(root / "fetch" / "checkpoint")
     windows = _windows(arguments, recipe, root / "fetch" / "checkpoint")
@@ -482,10 +490,11 @@ def _bench(arguments: argparse.Namespace, recipe: Recipe, root: Path, clock: Clo
     if not every.is_file():
         build.export_every(checkpoint, windows.shape[1], folder / "scratch" / every.name)
         (folder / "scratch" / every.name).replace(every)
-    read = [record.sha256 for record in upstream["fetch"].outputs]
+    read = [record.sha256 for name in ("fetch", "moments") for record in upstream[name].outputs]
     identity = [source, hashlib.sha256(windows.tobytes()).hexdigest(), read, versions.installed()]
     return Bench(
         checkpoint=checkpoint,
+        moments=gptq.Moments(root / "moments"),
         every=every,
         step=build.graph_files(upstream["graph"], root, "step")[build.STEP],
         text=arguments.recipe.read_text(encoding="utf-8"),

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any, Literal
 
+from pipeline.search import rewrite
 from pipeline.search.groups import Group, Layer, patterns
 
 Side = Literal["weights", "activations"]
@@ -28,8 +29,8 @@ class Knob:
     takes away, by about `share`. It costs `size` bytes per weight and `work` products per product of an int8 layer. A
     layer that has it needs none of `spares`.
 
-    One with `values` is set for the whole model, to each of them in turn, the first being that at rest: the others are
-    searched with it as without.
+    One with `values` is set for the whole model, to one of them, the first being that at rest. It costs neither size
+    nor time, so the best combination of such values is where the path begins.
     """
 
     key: str
@@ -46,6 +47,7 @@ KNOBS = (
     Knob(key="blocks", lessens=("weights",), share=0.65, size=0.03, work=0.3),
     Knob(key="keep_float", lessens=("weights", "activations"), size=3.0, work=2.0, spares=("two_rows", "blocks")),
     Knob(key="fold", values=(0.0, 0.7)),
+    Knob(key="gptq", values=(False, True)),
 )
 
 
@@ -112,29 +114,32 @@ def alone(group: Group, groups: Sequence[Group], rows: int) -> Candidate:
     return Candidate(name=f"only {group.name}, {'two rows' if rows == 2 else 'one row'}", values=values)
 
 
-def paths(
-    groups: Sequence[Group], found: Mapping[str, Contribution], most: float, knobs: Sequence[Knob] = KNOBS
-) -> list[Candidate]:
-    """A path for every combination of the values that knobs of the whole model have, the plain candidate first."""
+def starts(knobs: Sequence[Knob] = KNOBS) -> list[Candidate]:
+    """Every combination of the values that knobs of the whole model have, no group moved; the plain one first."""
     whole = [knob for knob in knobs if knob.values]
-    made: list[Candidate] = []
+    made = []
     for values in product(*(knob.values for knob in whole)):
         chosen = {knob.key: value for knob, value in zip(whole, values, strict=True)}
-        moved = [f"{knob.key} {chosen[knob.key]}" for knob in whole if chosen[knob.key] != knob.values[0]]
-        name = ", ".join(moved) or "plain"
-        first = Candidate(name=name, values={**plain(knobs).values, **chosen})
-        made += _path(first, groups, found, most, [knob for knob in knobs if not knob.values])
+        moved = [
+            f"{knob.key} {rewrite.literal(chosen[knob.key])}" for knob in whole if chosen[knob.key] != knob.values[0]
+        ]
+        made.append(Candidate(name=", ".join(moved) or "plain", values={**plain(knobs).values, **chosen}))
     return made
 
 
-def _path(
-    first: Candidate, groups: Sequence[Group], found: Mapping[str, Contribution], most: float, knobs: Sequence[Knob]
+def path(
+    first: Candidate,
+    groups: Sequence[Group],
+    found: Mapping[str, Contribution],
+    most: float,
+    knobs: Sequence[Knob] = KNOBS,
 ) -> list[Candidate]:
     """Candidates from `first` on, each a move further: always the one with the most gain for its cost.
 
     Gains are what `found` says of the groups and `share` of the knobs; costs are in shares of the plain file's size
     plus shares of its products. None is expected to be more than `most` times as large as the plain file.
     """
+    knobs = [knob for knob in knobs if not knob.values]
     left = {(name, side): max(getattr(one, side), 0.0) for name, one in found.items() for side in SIDES}
     state = _State(groups={knob.key: frozenset() for knob in knobs}, left=left)
     made = [first]

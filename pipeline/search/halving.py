@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 _SMALLEST = 1e-12
+_DIGITS = 9
+"""Of a cost: differences beyond would be lost in the products that tell a hull's corners."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,9 @@ def better_half(points: Mapping[str, Point], fewest: int) -> list[str]:
 
 def regrets(points: Mapping[str, Point]) -> dict[str, float]:
     """How far log KLD of each lies above the lower convex hull at its cost."""
-    corners = _hull(sorted({(point.cost, _log(point.kld)) for point in points.values()}))
-    return {name: _log(point.kld) - _height(corners, point.cost) for name, point in points.items()}
+    places = {name: (round(point.cost, _DIGITS), _log(point.kld)) for name, point in points.items()}
+    corners = _hull(sorted({*places.values()}))
+    return {name: height - _height(corners, cost) for name, (cost, height) in places.items()}
 
 
 def _log(kld: float) -> float:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from conftest import Line
 
-from pipeline import int8
+from pipeline import int8, moments
 from pipeline.convert import quantize
 from pipeline.convert.flatbuffer import Graph
 from pipeline.convert.residual import ROWS
@@ -61,6 +61,7 @@ def report(line: Line) -> dict[str, Any]:
 def tuned(built: Line, tmp_path_factory: pytest.TempPathFactory) -> Line:
     """A tune that was killed, then stopped, then went on to its end; nothing was measured twice."""
     line = built.copy(tmp_path_factory.mktemp("tuned"), "fetch", "graph")
+    assert line.run(moments.STAGE) == 0
     with begin(line) as process:
         wait_for_records(line, process, 3)
         process.kill()

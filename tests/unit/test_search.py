@@ -15,7 +15,7 @@ from pipeline.core.errors import UsageError
 from pipeline.core.recipe import PROJECT
 from pipeline.core.recipe import parse as parse_recipe
 from pipeline.search import candidates, halving, rewrite
-from pipeline.search.candidates import Contribution, Knob
+from pipeline.search.candidates import Candidate, Contribution, Knob
 from pipeline.search.groups import Layer, group, kind_of, patterns
 from pipeline.search.halving import Point
 
@@ -92,12 +92,16 @@ figures = st.fixed_dictionaries(
 )
 
 
+def path(found: dict[str, Contribution], most: float) -> list[Candidate]:
+    return candidates.path(candidates.plain(KNOBS), GROUPS, found, most, KNOBS)
+
+
 @settings(deadline=None)
 @given(figures, st.sampled_from([1.0, 1.08, 2.0, 9.0]))
 def test_the_path_begins_plain_grows_and_keeps_the_size(found: dict[str, Contribution], most: float) -> None:
-    made = candidates.paths(GROUPS, found, most, KNOBS)
+    made = path(found, most)
     assert made[0] == candidates.plain(KNOBS)
-    assert made == candidates.paths(GROUPS, dict(reversed(found.items())), most, KNOBS)
+    assert made == path(dict(reversed(found.items())), most)
     assert all(each.size <= most - 1 + 1e-9 for each in made)
     assert all(one.size <= two.size and one.work < two.work for one, two in zip(made, made[1:], strict=False))
     assert len({repr(each.values) for each in made}) == len(made)
@@ -109,7 +113,7 @@ def test_the_path_begins_plain_grows_and_keeps_the_size(found: dict[str, Contrib
 @settings(deadline=None)
 @given(figures)
 def test_a_recipe_is_priced_as_the_path_is(found: dict[str, Contribution]) -> None:
-    for each in candidates.paths(GROUPS, found, 9.0, KNOBS):
+    for each in path(found, 9.0):
         priced = candidates.priced(each.name, each.values, model(), KNOBS)
         assert (priced.size, priced.work) == pytest.approx((each.size, each.work))
 
@@ -118,31 +122,26 @@ def test_the_cheapest_gain_comes_first() -> None:
     found = {each.name: Contribution(weights=0.0, activations=0.0) for each in GROUPS}
     found["embed_tokens + head"] = Contribution(weights=0.0, activations=0.5)
     found["mlp.down_proj 3–5"] = Contribution(weights=0.0, activations=0.4)
-    made = candidates.paths(GROUPS, found, 1.08, KNOBS)
+    made = path(found, 1.08)
     assert [each.name for each in made[1:3]] == ["+ two_rows mlp.down_proj 3–5", "+ two_rows embed_tokens + head"]
     assert made[1].values == {"two_rows": [r"^layers\.(3|4|5)\.mlp\.down_proj;"], "keep_float": []}
 
 
 def test_a_layer_in_float_needs_no_second_row() -> None:
     found = {"mlp.down_proj 0–2": Contribution(weights=0.1, activations=1.0)}
-    last = candidates.paths(GROUPS, found, 9.0, KNOBS)[-1]
+    last = path(found, 9.0)[-1]
     assert last.values["two_rows"] == [] and last.values["keep_float"] == [r"^layers\.(0|1|2)\.mlp\.down_proj;"]
 
 
-def test_a_knob_of_the_whole_model_is_one_line_more() -> None:
-    knobs = (*KNOBS, Knob(key="fold", values=(0.0, 0.3, 0.6)))
+def test_a_knob_of_the_whole_model_is_one_line_more_and_the_path_keeps_it() -> None:
+    knobs = (*KNOBS, Knob(key="fold", values=(0.0, 0.3, 0.6)), Knob(key="gptq", values=(False, True)))
+    starts = candidates.starts(knobs)
+    assert [each.name for each in starts[:4]] == ["plain", "gptq true", "fold 0.3", "fold 0.3, gptq true"]
+    assert starts[0] == candidates.plain(knobs) and len(starts) == 6
     found = {"mlp.down_proj 0–2": Contribution(weights=0.1, activations=1.0)}
-    made = candidates.paths(GROUPS, found, 1.0, knobs)
-    rows = "+ two_rows mlp.down_proj 0–2"
-    assert [each.name for each in made] == [
-        "plain",
-        rows,
-        "fold 0.3",
-        f"fold 0.3 {rows}",
-        "fold 0.6",
-        f"fold 0.6 {rows}",
-    ]
-    assert [each.values["fold"] for each in made] == [0.0, 0.0, 0.3, 0.3, 0.6, 0.6]
+    made = candidates.path(starts[3], GROUPS, found, 1.0, knobs)
+    assert [each.name for each in made] == [starts[3].name, f"{starts[3].name} + two_rows mlp.down_proj 0–2"]
+    assert [(each.values["fold"], each.values["gptq"]) for each in made] == [(0.3, True)] * 2
 
 
 def test_a_group_alone_is_the_only_one_in_int8() -> None:
@@ -181,6 +180,11 @@ def test_the_better_half_is_a_half_and_never_lies_higher(found: dict[str, Point]
     assert all(distance >= -1e-9 for distance in far.values())
     best = min(found, key=lambda name: (found[name].kld, found[name].cost))
     assert far[best] == pytest.approx(0, abs=1e-9)
+
+
+def test_costs_that_differ_by_next_to_nothing_are_one() -> None:
+    found = {"a": Point(0.0, 1.0), "b": Point(5e-324, 0.5), "c": Point(1e-170, 0.3)}
+    assert halving.regrets(found)["c"] == pytest.approx(0, abs=1e-9)
 
 
 def test_what_lies_above_the_hull_goes() -> None:
