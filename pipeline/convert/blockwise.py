@@ -65,10 +65,8 @@ def make_mixed(graph: Graph, wide: quantize.Keep, rounding: quantize.Rounding = 
                 factors = rounding(view.name(weight), values.shape[-1])
                 if not wide(view.operator_name(operator)) and not values.shape[-1] % BLOCK:
                     view.set_four_bits(weight, *quantise_blocks(values, factors))
-                else:  # a table is looked up as well, where the nearest integer is best
-                    view.set_constant(
-                        weight, *quantize.quantise_rows(values, factors if code == quantize.LINEAR else None)
-                    )
+                else:
+                    view.set_constant(weight, *quantize.quantise_rows(values, factors))
 
 
 def quantise_blocks(values: Blocks, factors: gptq.Factors | None = None) -> tuple[Blocks, BlockScales]:

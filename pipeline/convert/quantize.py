@@ -107,9 +107,7 @@ def quantise_weights(graph: Graph, keep: Keep, rounding: Rounding = to_nearest) 
             view.opcode(code, LINEAR_VERSION if code == LINEAR else LOOKUP_INT8_VERSION)
             if view.type_of(weight) == "FLOAT32" and not keep(view.operator_name(operator)):
                 values = view.blocks(weight)
-                # A table is looked up as well, where the nearest integer is best.
-                factors = rounding(view.name(weight), values.shape[-1]) if code == LINEAR else None
-                view.set_constant(weight, *quantise_rows(values, factors))
+                view.set_constant(weight, *quantise_rows(values, rounding(view.name(weight), values.shape[-1])))
 
 
 def make_half(graph: Graph) -> None:
