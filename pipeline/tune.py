@@ -278,10 +278,10 @@ class Study:
     def _path(self) -> list[Candidate]:
         """What is free for the whole model, and the path from the best of it on."""
         starts = candidates.starts()
-        self.bench.measure([(each, [0]) for each in starts], _CONTRIBUTIONS)
-        known = {each.name: one for each in starts if (one := self.bench.found(each, [0]))}
+        self.bench.measure([(candidates.quiet(each), [0]) for each in starts], _CONTRIBUTIONS)
+        known = {each.name: one for each in starts if (one := self.bench.found(candidates.quiet(each), [0]))}
         first = min(starts, key=lambda each: float(known[each.name].kld.mean()) if each.name in known else math.inf)
-        return [*starts, *candidates.path(first, self.groups, self.contributions, self.limits[0])]
+        return candidates.path(first, self.groups, self.contributions, self.limits[0])
 
     def _distinct(self, tried: Iterable[Candidate]) -> list[Candidate]:
         """Each set of values once."""

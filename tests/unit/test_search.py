@@ -138,6 +138,7 @@ def test_a_knob_of_the_whole_model_is_one_line_more_and_the_path_keeps_it() -> N
     starts = candidates.starts(knobs)
     assert [each.name for each in starts[:4]] == ["plain", "gptq true", "fold 0.3", "fold 0.3, gptq true"]
     assert starts[0] == candidates.plain(knobs) and len(starts) == 6
+    assert candidates.quiet(starts[1]).values == {**starts[1].values, "two_rows": ["."]}
     found = {"mlp.down_proj 0–2": Contribution(weights=0.1, activations=1.0)}
     made = candidates.path(starts[3], GROUPS, found, 1.0, knobs)
     assert [each.name for each in made] == [starts[3].name, f"{starts[3].name} + two_rows mlp.down_proj 0–2"]
