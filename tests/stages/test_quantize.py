@@ -198,7 +198,7 @@ def test_a_dynamic_file_is_not_a_static_one(root: Path) -> None:
 
 
 def test_the_stage_refuses_an_unquantised_file(line: Line, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quantize, "quantise_weights", lambda graph, keep: None)
+    monkeypatch.setattr(quantize, "quantise_weights", lambda graph, keep, rounding: None)
     copy = Line(artifacts=tmp_path, recipe=line.recipe)
     for name in ("fetch", "graph"):
         shutil.copytree(line.root / name, copy.root / name, symlinks=True)
