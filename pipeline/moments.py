@@ -5,8 +5,8 @@ over all tokens is kept: what Gemma's layers give is normalised per token, so an
 token's own result, and the few tokens with huge activations (the first of a text) do not outweigh all others. Layers
 that read the same tensor have one file; a layer wider than `gptq.SPAN` columns has moments of each span alone.
 
-Made only for precisions that round by them. A model that does not fit into memory is streamed, and the sums stand in
-mapped files, so memory stays bounded.
+Made only for precisions that round by them. The model is streamed from its file and the sums stand in mapped files, so
+memory stays bounded.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.convert import gptq
-from pipeline.core import log, manifest, memory
+from pipeline.core import log, manifest
 from pipeline.core.recipe import PROJECT
 from pipeline.core.stage import Context, Outcome, Stage, main
 from pipeline.judge import corpus
@@ -76,11 +76,8 @@ class Sums:
 def work(context: Context) -> Outcome:
     """Let the reference read the calibration text, and keep the sums."""
     recipe, checkpoint = context.recipe, context.root / "fetch" / "checkpoint"
-    parameters = context.upstream["fetch"].facts["parameters"]
-    assert isinstance(parameters, int)
-    streamed = memory.must_stream(parameters)
-    log.step("the reference runs in fp32" + (", a matrix at a time" if streamed else ""))
-    reference = HuggingFace.load(checkpoint, "cpu", streamed=streamed)
+    log.step("the reference runs in fp32, a matrix at a time")
+    reference = HuggingFace.load(checkpoint, "cpu", streamed=True)
     text = context.arguments.calibration or PROJECT / recipe.corpus.calibration
     windows = corpus.pack_windows(
         corpus.read_documents(text, reference.render),

@@ -139,14 +139,13 @@ def golden(model: Model) -> Need:
 def moments(model: Model) -> Need:
     """A forward pass over the calibration text; a square of each input's width, span by span."""
     recipe = model.recipe
-    tokens, parameters = recipe.int8.calibration_samples * recipe.corpus.window, int(model.facts["parameters"])
+    tokens = recipe.int8.calibration_samples * recipe.corpus.window
     widths = {(name.rsplit(".", 2)[0], shape[1]) for name, shape in model.shapes.items() if len(shape) == 2}
     size = sum(4 * width * gptq.span(width) for _, width in widths)
-    streamed = memory.must_stream(parameters)
     return Need(
         what="second moments of what layers read",
         size=size,
-        memory=1.9 * _GIB if streamed else memory.of_reference(parameters),
+        memory=1.9 * _GIB,
         seconds=(2 * model.multiplied * tokens + 2 * tokens * size / 4) / _FLOPS + size / _WRITE,
     )
 

@@ -25,9 +25,9 @@ gate, up and o alone, rounded by GPTQ (958 tokens)     0.115    +8.9 %
 =====================================================  ======  =======
 
 That is with the nearest integers: noise in the logits of some 200,000 rare tokens lifts all of them together, most
-where a text is hard, so Tifinagh suffers most. GPTQ (`gptq.py`) takes most of that away. The real files, 1,260 held-out
-positions in 10 windows, KL(fp32 file || file), on 2026-11-28; 59,392 rows with 8 bits, the rest of the table with 4, its
-input as two rows where it says GPTQ:
+where a text is hard, so Tifinagh suffers most. GPTQ (`gptq.py`) takes most of that away. The real files, 1,260
+held-out positions in 10 windows, KL(fp32 file || file), on 2026-11-28; 59,392 rows with 8 bits, the rest of the table
+with 4, its input as two rows where it says GPTQ:
 
 ==========================================  ======  ======  ===================  =====
 4 bits in                                   KLD     top-1   perplexity           MB
