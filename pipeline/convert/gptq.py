@@ -23,6 +23,9 @@ GPTQ                                   head             0.0026  97.0 %   1.0026 
 GPTQ                                   none             0.0068  94.9 %   1.0007
 =====================================  ===============  ======  =======  ================  =====
 
+The bundle of the fourth, through its cache, 5,488 positions, KL(Hugging Face || file): 0.0022 (95 %: 0.0018 to 0.0026),
+96.8 % (96.2 to 97.4), 1.0026 (1.0003 to 1.0050).
+
 Of a tied table the rows that are looked up get worse by it, the head gets better, and that counts for more.
 """
 
