@@ -137,7 +137,7 @@ NEEDS_fp16 := fetch graph
 NEEDS_int4 := fetch graph $(if $(filter int4,$(ROUNDED)),moments)
 # The full-integer scheme takes its ranges from the fp32 file.
 NEEDS_int8 := fetch graph $(if $(filter static static16,$(SCHEME)),fp32) $(if $(filter int8,$(ROUNDED)),moments)
-NEEDS_$(ALTERNATIVE) := fetch graph $(if $(filter int8-static,$(ALTERNATIVE)),fp32)
+NEEDS_$(ALTERNATIVE) := fetch graph $(if $(filter int8-static,$(ALTERNATIVE)),fp32,$(if $(filter int8,$(ROUNDED)),moments))
 NEEDS_int8-static16 := fetch graph fp32
 NEEDS_bundle := fetch $(BUNDLES)
 NEEDS_verify := fetch golden $(sort $(VARIANTS) $(if $(BUNDLES),bundle $(BUNDLES)))

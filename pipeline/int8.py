@@ -120,9 +120,9 @@ def _name(arguments: argparse.Namespace) -> str:
 
 
 def _needs(arguments: argparse.Namespace, recipe: Recipe) -> tuple[str, ...]:
-    """The full-integer scheme runs the fp32 file for its ranges."""
+    """The full-integer scheme runs the fp32 file for its ranges, GPTQ rounds dynamic files by moments."""
     calibrated = arguments.graphs != "bundle" and _scheme(arguments, recipe) != "dynamic"
-    rounded = recipe.int8.gptq and not (arguments.scheme and arguments.scheme != "dynamic")
+    rounded = recipe.int8.gptq and arguments.scheme in (None, "dynamic")
     return ("fetch", "graph", *(["fp32"] if calibrated else []), *(["moments"] if rounded else []))
 
 
