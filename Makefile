@@ -265,14 +265,14 @@ SECRETS = -e HF_TOKEN -e HF_ENDPOINT $(if $(filter upload,$(1)),-e HF_OIDC_RESOU
 READ := $(abspath $(RECIPE) $(CALIBRATION) $(EVAL) $(TASK) $(FILE) $(AGAINST) $(filter /%,$(TEXTS)) $(FOLDER) $(dir $(realpath $(CHECKPOINT))))
 MOUNTS := $(foreach path,$(sort $(READ)),-v $(path):$(path):ro) \
 	$(foreach text,$(filter-out /%,$(TEXTS)),-v $(abspath $(text)):/app/$(text):ro)
-IN_CONTAINER = docker run --rm $(2) --read-only --tmpfs /tmp --cap-drop ALL --security-opt no-new-privileges \
+IN_CONTAINER = docker run --rm $(if $(filter chat,$(1)),-it) --read-only --tmpfs /tmp --cap-drop ALL --security-opt no-new-privileges \
 	--user "$$(id -u):$$(id -g)" $(if $(filter cuda,$(DEVICE)),--gpus all) \
 	-e PYTHONHASHSEED -e SOURCE_DATE_EPOCH -e OMP_NUM_THREADS -e OMP_WAIT_POLICY \
 	-e SOURCE_COMMIT="$$(git rev-parse HEAD 2>/dev/null || true)" -e SOURCE_DIRTY="$$(git status --porcelain 2>/dev/null | head -n 1)" \
 	-e IMAGE_DIGEST="$$(docker image inspect --format '{{.Id}}' $(IMAGE))" \
 	$(if $(filter $(1),$(ONLINE)),--network $(NETWORK) $(SECRETS),--network none -e HF_HUB_OFFLINE=1) \
 	-v $(abspath $(ARTIFACTS)):$(abspath $(ARTIFACTS)) $(MOUNTS) $(IMAGE)
-RUN = @echo "python -m pipeline.$(MODULE) (in $(IMAGE))" && $(call IN_CONTAINER,$(1),$(2)) python
+RUN = @echo "python -m pipeline.$(MODULE) (in $(IMAGE))" && $(call IN_CONTAINER,$(1)) python
 WHERE = --model-id $(or $(FOLDER),$(MODEL_ID)) --artifacts $(abspath $(ARTIFACTS)) --recipe $(abspath $(RECIPE))
 else
 READY := .venv/.ready
@@ -326,7 +326,7 @@ $(PLAN): $(PLANNED:%=$(ROOT)/.inputs/%) | $(READY)
 	@touch $@
 
 chat: bundle ## talk to the int8 bundle in the terminal (PRECISION=)
-	$(call RUN,chat,-it) -m pipeline.chat $(abspath $(ROOT))/bundle/$(PRECISION).litertlm
+	$(call RUN,chat) -m pipeline.chat $(abspath $(ROOT))/bundle/$(PRECISION).litertlm
 
 run: bundle ## let the int8 bundle answer PROMPT= once
 	$(call RUN,run) -m pipeline.chat $(abspath $(ROOT))/bundle/$(PRECISION).litertlm --prompt $(call QUOTE,$(PROMPT))

@@ -1,10 +1,11 @@
 """verify: hold every file against the reference and say, limit beside value, whether it is good enough.
 
-Two gates. The fp32 files are held against Hugging Face (a fault of the conversion shows), the others against the fp32
-files (what precision costs shows). Step graphs run on whole prompts; bundles through the cache, section by section, and
-whole in LiteRT-LM, whose text must be Hugging Face's. A required file that misses a limit fails the stage with exit
-code 8, leaves no manifest, and leaves the report for the reader. The int8 scheme that the recipe did not choose is
-judged in the same way and may fail: it is marked as not fit to publish.
+Two gates. The fp32 files are held against Hugging Face (a fault of the conversion shows), the other step graphs against
+that of fp32 (what precision costs shows), on whole prompts. Bundles are all held against Hugging Face, whose equal the
+fp32 one has to be: through the cache, section by section, and whole in LiteRT-LM, whose text must be Hugging Face's. A
+required file that misses a limit fails the stage with exit code 8, leaves no manifest, and leaves the report for the
+reader. The int8 scheme that the recipe did not choose is judged in the same way and may fail: it is marked as not fit
+to publish.
 
 `judgement.json` is the same from run to run, and so is `tensors.json`: where each tensor of a judged file stands, and
 its sha256. `report.json` and `report.html` add timings, machine and date.
@@ -168,7 +169,7 @@ def _judge_bundles(context: Context, reference: Reference, tokenizer: Any) -> li
         for precision in sorted(recipe.bundle.precisions, key=lambda name: name != BASELINE):
             subject = _bundle(context, precision)
             log.step(f"judging {subject.name} ({log.human_bytes(subject.record.size)})")
-            verdicts.append(bundles.judge(subject, setting, verdicts[0] if verdicts else None))
+            verdicts.append(bundles.judge(subject, setting))
     return verdicts
 
 

@@ -100,8 +100,11 @@ class Texts:
 
 def ours(sections: Path, texts: Texts, threads: int) -> Iterator[Logits]:
     """What the sections in a folder predict, through the cache."""
-    conversation = Conversation(Sections(sections, threads=threads))
-    with log.progress("ours", texts.tokens[:, 1:].size, "tokens") as bar:
+    with (
+        tempfile.TemporaryDirectory(dir=sections.parent) as scratch,
+        log.progress("ours", texts.tokens[:, 1:].size, "tokens") as bar,
+    ):
+        conversation = Conversation(Sections(sections, weights=Path(scratch) / "weights", threads=threads))
         for text in texts.tokens:
             conversation.reset()
             rows = []

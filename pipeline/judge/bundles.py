@@ -69,15 +69,12 @@ class Verdict:
     """What was found about one bundle.
 
     `against_cached`, Hugging Face with its own cache, is for the fp32 bundle alone, where exactness counts.
-    `against_fp32` is None for the fp32 bundle, and where there is none.
     """
 
     subject: Subject
     checks: list[Check]
-    logits: Logits
     against_reference: Summary
     against_cached: Summary | None
-    against_fp32: Summary | None
     speech: Speech
 
     @property
@@ -101,10 +98,9 @@ class Verdict:
             "size_per_parameter": subject.record.size / subject.parameters,
             "bytes_per_weight": subject.weight_bytes / subject.stored,
             "fit": self.fit,
-            "positions": len(self.logits),
+            "positions": self.against_reference.positions,
             "against_reference": asdict(self.against_reference),
             "against_cached": _facts(self.against_cached),
-            "against_fp32": _facts(self.against_fp32),
             "divergence": _facts(self.divergence),
             "token_ids": asdict(heard.ids),
             "prompts": asdict(heard.prompts),
@@ -120,15 +116,13 @@ class Verdict:
         }
 
 
-def judge(subject: Subject, setting: Setting, baseline: Verdict | None) -> Verdict:
+def judge(subject: Subject, setting: Setting) -> Verdict:
     """Run the bundle on everything that its limits need.
 
-    Args:
-        subject: the bundle.
-        setting: what it is held against.
-        baseline: the fp32 bundle's verdict; None for itself, and where none is made: Hugging Face takes its place then.
+    Every bundle is held against Hugging Face. Whether fp32 is exact few positions tell, so it does not read the texts.
     """
-    recital, exact = setting.recital, subject.precision == BASELINE
+    exact = subject.precision == BASELINE
+    recital = setting.recital.conversations() if exact else setting.recital
     logits = cache.play(subject.sections, recital, subject.name, setting.scratch)
 
     def against_hidden(hidden: Floats) -> Summary:
@@ -138,27 +132,20 @@ def judge(subject: Subject, setting: Setting, baseline: Verdict | None) -> Verdi
 
     without, withal = recital.expected()
     plain, cached = against_hidden(without), against_hidden(withal) if exact else None
-    own = None
-    if baseline:
-        own = metrics.summarise(metrics.compare(baseline.logits, logits, recital.targets), recital.blocks)
     heard = speech.listen(
         subject.path, setting.tokenizer, setting.conversations, setting.greedy, setting.stop, setting.scratch
     )
     figures = (
         _exactness(plain, cached, recital)
         if cached
-        else gates.quality(
-            "through the cache", own or plain, against=BASELINE if own else REFERENCE, detail=recital.described
-        )
+        else gates.quality("through the cache", plain, against=REFERENCE, detail=recital.described)
     )
     holds = [*_speech_checks(subject, heard, exact=exact), _finite(subject, logits)]
     return Verdict(
         subject=subject,
         checks=gates.judge(subject.name, subject.gate, [*figures, *_sizes(subject)]) + holds,
-        logits=logits,
         against_reference=plain,
         against_cached=cached,
-        against_fp32=own,
         speech=heard,
     )
 

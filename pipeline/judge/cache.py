@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import cycle, zip_longest
 from pathlib import Path
 
@@ -96,6 +96,10 @@ class Recital:
     cached: Floats
     texts: Tokens = field(default_factory=lambda: np.empty((0, 1), np.int32))
     states: Floats = field(default_factory=lambda: np.empty((0, 0, 0), np.float32))
+
+    def conversations(self) -> Recital:
+        """The same without the texts."""
+        return replace(self, texts=self.texts[:0], states=self.states[:0])
 
     @property
     def described(self) -> str:

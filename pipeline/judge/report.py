@@ -19,7 +19,7 @@ from pipeline.core import log
 from pipeline.judge import page, plots, tasks
 
 Report = Mapping[str, Any]
-SCHEMA = 1
+SCHEMA = 2
 REFERENCE = "Hugging Face"
 
 _PRECISIONS = {
@@ -131,7 +131,7 @@ def _judged(report: Report) -> list[tuple[str, str, Any]]:
     """Every file with what it was held against and the figures of that: fp32 first, where there is one."""
     rows = []
     for name, entry in (variants(report) | dict(sorted(report["bundles"].items()))).items():
-        pairs = (("fp32", entry["against_fp32"]), (REFERENCE, entry["against_reference"]))
+        pairs = (("fp32", entry.get("against_fp32")), (REFERENCE, entry["against_reference"]))
         rows += [(name, against, figures) for against, figures in pairs if figures]
     return rows
 

@@ -45,7 +45,7 @@ class MappedModel:
     """A file of several signatures whose weights XNNPACK repacks once, into a file, as LiteRT-LM does.
 
     LiteRT's interpreter, whose methods these are, would hold every signature's repacked weights in memory: of a 1 GB
-    decoder 2 GB. Tensors of one name and shape, such as a cache, share one buffer among the signatures.
+    decoder 2 GB.
 
     Args:
         path: the `.tflite` file.
@@ -61,13 +61,10 @@ class MappedModel:
         from ai_edge_litert.options import CpuOptions, Options
 
         cpu = CpuOptions(num_threads=threads, xnnpack_weight_cache_path=str(weights))
-        self._buffers: dict[tuple[str, str, tuple[int, ...]], Any] = {}
         try:
             with _quiet():
                 options = Options(cpu_options=cpu)
                 self._model = CompiledModel.from_file(str(path), environment=_environment(), options=options)
-                for signature in self.get_signature_list():
-                    self._make_buffers(signature)
         except RuntimeError as error:
             raise IntegrityError(
                 f"{path} can't be loaded: {error}", remedy="remove its folder and run make again"
@@ -80,47 +77,56 @@ class MappedModel:
 
     def get_signature_runner(self, signature: str) -> MappedRunner:
         """Runs one signature."""
-        return MappedRunner(self._model, signature, self.details(signature), self._buffers)
+        return MappedRunner(self._model, signature)
 
-    def details(self, signature: str) -> dict[str, dict[str, Any]]:
-        """By `in` and `out`, name, shape and type of each tensor."""
-        inputs = self._model.get_input_tensor_details(signature)
-        return {"in": inputs, "out": self._model.get_output_tensor_details(signature)}
-
-    def _make_buffers(self, signature: str) -> None:
-        make = {"in": self._model.create_input_buffer_by_name, "out": self._model.create_output_buffer_by_name}
-        for way, tensors in self.details(signature).items():
-            for name, detail in tensors.items():
-                key = (way, name, tuple(detail["shape"]))
-                if key not in self._buffers:
-                    self._buffers[key] = made = make[way](signature, name)
-                    made.write(np.zeros(detail["shape"], np.dtype(detail["dtype"])))
+    def room(self, signature: str, name: str) -> Any:
+        """A buffer of zeros for an input; a run can write the output of this name and shape into it as well."""
+        detail = self._model.get_input_tensor_details(signature)[name]
+        buffer = self._model.create_input_buffer_by_name(signature, name)
+        buffer.write(np.zeros(detail["shape"], np.dtype(detail["dtype"])))
+        return buffer
 
 
 class MappedRunner:
-    """One signature of a `MappedModel`, called with arrays by name; gives arrays by name."""
+    """One signature of a `MappedModel`, called with arrays or buffers by name."""
 
-    def __init__(
-        self, model: Any, signature: str, details: Mapping[str, Mapping[str, Any]], buffers: Mapping[Any, Any]
-    ) -> None:
-        self._model, self._signature, self._details = model, signature, details
-        self._buffers = {
-            way: {name: buffers[way, name, tuple(detail["shape"])] for name, detail in tensors.items()}
-            for way, tensors in details.items()
-        }
+    def __init__(self, model: Any, signature: str) -> None:
+        self._model, self._signature = model, signature
+        self._inputs = model.get_input_tensor_details(signature)
+        self._outputs = model.get_output_tensor_details(signature)
+        self._buffers: dict[tuple[str, str], Any] = {}
 
     def get_input_details(self) -> Mapping[str, Any]:
         """Shape and type of each input."""
-        return self._details["in"]
+        details: Mapping[str, Any] = self._inputs
+        return details
 
-    def __call__(self, **inputs: NDArray[Any]) -> dict[str, NDArray[Any]]:
-        for name, value in inputs.items():
-            self._buffers["in"][name].write(value)
-        self._model.run_by_name(self._signature, self._buffers["in"], self._buffers["out"])
-        return {name: self._read(name, detail) for name, detail in self._details["out"].items()}
+    def __call__(self, into: Mapping[str, Any], **inputs: Any) -> dict[str, Any]:
+        """Run with `inputs`: arrays, which are copied, or buffers of `MappedModel.room`, which are read in place.
 
-    def _read(self, name: str, detail: Mapping[str, Any]) -> NDArray[Any]:
-        values: NDArray[Any] = self._buffers["out"][name].read(math.prod(detail["shape"]), np.dtype(detail["dtype"]))
+        The outputs that `into` names are written into its buffers and given as these, the others as arrays.
+        """
+        given = {
+            name: self._filled(name, value) if isinstance(value, np.ndarray) else value
+            for name, value in inputs.items()
+        }
+        taken = {name: into[name] if name in into else self._buffer("output", name) for name in self._outputs}
+        self._model.run_by_name(self._signature, given, taken)
+        return {name: into[name] if name in into else self._read(name) for name in self._outputs}
+
+    def _buffer(self, way: str, name: str) -> Any:
+        if (way, name) not in self._buffers:
+            self._buffers[way, name] = getattr(self._model, f"create_{way}_buffer_by_name")(self._signature, name)
+        return self._buffers[way, name]
+
+    def _filled(self, name: str, value: NDArray[Any]) -> Any:
+        buffer = self._buffer("input", name)
+        buffer.write(value)
+        return buffer
+
+    def _read(self, name: str) -> NDArray[Any]:
+        detail = self._outputs[name]
+        values: NDArray[Any] = self._buffer("output", name).read(math.prod(detail["shape"]), np.dtype(detail["dtype"]))
         return values.reshape(detail["shape"])
 
 

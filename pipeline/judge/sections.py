@@ -17,6 +17,8 @@ from pipeline.core import log
 from pipeline.core.errors import VerificationError
 from pipeline.judge.runtime import MappedModel, default_threads, litert
 
+Cache = dict[str, Any]
+"""A conversation's cache by input name: arrays, or LiteRT's buffers where the decoder is a `MappedModel`."""
 DECODER, EMBEDDER, PER_LAYER = "decoder.tflite", "embedder.tflite", "per_layer_embedder.tflite"
 _REPACKED = 3e8
 """Bytes per second, roughly, at which XNNPACK lays out weights anew when a file is opened."""
@@ -86,6 +88,7 @@ class Sections:
         if decoder is None:
             with log.waiting(f"opening {folder.name}/{DECODER}", (folder / DECODER).stat().st_size / _REPACKED):
                 decoder = MappedModel(folder / DECODER, weights, threads) if weights else open_file(DECODER)
+        self._mapped = decoder if isinstance(decoder, MappedModel) else None
         self.signatures = decoder.get_signature_list()
         self._runners = {name: decoder.get_signature_runner(name) for name in self.signatures}
         self._shapes = {
@@ -120,15 +123,18 @@ class Sections:
             raise VerificationError(f"the decoder has no prefill signature for {tokens} tokens")
         return f"prefill_{length}"
 
-    def empty_cache(self) -> dict[str, NDArray[np.float32]]:
-        """A cache of zeros, by input name."""
+    def empty_cache(self) -> Cache:
+        """A cache of zeros."""
         shapes = self._shapes["decode"]
-        return {name: np.zeros(shape, np.float32) for name, shape in shapes.items() if name.startswith("kv_cache_")}
+        kept = {name: shape for name, shape in shapes.items() if name.startswith("kv_cache_")}
+        if self._mapped:
+            return {name: self._mapped.room("decode", name) for name in kept}
+        return {name: np.zeros(shape, np.float32) for name, shape in kept.items()}
 
-    def run(
-        self, signature: str, tokens: Sequence[int], position: int, cache: dict[str, NDArray[np.float32]]
-    ) -> dict[str, Any]:
+    def run(self, signature: str, tokens: Sequence[int], position: int, cache: Cache) -> dict[str, Any]:
         """Run `tokens` at `position` … with `cache`, padded as LiteRT-LM pads: position 0, all masked, all zero.
+
+        The new cache is a part of what is returned; LiteRT's buffers are written in place, and given again.
 
         Raises:
             VerificationError: the cache has no room for them.
@@ -144,7 +150,8 @@ class Sections:
             mask[0, 0, row, : position + row + 1] = 0
         inputs: dict[str, Any] = {"input_pos": input_pos, "mask": mask, **self._embed(tokens, shapes)}
         inputs |= {name: cache[name] for name in shapes if name.startswith("kv_cache_")}
-        outputs: dict[str, Any] = self._runners[signature](**inputs)
+        runner = self._runners[signature]
+        outputs: dict[str, Any] = runner(cache, **inputs) if self._mapped else runner(**inputs)
         return outputs
 
     def _embed(self, tokens: Sequence[int], shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:

@@ -75,7 +75,7 @@ def test_litert_lm_reads_and_says_what_hugging_face_does(built: Build) -> None:
 
 
 def test_int8_is_judged_on_five_thousand_positions_and_on_perplexity(built: Build) -> None:
-    judged = built.bundle("int8")["against_fp32"]
+    judged = built.bundle("int8")["against_reference"]
     assert judged["positions"] >= 5000 and judged["blocks"] >= 40
     checks = [check for check in built.read("verify/report.json")["checks"] if check["variant"] == "bundle-int8"]
     assert [check["direction"] for check in checks if check["name"] == "perplexity ratio through the cache"] == [

@@ -283,7 +283,7 @@ class EagerSections(Sections):
     ) -> None:
         lengths = {f"prefill_{length}": length for length in bundle.prefill} | {"decode": 1}
         self.signatures = dict.fromkeys(lengths)
-        self._runners, self._shapes = {}, {}
+        self._mapped, self._runners, self._shapes = None, {}, {}
         for name, length in lengths.items():
             module = architecture.decoder(config, logits=name == "decode").eval()
             module.model.load_state_dict({key: state[key] for key in module.model.state_dict()})

@@ -19,7 +19,7 @@ def test_repacked_weights_in_a_file_change_nothing(built: Line, precision: str, 
     for sections in (Sections(folder), Sections(folder, weights=weights)):
         first, second = Conversation(sections), Conversation(sections)
         first.prefill([2, *range(10, 30)])
-        second.decode(2)  # in between: tensors of one name share a buffer among the signatures
+        second.decode(2)  # in between: each has a cache of its own
         spoken.append(np.stack([first.decode(5), second.decode(6), first.decode(7)]))
     assert np.array_equal(*spoken)
     assert weights.stat().st_size > (folder / DECODER).stat().st_size / 2
