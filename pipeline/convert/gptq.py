@@ -136,7 +136,7 @@ class Moments:
     def rounding(self, moved: Mapping[str, Array] | None = None) -> Callable[[str, int], Factors | None]:
         """What rounds a matrix, by its name and how many columns it has; None where there are no moments of it.
 
-        Columns may be a block of a matrix (`…;block_2`), rows a piece of it (`…;first`).
+        Columns may be a block of a matrix (`…;block_2`), rows a piece of it (`…;fine_0`).
 
         Args:
             moved: what the columns of a whole matrix were multiplied with, and its inputs divided by.

@@ -2,11 +2,11 @@
 
 Why: the table that embeds tokens and is the head as well is the most fragile matrix of a small model, and the largest.
 Which rows matter is known: the first ones, which a vocabulary of merged pieces (BPE) has in the order of their
-frequency, and the last ones, where Gemma's vocabulary keeps the single characters, every script's.
+frequency, and those where Gemma's vocabulary keeps the single characters, every script's, the common ones first.
 
 A product with the table becomes one product per piece, their results side by side; an operator has its piece's name
-behind its own, `;first`, `;middle` or `;last`, and so has the piece. A lookup becomes one per piece, of
-which the one that holds the token is taken.
+behind its own, `;fine_0`, `;coarse_0`, `;fine_1` …, and so has the piece. A lookup becomes one per piece, of which the
+one that holds the token is taken.
 """
 
 from __future__ import annotations
@@ -20,27 +20,37 @@ import numpy as np
 from pipeline.convert.flatbuffer import Blocks, Graph
 from pipeline.convert.quantize import LINEAR, LOOKUP
 
-FINE = (";first$", ";last$")
+FINE = (r";fine_\d+$",)
 """Patterns for the names of the pieces that are stored more finely."""
 
 
-def cut(graph: Graph, table: str, first: int, last: int) -> None:
-    """Cut the constant called `table` into its `first` rows, those between, and its `last` rows, in every signature.
+def cut(graph: Graph, table: str, fine: Sequence[tuple[int, int]]) -> None:
+    """Cut the constant called `table` at the ends of the ranges `fine` of its rows, in every signature.
 
-    Pieces without rows are left out.
+    Args:
+        graph: with float32 weights.
+        table: the constant's name.
+        fine: first row and the row behind the last, ascending; rows that the table does not have are left out.
     """
     views = [view for view in graph.each() if _holders(view, table)]
     if not views:
         return
     values = views[0].blocks(_holders(views[0], table)[0])
-    rows = values.shape[0]
-    high = min(first, rows)
-    low = max(high, rows - last)
-    ranges = {"first": (0, high), "middle": (high, low), "last": (low, rows)}
-    parts = {name: _part(values, start, stop) for name, (start, stop) in ranges.items() if start < stop}
+    ranges = _ranges(fine, values.shape[0])
+    parts = {name: _part(values, start, stop) for name, (start, stop) in ranges.items()}
     buffers = {name: graph.add_buffer(part) for name, part in parts.items()}
     for view in views:
         _Cutting(view, table, {name: (*ranges[name], buffers[name]) for name in parts}).rewrite()
+
+
+def _ranges(fine: Sequence[tuple[int, int]], rows: int) -> dict[str, tuple[int, int]]:
+    """Every piece by its name: the ranges `fine`, and the rows before, between and behind them."""
+    found, end = {}, 0
+    for place, (start, stop) in enumerate((*fine, (rows, rows))):
+        found[f"coarse_{place}"] = (end, min(start, rows))
+        found[f"fine_{place}"] = (min(start, rows), min(stop, rows))
+        end = min(stop, rows)
+    return {name: (start, stop) for name, (start, stop) in found.items() if start < stop}
 
 
 def _holders(view: Graph, table: str) -> list[int]:

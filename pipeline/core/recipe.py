@@ -116,14 +116,14 @@ class Int4:
 
     `keep_int8` are regular expressions over the names of operators (`layers.0.mlp.down_proj;`) whose weights have 8
     bits and a scale per row; all others have 4 and a scale per 32 neighbours (convert/blockwise.py). Of a table that is
-    the head too, the `first_tokens` and `last_tokens` rows have 8 bits (convert/pieces.py). `two_rows` and `gptq` as in
-    `Int8`.
+    the head too, the rows of `wide_tokens` have 8 bits: ranges `[first, behind the last]` of token ids, ascending
+    (convert/pieces.py). `two_rows`, `fold` and `gptq` as in `Int8`.
     """
 
     keep_int8: tuple[str, ...] = ()
-    first_tokens: int = 0
-    last_tokens: int = 0
+    wide_tokens: tuple[tuple[toml.Index, toml.Index], ...] = ()
     two_rows: tuple[str, ...] = ()
+    fold: float = 0.0
     gptq: bool = False
 
 
@@ -194,6 +194,9 @@ def parse(data: bytes, file: Path | str) -> Recipe:
             )
         if "int4" in recipe.bundle.precisions and not recipe.int4:
             raise ValueError("`bundle.precisions` names int4, and there is no `int4` section to say how it is made")
+        edges = [0, *(edge for ends in (recipe.int4.wide_tokens if recipe.int4 else ()) for edge in ends)]
+        if edges != sorted(edges):
+            raise ValueError(f"the ranges of `int4.wide_tokens` are not in ascending order: {edges[1:]}")
         if recipe.bundle.decode >= recipe.bundle.max_tokens:
             raise ValueError(
                 f"`bundle.decode` is {recipe.bundle.decode}, "

@@ -8,7 +8,7 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NewType
 
 from pipeline.core.errors import UsageError
 
@@ -22,6 +22,10 @@ class Kind:
     name: str
     setting: str
     example: str
+
+
+Index = NewType("Index", int)
+"""A whole number that may be 0."""
 
 
 def read(file: Path, kind: Kind) -> bytes:
@@ -64,6 +68,13 @@ def build(kind: Any, value: object, where: str) -> object:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind):
         return _build_dataclass(kind, value, where)
+    if origin is tuple and Ellipsis not in arguments:
+        items = _expect(list, value, where)
+        if len(items) != len(arguments):
+            raise ValueError(f"`{where}` is {value!r}, expected {len(arguments)} values")
+        return tuple(
+            build(one, item, f"{where}[{i}]") for i, (one, item) in enumerate(zip(arguments, items, strict=True))
+        )
     if origin is tuple:
         return tuple(build(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(_expect(list, value, where)))
     if origin is Mapping:
@@ -74,15 +85,16 @@ def build(kind: Any, value: object, where: str) -> object:
         return value
     if arguments:  # `float | None`: TOML has no null, so a value that is there has the first type
         return build(arguments[0], value, where)
+    if kind is Index:
+        return _build_number(int, value, where, least=0)
     if kind in (int, float):
-        return _build_number(kind, value, where)
+        return _build_number(kind, value, where, least=1 if kind is int else 0)
     return _expect(kind, value, where)
 
 
-def _build_number(kind: type, value: object, where: str) -> object:
+def _build_number(kind: type, value: object, where: str, least: int) -> object:
     """Integers are counts, floats are limits; one that is not finite would judge nothing."""
     number = _expect(int if kind is float and type(value) is int else kind, value, where)
-    least = 1 if kind is int else 0
     if not least <= number < 2**63:
         raise ValueError(f"`{where}` is {value!r}, expected a finite number of at least {least}")
     return kind(number)

@@ -52,10 +52,10 @@ def test_what_the_recipe_keeps_has_eight_bits(line: Line) -> None:
     graph = Graph.read(line.root / "int4" / build.STEP)
     kinds = {graph.name(t): graph.type_of(t) for t in range(len(graph.main.tensors)) if graph.is_constant(t)}
     tables = {name.removeprefix("embed_tokens.weight;"): kind for name, kind in kinds.items() if "tokens.w" in name}
-    assert {name: tables[name] for name in ("first", "middle", "last")} == {
-        "first": "INT8",
-        "middle": "INT4",
-        "last": "INT8",
+    assert {name: kind for name, kind in tables.items() if "scales" not in name} == {
+        "fine_0": "INT8",
+        "coarse_1": "INT4",
+        "fine_1": "INT8",
     }
     assert kinds["embed_tokens_per_layer.weight"] == "INT8"
     assert kinds["layers.0.mlp.down_proj.weight"] == "INT4"

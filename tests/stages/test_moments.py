@@ -19,7 +19,7 @@ from pipeline.core import manifest
 from pipeline.core.errors import IntegrityError
 from pipeline.models import build, sizes
 
-GPTQ = {"keep_float = []": "keep_float = []\ngptq = true", "first_tokens = 512": "gptq = true\nfirst_tokens = 512"}
+GPTQ = {"keep_float = []": "keep_float = []\ngptq = true", "wide_tokens =": "gptq = true\nwide_tokens ="}
 
 
 @pytest.fixture(scope="module")

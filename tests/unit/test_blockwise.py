@@ -160,10 +160,12 @@ def test_rows_that_are_no_whole_blocks_have_eight_bits(tmp_path: Path) -> None:
 
 
 @KERNELS
-@pytest.mark.parametrize(("first", "last"), [(13, 10), (13, 0), (0, 10), (50, 0), (30, 40), (49, 1), (1, 1)])
-def test_a_table_in_pieces_is_the_same_table(tmp_path: Path, plain: bool, first: int, last: int) -> None:
+@pytest.mark.parametrize(
+    "fine", [[(0, 13), (40, 50)], [(0, 13)], [(40, 50)], [(0, 50)], [(0, 30), (30, 90)], [(3, 4), (9, 30), (60, 70)]]
+)
+def test_a_table_in_pieces_is_the_same_table(tmp_path: Path, plain: bool, fine: list[tuple[int, int]]) -> None:
     graph, file = tied(), tmp_path / "pieces.tflite"
-    pieces.cut(graph, "table", first, last)
+    pieces.cut(graph, "table", fine)
     read = written(graph, file)
     assert read.bytes_by_type()["FLOAT32"] == TABLE.nbytes
     np.testing.assert_allclose(run(file, IDS, plain=plain), TABLE[IDS] @ TABLE.T, rtol=1e-4, atol=1e-4)
@@ -172,7 +174,7 @@ def test_a_table_in_pieces_is_the_same_table(tmp_path: Path, plain: bool, first:
 @KERNELS
 def test_pieces_have_the_bits_that_they_are_given(tmp_path: Path, plain: bool) -> None:
     graph, file = tied(), tmp_path / "pieces.tflite"
-    pieces.cut(graph, "table", 13, 10)
+    pieces.cut(graph, "table", [(0, 13), (40, 50)])
     blockwise.make_mixed(graph, quantize.keeper(pieces.FINE))
     written(graph, file)
     table = real(TABLE)

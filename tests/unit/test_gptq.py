@@ -125,7 +125,7 @@ def test_pieces_of_rows_have_the_moments_of_all_and_blocks_of_columns_their_own(
     rounding = stored(tmp_path, q=h).rounding()
     for name, columns in (
         ("q.weight", slice(0, 12)),
-        ("q.weight;middle", slice(0, 12)),
+        ("q.weight;coarse_1", slice(0, 12)),
         ("q.weight;block_2", slice(8, 12)),
     ):
         made = rounding(name, columns.stop - columns.start)

@@ -93,11 +93,24 @@ def test_int4_in_bundles_without_a_word_on_how_it_is_made_is_refused(tmp_path: P
     table["bundle"]["precisions"] = ["fp32", "int4"]
     del table["int4"]
     assert "there is no `int4` section" in refused(tmp_path, table)
-    table["int4"] = {"keep_int8": ["layers"], "first_tokens": 8}
+    table["int4"] = {"keep_int8": ["layers"], "wide_tokens": [[0, 8], [9, 12]]}
     loaded = load(tmp_path, table).int4
-    assert (
-        loaded is not None and loaded.keep_int8 == ("layers",) and (loaded.first_tokens, loaded.last_tokens) == (8, 0)
-    )
+    assert loaded is not None and loaded.keep_int8 == ("layers",) and loaded.wide_tokens == ((0, 8), (9, 12))
+
+
+@pytest.mark.parametrize(
+    ("ranges", "said"),
+    [
+        ([[8, 4]], "not in ascending order"),
+        ([[0, 8], [4, 9]], "not in ascending order"),
+        ([[1]], "expected 2 values"),
+        (["a"], ""),
+    ],
+)
+def test_ranges_of_tokens_that_are_none_are_refused(tmp_path: Path, ranges: object, said: str) -> None:
+    table = copy.deepcopy(GOOD)
+    table["int4"] = {"wide_tokens": ranges}
+    assert said in refused(tmp_path, table)
 
 
 def test_a_whole_number_will_do_for_a_limit(tmp_path: Path) -> None:
