@@ -24,6 +24,8 @@ PRECISION ?= int8
 TASK ?=
 #: MINUTES       how long `make tune` may search
 MINUTES ?= 30
+#: SECTION       what `make tune` searches: int8 or int4
+SECTION ?= int8
 #: FILE          the .tflite or .litertlm file that `make inspect` looks into
 FILE ?=
 #: AGAINST       the fp32 step graph or decoder that `make inspect` holds FILE against, operator by operator
@@ -331,8 +333,8 @@ chat: bundle ## talk to the int8 bundle in the terminal (PRECISION=)
 run: bundle ## let the int8 bundle answer PROMPT= once
 	$(call RUN,run) -m pipeline.chat $(abspath $(ROOT))/bundle/$(PRECISION).litertlm --prompt $(call QUOTE,$(PROMPT))
 
-tune: graph moments ## search the recipe's [int8] for MINUTES=: what costs quality where, and tune/recipe.toml for RECIPE=
-	$(call RUN,tune) -m pipeline.tune $(WHERE) $(CALIBRATED) --minutes $(MINUTES)
+tune: graph moments ## search the recipe's [int8] (SECTION=int4) for MINUTES=: what costs quality where, and tune/recipe.toml for RECIPE=
+	$(call RUN,tune) -m pipeline.tune $(WHERE) $(CALIBRATED) --minutes $(MINUTES) --section $(SECTION)
 
 check: $(READY) $(if $(SIGNS),.venv-sign/.ready) ## hold a published folder (FILES=, also on the Hub) against its papers and signature
 	$(call RUN,check) -m pipeline.check $(call QUOTE,$(if $(ON_HUB),$(FILES),$(abspath $(FILES)))) \

@@ -1,18 +1,19 @@
-"""tune: what int8 costs where, and a recipe with better values in its [int8] section.
+"""tune: what int8 costs where, and a recipe with better values in its [int8] section; the same for [int4].
 
-    make tune MODEL_ID=… RECIPE=… [MINUTES=30]
+    make tune MODEL_ID=… RECIPE=… [MINUTES=30] [SECTION=int4]
 
 Three things are measured, all in LiteRT on the recipe's calibration text, as KL(fp32 file || candidate) at every
 position of whole windows:
 
-1. what each group of layers contributes, its weights and its activations: int8 in that group alone;
-2. candidates on a greedy path from plain int8, with the best of what costs nothing at run time, by gain for cost; half
-   of them go on to twice as much text, until few are left, which see all of it;
+1. what costs nothing at run time, and with the best of it what each group of layers contributes, its weights and its
+   activations: int8 in that group alone, or 4 bits in it and 8 elsewhere;
+2. candidates on a greedy path from plain int8, or 4 bits everywhere, by gain for cost; half of them go on to twice as
+   much text, until few are left, which see all of it;
 3. size and speed of these, against the plain file, in turns.
 
 The most faithful one within `--size` and `--speed` becomes `tune/recipe.toml`, which `make int8 RECIPE=` takes as it
-is; `tune/report.json` and `report.html` hold all figures. Every measurement is kept in `.tune/`, so that the same
-command goes on after Ctrl-C, a kill or the end of MINUTES.
+is, or `tune-int4/recipe.toml` for `make int4`; `report.json` and `report.html` beside it hold all figures. Every
+measurement is kept in `.tune/`, so that the same command goes on after Ctrl-C, a kill or the end of MINUTES.
 """
 
 from __future__ import annotations
@@ -35,12 +36,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.convert import dynamic, gptq, quantize
+from pipeline.convert import dynamic, gptq, mixed, quantize
 from pipeline.convert.checkpoint import Checkpoint, open_checkpoint
 from pipeline.convert.flatbuffer import Graph
 from pipeline.core import chat, log, manifest, parallel, versions
 from pipeline.core.errors import UsageError
-from pipeline.core.recipe import PROJECT, Int8, Recipe
+from pipeline.core.recipe import PROJECT, Int4, Int8, Recipe
 from pipeline.core.recipe import load as load_recipe
 from pipeline.core.recipe import parse as parse_recipe
 from pipeline.core.stage import common_parser, guard, locked, model_name
@@ -48,14 +49,14 @@ from pipeline.judge import corpus, metrics, runtime, tuning
 from pipeline.judge.corpus import POSITIONS_PER_WINDOW, Tokens
 from pipeline.models import build
 from pipeline.search import candidates, groups, halving, rewrite
-from pipeline.search.candidates import KNOBS, Candidate, Contribution
+from pipeline.search.candidates import SPACES, Candidate, Contribution, Space
 from pipeline.search.groups import Group, Layer
 
 SCHEMA = 1
 SHARDS, WINDOWS = 8, 2
 """Pieces of the text that a measurement is of, and windows in each."""
 FINALISTS = 5
-"""Candidates that see all shards, beside plain int8 and the recipe as given."""
+"""Candidates that see all shards, beside those that are there for comparison."""
 _JUDGED = slice(1, -1)
 """Positions of a window: the first says the same in every window, the last predicts what is not there."""
 _CONTRIBUTIONS, _CANDIDATES = 0.5, 0.9
@@ -118,6 +119,7 @@ class Bench:
     folder: Path
     clock: Clock
     identity: str
+    space: Space
     building: threading.Lock = field(default_factory=threading.Lock)
 
     @property
@@ -147,16 +149,21 @@ class Bench:
         (self.scratch / "fp32.tflite").unlink()
         return files
 
-    def int8(self, candidate: Candidate) -> Int8:
-        """The [int8] section of the candidate's recipe."""
-        return parse_recipe(rewrite.with_values(self.text, candidate.values).encode(), candidate.name).int8
+    def section(self, candidate: Candidate) -> Int8 | Int4:
+        """The section of the candidate's recipe that is searched."""
+        text = rewrite.with_values(self.text, self.space.section, candidate.values)
+        found: Int8 | Int4 = getattr(parse_recipe(text.encode(), candidate.name), self.space.section)
+        return found
 
     def write(self, candidate: Candidate | None, source: Path, name: str) -> Path:
-        """The graph `source` as the candidate, or in fp32, in the scratch folder; as stage int8 makes it."""
+        """The graph `source` as the candidate, or in fp32, in the scratch folder; as stage int8 or int4 makes it."""
         with self.building:  # it uses all cores by itself
             graph = build.with_weights(self.checkpoint, source)
-            if candidate:
-                dynamic.make(graph, self.int8(candidate), self.moments)
+            section = self.section(candidate) if candidate else None
+            if isinstance(section, Int8):
+                dynamic.make(graph, section, self.moments)
+            elif section:
+                mixed.make(graph, section, self.moments)
             graph.prune()
             graph.write(self.scratch / f"{name}.tflite")
         return self.scratch / f"{name}.tflite"
@@ -164,7 +171,7 @@ class Bench:
     def record(self, candidate: Candidate, what: int | str) -> Path:
         """Where the measurement of a candidate on a shard is kept, or that of its "speed"."""
         rows = what if isinstance(what, str) else list(self.rows(what))
-        key = json.dumps([self.identity, asdict(self.int8(candidate)), rows], sort_keys=True)
+        key = json.dumps([self.identity, self.space.section, asdict(self.section(candidate)), rows], sort_keys=True)
         return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
 
     def measure(self, wanted: Iterable[tuple[Candidate, Sequence[int]]], share: float) -> None:
@@ -246,54 +253,72 @@ class Study:
 
     bench: Bench
     groups: list[Group]
+    layers: list[Layer]
     given: Candidate
     limits: tuple[float, float]
     contributions: dict[str, Contribution] = field(default_factory=dict)
     tried: list[Candidate] = field(default_factory=list)
     speeds: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     depth: int = 1
+    first: Candidate = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.first = candidates.plain(self.space)
 
     def run(self) -> None:
-        """Contributions, candidates, speeds."""
-        self.tried = [candidates.plain(), self.given]
+        """What is free, contributions, candidates, speeds."""
+        self.tried = [candidates.plain(self.space), self.given]
         self.bench.measure([(each, [0]) for each in self.tried], _CONTRIBUTIONS)
+        self.first = self._first()
         self.contribute()
-        self.tried = self._distinct([self.tried[0], self.given, *self._path()])
+        most = self.limits[0] * (1 + self.unit.size)
+        path = candidates.path(self.first, self.groups, self.contributions, most, self.space)
+        self.tried = self._distinct([*self.tried, self.unit, *path])
         log.step(f"{len(self.tried)} candidates")
         self.race()
         self.time()
 
+    @property
+    def space(self) -> Space:
+        """What is searched."""
+        return self.bench.space
+
+    @property
+    def unit(self) -> Candidate:
+        """The file that sizes are shares of."""
+        return candidates.unit(self.space, self.layers, self.first)
+
     def contribute(self) -> None:
-        """Measure every group alone, the large ones first."""
+        """Measure every group alone, the large ones first: what it adds to the file in which all are spared."""
         log.step(f"contributions of {len(self.groups)} groups")
         ordered = sorted(self.groups, key=lambda each: -each.elements)
-        alone = {each.name: [candidates.alone(each, self.groups, rows) for rows in (2, 1)] for each in ordered}
-        self.bench.measure([(one, [0]) for pair in alone.values() for one in pair], _CONTRIBUTIONS)
-        for name, pair in alone.items():
-            two, one = (self.bench.found(each, [0]) for each in pair)
-            if two and one:
-                weights = float(two.kld.mean())
-                self.contributions[name] = Contribution(weights=weights, activations=float(one.kld.mean()) - weights)
+        alone = {each.name: candidates.alone(each, self.groups, self.first, self.space) for each in ordered}
+        spared = [self.unit] if self.space.unit else []
+        self.bench.measure([(one, [0]) for ways in [spared, *alone.values()] for one in ways], _CONTRIBUTIONS)
+        least = sum(float(one.kld.mean()) for each in spared if (one := self.bench.found(each, [0])))
+        for name, ways in alone.items():
+            klds = [float(one.kld.mean()) for each in ways if (one := self.bench.found(each, [0]))]
+            if len(klds) == len(ways):
+                self.contributions[name] = Contribution(weights=klds[0] - least, activations=klds[-1] - klds[0])
 
-    def _path(self) -> list[Candidate]:
-        """What is free for the whole model, and the path from the best of it on."""
-        starts = candidates.starts()
-        self.bench.measure([(candidates.quiet(each), [0]) for each in starts], _CONTRIBUTIONS)
-        known = {each.name: one for each in starts if (one := self.bench.found(candidates.quiet(each), [0]))}
-        first = min(starts, key=lambda each: float(known[each.name].kld.mean()) if each.name in known else math.inf)
-        return candidates.path(first, self.groups, self.contributions, self.limits[0])
+    def _first(self) -> Candidate:
+        """The best of what is free for the whole model: where the path begins."""
+        starts = {each.name: candidates.quiet(each, self.space) for each in candidates.starts(self.space)}
+        self.bench.measure([(each, [0]) for each in starts.values()], _CONTRIBUTIONS)
+        klds = {name: float(one.kld.mean()) for name, each in starts.items() if (one := self.bench.found(each, [0]))}
+        return min(candidates.starts(self.space), key=lambda each: klds.get(each.name, math.inf))
 
     def _distinct(self, tried: Iterable[Candidate]) -> list[Candidate]:
         """Each set of values once."""
         made: dict[str, Candidate] = {}
         for each in tried:
-            made.setdefault(repr(self.bench.int8(each)), each)
+            made.setdefault(repr(self.bench.section(each)), each)
         return list(made.values())
 
     def race(self) -> None:
         """Successive halving: fewer candidates on more text, until all that are left have seen all of it.
 
-        What turns out to be too large goes at once; plain int8 and the given recipe stay.
+        What turns out to be too large goes at once; the plain file, the given recipe and the unit of sizes stay.
         """
         names, shards = [each.name for each in self.tried], 1
         while True:
@@ -307,9 +332,11 @@ class Study:
                 return
             small = {each.name for each in racing if self.relative_size(each) <= self.limits[0]}
             known = {name: point for name, point in known.items() if name in small}
-            kept = {self.tried[0].name, self.given.name, *halving.better_half(known, FINALISTS)}
+            stay = {self.tried[0].name, self.given.name, self.unit.name}
+            kept = {*stay, *halving.better_half(known, FINALISTS)}
             names = [name for name in names if name in kept]
-            shards = self.bench.shards if len(names) <= FINALISTS + 2 else min(2 * shards, self.bench.shards)
+            few = len(names) <= FINALISTS + len(stay)
+            shards = self.bench.shards if few else min(2 * shards, self.bench.shards)
 
     def points(self, shards: int) -> dict[str, halving.Point]:
         """Cost and KLD of every candidate that is known on `shards` shards."""
@@ -319,7 +346,7 @@ class Study:
         }
 
     def time(self) -> None:
-        """Time the finalists against plain int8, on the step graph itself."""
+        """Time the finalists against the plain file, on the step graph itself."""
         known = self.points(self.depth)
         for each in (each for each in self.tried[1:] if each.name in known):
             record = self.bench.record(each, "speed")
@@ -330,14 +357,18 @@ class Study:
                 self.speeds[each.name] = json.loads(record.read_text(encoding="utf-8"))
 
     def relative_speed(self, each: Candidate) -> dict[str, float] | None:
-        """Tokens a second against plain int8, by sequence length."""
+        """Tokens a second against the plain file, by sequence length."""
         taken = self.speeds.get(each.name)
         if each is self.tried[0]:
             return {str(length): 1.0 for length in _SEQUENCES}
         return {str(length): taken[str(length)][0] / taken[str(length)][1] for length in _SEQUENCES} if taken else None
 
     def relative_size(self, each: Candidate) -> float:
-        """Bytes against plain int8."""
+        """Bytes against the unit's."""
+        return self._larger(each) / self._larger(self.unit)
+
+    def _larger(self, each: Candidate) -> float:
+        """Bytes against the plain file's."""
         one, plain = self.bench.found(each, [0]), self.bench.found(self.tried[0], [0])
         return one.size / plain.size if one and plain else 1 + each.size
 
@@ -345,7 +376,7 @@ class Study:
         """Share of bytes beyond the plain file's, plus share of time: measured, or as many products take."""
         speed = self.relative_speed(each)
         slower = 1 / math.prod(speed.values()) ** (1 / len(speed)) - 1 if speed else each.work
-        return self.relative_size(each) - 1 + slower
+        return self._larger(each) - 1 + slower
 
     def fits(self, each: Candidate) -> bool:
         """Whether the candidate keeps the limits of size and speed."""
@@ -370,6 +401,7 @@ def report(study: Study, recipe: Recipe, arguments: argparse.Namespace) -> dict[
         "schema": SCHEMA,
         "model": model_name(arguments.model_id),
         "recipe": recipe.name,
+        "section": study.space.section,
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "tools": versions.installed(),
         "processor": runtime.processor(),
@@ -378,7 +410,7 @@ def report(study: Study, recipe: Recipe, arguments: argparse.Namespace) -> dict[
         "seconds": round(bench.clock.seconds - bench.clock.left()),
         "complete": depth == bench.shards and bool(study.speeds),
         "limits": {"size": study.limits[0], "speed": study.limits[1]},
-        "knobs": [asdict(knob) for knob in KNOBS],
+        "knobs": [asdict(knob) for knob in study.space.knobs],
         "text": {"windows": len(bench.windows), "window": bench.windows.shape[1], "shards": bench.shards},
         "groups": [_group_facts(study, each) for each in study.groups],
         "frontier": halving.frontier(points),
@@ -429,7 +461,7 @@ def write(study: Study, recipe: Recipe, arguments: argparse.Namespace, folder: P
         return
     folder.mkdir(parents=True, exist_ok=True)
     told = report(study, recipe, arguments)
-    made = rewrite.with_values(study.bench.text, study.chosen().values, comment(told))
+    made = rewrite.with_values(study.bench.text, study.space.section, study.chosen().values, comment(told))
     parse_recipe(made.encode(), "the tuned recipe")
     manifest.write_atomically(folder / "recipe.toml", made)
     manifest.write_atomically(folder / "report.json", manifest.dump_json(told))
@@ -446,28 +478,34 @@ def work(arguments: argparse.Namespace) -> None:
     """Search, and write what was found, also when time ends or someone stops it.
 
     Raises:
-        UsageError: the recipe's scheme is not dynamic, or a text can't be read.
+        UsageError: the recipe has no such section, its scheme is not dynamic, or a text can't be read.
         IntegrityError: stages fetch, graph or moments are not finished, or were changed.
     """
-    recipe, clock = load_recipe(arguments.recipe), Clock(60 * arguments.minutes)
-    if recipe.int8.scheme != "dynamic":
+    recipe, clock, space = load_recipe(arguments.recipe), Clock(60 * arguments.minutes), SPACES[arguments.section]
+    section = getattr(recipe, space.section)
+    if section is None:
+        raise UsageError(
+            f"recipe {recipe.name} has no [int4] section", remedy="add one, as in pipeline/recipes/gemma3.toml"
+        )
+    if space.section == "int8" and recipe.int8.scheme != "dynamic":
         raise UsageError("tune searches dynamic int8, the recipe's scheme is static", remedy='say scheme = "dynamic"')
     root = arguments.artifacts / model_name(arguments.model_id)
     with locked(root, "tune"):
-        bench = _bench(arguments, recipe, root, clock)
+        bench = _bench(arguments, recipe, root, clock, space)
         try:
             layers = _layers(Graph.read(bench.every))
-            values = {knob.key: _plain(getattr(recipe.int8, knob.key)) for knob in KNOBS}
+            values = {knob.key: _plain(getattr(section, knob.key)) for knob in space.knobs}
             study = Study(
                 bench=bench,
-                groups=groups.group(layers, arguments.parts),
-                given=candidates.priced("the given recipe", values, layers),
-                limits=(arguments.size, arguments.speed),
+                groups=groups.group(layers, arguments.parts or space.parts),
+                layers=layers,
+                given=candidates.priced("the given recipe", values, layers, space),
+                limits=(arguments.size or space.most, arguments.speed),
             )
             try:
                 study.run()
             finally:  # also when it is interrupted
-                write(study, recipe, arguments, root / "tune")
+                write(study, recipe, arguments, root / ("tune" if space.section == "int8" else f"tune-{space.section}"))
         finally:
             shutil.rmtree(bench.scratch)
 
@@ -476,7 +514,7 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _bench(arguments: argparse.Namespace, recipe: Recipe, root: Path, clock: Clock) -> Bench:
+def _bench(arguments: argparse.Namespace, recipe: Recipe, root: Path, clock: Clock, space: Space) -> Bench:
     """Check what is read, export the graph that is measured on, and cut the text."""
     upstream = {name: manifest.read(root / name) for name in ("fetch", "graph", "moments")}
     manifest.check([record for made in upstream.values() for record in made.outputs], root)
@@ -501,6 +539,7 @@ def _bench(arguments: argparse.Namespace, recipe: Recipe, root: Path, clock: Clo
         windows=windows,
         folder=folder,
         clock=clock,
+        space=space,
         identity=hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
     )
 
@@ -529,7 +568,7 @@ def _windows(arguments: argparse.Namespace, recipe: Recipe, checkpoint: Path) ->
 
 
 def _layers(graph: Graph) -> list[Layer]:
-    """Every operator that stage int8 would give int8 weights."""
+    """Every operator that the stages would give int8 weights."""
     found = []
     for operator in graph.operators():
         code, weight = graph.code(operator), int(operator.inputs[1]) if len(operator.inputs) > 1 else -1
@@ -549,12 +588,18 @@ def _layers(graph: Graph) -> list[Layer]:
 
 
 def _arguments() -> argparse.ArgumentParser:
-    parser = common_parser("tune", "Measure what int8 costs where, and write a recipe with a better [int8] section.")
+    parser = common_parser("tune", "Measure what fewer bits cost where, and write a recipe with a better section.")
+    parser.add_argument("--section", choices=SPACES, default="int8", help="what is searched (default: %(default)s)")
     parser.add_argument("--minutes", type=float, default=30.0, help="the time to search in (default: %(default)s)")
     parser.add_argument("--calibration", type=Path, metavar="FILE", help="your own text to tune on: .txt or .jsonl")
-    parser.add_argument("--size", type=float, default=1.08, help="largest file, of plain int8 (default: %(default)s)")
-    parser.add_argument("--speed", type=float, default=0.5, help="least tokens/s, of plain int8 (default: %(default)s)")
-    parser.add_argument("--parts", type=int, default=2, help="stretches that a kind is cut into (default: %(default)s)")
+    sizes, parts = (
+        ", ".join(f"{space.section} {getattr(space, key)}" for space in SPACES.values()) for key in ("most", "parts")
+    )
+    parser.add_argument("--size", type=float, help=f"largest file, of plain int8 (default: {sizes})")
+    parser.add_argument(
+        "--speed", type=float, default=0.5, help="least tokens/s, of the plain file (default: %(default)s)"
+    )
+    parser.add_argument("--parts", type=int, help=f"stretches that a kind is cut into (default: {parts})")
     return parser
 
 

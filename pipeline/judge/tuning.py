@@ -32,7 +32,7 @@ def _point(row: Row) -> plots.Tried:
 
 def table(report: Report) -> list[str]:
     """Contributions, then candidates, as lines of text."""
-    rows = [["int8 there alone", "weights", "activations"]]
+    rows = [[f"{report['section']} there alone", "weights", "activations"]]
     for group in report["groups"]:
         rows.append([group["name"], _kld(group["weights"]), _kld(group["activations"])])
     tried = [["", "candidate", "KLD (95 %)", "top-1", "positions", "size", "S = 1", "S = 128"]]

@@ -1,6 +1,6 @@
-"""Candidates: a recipe with other values in its [int8] section, on a greedy path from the plain file on.
+"""Candidates: a recipe with other values in its [int8] or [int4] section, on a greedy path from the plain file on.
 
-`KNOBS` is the whole search space. A key of [int8] that should be searched is one line more there.
+`SPACES` is all that is searched. A key that should be searched as well is one line more there.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ _FREE = 1e-6
 
 @dataclass(frozen=True, kw_only=True)
 class Knob:
-    """A key of [int8] to search.
+    """A key of a section to search.
 
     A knob is set for groups of layers, by patterns over operator names. `lessens` are the sides whose contribution it
-    takes away, by about `share`. It costs `size` bytes per weight and `work` products per product of an int8 layer. A
-    layer that has it needs none of `spares`.
+    takes away, by about `share`. It costs `size` bytes per byte of weights and `work` products per product of a plain
+    layer. A layer that has it needs none of `spares`.
 
     One with `values` is set for the whole model, to one of them, the first being that at rest. It costs neither size
     nor time, so the best combination of such values is where the path begins.
@@ -42,18 +42,58 @@ class Knob:
     values: tuple[Value, ...] = ()
 
 
-KNOBS = (
-    Knob(key="two_rows", lessens=("activations",), work=1.0),
-    Knob(key="blocks", lessens=("weights",), share=0.65, size=0.03, work=0.3),
-    Knob(key="keep_float", lessens=("weights", "activations"), size=3.0, work=2.0, spares=("two_rows", "blocks")),
-    Knob(key="fold", values=(0.0, 0.7)),
-    Knob(key="gptq", values=(False, True)),
+@dataclass(frozen=True, kw_only=True)
+class Space:
+    """What is searched of a recipe's `section`, from the plain file on, where every knob is at rest.
+
+    `spare` is the key of the layers that are left as they were. With the values `quiet` errors of weights are heard
+    beside those of activations; `rows` are the ways in which a group's input is tried, two rows being as good as float.
+    With the values `unit` a file has the size that sizes are shares of, `most` as a rule at most. A kind of layer is
+    cut into `parts` stretches of the model.
+    """
+
+    section: Literal["int8", "int4"]
+    knobs: tuple[Knob, ...]
+    spare: str
+    quiet: Mapping[str, Value]
+    rows: tuple[int, ...]
+    unit: Mapping[str, Value]
+    most: float
+    parts: int
+
+
+FREE = (Knob(key="fold", values=(0.0, 0.7)), Knob(key="gptq", values=(False, True)))
+INT8 = Space(
+    section="int8",
+    knobs=(
+        Knob(key="two_rows", lessens=("activations",), work=1.0),
+        Knob(key="blocks", lessens=("weights",), share=0.65, size=0.03, work=0.3),
+        Knob(key="keep_float", lessens=("weights", "activations"), size=3.0, work=2.0, spares=("two_rows", "blocks")),
+        *FREE,
+    ),
+    spare="keep_float",
+    quiet={"two_rows": ["."]},
+    rows=(2, 1),
+    unit={},
+    most=1.08,
+    parts=2,
 )
+INT4 = Space(  # how a layer takes its input stays as the recipe says: two rows, where activations cost anything
+    section="int4",
+    knobs=(Knob(key="keep_int8", lessens=("weights",), share=0.95, size=0.78), *FREE),
+    spare="keep_int8",
+    quiet={},
+    rows=(1,),
+    unit={"keep_int8": ["."]},
+    most=0.7,
+    parts=3,
+)
+SPACES = {space.section: space for space in (INT8, INT4)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Contribution:
-    """What int8 in one group alone costs, KLD in nats with the rest in float: its weights, its activations."""
+    """What fewer bits in one group alone cost, KLD in nats with the rest spared: its weights, its activations."""
 
     weights: float
     activations: float
@@ -61,7 +101,7 @@ class Contribution:
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """`values` of [int8] keys; `size` and `work` expected beyond the plain file's, as shares of it."""
+    """`values` of the section's keys; `size` and `work` expected beyond the plain file's, as shares of it."""
 
     name: str
     values: Mapping[str, Value]
@@ -90,46 +130,58 @@ class _State:
     left: Mapping[tuple[str, Side], float]
 
 
-def plain(knobs: Sequence[Knob] = KNOBS) -> Candidate:
-    """Every knob at rest: plain dynamic int8."""
-    return Candidate(name="plain", values={knob.key: knob.values[0] if knob.values else [] for knob in knobs})
+def plain(space: Space) -> Candidate:
+    """Every knob at rest: plain dynamic int8, or 4 bits everywhere."""
+    return Candidate(name="plain", values={knob.key: knob.values[0] if knob.values else [] for knob in space.knobs})
 
 
-def priced(name: str, values: Mapping[str, Any], layers: Sequence[Layer], knobs: Sequence[Knob] = KNOBS) -> Candidate:
+def unit(space: Space, layers: Sequence[Layer], first: Candidate) -> Candidate:
+    """The file whose size is the unit: `first`, from which a path begins, or the same with 8 bits everywhere."""
+    moved = [f"{key} everywhere" for key in space.unit]
+    name = ", ".join([*([] if moved and first.name == "plain" else [first.name]), *moved])
+    return priced(name, {**first.values, **space.unit}, layers, space)
+
+
+def priced(name: str, values: Mapping[str, Any], layers: Sequence[Layer], space: Space) -> Candidate:
     """A candidate of any `values`, with the size and work that its patterns over `layers` mean."""
     elements = sum({layer.weight: layer.elements for layer in layers}.values())
     products, size, work = sum(layer.products for layer in layers), 0.0, 0.0
-    for knob in (knob for knob in knobs if not knob.values):
+    for knob in (knob for knob in space.knobs if not knob.values):
         named = [layer for layer in layers if any(re.search(one, layer.name) for one in values[knob.key])]
         size += knob.size * sum({layer.weight: layer.elements for layer in named}.values()) / elements
         work += knob.work * sum(layer.products for layer in named) / products
     return Candidate(name=name, values=dict(values), size=size, work=work)
 
 
-def alone(group: Group, groups: Sequence[Group], rows: int) -> Candidate:
-    """Int8 in one `group`, float elsewhere; its input as one row or two, whose activations are as good as float."""
+def alone(group: Group, groups: Sequence[Group], first: Candidate, space: Space) -> list[Candidate]:
+    """One `group` as plain as `first`, the others spared; one for each of `space.rows` that its input may take."""
     others = [each.name for each in groups if each is not group]
-    two = list(patterns([group.name], groups)) if rows == 2 else []
-    values = {**plain().values, "keep_float": list(patterns(others, groups)), "two_rows": two}
-    return Candidate(name=f"only {group.name}, {'two rows' if rows == 2 else 'one row'}", values=values)
+    spared = {**first.values, space.spare: list(patterns(others, groups))}
+    two = {"two_rows": list(patterns([group.name], groups))}
+    return [
+        Candidate(name=f"only {group.name}, two rows", values={**spared, **two})
+        if rows == 2
+        else Candidate(name=f"only {group.name}", values=spared)
+        for rows in space.rows
+    ]
 
 
-def starts(knobs: Sequence[Knob] = KNOBS) -> list[Candidate]:
+def starts(space: Space) -> list[Candidate]:
     """Every combination of the values that knobs of the whole model have, no group moved; the plain one first."""
-    whole = [knob for knob in knobs if knob.values]
+    whole = [knob for knob in space.knobs if knob.values]
     made = []
     for values in product(*(knob.values for knob in whole)):
         chosen = {knob.key: value for knob, value in zip(whole, values, strict=True)}
         moved = [
             f"{knob.key} {rewrite.literal(chosen[knob.key])}" for knob in whole if chosen[knob.key] != knob.values[0]
         ]
-        made.append(Candidate(name=", ".join(moved) or "plain", values={**plain(knobs).values, **chosen}))
+        made.append(Candidate(name=", ".join(moved) or "plain", values={**plain(space).values, **chosen}))
     return made
 
 
-def quiet(start: Candidate) -> Candidate:
+def quiet(start: Candidate, space: Space) -> Candidate:
     """The same with two rows everywhere: beside one row's error nothing would be heard of what is done to weights."""
-    return Candidate(name=f"{start.name}, two rows", values={**start.values, "two_rows": ["."]})
+    return Candidate(name=f"{start.name}, two rows", values={**start.values, **space.quiet}) if space.quiet else start
 
 
 def path(
@@ -137,14 +189,14 @@ def path(
     groups: Sequence[Group],
     found: Mapping[str, Contribution],
     most: float,
-    knobs: Sequence[Knob] = KNOBS,
+    space: Space,
 ) -> list[Candidate]:
     """Candidates from `first` on, each a move further: always the one with the most gain for its cost.
 
     Gains are what `found` says of the groups and `share` of the knobs; costs are in shares of the plain file's size
     plus shares of its products. None is expected to be more than `most` times as large as the plain file.
     """
-    knobs = [knob for knob in knobs if not knob.values]
+    knobs = [knob for knob in space.knobs if not knob.values]
     left = {(name, side): max(getattr(one, side), 0.0) for name, one in found.items() for side in SIDES}
     state = _State(groups={knob.key: frozenset() for knob in knobs}, left=left)
     made = [first]

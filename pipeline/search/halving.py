@@ -26,11 +26,12 @@ def better_half(points: Mapping[str, Point], fewest: int) -> list[str]:
     """The names of the half (but `fewest` at least) that lies lowest above the hull, in their order.
 
     The lower convex hull of cost and log KLD is what mixtures of the others reach: a candidate far above it is no good
-    choice at any price.
+    choice at any price. The most faithful one is always among them.
     """
     keep = max(fewest, -(-len(points) // 2))
     distance = regrets(points)
-    ranked = sorted(points, key=lambda name: (distance[name], points[name].cost, name))
+    best = min(points, key=lambda name: (_log(points[name].kld), points[name].cost, name), default="")
+    ranked = sorted(points, key=lambda name: (name != best, distance[name], points[name].cost, name))
     return [name for name in points if name in ranked[:keep]]
 
 

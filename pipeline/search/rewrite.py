@@ -1,4 +1,4 @@
-"""A recipe with other values in its [int8] section: its comments and layout stay, only what changes is rewritten."""
+"""A recipe with other values in one section: its comments and layout stay, only what changes is rewritten."""
 
 from __future__ import annotations
 
@@ -8,34 +8,33 @@ from collections.abc import Mapping, Sequence
 
 from pipeline.core.errors import UsageError
 
-SECTION = "int8"
 _WIDTH = 120
 _MARK = "# tune: "
 
 
-def with_values(text: str, values: Mapping[str, object], comment: Sequence[str] = ()) -> str:
-    """The recipe `text` with `values` in [int8], and `comment` lines above that section's keys.
+def with_values(text: str, section: str, values: Mapping[str, object], comment: Sequence[str] = ()) -> str:
+    """The recipe `text` with `values` in its `section`, and `comment` lines above that section's keys.
 
     Comments of an earlier tune go.
     A line whose value stays is left alone; one that is rewritten loses the comment behind its value, which was about
     the old one. An empty value that the recipe does not mention is not written.
 
     Raises:
-        UsageError: the recipe has no [int8] section of its own.
+        UsageError: the recipe has no such section of its own.
     """
     rows = text.split("\n")
-    start = next((place + 1 for place, row in enumerate(rows) if row.partition("#")[0].strip() == f"[{SECTION}]"), 0)
+    start = next((place + 1 for place, row in enumerate(rows) if row.partition("#")[0].strip() == f"[{section}]"), 0)
     if not start:
-        raise UsageError("the recipe has no [int8] section", remedy="start from pipeline/recipes/gemma3n.toml")
+        raise UsageError(f"the recipe has no [{section}] section", remedy="start from pipeline/recipes/gemma3n.toml")
     stop = next((place for place in range(start, len(rows)) if rows[place].startswith("[")), len(rows))
-    section = [row for row in rows[start:stop] if not row.startswith(_MARK)]
+    own = [row for row in rows[start:stop] if not row.startswith(_MARK)]
     for key, value in values.items():
-        section = _set(section, key, value)
-    made = "\n".join([*rows[:start], *(f"{_MARK}{line}" for line in comment), *section, *rows[stop:]])
+        own = _set(own, key, value)
+    made = "\n".join([*rows[:start], *(f"{_MARK}{line}" for line in comment), *own, *rows[stop:]])
     wanted = tomllib.loads(text)
-    wanted[SECTION] |= {key: value for key, value in values.items() if key in wanted[SECTION] or not _empty(value)}
+    wanted[section] |= {key: value for key, value in values.items() if key in wanted[section] or not _empty(value)}
     if tomllib.loads(made) != wanted:
-        raise UsageError("the [int8] section of the recipe can't be rewritten", remedy="write one `key = value` a line")
+        raise UsageError(f"[{section}] of the recipe can't be rewritten", remedy="write one `key = value` a line")
     return made
 
 
@@ -60,7 +59,7 @@ def _extent(rows: Sequence[str], start: int) -> tuple[int, object]:
             return stop, next(iter(tomllib.loads("\n".join(rows[start:stop])).values()))
         except tomllib.TOMLDecodeError:
             continue
-    raise UsageError("the [int8] section of the recipe can't be read", remedy="correct it")
+    raise UsageError("the section of the recipe can't be read", remedy="correct it")
 
 
 def _empty(value: object) -> bool:

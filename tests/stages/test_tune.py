@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from conftest import Line
 
-from pipeline import int8, moments
+from pipeline import int4, int8, moments
 from pipeline.convert import quantize
 from pipeline.convert.flatbuffer import Graph
 from pipeline.convert.residual import ROWS
@@ -52,8 +52,8 @@ def wait_for_records(line: Line, process: subprocess.Popen[bytes], count: int) -
         time.sleep(0.01)
 
 
-def report(line: Line) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((line.root / "tune" / "report.json").read_text(encoding="utf-8"))
+def report(line: Line, folder: str = "tune") -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((line.root / folder / "report.json").read_text(encoding="utf-8"))
     return found
 
 
@@ -137,6 +137,23 @@ def test_equal_measurements_give_the_same_recipe(tuned: Line) -> None:
     again = report(tuned)
     assert {**again, "seconds": 0, "minutes": 0} == {**told, "seconds": 0, "minutes": 0}
     assert (tuned.root / "tune" / "recipe.toml").read_bytes() == recipe and records(tuned) == before
+
+
+def test_which_layers_stay_at_eight_bits_is_found_for_int4(built: Line, tuned: Line) -> None:
+    finish(tuned, "--section", "int4", "--size", "0.8", "--minutes", "20")
+    told, given = report(tuned, "tune-int4"), load_recipe(tuned.recipe)
+    rows = {each["name"]: each for each in told["candidates"]}
+    plain, unit, chosen = rows["plain"], rows["gptq true, keep_int8 everywhere"], rows[told["chosen"]]
+    assert told["complete"] and unit["relative_size"] == 1 > 0.8 >= chosen["relative_size"] > plain["relative_size"]
+    assert unit["kld"]["value"] < chosen["kld"]["value"] < 0.7 * plain["kld"]["value"]
+    recipe = tuned.root / "tune-int4" / "recipe.toml"
+    loaded = load_recipe(recipe)
+    assert loaded.int4 and given.int4 and loaded.int8 == given.int8
+    assert list(loaded.int4.keep_int8) == chosen["values"]["keep_int8"] != []
+    assert loaded.int4.wide_tokens == given.int4.wide_tokens
+    assert tuned.run(int4.STAGE, "--graphs", "step", recipe=recipe) == 0
+    made = manifest.read(tuned.root / "int4").output("step.tflite")
+    assert made.size == pytest.approx(chosen["size"], rel=0.05)
 
 
 def test_a_static_recipe_is_refused(built: Line, tmp_path: Path) -> None:

@@ -1,9 +1,10 @@
-"""Searching [int8]: groups and their patterns, the greedy path, halving, the frontier, the recipe that is written."""
+"""Searching [int8] and [int4]: groups, patterns, the greedy path, halving, the frontier, the recipe that is written."""
 
 from __future__ import annotations
 
 import re
 import tomllib
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from pipeline.core.errors import UsageError
 from pipeline.core.recipe import PROJECT
 from pipeline.core.recipe import parse as parse_recipe
 from pipeline.search import candidates, halving, rewrite
-from pipeline.search.candidates import Candidate, Contribution, Knob
+from pipeline.search.candidates import INT4, INT8, Candidate, Contribution, Knob
 from pipeline.search.groups import Layer, group, kind_of, patterns
 from pipeline.search.halving import Point
 
@@ -26,6 +27,7 @@ KNOBS = (
     Knob(key="keep_float", lessens=("weights", "activations"), size=3.0, work=2.0, spares=("two_rows",)),
 )
 """Two of the search space, which may change."""
+SPACE = replace(INT8, knobs=KNOBS)
 
 
 def model() -> list[Layer]:
@@ -93,14 +95,14 @@ figures = st.fixed_dictionaries(
 
 
 def path(found: dict[str, Contribution], most: float) -> list[Candidate]:
-    return candidates.path(candidates.plain(KNOBS), GROUPS, found, most, KNOBS)
+    return candidates.path(candidates.plain(SPACE), GROUPS, found, most, SPACE)
 
 
 @settings(deadline=None)
 @given(figures, st.sampled_from([1.0, 1.08, 2.0, 9.0]))
 def test_the_path_begins_plain_grows_and_keeps_the_size(found: dict[str, Contribution], most: float) -> None:
     made = path(found, most)
-    assert made[0] == candidates.plain(KNOBS)
+    assert made[0] == candidates.plain(SPACE)
     assert made == path(dict(reversed(found.items())), most)
     assert all(each.size <= most - 1 + 1e-9 for each in made)
     assert all(one.size <= two.size and one.work < two.work for one, two in zip(made, made[1:], strict=False))
@@ -114,7 +116,7 @@ def test_the_path_begins_plain_grows_and_keeps_the_size(found: dict[str, Contrib
 @given(figures)
 def test_a_recipe_is_priced_as_the_path_is(found: dict[str, Contribution]) -> None:
     for each in path(found, 9.0):
-        priced = candidates.priced(each.name, each.values, model(), KNOBS)
+        priced = candidates.priced(each.name, each.values, model(), SPACE)
         assert (priced.size, priced.work) == pytest.approx((each.size, each.work))
 
 
@@ -135,22 +137,42 @@ def test_a_layer_in_float_needs_no_second_row() -> None:
 
 def test_a_knob_of_the_whole_model_is_one_line_more_and_the_path_keeps_it() -> None:
     knobs = (*KNOBS, Knob(key="fold", values=(0.0, 0.3, 0.6)), Knob(key="gptq", values=(False, True)))
-    starts = candidates.starts(knobs)
+    space = replace(SPACE, knobs=knobs)
+    starts = candidates.starts(space)
     assert [each.name for each in starts[:4]] == ["plain", "gptq true", "fold 0.3", "fold 0.3, gptq true"]
-    assert starts[0] == candidates.plain(knobs) and len(starts) == 6
-    assert candidates.quiet(starts[1]).values == {**starts[1].values, "two_rows": ["."]}
+    assert starts[0] == candidates.plain(space) and len(starts) == 6
+    assert candidates.quiet(starts[1], space).values == {**starts[1].values, "two_rows": ["."]}
     found = {"mlp.down_proj 0–2": Contribution(weights=0.1, activations=1.0)}
-    made = candidates.path(starts[3], GROUPS, found, 1.0, knobs)
+    made = candidates.path(starts[3], GROUPS, found, 1.0, space)
     assert [each.name for each in made] == [starts[3].name, f"{starts[3].name} + two_rows mlp.down_proj 0–2"]
     assert [(each.values["fold"], each.values["gptq"]) for each in made] == [(0.3, True)] * 2
 
 
 def test_a_group_alone_is_the_only_one_in_int8() -> None:
-    one = candidates.alone(GROUPS[3], GROUPS, 2)
-    assert not any(re.search(pattern, "layers.1.mlp.down_proj;") for pattern in one.values["keep_float"])  # type: ignore[union-attr]
-    floats = [each for each in GROUPS if each is not GROUPS[3]]
-    assert one.values["keep_float"] == list(patterns([each.name for each in floats], GROUPS))
-    assert candidates.alone(GROUPS[3], GROUPS, 1).values["two_rows"] == []
+    first = candidates.starts(INT8)[-1]
+    two, one = candidates.alone(GROUPS[3], GROUPS, first, INT8)
+    others = list(patterns([each.name for each in GROUPS if each is not GROUPS[3]], GROUPS))
+    assert not any(re.search(pattern, "layers.1.mlp.down_proj;") for pattern in others)
+    assert two.values == {**first.values, "keep_float": others, "two_rows": [r"^layers\.(0|1|2)\.mlp\.down_proj;"]}
+    assert one.values == {**first.values, "keep_float": others}
+
+
+def test_four_bits_begin_everywhere_and_end_where_they_cost_least() -> None:
+    first, layers = candidates.starts(INT4)[-1], model()
+    assert [each.values["keep_int8"] for each in candidates.alone(GROUPS[0], GROUPS, first, INT4)] == [
+        list(patterns([each.name for each in GROUPS[1:]], GROUPS))
+    ]
+    assert candidates.quiet(first, INT4) == first
+    unit = candidates.unit(INT4, layers, first)
+    assert unit.size == pytest.approx(0.78) and unit.values == {**first.values, "keep_int8": ["."]}
+    assert candidates.unit(INT8, layers, candidates.starts(INT8)[1]) == candidates.starts(INT8)[1]
+    found = {each.name: Contribution(weights=each.elements * 1e-6, activations=0.0) for each in GROUPS}
+    found["embed_tokens + head"] = Contribution(weights=1e-3, activations=0.0)
+    found["mlp.down_proj 3–5"] = Contribution(weights=1e-2, activations=0.0)
+    made = candidates.path(first, GROUPS, found, 0.7 * (1 + unit.size), INT4)
+    assert made[0] == first and made[1].values["keep_int8"] == [r"^layers\.(3|4|5)\.mlp\.down_proj;"]
+    assert all(each.values["gptq"] is True and 1 + each.size <= 0.7 * (1 + unit.size) for each in made)
+    assert candidates.path(first, GROUPS, found, 1 + unit.size, INT4)[-1].values["keep_int8"] == ["."]
 
 
 # --- halving
@@ -188,6 +210,11 @@ def test_costs_that_differ_by_next_to_nothing_are_one() -> None:
     assert halving.regrets(found)["c"] == pytest.approx(0, abs=1e-9)
 
 
+def test_the_most_faithful_one_stays_among_many_on_the_hull() -> None:
+    found = {name: Point(0.1 * place, 2.0**-place) for place, name in enumerate("abcd")} | {"e": Point(0.0, 1.0)}
+    assert halving.better_half(found, 1) == ["a", "d", "e"]
+
+
 def test_what_lies_above_the_hull_goes() -> None:
     found = {"plain": Point(0, 0.1), "bad": Point(0.5, 0.09), "good": Point(0.5, 0.01), "dear": Point(1, 0.009)}
     assert halving.better_half(found, 3) == ["plain", "good", "dear"]
@@ -214,30 +241,31 @@ values = st.fixed_dictionaries(
 @given(wanted=values)
 def test_a_written_recipe_says_what_it_should_and_loads(file: Any, wanted: dict[str, Any]) -> None:
     text = file.read_text(encoding="utf-8")
-    made = rewrite.with_values(text, wanted, ["a line", "another"])
+    made = rewrite.with_values(text, "int8", wanted, ["a line", "another"])
     loaded = parse_recipe(made.encode(), "x").int8
     assert all(list(getattr(loaded, key)) == value for key, value in wanted.items() if isinstance(value, list))
     before, after = tomllib.loads(text), tomllib.loads(made)
     assert {**before, "int8": None} == {**after, "int8": None}
-    again = rewrite.with_values(made, wanted, ["a line", "another"])
+    again = rewrite.with_values(made, "int8", wanted, ["a line", "another"])
     assert again == made, "written twice, it says so once"
 
 
 def test_comments_and_layout_stay() -> None:
     text = '# head\n[int8]\nscheme = "x"  # why\nkeep_float = [\n  "a", # one\n  "b",\n]\n\n# next\n[more] # c\nk = 1\n'
-    made = rewrite.with_values(text, {"keep_float": [], "two_rows": ["."]})
+    made = rewrite.with_values(text, "int8", {"keep_float": [], "two_rows": ["."]})
     assert (
         made == '# head\n[int8]\nscheme = "x"  # why\nkeep_float = []\ntwo_rows = ["."]\n\n# next\n[more] # c\nk = 1\n'
     )
-    assert rewrite.with_values(text, {"keep_float": ["a", "b"], "two_rows": []}) == text
+    assert rewrite.with_values(text, "int8", {"keep_float": ["a", "b"], "two_rows": []}) == text
+    assert rewrite.with_values(text, "more", {"k": 2}).endswith("[more] # c\nk = 2\n")
 
 
 def test_a_recipe_without_the_section_is_refused() -> None:
     with pytest.raises(UsageError, match=r"no \[int8\] section"):
-        rewrite.with_values("int8.scheme = 'dynamic'\n", {"keep_float": []})
+        rewrite.with_values("int8.scheme = 'dynamic'\n", "int8", {"keep_float": []})
 
 
 def test_the_line_of_a_long_array_is_broken() -> None:
-    made = rewrite.with_values("[int8]\n", {"two_rows": [rf"^layers\.\d+\.{'x' * 40};"] * 3})
+    made = rewrite.with_values("[int8]\n", "int8", {"two_rows": [rf"^layers\.\d+\.{'x' * 40};"] * 3})
     assert made.count("\n") == 6 and max(map(len, made.splitlines())) <= 120
     assert tomllib.loads(made)["int8"]["two_rows"] == [rf"^layers\.\d+\.{'x' * 40};"] * 3

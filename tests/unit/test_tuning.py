@@ -33,6 +33,7 @@ def told(*more: dict[str, Any]) -> dict[str, Any]:
     return {
         "model": "a <model>",
         "recipe": "gemma3",
+        "section": "int8",
         "date": "2026-11-24",
         "processor": "CPU",
         "threads": 2,
