@@ -303,10 +303,11 @@ class Study:
 
     def _first(self) -> Candidate:
         """The best of what is free for the whole model: where the path begins."""
-        starts = {each.name: candidates.quiet(each, self.space) for each in candidates.starts(self.space)}
-        self.bench.measure([(each, [0]) for each in starts.values()], _CONTRIBUTIONS)
-        klds = {name: float(one.kld.mean()) for name, each in starts.items() if (one := self.bench.found(each, [0]))}
-        return min(candidates.starts(self.space), key=lambda each: klds.get(each.name, math.inf))
+        starts = [(each, candidates.quiet(each, self.space)) for each in candidates.starts(self.space)]
+        self.bench.measure([(heard, [0]) for _, heard in starts], _CONTRIBUTIONS)
+        known = [self.bench.found(heard, [0]) for _, heard in starts]
+        klds = [float(one.kld.mean()) if one else math.inf for one in known]
+        return starts[klds.index(min(klds))][0]
 
     def _distinct(self, tried: Iterable[Candidate]) -> list[Candidate]:
         """Each set of values once."""

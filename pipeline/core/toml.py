@@ -68,15 +68,12 @@ def build(kind: Any, value: object, where: str) -> object:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind):
         return _build_dataclass(kind, value, where)
-    if origin is tuple and Ellipsis not in arguments:
-        items = _expect(list, value, where)
-        if len(items) != len(arguments):
-            raise ValueError(f"`{where}` is {value!r}, expected {len(arguments)} values")
-        return tuple(
-            build(one, item, f"{where}[{i}]") for i, (one, item) in enumerate(zip(arguments, items, strict=True))
-        )
     if origin is tuple:
-        return tuple(build(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(_expect(list, value, where)))
+        items = _expect(list, value, where)
+        kinds = arguments[:1] * len(items) if Ellipsis in arguments else arguments
+        if len(items) != len(kinds):
+            raise ValueError(f"`{where}` is {value!r}, expected {len(kinds)} values")
+        return tuple(build(*pair, f"{where}[{i}]") for i, pair in enumerate(zip(kinds, items, strict=True)))
     if origin is Mapping:
         return {key: build(arguments[1], item, f"{where}.{key}") for key, item in _expect(dict, value, where).items()}
     if origin is Literal:

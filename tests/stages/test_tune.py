@@ -139,7 +139,7 @@ def test_equal_measurements_give_the_same_recipe(tuned: Line) -> None:
     assert (tuned.root / "tune" / "recipe.toml").read_bytes() == recipe and records(tuned) == before
 
 
-def test_which_layers_stay_at_eight_bits_is_found_for_int4(built: Line, tuned: Line) -> None:
+def test_which_layers_stay_at_eight_bits_is_found_for_int4(tuned: Line) -> None:
     finish(tuned, "--section", "int4", "--size", "0.8", "--minutes", "20")
     told, given = report(tuned, "tune-int4"), load_recipe(tuned.recipe)
     rows = {each["name"]: each for each in told["candidates"]}

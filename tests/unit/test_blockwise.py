@@ -161,7 +161,11 @@ def test_rows_that_are_no_whole_blocks_have_eight_bits(tmp_path: Path) -> None:
 
 @KERNELS
 @pytest.mark.parametrize(
-    "fine", [[(0, 13), (40, 50)], [(0, 13)], [(40, 50)], [(0, 50)], [(0, 30), (30, 90)], [(3, 4), (9, 30), (60, 70)]]
+    "fine",
+    [
+        *([(0, 13), (40, 50)], [(0, 13)], [(40, 50)], [(0, 50)], [(0, 30), (30, 90)], [(0, 49), (49, 50)]),
+        *([(0, 1), (49, 50)], [(3, 4), (9, 30), (60, 70)]),
+    ],
 )
 def test_a_table_in_pieces_is_the_same_table(tmp_path: Path, plain: bool, fine: list[tuple[int, int]]) -> None:
     graph, file = tied(), tmp_path / "pieces.tflite"
