@@ -101,18 +101,16 @@ class MappedRunner:
         details: Mapping[str, Any] = self._inputs
         return details
 
-    def __call__(self, into: Mapping[str, Any], **inputs: Any) -> dict[str, Any]:
+    def __call__(self, **inputs: Any) -> dict[str, Any]:
         """Run with `inputs`: arrays, which are copied, or buffers of `MappedModel.room`, which are read in place.
 
-        The outputs that `into` names are written into its buffers and given as these, the others as arrays.
+        Outputs of the names of such buffers are written into them, and given as these; the others are given as arrays.
         """
-        given = {
-            name: self._filled(name, value) if isinstance(value, np.ndarray) else value
-            for name, value in inputs.items()
-        }
-        taken = {name: into[name] if name in into else self._buffer("output", name) for name in self._outputs}
+        placed = {name: value for name, value in inputs.items() if not isinstance(value, np.ndarray)}
+        given = {name: placed[name] if name in placed else self._filled(name, value) for name, value in inputs.items()}
+        taken = {name: placed[name] if name in placed else self._buffer("output", name) for name in self._outputs}
         self._model.run_by_name(self._signature, given, taken)
-        return {name: into[name] if name in into else self._read(name) for name in self._outputs}
+        return {name: placed[name] if name in placed else self._read(name) for name in self._outputs}
 
     def _buffer(self, way: str, name: str) -> Any:
         if (way, name) not in self._buffers:

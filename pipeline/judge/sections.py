@@ -150,8 +150,7 @@ class Sections:
             mask[0, 0, row, : position + row + 1] = 0
         inputs: dict[str, Any] = {"input_pos": input_pos, "mask": mask, **self._embed(tokens, shapes)}
         inputs |= {name: cache[name] for name in shapes if name.startswith("kv_cache_")}
-        runner = self._runners[signature]
-        outputs: dict[str, Any] = runner(cache, **inputs) if self._mapped else runner(**inputs)
+        outputs: dict[str, Any] = self._runners[signature](**inputs)
         return outputs
 
     def _embed(self, tokens: Sequence[int], shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
