@@ -16,7 +16,9 @@ import struct
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -96,24 +98,40 @@ class Blocks:
         """What `change(block, first row)` makes of each block, of type `dtype`."""
         return Blocks(self.shape, dtype, lambda start, stop: change(self.rows(start, stop), start))
 
+    def parts(self) -> Iterator[tuple[int, int]]:
+        """First and last (exclusive) row of the blocks that are worked on at a time."""
+        step = max(1, _BLOCK_BYTES // max(1, 4 * math.prod(self.shape[1:])))
+        return ((start, min(start + step, self.shape[0])) for start in range(0, max(self.shape[0], 1), step))
+
     def each(self, work: Callable[[Array], Any]) -> Iterator[Any]:
         """What `work` makes of each block, in order; blocks are made and worked on in a thread per core."""
-        step = max(1, _BLOCK_BYTES // max(1, 4 * math.prod(self.shape[1:])))
-        ranges = ((start, min(start + step, self.shape[0])) for start in range(0, self.shape[0], step))
-        return parallel.ordered(lambda part: work(self.rows(*part)), ranges)
+        return parallel.ordered(lambda part: work(self.rows(*part)), self.parts())
 
-    def write(self, stream: BinaryIO, bar: log.Progress) -> None:
-        """Append all values to `stream`, counting bytes on `bar`.
 
-        Raises:
-            IntegrityError: there are more or fewer than the shape says.
-        """
+def write_all(constants: Sequence[Blocks], bar: log.Progress) -> Iterator[Callable[[BinaryIO], None]]:
+    """For each of `constants` in turn what writes it to a stream, to be called at once; bytes are counted on `bar`.
+
+    Blocks are made in a thread per core, several constants at once where they are small.
+
+    Raises:
+        IntegrityError: from the call, a constant has more or fewer bytes than its shape says.
+    """
+    parts = ((place, part) for place, one in enumerate(constants) for part in one.parts())
+
+    def make(item: tuple[int, tuple[int, int]]) -> tuple[int, NDArray[np.uint8]]:
+        one = constants[item[0]]
+        return item[0], _bytes(one.rows(*item[1]).astype(one.dtype, copy=False))
+
+    def write(blocks: Iterable[tuple[int, NDArray[np.uint8]]], size: int, stream: BinaryIO) -> None:
         written = 0
-        for block in self.each(lambda block: _bytes(block.astype(self.dtype, copy=False))):
+        for _, block in blocks:
             written += stream.write(block.data)
             bar.advance(len(block))
-        if written != len(self):
-            raise IntegrityError(f"{written} bytes were made for a constant of {len(self)}")
+        if written != size:
+            raise IntegrityError(f"{written} bytes were made for a constant of {size}")
+
+    for place, blocks in groupby(parallel.ordered(make, parts), key=itemgetter(0)):
+        yield partial(write, blocks, len(constants[place]))
 
 
 class Graph:
@@ -471,16 +489,15 @@ class Graph:
         made = sum(len(blob) for blob in blobs if isinstance(blob, Blocks))
         with scratch.open("w+b") as file:
             scratch.unlink()
-            starts = []
-            for blob in blobs:
-                starts.append(file.tell())
-                if isinstance(blob, Blocks):
-                    blob.write(file, bar)
+            for write in write_all([blob for blob in blobs if isinstance(blob, Blocks)], bar):
+                write(file)
             file.truncate(made + room)
             # As a plain array: `Pack` writes anything else an element at a time.
             whole = np.asarray(np.memmap(file, np.uint8, mode="r+", shape=(made + room,)))
-            for buffer, blob, start in zip(self.model.buffers, blobs, starts, strict=True):
+            start = 0
+            for buffer, blob in zip(self.model.buffers, blobs, strict=True):
                 buffer.data = whole[start : start + len(blob)] if isinstance(blob, Blocks) else blob
+                start += len(blob) if isinstance(blob, Blocks) else 0
             stream.write(self._pack(whole[made:]))
 
     def _pack(self, space: NDArray[np.uint8] | None = None) -> memoryview:
@@ -505,10 +522,11 @@ class Graph:
         self._place(blobs, start=_ALIGNMENT)
         places = self._place(blobs, start=_aligned(len(self._pack())))
         stream.write(self._pack())
+        writing = write_all([blobs[index] for index in places if isinstance(blobs[index], Blocks)], bar)
         for index, start in places.items():
             stream.write(b"\0" * (start - stream.tell()))
             if isinstance(blobs[index], Blocks):
-                blobs[index].write(stream, bar)
+                next(writing)(stream)
             else:
                 stream.write(blobs[index].data)
 

@@ -45,6 +45,8 @@ from scipy.linalg.lapack import dtrtri
 from threadpoolctl import threadpool_limits
 
 from pipeline.convert.flatbuffer import Array
+from pipeline.convert.hadamard import rotate_blocks
+from pipeline.core import parallel
 
 INDEX = "index.json"
 """In the folder of moments: name of a weight → file."""
@@ -82,6 +84,7 @@ class Factor:
         return cls(order, np.ascontiguousarray(dtrtri(backwards)[0]))
 
 
+_Key = tuple[str, int, int, int, bytes]
 Factors = Callable[[], Sequence[Factor]]
 """Those of the spans of a matrix, from left to right, made when they are needed."""
 
@@ -131,42 +134,53 @@ class Moments:
         self.folder = folder
         self.files: dict[str, str] = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         threadpool_limits(1, "blas")  # rows are rounded in a thread per core already
-        self._lock, self._last = threading.Lock(), (("", 0, 0, b""), list[Factor]())
+        self._lock, self._kept = threading.Lock(), dict[_Key, tuple[threading.Lock, list[Factor]]]()
 
-    def rounding(self, moved: Mapping[str, Array] | None = None) -> Callable[[str, int], Factors | None]:
+    def rounding(
+        self, moved: Mapping[str, Array] | None = None, turned: Mapping[str, int] | None = None
+    ) -> Callable[[str, int], Factors | None]:
         """What rounds a matrix, by its name and how many columns it has; None where there are no moments of it.
 
         Columns may be a block of a matrix (`…;block_2`), rows a piece of it (`…;fine_0`).
 
         Args:
             moved: what the columns of a whole matrix were multiplied with, and its inputs divided by.
+            turned: the size of the blocks in which both were rotated then (convert/rotate.py).
         """
 
         def of(weight: str, columns: int) -> Factors | None:
             block, whole = _BLOCK.search(weight), _PIECE.sub("", weight)
             start, scaled = int(block[1]) * columns if block else 0, (moved or {}).get(whole)
             file = self.files.get(whole)
-            return (lambda: self._made(file, start, columns, scaled)) if file else None
+            size = (turned or {}).get(whole, 1)
+            return (lambda: self._made(file, start, columns, scaled, size)) if file else None
 
         return of
 
-    def _made(self, file: str, start: int, columns: int, scaled: Array | None) -> list[Factor]:
-        """Those of each span; the last ones are kept, since several matrices read the same, and rows come in lots."""
-        key = (file, start, columns, b"" if scaled is None else scaled.tobytes())
+    def _made(self, file: str, start: int, columns: int, scaled: Array | None, turned: int) -> list[Factor]:
+        """Those of each span, made once for matrices that read the same and for rows that come in lots."""
+        key = (file, start, columns, turned, b"" if scaled is None else scaled.tobytes())
         with self._lock:
-            if self._last[0] != key:
-                self._last = key, self._spans(file, slice(start, start + columns), scaled)
-            return self._last[1]
+            own, made = self._kept[key] = self._kept.pop(key, (threading.Lock(), []))
+            for old in list(self._kept)[: -parallel.threads()]:
+                del self._kept[old]
+        with own:
+            return made or self._spans(made, file, slice(start, start + columns), scaled, turned)
 
-    def _spans(self, file: str, columns: slice, scaled: Array | None) -> list[Factor]:
+    def _spans(self, found: list[Factor], file: str, columns: slice, scaled: Array | None, turned: int) -> list[Factor]:
+        """`found`, filled."""
         stored: NDArray[Any] = np.load(self.folder / file, mmap_mode="r")
-        width, found = stored.shape[1], []
+        width = stored.shape[1]
         for place, whole in enumerate(stored):
             low, high = (min(max(edge - place * width, 0), width) for edge in (columns.start, columns.stop))
             if low < high:
-                part = np.array(whole[low:high, low:high], np.float64)
+                first, last = low - low % turned, -(-high // turned) * turned  # whole blocks, of which a part is kept
+                part = np.array(whole[first:last, first:last], np.float64)
                 if scaled is not None:
-                    scale = scaled[place * width + low : place * width + high].astype(np.float64)
+                    scale = scaled[place * width + first : place * width + last].astype(np.float64)
                     part /= scale[:, None] * scale
-                found.append(Factor.of(part))
+                if turned > 1:
+                    part = rotate_blocks(rotate_blocks(part, turned).T, turned)
+                kept = slice(low - first, high - first)
+                found.append(Factor.of(part[kept, kept]))
         return found

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextvars import Context, ContextVar, copy_context
 from typing import TypeVar
 
 Part = TypeVar("Part")
 Result = TypeVar("Result")
+
+_given_up: ContextVar[tuple[threading.Event, ...]] = ContextVar("given_up", default=())
+"""Of the parts that this thread works within: set once nobody waits for their results any more."""
 
 
 def threads() -> int:
@@ -19,17 +24,36 @@ def threads() -> int:
 
 
 def ordered(work: Callable[[Part], Result], parts: Iterable[Part]) -> Iterator[Result]:
-    """`work` of each part in order; at most one part per thread, and one more, is under way or waiting to be taken."""
-    count = threads()
+    """`work` of each part in order; at most one part per thread, and one more, is under way or waiting to be taken.
+
+    After an error, an interrupt or a `break` no further part begins, nor one of those that are being cut up in turn:
+    Ctrl-C is heard after the smallest parts under way.
+    """
+    count, over = threads(), threading.Event()
     with ThreadPoolExecutor(count) as pool:
         waiting: deque[Future[Result]] = deque()
         try:
             for part in parts:
-                waiting.append(pool.submit(work, part))
+                _check()
+                waiting.append(pool.submit(_context(over).run, work, part))
                 if len(waiting) > count:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
         finally:
+            over.set()
             for future in waiting:
                 future.cancel()
+
+
+def _check() -> None:
+    """Stop here if what this thread works on is given up."""
+    if any(event.is_set() for event in _given_up.get()):
+        raise CancelledError
+
+
+def _context(over: threading.Event) -> Context:
+    """This thread's context for a worker, to which `over` is told as well."""
+    made = copy_context()
+    made.run(_given_up.set, (*_given_up.get(), over))
+    return made

@@ -95,8 +95,10 @@ class Int8:
     leaves attention's scores in float in `static`, where 8 bits are too few for them. `fold` is how strongly scales are
     moved between neighbouring layers of dynamic files, 0 to 1 (convert/fold.py). `blocks` are regular expressions over
     the linear layers of dynamic files that are made sums of layers `block` columns wide, where their width is a
-    multiple of it (convert/blocks.py). With `gptq`, weights of layers in dynamic files are rounded so that the layers'
-    results stay close on calibration text, not each weight by itself (convert/gptq.py).
+    multiple of it (convert/blocks.py). `rotate` are regular expressions over those whose inputs are rotated in blocks
+    of `rotation` channels, a power of two, where their width is a multiple of it (convert/rotate.py). With `gptq`,
+    weights of layers in dynamic files are rounded so that the layers' results stay close on calibration text, not each
+    weight by itself (convert/gptq.py).
     """
 
     scheme: Scheme
@@ -107,6 +109,8 @@ class Int8:
     fold: float = 0.0
     blocks: tuple[str, ...] = ()
     block: int = 64
+    rotate: tuple[str, ...] = ()
+    rotation: int = 128
     gptq: bool = False
 
 
@@ -192,6 +196,8 @@ def parse(data: bytes, file: Path | str) -> Recipe:
                 f"`bundle.cache_length` is {recipe.bundle.cache_length}, "
                 f"shorter than a prefill of {max(recipe.bundle.prefill)}"
             )
+        if recipe.int8.rotation & (recipe.int8.rotation - 1):
+            raise ValueError(f"`int8.rotation` is {recipe.int8.rotation}, which is no power of two")
         if "int4" in recipe.bundle.precisions and not recipe.int4:
             raise ValueError("`bundle.precisions` names int4, and there is no `int4` section to say how it is made")
         edges = [0, *(edge for ends in (recipe.int4.wide_tokens if recipe.int4 else ()) for edge in ends)]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from typing import Any, Literal
 
@@ -25,21 +25,21 @@ _FREE = 1e-6
 class Knob:
     """A key of a section to search.
 
-    A knob is set for groups of layers, by patterns over operator names. `lessens` are the sides whose contribution it
-    takes away, by about `share`. It costs `size` bytes per byte of weights and `work` products per product of a plain
-    layer. A layer that has it needs none of `spares`.
+    A knob is set for groups of layers, by patterns over operator names. Of the sides in `lessens` it takes away about
+    those shares of their contribution. It costs `size` bytes per byte of weights and `work` products per product of a
+    plain layer. A layer that has it needs none of `spares`. `tables`: it can be set for what is looked up as well.
 
     One with `values` is set for the whole model, to one of them, the first being that at rest. It costs neither size
     nor time, so the best combination of such values is where the path begins.
     """
 
     key: str
-    lessens: tuple[Side, ...] = ()
-    share: float = 1.0
+    lessens: Mapping[Side, float] = field(default_factory=dict)
     size: float = 0.0
     work: float = 0.0
     spares: tuple[str, ...] = ()
     values: tuple[Value, ...] = ()
+    tables: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,9 +66,16 @@ FREE = (Knob(key="fold", values=(0.0, 0.7)), Knob(key="gptq", values=(False, Tru
 INT8 = Space(
     section="int8",
     knobs=(
-        Knob(key="two_rows", lessens=("activations",), work=1.0),
-        Knob(key="blocks", lessens=("weights",), share=0.65, size=0.03, work=0.3),
-        Knob(key="keep_float", lessens=("weights", "activations"), size=3.0, work=2.0, spares=("two_rows", "blocks")),
+        Knob(key="two_rows", lessens={"activations": 1.0}, work=1.0),
+        Knob(key="rotate", lessens={"activations": 0.6, "weights": 0.2}, work=0.1, tables=False),
+        Knob(key="blocks", lessens={"weights": 0.65}, size=0.03, work=0.3),
+        Knob(
+            key="keep_float",
+            lessens={"weights": 1.0, "activations": 1.0},
+            size=3.0,
+            work=2.0,
+            spares=("two_rows", "rotate", "blocks"),
+        ),
         *FREE,
     ),
     spare="keep_float",
@@ -80,7 +87,7 @@ INT8 = Space(
 )
 INT4 = Space(  # how a layer takes its input stays as the recipe says: two rows, where activations cost anything
     section="int4",
-    knobs=(Knob(key="keep_int8", lessens=("weights",), share=0.95, size=0.78), *FREE),
+    knobs=(Knob(key="keep_int8", lessens={"weights": 0.95}, size=0.78), *FREE),
     spare="keep_int8",
     quiet={},
     rows=(1,),
@@ -193,7 +200,7 @@ def path(
 ) -> list[Candidate]:
     """Candidates from `first` on, each a move further: always the one with the most gain for its cost.
 
-    Gains are what `found` says of the groups and `share` of the knobs; costs are in shares of the plain file's size
+    Gains are what `found` says of the groups and `lessens` of the knobs; costs are in shares of the plain file's size
     plus shares of its products. None is expected to be more than `most` times as large as the plain file.
     """
     knobs = [knob for knob in space.knobs if not knob.values]
@@ -223,8 +230,10 @@ def _moves(state: _State, groups: Sequence[Group], knobs: Sequence[Knob]) -> lis
         for each in groups:
             if each.name in state.groups[knob.key] or _spared(state, knob, each.name, knobs):
                 continue
+            if each.looked_up and not knob.tables:
+                continue
             spared = sum(other.work for other in knobs if other.key in knob.spares and _has(state, other, each.name))
-            gain = knob.share * sum(state.left.get((each.name, side), 0.0) for side in knob.lessens)
+            gain = sum(share * state.left.get((each.name, side), 0.0) for side, share in knob.lessens.items())
             size, work = knob.size * each.elements / elements, (knob.work - spared) * each.products / products
             found.append(_Move(knob=knob, group=each.name, gain=gain, size=size, work=work))
     return [move for move in found if move.gain > 0]
@@ -241,5 +250,8 @@ def _spared(state: _State, knob: Knob, group: str, knobs: Sequence[Knob]) -> boo
 def _after(state: _State, move: _Move) -> _State:
     knob = move.knob
     groups = {key: names - {move.group} if key in knob.spares else names for key, names in state.groups.items()}
-    rest = {(move.group, side): state.left.get((move.group, side), 0.0) * (1 - knob.share) for side in knob.lessens}
+    rest = {
+        (move.group, side): state.left.get((move.group, side), 0.0) * (1 - share)
+        for side, share in knob.lessens.items()
+    }
     return _State(groups={**groups, knob.key: groups[knob.key] | {move.group}}, left={**state.left, **rest})

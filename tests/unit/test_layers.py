@@ -20,7 +20,7 @@ ALLOWED = {
     "judge": {"judge", "core"},
     "reference": {"reference", "core"},
     "release": {"release", "core"},
-    "search": {"search", "core"},
+    "search": {"search", "models", "judge", "convert", "core"},
     "models": {"models", "convert", "core"},
     "stage": {*ROOMS},
 }

@@ -113,6 +113,13 @@ def test_ranges_of_tokens_that_are_none_are_refused(tmp_path: Path, ranges: obje
     assert said in refused(tmp_path, table)
 
 
+@pytest.mark.parametrize("size", [3, 96])
+def test_a_rotation_of_no_power_of_two_is_refused(tmp_path: Path, size: int) -> None:
+    table = copy.deepcopy(GOOD)
+    table["int8"]["rotation"] = size
+    assert f"`int8.rotation` is {size}" in refused(tmp_path, table)
+
+
 def test_a_whole_number_will_do_for_a_limit(tmp_path: Path) -> None:
     table = copy.deepcopy(GOOD)
     table["gates"]["fp16"]["kld"] = 1

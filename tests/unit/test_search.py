@@ -23,8 +23,8 @@ from pipeline.search.halving import Point
 RECIPES = sorted((PROJECT / "pipeline" / "recipes").glob("*.toml"))
 LAYERS = 6
 KNOBS = (
-    Knob(key="two_rows", lessens=("activations",), work=1.0),
-    Knob(key="keep_float", lessens=("weights", "activations"), size=3.0, work=2.0, spares=("two_rows",)),
+    Knob(key="two_rows", lessens={"activations": 1.0}, work=1.0),
+    Knob(key="keep_float", lessens={"weights": 1.0, "activations": 1.0}, size=3.0, work=2.0, spares=("two_rows",)),
 )
 """Two of the search space, which may change."""
 SPACE = replace(INT8, knobs=KNOBS)
@@ -133,6 +133,14 @@ def test_a_layer_in_float_needs_no_second_row() -> None:
     found = {"mlp.down_proj 0–2": Contribution(weights=0.1, activations=1.0)}
     last = path(found, 9.0)[-1]
     assert last.values["two_rows"] == [] and last.values["keep_float"] == [r"^layers\.(0|1|2)\.mlp\.down_proj;"]
+
+
+def test_what_a_table_can_not_have_is_not_tried_on_it() -> None:
+    space = replace(SPACE, knobs=(Knob(key="rotate", lessens={"activations": 0.5}, tables=False), *KNOBS))
+    found = {name: Contribution(weights=0.0, activations=1.0) for name in ("embed_tokens + head", "mlp.down_proj 0–2")}
+    made = candidates.path(candidates.plain(space), GROUPS, found, 1.0, space)
+    assert made[-1].values["rotate"] == [r"^layers\.(0|1|2)\.mlp\.down_proj;"]
+    assert len(made[-1].values["two_rows"]) == 3  # the table, the head, down_proj
 
 
 def test_a_knob_of_the_whole_model_is_one_line_more_and_the_path_keeps_it() -> None:
