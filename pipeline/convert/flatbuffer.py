@@ -548,6 +548,7 @@ _OPTIONS = {
     "DEQUANTIZE": "DequantizeOptions",
     "FULLY_CONNECTED": "FullyConnectedOptions",
     "BATCH_MATMUL": "BatchMatMulOptions",
+    "CONV_2D": "Conv2DOptions",
     "MUL": "MulOptions",
     "ADD": "AddOptions",
     "RESHAPE": "ReshapeOptions",

@@ -4,53 +4,57 @@ One int8 scale for a token has to serve its largest channel. A Hadamard matrix B
 channel evenly over the n of its block, and the layer's columns are rotated the same way: W x = (W B)(Bᵀ x). In float
 nothing changes but the last bits (QuIP#, arXiv 2402.04396; QuaRot, arXiv 2404.00456). Rotations that are free at run
 time need a norm whose weight can be moved behind it; Gemma has such norms on both sides of every layer, so here Bᵀ x is
-computed: n multiply-adds per channel, in float, once for all layers that read x.
+computed: n multiply-adds per channel, in float, once for all layers that read x. It is a convolution of width 1 with a
+group for each block, the one operator that cuts channels up where batch and sequence are both unknown. A table that is
+the head as well holds rotated rows; those that are looked up are rotated back.
 """
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import numpy as np
 
 from pipeline.convert.flatbuffer import Array, Graph
 from pipeline.convert.hadamard import hadamard, rotate_blocks
-from pipeline.convert.quantize import LINEAR, LOOKUP, PRODUCT, Keep
+from pipeline.convert.quantize import LINEAR, LOOKUP, Keep
 
 
 def rotate_inputs(graph: Graph, chosen: Keep, size: int) -> dict[str, int]:
     """Rotate the float32 layers that `chosen` names and what they read, in every signature.
 
-    Left alone: a matrix that is no multiple of `size` wide, one that is looked up as well (the rows of a table are
-    what they are), and an input whose last axis but one is not of size 1.
+    Left alone: a matrix that is no multiple of `size` wide, and one whose inputs have not four axes, as those of a
+    convolution have.
 
     Returns:
         `size` by the name of each matrix that was rotated.
     """
     views = graph.each()
-    matrices = {buffer: name for view in views for buffer, name in _matrices(view, chosen, size).items()}
+    matrices = {buffer: (view, tensor) for view in views for buffer, tensor in _matrices(view, chosen, size).items()}
     spoken_for = {buffer for view in views for buffer in _others(view, chosen, size)}
-    turned = {buffer: name for buffer, name in matrices.items() if buffer not in spoken_for}
-    if not turned:
-        return {}
-    basis = graph.add_buffer(hadamard(size))
-    done: set[int] = set()
+    turned = {buffer: (view, tensor) for buffer, (view, tensor) in matrices.items() if buffer not in spoken_for}
+    constants: dict[int, tuple[int, int]] = {}
     for view in views:
-        _Rotation(view, set(turned), basis, size, done).rewrite()
-    return dict.fromkeys(turned.values(), size)
+        _Rotation(view, set(turned), size, constants).rewrite()
+    for view, tensor in turned.values():
+        view.set_constant(tensor, view.blocks(tensor).map(np.float32, lambda block, _: _columns(block, size)))
+    return {view.name(tensor): size for view, tensor in turned.values()}
 
 
-def _matrices(view: Graph, chosen: Keep, size: int) -> dict[int, str]:
-    """Buffer → name of the weights that can be rotated."""
+def _columns(block: Array, size: int) -> Array:
+    return rotate_blocks(block, size).astype(np.float32)
+
+
+def _matrices(view: Graph, chosen: Keep, size: int) -> dict[int, int]:
+    """Buffer → tensor of the weights that can be rotated."""
     wanted = [operator for operator in view.operators() if _is_rotatable(view, operator, chosen, size)]
-    return {_buffer(view, operator): view.name(int(operator.inputs[1])) for operator in wanted}
+    return {_buffer(view, operator): int(operator.inputs[1]) for operator in wanted}
 
 
 def _others(view: Graph, chosen: Keep, size: int) -> set[int]:
     """Buffers that operators read which stay as they are."""
     rest = [operator for operator in view.operators() if not _is_rotatable(view, operator, chosen, size)]
-    return {_buffer(view, operator) for operator in rest if view.code(operator) in (LINEAR, LOOKUP)}
+    return {_buffer(view, operator) for operator in rest if view.code(operator) == LINEAR}
 
 
 def _is_rotatable(view: Graph, operator: Any, chosen: Keep, size: int) -> bool:
@@ -61,7 +65,7 @@ def _is_rotatable(view: Graph, operator: Any, chosen: Keep, size: int) -> bool:
         view.is_constant(weight)
         and view.type_of(weight) == "FLOAT32"
         and not view.shape(weight)[-1] % size
-        and view.shape(taken)[-2:-1] == (1,)
+        and len(view.shape(taken)) == 4
     )
 
 
@@ -72,52 +76,62 @@ def _buffer(view: Graph, operator: Any) -> int:
 class _Rotation:
     """The rewriting of one signature; layers with the same input share what is made of it."""
 
-    def __init__(self, graph: Graph, turned: set[int], basis: int, size: int, done: set[int]) -> None:
-        """`turned` are the buffers of the weights, `basis` that of the matrix; `done` of them are rotated already."""
-        self.graph, self.turned, self.basis, self.size, self.done = graph, turned, basis, size, done
+    def __init__(self, graph: Graph, turned: set[int], size: int, done: dict[int, tuple[int, int]]) -> None:
+        """`turned` are the buffers of the weights; by width, `done` has the buffers of a rotation's constants."""
+        self.graph, self.turned, self.size, self.done = graph, turned, size, done
         self.inputs: dict[int, int] = {}
 
     def rewrite(self) -> None:
-        self.matrix = self.graph.add_tensor("hadamard", "FLOAT32", (self.size, self.size))
-        self.graph.main.tensors[self.matrix].buffer = self.basis
         self.graph.rewrite(self._change)
 
     def _change(self, operator: Any) -> list[Any]:
-        if self.graph.code(operator) != LINEAR or _buffer(self.graph, operator) not in self.turned:
+        graph, code = self.graph, self.graph.code(operator)
+        if code not in (LINEAR, LOOKUP) or _buffer(graph, operator) not in self.turned:
             return [operator]
-        taken, weight = (int(tensor) for tensor in operator.inputs[:2])
-        before = [] if taken in self.inputs else self._turn(taken)
+        if code == LOOKUP:
+            return self._turn_back(operator)
+        taken = int(operator.inputs[0])
+        before = []
+        if taken not in self.inputs:
+            self.inputs[taken] = self._tensor(taken, "rotated", graph.shape(taken))
+            before = [self._turn(taken, self.inputs[taken])]
         operator.inputs[0] = self.inputs[taken]
-        if _buffer(self.graph, operator) not in self.done:
-            self.done.add(_buffer(self.graph, operator))
-            self.graph.set_constant(weight, self.graph.blocks(weight).map(np.float32, self._columns))
         return [*before, operator]
 
-    def _columns(self, block: Array, _row: int) -> Array:
-        return rotate_blocks(block, self.size).astype(np.float32)
+    def _turn_back(self, lookup: Any) -> list[Any]:
+        """`lookup`, and what makes the rows [tokens, channels] of the rotated ones: B is its own inverse."""
+        graph, rows = self.graph, int(lookup.outputs[0])
+        shape = graph.shape(rows)
+        wide = (1, shape[0], 1, shape[1])
+        found, before, after = (
+            self._tensor(rows, name, size) for name, size in (("found", shape), ("wide", wide), ("back", wide))
+        )
+        lookup.outputs = [found]
+        return [lookup, self._reshape(found, before), self._turn(before, after), self._reshape(after, rows)]
 
-    def _turn(self, x: int) -> list[Any]:
-        """The operators that rotate `x` [..., 1, inputs]: the axis before the last is there for the blocks.
+    def _turn(self, x: int, result: int) -> Any:
+        """The operator that rotates `x` [batch, sequence, 1, channels]."""
+        constants = self._constants(self.graph.shape(x)[-1])
+        return self.graph.operator("CONV_2D", [x, *constants], [result], strideW=1, strideH=1)
 
-        Cut and joined, not reshaped: a shape with batch and sequence both unknown can't be said.
-        """
-        graph, shape, size = self.graph, self.graph.shape(x), self.size
-        count, last = shape[-1] // size, len(shape) - 1
-        tensor = partial(self._tensor, x)
-        pieces, turned = ([tensor(f"{name}_{i}", 1, size) for i in range(count)] for name in ("piece", "turned"))
-        blocks, product = tensor("blocks", count, size), tensor("rotation", count, size)
-        self.inputs[x] = tensor("rotated", 1, shape[-1])
-        axes = (graph.add_constant(np.array(axis, np.int32), f"{graph.name(x)};axis") for axis in (last, last - 1))
-        along, across = axes
-        return [
-            graph.operator("SPLIT", [along, x], pieces, numSplits=count),
-            graph.operator("CONCATENATION", pieces, [blocks], axis=last - 1),
-            graph.operator(PRODUCT, [blocks, self.matrix], [product]),
-            graph.operator("SPLIT", [across, product], turned, numSplits=count),
-            graph.operator("CONCATENATION", turned, [self.inputs[x]], axis=last),
-        ]
-
-    def _tensor(self, x: int, name: str, *end: int) -> int:
-        """A new tensor with the leading axes of `x` and the last two as `end`."""
+    def _reshape(self, x: int, result: int) -> Any:
         graph = self.graph
-        return graph.add_tensor(f"{graph.name(x)};{name}", "FLOAT32", (*graph.shape(x)[:-2], *end))
+        shape = graph.add_constant(np.array(graph.shape(result), np.int32), f"{graph.name(result)};shape")
+        return graph.operator("RESHAPE", [x, shape], [result])
+
+    def _tensor(self, of: int, name: str, shape: tuple[int, ...]) -> int:
+        return self.graph.add_tensor(f"{self.graph.name(of)};{name}", "FLOAT32", shape)
+
+    def _constants(self, width: int) -> list[int]:
+        """The filter [width, 1, 1, size] and the bias of a convolution with width / size groups."""
+        graph, size = self.graph, self.size
+        if width not in self.done:
+            basis = np.tile(hadamard(size), (width // size, 1)).reshape(width, 1, 1, size)
+            self.done[width] = graph.add_buffer(basis), graph.add_buffer(np.zeros(width, np.float32))
+        made = [
+            graph.add_tensor(f"hadamard;{width}{end}", "FLOAT32", shape)
+            for end, shape in (("", (width, 1, 1, size)), (";bias", (width,)))
+        ]
+        for tensor, buffer in zip(made, self.done[width], strict=True):
+            graph.main.tensors[tensor].buffer = buffer
+        return made

@@ -110,7 +110,7 @@ class Int8:
     blocks: tuple[str, ...] = ()
     block: int = 64
     rotate: tuple[str, ...] = ()
-    rotation: int = 128
+    rotation: int = 64
     gptq: bool = False
 
 

@@ -27,7 +27,7 @@ class Knob:
 
     A knob is set for groups of layers, by patterns over operator names. Of the sides in `lessens` it takes away about
     those shares of their contribution. It costs `size` bytes per byte of weights and `work` products per product of a
-    plain layer. A layer that has it needs none of `spares`. `tables`: it can be set for what is looked up as well.
+    plain layer. A layer that has it needs none of `spares`.
 
     One with `values` is set for the whole model, to one of them, the first being that at rest. It costs neither size
     nor time, so the best combination of such values is where the path begins.
@@ -39,7 +39,6 @@ class Knob:
     work: float = 0.0
     spares: tuple[str, ...] = ()
     values: tuple[Value, ...] = ()
-    tables: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +66,7 @@ INT8 = Space(
     section="int8",
     knobs=(
         Knob(key="two_rows", lessens={"activations": 1.0}, work=1.0),
-        Knob(key="rotate", lessens={"activations": 0.6, "weights": 0.2}, work=0.1, tables=False),
+        Knob(key="rotate", lessens={"activations": 0.6, "weights": 0.2}, work=0.1),
         Knob(key="blocks", lessens={"weights": 0.65}, size=0.03, work=0.3),
         Knob(
             key="keep_float",
@@ -229,8 +228,6 @@ def _moves(state: _State, groups: Sequence[Group], knobs: Sequence[Knob]) -> lis
     for knob in knobs:
         for each in groups:
             if each.name in state.groups[knob.key] or _spared(state, knob, each.name, knobs):
-                continue
-            if each.looked_up and not knob.tables:
                 continue
             spared = sum(other.work for other in knobs if other.key in knob.spares and _has(state, other, each.name))
             gain = sum(share * state.left.get((each.name, side), 0.0) for side, share in knob.lessens.items())

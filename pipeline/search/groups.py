@@ -34,7 +34,7 @@ class Layer:
 class Group:
     """`kinds` (`layers.*.mlp.down_proj`) in the layers `numbers`, or wherever they are if that is empty.
 
-    `elements` and `products` of all of them; `looked_up`: there is a table among them.
+    `elements` and `products` of all of them.
     """
 
     name: str
@@ -42,7 +42,6 @@ class Group:
     numbers: tuple[int, ...]
     elements: int
     products: int
-    looked_up: bool
 
 
 def kind_of(name: str) -> str:
@@ -78,7 +77,6 @@ def _group(kinds: tuple[str, ...], numbers: tuple[int, ...], layers: Sequence[La
         numbers=numbers,
         elements=sum(weights.values()),
         products=sum(layer.products for layer in layers),
-        looked_up=any(not layer.products for layer in layers),
     )
 
 

@@ -135,14 +135,6 @@ def test_a_layer_in_float_needs_no_second_row() -> None:
     assert last.values["two_rows"] == [] and last.values["keep_float"] == [r"^layers\.(0|1|2)\.mlp\.down_proj;"]
 
 
-def test_what_a_table_can_not_have_is_not_tried_on_it() -> None:
-    space = replace(SPACE, knobs=(Knob(key="rotate", lessens={"activations": 0.5}, tables=False), *KNOBS))
-    found = {name: Contribution(weights=0.0, activations=1.0) for name in ("embed_tokens + head", "mlp.down_proj 0–2")}
-    made = candidates.path(candidates.plain(space), GROUPS, found, 1.0, space)
-    assert made[-1].values["rotate"] == [r"^layers\.(0|1|2)\.mlp\.down_proj;"]
-    assert len(made[-1].values["two_rows"]) == 3  # the table, the head, down_proj
-
-
 def test_a_knob_of_the_whole_model_is_one_line_more_and_the_path_keeps_it() -> None:
     knobs = (*KNOBS, Knob(key="fold", values=(0.0, 0.3, 0.6)), Knob(key="gptq", values=(False, True)))
     space = replace(SPACE, knobs=knobs)
