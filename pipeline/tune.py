@@ -132,7 +132,8 @@ class Study:
     def race(self) -> None:
         """Successive halving: fewer candidates on more text, until all that are left have seen all of it.
 
-        What turns out to be too large goes at once; the plain file, the given recipe and the unit of sizes stay.
+        What turns out to be too large goes at once; the plain file, the given recipe, the unit of sizes and the most
+        faithful one within the limits stay.
         """
         names, shards = [each.name for each in self.tried], 1
         while True:
@@ -146,7 +147,9 @@ class Study:
                 return
             small = {each.name for each in racing if self.relative_size(each) <= self.limits[0]}
             known = {name: point for name, point in known.items() if name in small}
-            stay = {self.tried[0].name, self.given.name, self.unit.name}
+            fitting = [each.name for each in racing if each.name in known and self.fits(each)]
+            best = min(fitting, key=lambda name: known[name].kld, default=self.given.name)
+            stay = {self.tried[0].name, self.given.name, self.unit.name, best}
             kept = {*stay, *halving.better_half(known, FINALISTS)}
             names = [name for name in names if name in kept]
             few = len(names) <= FINALISTS + len(stay)

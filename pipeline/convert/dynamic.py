@@ -5,16 +5,14 @@ Stage int8 and tune both call this, so that what tune measured is what int8 buil
 
 from __future__ import annotations
 
-from pipeline.convert import blocks, fold, gptq, quantize, residual, rotate
+from pipeline.convert import blocks, gptq, quantize, residual, smooth
 from pipeline.convert.flatbuffer import Graph
 from pipeline.core.recipe import Int8
 
 
 def make(graph: Graph, int8: Int8, moments: gptq.Moments | None = None) -> None:
     """Make `graph`, its weights attached in float32, int8: weights now, activations while it runs."""
-    moved = fold.fold_scales(graph, int8.fold) if int8.fold else {}
-    turned = rotate.rotate_inputs(graph, quantize.keeper(int8.rotate), int8.rotation) if int8.rotate else {}
+    rounding = smooth.smooth(graph, int8, moments)
     blocks.split_columns(graph, quantize.keeper(int8.blocks), int8.block)
-    rounding = moments.rounding(moved, turned) if moments and int8.gptq else quantize.to_nearest
     quantize.quantise_weights(graph, quantize.keeper(int8.keep_float), rounding)
     residual.take_two_rows(graph, quantize.keeper(int8.two_rows))

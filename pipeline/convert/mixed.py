@@ -5,7 +5,7 @@ Stage int4 and tune both call this, so that what tune measured is what int4 buil
 
 from __future__ import annotations
 
-from pipeline.convert import blockwise, fold, gptq, pieces, quantize, residual
+from pipeline.convert import blockwise, gptq, pieces, quantize, residual, smooth
 from pipeline.convert.flatbuffer import Graph
 from pipeline.core.recipe import Int4
 
@@ -15,9 +15,8 @@ HEAD = "embed_tokens.weight"
 
 def make(graph: Graph, int4: Int4, moments: gptq.Moments | None = None) -> None:
     """Give `graph`, its weights attached in float32, 4-bit ones, and 8-bit ones where the recipe says so."""
-    moved = fold.fold_scales(graph, int4.fold) if int4.fold else {}
+    rounding = smooth.smooth(graph, int4, moments)
     if int4.wide_tokens:
         pieces.cut(graph, HEAD, int4.wide_tokens)
-    rounding = moments.rounding(moved) if moments and int4.gptq else quantize.to_nearest
     blockwise.make_mixed(graph, quantize.keeper([*int4.keep_int8, *pieces.FINE]), rounding)
     residual.take_two_rows(graph, quantize.keeper(int4.two_rows))

@@ -7,6 +7,22 @@ time need a norm whose weight can be moved behind it; Gemma has such norms on bo
 computed: n multiply-adds per channel, in float, once for all layers that read x. It is a convolution of width 1 with a
 group for each block, the one operator that cuts channels up where batch and sequence are both unknown. A table that is
 the head as well holds rotated rows; those that are looked up are rotated back.
+
+Gemma 3 270M, int8, scales folded, GPTQ, blocks of 64 channels, LiteRT 2.3.0, on 2026-11-29; calibration text, KL(fp32
+file || file) in nats with 95 % intervals, tokens/s of 128 tokens against the plain file:
+
+============================================  =========  ===========================  ======  ========
+all layers                                    positions  KLD                          top-1   tokens/s
+============================================  =========  ===========================  ======  ========
+one row                                           2,016  0.0452 (0.0358 … 0.0568)     88.7 %  0.92
+one row, rotated                                  2,016  0.0037 (0.0032 … 0.0044)     96.0 %  0.92
+two rows, head in blocks of 128                   2,016  0.0021 (0.0017 … 0.0026)     97.1 %  0.53
+two rows, rotated, head in blocks of 128            504  0.00059 (0.00046 … 0.00075)  97.6 %  0.48
+============================================  =========  ===========================  ======  ========
+
+With one row, blocks of 32 channels have 0.0044 instead of 0.0034 on 504 positions; with two, blocks of 128 have 0.0022
+on 756 where 64 have 0.0023, the head left as it was. A step of 128 tokens takes 1.00, 1.08 (64) and 1.17 (128) times as
+long as without, of one token 1.00, 1.07 and 1.09 times.
 """
 
 from __future__ import annotations

@@ -121,13 +121,15 @@ class Int4:
     `keep_int8` are regular expressions over the names of operators (`layers.0.mlp.down_proj;`) whose weights have 8
     bits and a scale per row; all others have 4 and a scale per 32 neighbours (convert/blockwise.py). Of a table that is
     the head too, the rows of `wide_tokens` have 8 bits: ranges `[first, behind the last]` of token ids, ascending
-    (convert/pieces.py). `two_rows`, `fold` and `gptq` as in `Int8`.
+    (convert/pieces.py). `two_rows`, `fold`, `rotate`, `rotation` and `gptq` as in `Int8`.
     """
 
     keep_int8: tuple[str, ...] = ()
     wide_tokens: tuple[tuple[toml.Index, toml.Index], ...] = ()
     two_rows: tuple[str, ...] = ()
     fold: float = 0.0
+    rotate: tuple[str, ...] = ()
+    rotation: int = 64
     gptq: bool = False
 
 
@@ -196,8 +198,9 @@ def parse(data: bytes, file: Path | str) -> Recipe:
                 f"`bundle.cache_length` is {recipe.bundle.cache_length}, "
                 f"shorter than a prefill of {max(recipe.bundle.prefill)}"
             )
-        if recipe.int8.rotation & (recipe.int8.rotation - 1):
-            raise ValueError(f"`int8.rotation` is {recipe.int8.rotation}, which is no power of two")
+        for name, size in (("int8", recipe.int8.rotation), ("int4", recipe.int4.rotation if recipe.int4 else 1)):
+            if size & (size - 1):
+                raise ValueError(f"`{name}.rotation` is {size}, which is no power of two")
         if "int4" in recipe.bundle.precisions and not recipe.int4:
             raise ValueError("`bundle.precisions` names int4, and there is no `int4` section to say how it is made")
         edges = [0, *(edge for ends in (recipe.int4.wide_tokens if recipe.int4 else ()) for edge in ends)]

@@ -27,7 +27,7 @@ class Knob:
 
     A knob is set for groups of layers, by patterns over operator names. Of the sides in `lessens` it takes away about
     those shares of their contribution. It costs `size` bytes per byte of weights and `work` products per product of a
-    plain layer. A layer that has it needs none of `spares`.
+    plain layer. A layer that has it needs none of `spares`. Without `tables`, what is only looked up can't have it.
 
     One with `values` is set for the whole model, to one of them, the first being that at rest. It costs neither size
     nor time, so the best combination of such values is where the path begins.
@@ -38,6 +38,7 @@ class Knob:
     size: float = 0.0
     work: float = 0.0
     spares: tuple[str, ...] = ()
+    tables: bool = False
     values: tuple[Value, ...] = ()
 
 
@@ -67,13 +68,14 @@ INT8 = Space(
     knobs=(
         Knob(key="two_rows", lessens={"activations": 1.0}, work=1.0),
         Knob(key="rotate", lessens={"activations": 0.6, "weights": 0.2}, work=0.1),
-        Knob(key="blocks", lessens={"weights": 0.65}, size=0.03, work=0.3),
+        Knob(key="blocks", lessens={"weights": 0.65, "activations": 0.4}, size=0.03, work=0.3),
         Knob(
             key="keep_float",
             lessens={"weights": 1.0, "activations": 1.0},
             size=3.0,
             work=2.0,
             spares=("two_rows", "rotate", "blocks"),
+            tables=True,
         ),
         *FREE,
     ),
@@ -86,7 +88,11 @@ INT8 = Space(
 )
 INT4 = Space(  # how a layer takes its input stays as the recipe says: two rows, where activations cost anything
     section="int4",
-    knobs=(Knob(key="keep_int8", lessens={"weights": 0.95}, size=0.78), *FREE),
+    knobs=(
+        Knob(key="keep_int8", lessens={"weights": 0.95}, size=0.78, tables=True),
+        *FREE,
+        Knob(key="rotate", values=([], ["."])),  # beside two rows and the fewer bits it costs next to nothing
+    ),
     spare="keep_int8",
     quiet={},
     rows=(1,),
@@ -227,7 +233,8 @@ def _moves(state: _State, groups: Sequence[Group], knobs: Sequence[Knob]) -> lis
     found = []
     for knob in knobs:
         for each in groups:
-            if each.name in state.groups[knob.key] or _spared(state, knob, each.name, knobs):
+            possible = each.products or knob.tables
+            if not possible or each.name in state.groups[knob.key] or _spared(state, knob, each.name, knobs):
                 continue
             spared = sum(other.work for other in knobs if other.key in knob.spares and _has(state, other, each.name))
             gain = sum(share * state.left.get((each.name, side), 0.0) for side, share in knob.lessens.items())

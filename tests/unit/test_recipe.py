@@ -113,11 +113,11 @@ def test_ranges_of_tokens_that_are_none_are_refused(tmp_path: Path, ranges: obje
     assert said in refused(tmp_path, table)
 
 
-@pytest.mark.parametrize("size", [3, 96])
-def test_a_rotation_of_no_power_of_two_is_refused(tmp_path: Path, size: int) -> None:
+@pytest.mark.parametrize(("section", "size"), [("int8", 3), ("int8", 96), ("int4", 24)])
+def test_a_rotation_of_no_power_of_two_is_refused(tmp_path: Path, section: str, size: int) -> None:
     table = copy.deepcopy(GOOD)
-    table["int8"]["rotation"] = size
-    assert f"`int8.rotation` is {size}" in refused(tmp_path, table)
+    table[section]["rotation"] = size
+    assert f"`{section}.rotation` is {size}" in refused(tmp_path, table)
 
 
 def test_a_whole_number_will_do_for_a_limit(tmp_path: Path) -> None:

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from test_flatbuffer import run
 
-from pipeline.convert import gptq, quantize, residual, rotate
+from pipeline.convert import dynamic, gptq, mixed, quantize, residual, rotate
 from pipeline.convert.flatbuffer import Graph
 from pipeline.convert.hadamard import hadamard, rotate_blocks
+from pipeline.core.recipe import Int4, Int8
 
 TOKENS, INPUTS, OUTPUTS = 5, 64, 48
 RANDOM = np.random.default_rng(3)
@@ -163,6 +164,14 @@ def test_what_can_not_be_rotated_is_left_alone(why: str) -> None:
         graph.main.tensors[int(first.inputs[0])].shapeSignature = [1, 1, -1, 1, INPUTS]
     names = {"not chosen": "none", "read by another": "^q"}.get(why, ".")
     assert list(rotate.rotate_inputs(graph, quantize.keeper([names]), size)) == []
+
+
+def test_both_schemes_rotate_as_their_section_says() -> None:
+    for rotate_, count in (((), 0), (("^q",), 1)):
+        eight, four = layers(), layers()
+        dynamic.make(eight, Int8(scheme="dynamic", calibration_samples=1, rotate=rotate_, rotation=16))
+        mixed.make(four, Int4(rotate=rotate_, rotation=16))
+        assert [codes(graph).count("CONV_2D") for graph in (eight, four)] == [count] * 2
 
 
 def test_moments_are_rotated_with_what_they_are_of(tmp_path: Path) -> None:

@@ -24,7 +24,14 @@ RECIPES = sorted((PROJECT / "pipeline" / "recipes").glob("*.toml"))
 LAYERS = 6
 KNOBS = (
     Knob(key="two_rows", lessens={"activations": 1.0}, work=1.0),
-    Knob(key="keep_float", lessens={"weights": 1.0, "activations": 1.0}, size=3.0, work=2.0, spares=("two_rows",)),
+    Knob(
+        key="keep_float",
+        lessens={"weights": 1.0, "activations": 1.0},
+        size=3.0,
+        work=2.0,
+        spares=("two_rows",),
+        tables=True,
+    ),
 )
 """Two of the search space, which may change."""
 SPACE = replace(INT8, knobs=KNOBS)
@@ -133,6 +140,17 @@ def test_a_layer_in_float_needs_no_second_row() -> None:
     found = {"mlp.down_proj 0–2": Contribution(weights=0.1, activations=1.0)}
     last = path(found, 9.0)[-1]
     assert last.values["two_rows"] == [] and last.values["keep_float"] == [r"^layers\.(0|1|2)\.mlp\.down_proj;"]
+
+
+def test_what_is_only_looked_up_has_no_input_to_prepare() -> None:
+    table = group([Layer(name="rows;", reads=-8, weight=7, elements=500, products=0)], 1)
+    groups, found = [*GROUPS, *table], {"rows": Contribution(weights=1.0, activations=0.0)}
+    moved = {
+        key: [each.name for each in candidates.path(candidates.plain(space), groups, found, 9.0, space)[1:]]
+        for key, knob in (("rotate", INT8.knobs[1]), ("keep_float", KNOBS[1]))
+        for space in [replace(SPACE, knobs=(knob,))]
+    }
+    assert moved == {"rotate": [], "keep_float": ["+ keep_float rows"]}
 
 
 def test_a_knob_of_the_whole_model_is_one_line_more_and_the_path_keeps_it() -> None:
