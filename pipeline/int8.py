@@ -52,14 +52,14 @@ def work(context: Context) -> Outcome:
 def _make_static(context: Context, graph: Graph, keep: quantize.Keep, scheme: Scheme) -> Facts:
     """Quantise the step graph's activations as well, with the ranges that the fp32 file shows on real text.
 
-    The head, which stays dynamic, takes its rows as the recipe says of it.
+    The head, which stays dynamic, takes two rows where others take two tensors.
     """
     settings = context.recipe.int8
     bits: static.Bits = 16 if scheme == "static16" else 8
     plan = partial(
         static.plan_static,
         keep=keep,
-        two_rows=quantize.keeper(settings.two_rows if bits == 8 else ()),
+        two_tensors=quantize.keeper(settings.two_tensors if bits == 8 else ()),
         float_scores=settings.float_scores and bits == 8,
     )
     samples = _samples(context)
@@ -69,7 +69,7 @@ def _make_static(context: Context, graph: Graph, keep: quantize.Keep, scheme: Sc
     seen = calibrate.collect(fp32, plan(Graph.read(fp32)).wanted, samples)
     graph.prune()  # as the fp32 file was: tensors have the same places in both
     static.make_static(graph, plan(graph), seen, keep, bits)
-    residual.take_two_rows(graph, quantize.keeper(settings.two_rows))
+    residual.take_two_rows(graph, quantize.keeper(settings.two_tensors))
     return {"calibration_samples": len(samples), "calibration_tokens": tokens}
 
 

@@ -18,7 +18,7 @@ values give -392 for 640. With one it adds up in 64, thirty times as slowly. So 
 where its largest row could wrap around (`_wraps`); in Gemma 3 270M, some of the `down_proj`.
 
 With 8 bits one range must hold all channels of a tensor, and in Gemma 3 some channels are a hundred times the rest. A
-layer that the recipe's `two_rows` names escapes from that on both sides:
+layer that the recipe's `two_tensors` names escapes from that on both sides:
 
 - its input is two int8 tensors, the value and what rounding it leaves over, some 16 bits in all. The layer is computed
   of each, with the same weights, and the results are added: the static form of `residual.py`.
@@ -70,12 +70,12 @@ class Plan:
     wanted: tuple[int, ...]
 
 
-def plan_static(graph: Graph, keep: Keep, two_rows: Keep = lambda _: False, *, float_scores: bool = False) -> Plan:
+def plan_static(graph: Graph, keep: Keep, two_tensors: Keep = lambda _: False, *, float_scores: bool = False) -> Plan:
     """Choose the operators of the static scheme.
 
     Every matrix product becomes integer but the head, what picks its rows, and those that `keep` names; and so does
     what only moves values on the way into one. Everything else stays float32; see the measurements at `make_static`.
-    Linear layers that `two_rows` names are doubled; with `float_scores` what a softmax reads is left in float as well.
+    Linear layers that `two_tensors` names are doubled; with `float_scores` what a softmax reads is left in float too.
     """
     left, operators = _heads(graph) | (_scores(graph) if float_scores else set()), graph.main.operators
     products = {
@@ -86,7 +86,7 @@ def plan_static(graph: Graph, keep: Keep, two_rows: Keep = lambda _: False, *, f
     doubled = {
         place
         for place in products
-        if _is_plain(graph, operators[place]) and two_rows(graph.operator_name(operators[place]))
+        if _is_plain(graph, operators[place]) and two_tensors(graph.operator_name(operators[place]))
     }
     moves = _moves_into(graph, products - doubled)
     moved = {int(i) for place in moves for i in operators[place].outputs}

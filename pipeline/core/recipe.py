@@ -90,21 +90,23 @@ class Int8:
 
     `scheme` chooses what `int8/step.tflite` is; `static16` is static with 16-bit activations. `calibration_samples`
     texts set the static ranges. `keep_float` are regular expressions over the names of operators that stay in float,
-    `two_rows` over linear layers that take their input twice, the value and the remainder, as two int8 rows
-    in dynamic files (convert/residual.py), as two int8 tensors in static ones (convert/static.py). `float_scores`
-    leaves attention's scores in float in `static`, where 8 bits are too few for them. `fold` is how strongly scales are
-    moved between neighbouring layers of dynamic files, 0 to 1 (convert/fold.py). `blocks` are regular expressions over
-    the linear layers of dynamic files that are made sums of layers `block` columns wide, where their width is a
-    multiple of it (convert/blocks.py). `rotate` are regular expressions over those whose inputs are rotated in blocks
-    of `rotation` channels, a power of two, where their width is a multiple of it (convert/rotate.py). With `gptq`,
-    weights of layers in dynamic files are rounded so that the layers' results stay close on calibration text, not each
-    weight by itself (convert/gptq.py).
+    `two_rows` over linear layers that take their input twice in dynamic files, the value and the remainder, as two int8
+    rows (convert/residual.py), `two_tensors` over those of static files that take it as two int8 tensors
+    (convert/static.py), and a head, which is dynamic there, as two rows. `float_scores` leaves attention's scores in
+    float in `static`, where 8 bits are too few for them. `fold` is how strongly scales are moved between neighbouring
+    layers of dynamic files, 0 to 1 (convert/fold.py). `blocks` are regular expressions over the linear layers of
+    dynamic files that are made sums of layers `block` columns wide, where their width is a multiple of it
+    (convert/blocks.py). `rotate` are regular expressions over those whose inputs are rotated in blocks of `rotation`
+    channels, a power of two, where their width is a multiple of it (convert/rotate.py). With `gptq`, weights of layers
+    in dynamic files are rounded so that the layers' results stay close on calibration text, not each weight by itself
+    (convert/gptq.py).
     """
 
     scheme: Scheme
     calibration_samples: int
     keep_float: tuple[str, ...] = ()
     two_rows: tuple[str, ...] = ()
+    two_tensors: tuple[str, ...] = ()
     float_scores: bool = False
     fold: float = 0.0
     blocks: tuple[str, ...] = ()
