@@ -110,7 +110,7 @@ def test_make_int8_takes_the_recipe_and_makes_what_was_measured(built: Line, tun
     recipe, told = tuned.root / "tune" / "recipe.toml", report(tuned)
     chosen = next(each for each in told["candidates"] if each["name"] == told["chosen"])
     loaded = load_recipe(recipe)
-    assert all(list(getattr(loaded.int8, key)) == chosen["values"][key] for key in ("two_rows", "blocks"))
+    assert all(list(getattr(loaded.int8, key)) == chosen["values"][key] for key in ("two_rows", "rotate", "blocks"))
     assert loaded.gates == load_recipe(tuned.recipe).gates
     assert tuned.run(int8.STAGE, "--graphs", "step", recipe=recipe) == 0
     made = manifest.read(tuned.root / "int8").output("step.tflite")
@@ -121,7 +121,10 @@ def test_make_int8_takes_the_recipe_and_makes_what_was_measured(built: Line, tun
     doubled = [o for o in graph.operators() if graph.operator_name(o).endswith(f";{ROWS}")]
     layers = [o for o in doubled if graph.code(o) == "FULLY_CONNECTED"]
     sums = [sum(each.code(o) == "SUM" for o in each.operators()) for each in (plain, graph)]
-    assert sums[1] - sums[0] == len(layers) >= len(products) > 0  # a layer in blocks is several
+    assert sums[1] - sums[0] == len(layers) >= len(products)  # a layer in blocks is several
+    turned = [quantize.keeper(loaded.int8.rotate)(o) for o in map(plain.operator_name, plain.operators())]
+    assert any(turned) == any(graph.code(o) == "CONV_2D" for o in graph.operators())
+    assert products or any(turned)
 
 
 def test_the_page_stands_alone(tuned: Line) -> None:
