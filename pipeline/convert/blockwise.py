@@ -52,6 +52,19 @@ the same, scales folded by 0.7              0.076   86.8 %  +4.8 %, Tifinagh +2 
 folded by 0.7, 8 bits in gate, up 0–2       0.055   88.3 %  +3.2 %, Tifinagh +1 %  192.0
 ==========================================  ======  ======  ====================  =====
 
+Inputs rotated as well (`rotate.py`), on 2026-11-29, step graph, calibration text, 504 positions, KL(fp32 file || file):
+
+=====================================  =====================  ======  ==========  =====
+8 bits in                              KLD                    top-1   perplexity  MB
+=====================================  =====================  ======  ==========  =====
+attention, down, layers 0–2; as above  0.056 (0.031 … 0.096)  89.3 %  +0.6 %      191.4
+attention, down, layers 0–2; rotated   0.023 (0.018 … 0.028)  91.5 %  +2.7 %      192.4
+attention, down                        0.033 (0.024 … 0.043)  91.1 %  +3.7 %      188.9
+v, o, down                             0.038 (0.029 … 0.048)  90.1 %  +4.9 %      182.4
+down                                   0.048 (0.036 … 0.064)  88.7 %  +6.3 %      175.9
+nothing                                0.059 (0.044 … 0.078)  85.7 %  +6.3 %      165.5
+=====================================  =====================  ======  ==========  =====
+
 A bias on the table's 4-bit rows of minus their rounding noise's mean and half its variance, which would take from a
 softmax what noise adds to it, changes nothing once rows are rounded by GPTQ: 0.027 and +3.2 % as without.
 """

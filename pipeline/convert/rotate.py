@@ -27,6 +27,7 @@ long as without, of one token 1.00, 1.07 and 1.09 times.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -39,8 +40,8 @@ from pipeline.convert.quantize import LINEAR, LOOKUP, Keep
 def rotate_inputs(graph: Graph, chosen: Keep, size: int) -> dict[str, int]:
     """Rotate the float32 layers that `chosen` names and what they read, in every signature.
 
-    Left alone: a matrix that is no multiple of `size` wide, and one whose inputs have not four axes, as those of a
-    convolution have.
+    Left alone: a matrix that is no multiple of `size` wide, and one whose inputs can't be given the four axes of a
+    convolution, since more than one of those they have is unknown.
 
     Returns:
         `size` by the name of each matrix that was rotated.
@@ -81,7 +82,7 @@ def _is_rotatable(view: Graph, operator: Any, chosen: Keep, size: int) -> bool:
         view.is_constant(weight)
         and view.type_of(weight) == "FLOAT32"
         and not view.shape(weight)[-1] % size
-        and len(view.shape(taken)) == 4
+        and (len(view.shape(taken)) == 4 or view.shape(taken).count(-1) < 2)
     )
 
 
@@ -110,25 +111,27 @@ class _Rotation:
         before = []
         if taken not in self.inputs:
             self.inputs[taken] = self._tensor(taken, "rotated", graph.shape(taken))
-            before = [self._turn(taken, self.inputs[taken])]
+            before = self._turn(taken, self.inputs[taken])
         operator.inputs[0] = self.inputs[taken]
         return [*before, operator]
 
     def _turn_back(self, lookup: Any) -> list[Any]:
         """`lookup`, and what makes the rows [tokens, channels] of the rotated ones: B is its own inverse."""
-        graph, rows = self.graph, int(lookup.outputs[0])
-        shape = graph.shape(rows)
-        wide = (1, shape[0], 1, shape[1])
-        found, before, after = (
-            self._tensor(rows, name, size) for name, size in (("found", shape), ("wide", wide), ("back", wide))
-        )
+        rows = int(lookup.outputs[0])
+        found = self._tensor(rows, "found", self.graph.shape(rows))
         lookup.outputs = [found]
-        return [lookup, self._reshape(found, before), self._turn(before, after), self._reshape(after, rows)]
+        return [lookup, *self._turn(found, rows)]
 
-    def _turn(self, x: int, result: int) -> Any:
-        """The operator that rotates `x` [batch, sequence, 1, channels]."""
-        constants = self._constants(self.graph.shape(x)[-1])
-        return self.graph.operator("CONV_2D", [x, *constants], [result], strideW=1, strideH=1)
+    def _turn(self, x: int, result: int) -> list[Any]:
+        """The operators that rotate `x` [..., channels]; four axes are [batch, sequence, 1, channels]."""
+        graph, shape = self.graph, self.graph.shape(x)
+        constants, settings = self._constants(shape[-1]), {"strideW": 1, "strideH": 1}
+        if len(shape) == 4:
+            return [graph.operator("CONV_2D", [x, *constants], [result], **settings)]
+        rows = -1 if -1 in shape else math.prod(shape[:-1])
+        before, after = (self._tensor(x, name, (1, rows, 1, shape[-1])) for name in ("wide", "turned"))
+        turn = graph.operator("CONV_2D", [before, *constants], [after], **settings)
+        return [self._reshape(x, before), turn, self._reshape(after, result)]
 
     def _reshape(self, x: int, result: int) -> Any:
         graph = self.graph

@@ -127,6 +127,19 @@ def test_weights_that_signatures_share_are_rotated_once(tmp_path: Path) -> None:
         np.testing.assert_allclose(view.constant(weight), rotate_blocks(WEIGHTS[0], 16), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("shape", [(1, -1, INPUTS), (-1, INPUTS), (1, 1, -1, 1, INPUTS)])
+def test_inputs_of_other_axes_are_given_four(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    graph = Graph.empty()
+    x, result = (graph.add_tensor(name, "FLOAT32", (*shape[:-1], n)) for name, n in (("x", INPUTS), ("q", OUTPUTS)))
+    graph.main.inputs, graph.main.outputs = [x], [result]
+    weight = graph.add_constant(WEIGHTS[0], "q.weight")
+    graph.main.operators = [graph.operator("FULLY_CONNECTED", [x, weight, -1], [result], keepNumDims=True)]
+    assert rotate.rotate_inputs(graph, lambda _: True, 16) == {"q.weight": 16}
+    graph.write(tmp_path / "rotated")
+    given_ = inputs().reshape([TOKENS if n < 0 else n for n in shape])
+    np.testing.assert_allclose(run(tmp_path / "rotated", given_), given_ @ WEIGHTS[0].T, atol=1e-4)
+
+
 def test_rows_that_are_looked_up_are_rotated_back(tmp_path: Path) -> None:
     graph = Graph.empty()
     ids, rows = graph.add_tensor("ids", "INT32", (-1,)), graph.add_tensor("rows", "FLOAT32", (-1, INPUTS))
@@ -161,7 +174,7 @@ def test_what_can_not_be_rotated_is_left_alone(why: str) -> None:
     if why == "read by another":
         second.inputs[1] = first.inputs[1]
     if why == "another axis":
-        graph.main.tensors[int(first.inputs[0])].shapeSignature = [1, 1, -1, 1, INPUTS]
+        graph.main.tensors[int(first.inputs[0])].shapeSignature = [-1, -1, INPUTS]
     names = {"not chosen": "none", "read by another": "^q"}.get(why, ".")
     assert list(rotate.rotate_inputs(graph, quantize.keeper([names]), size)) == []
 
