@@ -23,6 +23,9 @@ two rows, rotated, head in blocks of 128            504  0.00059 (0.00046 … 0.
 With one row, blocks of 32 channels have 0.0044 instead of 0.0034 on 504 positions; with two, blocks of 128 have 0.0022
 on 756 where 64 have 0.0023, the head left as it was. A step of 128 tokens takes 1.00, 1.08 (64) and 1.17 (128) times as
 long as without, of one token 1.00, 1.07 and 1.09 times.
+
+The bundle with two rows, rotated, no blocks, through its cache, 5,488 positions, KL(Hugging Face || file): 0.00093
+(0.00080 … 0.00108), top-1 97.9 % (97.4 … 98.3), perplexity ratio 1.0005 (0.9988 … 1.0023).
 """
 
 from __future__ import annotations
