@@ -49,10 +49,14 @@ def rotate_inputs(graph: Graph, chosen: Keep, size: int) -> dict[str, int]:
     Returns:
         `size` by the name of each matrix that was rotated.
     """
-    views = graph.each()
-    matrices = {buffer: (view, tensor) for view in views for buffer, tensor in _matrices(view, chosen, size).items()}
-    spoken_for = {buffer for view in views for buffer in _others(view, chosen, size)}
-    turned = {buffer: (view, tensor) for buffer, (view, tensor) in matrices.items() if buffer not in spoken_for}
+    views, turned, others = graph.each(), dict[int, tuple[Graph, int]](), set[int]()
+    for view in views:
+        for operator in (each for each in view.operators() if view.code(each) == LINEAR):
+            if _is_rotatable(view, operator, chosen, size):
+                turned[_buffer(view, operator)] = view, int(operator.inputs[1])
+            else:
+                others.add(_buffer(view, operator))
+    turned = {buffer: place for buffer, place in turned.items() if buffer not in others}
     constants: dict[int, tuple[int, int]] = {}
     for view in views:
         _Rotation(view, set(turned), size, constants).rewrite()
@@ -65,24 +69,11 @@ def _columns(block: Array, size: int) -> Array:
     return rotate_blocks(block, size).astype(np.float32)
 
 
-def _matrices(view: Graph, chosen: Keep, size: int) -> dict[int, int]:
-    """Buffer → tensor of the weights that can be rotated."""
-    wanted = [operator for operator in view.operators() if _is_rotatable(view, operator, chosen, size)]
-    return {_buffer(view, operator): int(operator.inputs[1]) for operator in wanted}
-
-
-def _others(view: Graph, chosen: Keep, size: int) -> set[int]:
-    """Buffers that operators read which stay as they are."""
-    rest = [operator for operator in view.operators() if not _is_rotatable(view, operator, chosen, size)]
-    return {_buffer(view, operator) for operator in rest if view.code(operator) == LINEAR}
-
-
 def _is_rotatable(view: Graph, operator: Any, chosen: Keep, size: int) -> bool:
-    if view.code(operator) != LINEAR or not chosen(view.operator_name(operator)):
-        return False
     taken, weight = (int(tensor) for tensor in operator.inputs[:2])
     return (
-        view.is_constant(weight)
+        chosen(view.operator_name(operator))
+        and view.is_constant(weight)
         and view.type_of(weight) == "FLOAT32"
         and not view.shape(weight)[-1] % size
         and (len(view.shape(taken)) == 4 or view.shape(taken).count(-1) < 2)
