@@ -39,7 +39,7 @@ from pipeline.models.gemma3n import ARCHITECTURE
 from tools import bench_bundle, bench_stages
 
 STEP_STAGES = ("fetch", "graph", "fp32", "int8")
-BUNDLE_STAGES = ("fetch", "graph", "int8", "bundle")
+BUNDLE_STAGES = ("fetch", "graph", "moments", "int8", "bundle")
 SEQUENCES = (1, 128, 512)
 TOKENS = 128
 """Tokens of the prompt, which a prefill takes whole, and of the answer."""

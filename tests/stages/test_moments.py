@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,9 @@ from pipeline.convert import gptq
 from pipeline.convert.flatbuffer import Graph
 from pipeline.core import manifest
 from pipeline.core.errors import IntegrityError
+from pipeline.core.recipe import load
 from pipeline.models import build, sizes
+from tools import bench, bench_stages
 
 GPTQ = {"keep_float = []": "keep_float = []\ngptq = true", "wide_tokens =": "gptq = true\nwide_tokens ="}
 
@@ -114,3 +118,13 @@ def test_a_changed_file_of_moments_is_refused(line: Line, tmp_path: Path) -> Non
     data[-1] ^= 1
     file.write_bytes(data)
     assert other.run(int8.STAGE, "--graphs", "step") == IntegrityError.exit_code
+
+
+def test_the_benchmark_of_bundles_runs_every_stage_that_its_recipe_needs() -> None:
+    """It stopped at int8 once the recipe rounded by moments."""
+    recipe = load(bench_stages.RECIPES / "gemma3.toml")
+    arguments = Namespace(graphs="bundle", scheme=None)
+    for place, name in enumerate(bench.BUNDLE_STAGES):
+        stage = importlib.import_module(f"pipeline.{name}").STAGE
+        needs = stage.needs_of(arguments, recipe) if stage.needs_of else stage.needs
+        assert {*needs} - {"fp32"} <= {*bench.BUNDLE_STAGES[:place]}  # the fp32 bundle is left out of the recipe
