@@ -86,12 +86,12 @@ INT8 = Space(
     most=1.08,
     parts=2,
 )
-INT4 = Space(  # how a layer takes its input stays as the recipe says: two rows, where activations cost anything
+INT4 = Space(  # how a layer takes its input stays as the recipe says: activations cost little beside 4-bit weights
     section="int4",
     knobs=(
         Knob(key="keep_int8", lessens={"weights": 0.95}, size=0.78, tables=True),
         *FREE,
-        Knob(key="rotate", values=([], ["."])),  # beside two rows and the fewer bits it costs next to nothing
+        Knob(key="rotate", values=([], ["."])),  # beside the fewer bits it costs next to nothing
     ),
     spare="keep_int8",
     quiet={},
