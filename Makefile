@@ -80,8 +80,20 @@ MAKEFLAGS += --no-builtin-rules --no-builtin-variables --warn-undefined-variable
 .NOTPARALLEL: # a stage uses all cores, and two at a time need the memory of both
 .SUFFIXES:
 
+# A word for the shell, whatever is in it.
+QUOTE = '$(subst ','\'',$(1))'
 ifneq ($(words $(MODEL_ID)) $(words $(ARTIFACTS)) $(words $(RECIPE)),1 1 1)
 $(error MODEL_ID, ARTIFACTS and RECIPE are one name each, without spaces; link the folder under another name)
+endif
+# What Make or a shell would read as more than a name, in what was said and in where a link leads.
+NAMES := $(MODEL_ID) $(ARTIFACTS) $(RECIPE) $(realpath $(MODEL_ID))
+SPECIAL := $$ ' " ` ; & | < > ( ) [ ] { } * ? ! % : \ \#
+ifneq ($(words $(NAMES)),$(if $(realpath $(MODEL_ID)),4,3))
+$(error the folder that MODEL_ID leads to has a space in its path: $(realpath $(MODEL_ID)); rename or copy it)
+endif
+ODD := $(strip $(foreach sign,$(SPECIAL),$(if $(findstring $(sign),$(NAMES)),$(sign))))
+ifneq ($(ODD),)
+$(error MODEL_ID, ARTIFACTS and RECIPE, and where MODEL_ID leads, must not contain $(ODD) and do: $(NAMES); rename the folder or copy it)
 endif
 ifeq ($(filter $(IN),docker),)
 ifneq ($(IN),)
@@ -196,10 +208,10 @@ endif
 
 # --- settings of each stage -------------------------------------------------------------------------------------------
 WANTED := $(if $(GRAPHS),--graphs $(GRAPHS))
-OPTIONS_fetch := $(if $(REVISION),--revision $(REVISION))
+OPTIONS_fetch := $(if $(REVISION),--revision $(call QUOTE,$(REVISION)))
 # The user's texts.
-EVALUATED := $(if $(EVAL),--eval $(abspath $(EVAL)))
-CALIBRATED := $(if $(CALIBRATION),--calibration $(abspath $(CALIBRATION)))
+EVALUATED := $(if $(EVAL),--eval $(call QUOTE,$(abspath $(EVAL))))
+CALIBRATED := $(if $(CALIBRATION),--calibration $(call QUOTE,$(abspath $(CALIBRATION))))
 OPTIONS_golden := --device $(DEVICE) $(WANTED) $(EVALUATED)
 OPTIONS_graph := $(WANTED)
 OPTIONS_moments := $(CALIBRATED)
@@ -211,7 +223,7 @@ OPTIONS_$(ALTERNATIVE) := --scheme $(subst int8-,,$(ALTERNATIVE)) $(OPTIONS_int8
 OPTIONS_int8-static16 := --scheme static16 $(OPTIONS_int8)
 OPTIONS_bundle := $(WANTED)
 OPTIONS_verify := $(WANTED) --variants $(VARIANTS) $(EVALUATED) $(CALIBRATED)
-OPTIONS_evaluate := $(if $(TASK),--task $(abspath $(TASK)))
+OPTIONS_evaluate := $(if $(TASK),--task $(call QUOTE,$(abspath $(TASK))))
 OPTIONS_upload = --repository $(call QUOTE,$(HF_REPO)) $(if $(TAG),--tag $(call QUOTE,$(TAG))) \
 	$(if $(PARENT),--parent $(call QUOTE,$(PARENT))) $(if $(CONFIRM),--confirm)
 OPTIONS_publish = $(WANTED) $(if $(LICENCE_OVERRIDE),--licence-override $(call QUOTE,$(LICENCE_OVERRIDE)))
@@ -231,21 +243,20 @@ PLAN := $(ROOT)/.inputs/planned.$(subst $(eval ) ,-,$(AIMS))
 # What `make check` has to download.
 ON_HUB := $(if $(wildcard $(FILES)/.),,$(findstring @,$(FILES)))
 
-# A word for the shell, whatever is in it.
-QUOTE = '$(subst ','\'',$(1))'
 MODULE = $(firstword $(subst -, ,$(1)))
 SOURCES = pipeline/$(MODULE).py $(foreach room,$(ROOMS_$(1)),$(sort $(shell find pipeline/$(room) -type f ! -name '*.pyc')))
 
 # A checkpoint can be large: its files are known by name, size and time. Everything else is known by its content.
-CHECKPOINT := $(if $(FOLDER),$(sort $(foreach kind,json safetensors model jinja txt md,$(wildcard $(FOLDER)/*.$(kind))) \
-	$(wildcard $(FOLDER)/LICENSE* $(FOLDER)/NOTICE*)))
+# Their names go from `find` into a file and never through Make or a shell: a file can be called `$$(command).json`.
+LIST_CHECKPOINT = find -L $(call QUOTE,$(FOLDER)) -maxdepth 1 -type f \( $(foreach kind,json safetensors model jinja txt md,-name '*.$(kind)' -o) \
+	-name 'LICENSE*' -o -name 'NOTICE*' \) -printf '%p %s %T@\n' | LC_ALL=C sort
 
 # Write .inputs/<stage> unless it already says the same.
 define RECORD
 $(shell mkdir -p $(ROOT)/.inputs && { \
 	echo $(call QUOTE,options $(OPTIONS_$(1))); \
-	$(if $(filter fetch,$(1)),stat -Lc '%n %s %Y' $(or $(CHECKPOINT),/dev/null) | sed 's|.*/||';) \
-	sha256sum $(call SOURCES,$(1)) $(RECIPE) $(TEXTS_$(1)) locks/cpu.txt 2>&1 || true; \
+	$(if $(filter fetch,$(1)),$(if $(FOLDER),$(LIST_CHECKPOINT);)) \
+	sha256sum $(call SOURCES,$(1)) $(foreach text,$(RECIPE) $(TEXTS_$(1)),$(call QUOTE,$(text))) locks/cpu.txt 2>&1 || true; \
 	} >$(ROOT)/.inputs/$(1).new && \
 	if cmp -s $(ROOT)/.inputs/$(1).new $(ROOT)/.inputs/$(1); then rm $(ROOT)/.inputs/$(1).new; \
 	else mv $(ROOT)/.inputs/$(1).new $(ROOT)/.inputs/$(1); fi)
@@ -264,9 +275,10 @@ SECRETS = -e HF_TOKEN -e HF_ENDPOINT $(if $(filter upload,$(1)),-e HF_OIDC_RESOU
 	-e GITHUB_ACTIONS -e ACTIONS_ID_TOKEN_REQUEST_URL -e ACTIONS_ID_TOKEN_REQUEST_TOKEN)
 # Every path that a stage is told is mounted at the same path, what a checkpoint's links lead to as well; a recipe's texts
 # where the recipe names them from, the project's folder.
-READ := $(abspath $(RECIPE) $(CALIBRATION) $(EVAL) $(TASK) $(FILE) $(AGAINST) $(filter /%,$(TEXTS)) $(FOLDER) $(dir $(realpath $(CHECKPOINT))))
-MOUNTS := $(foreach path,$(sort $(READ)),-v $(path):$(path):ro) \
-	$(foreach text,$(filter-out /%,$(TEXTS)),-v $(abspath $(text)):/app/$(text):ro)
+LINKED := $(if $(FOLDER),$(shell find $(call QUOTE,$(FOLDER)) -maxdepth 1 -type l -exec readlink -f {} + | xargs -r -d '\n' dirname -- | LC_ALL=C sort -u))
+READ := $(abspath $(RECIPE) $(CALIBRATION) $(EVAL) $(TASK) $(FILE) $(AGAINST) $(filter /%,$(TEXTS)) $(FOLDER) $(LINKED))
+MOUNTS := $(foreach path,$(sort $(READ)),-v $(call QUOTE,$(path):$(path):ro)) \
+	$(foreach text,$(filter-out /%,$(TEXTS)),-v $(call QUOTE,$(abspath $(text)):/app/$(text):ro))
 IN_CONTAINER = docker run --rm $(if $(filter chat,$(1)),-it) --read-only --tmpfs /tmp --cap-drop ALL --security-opt no-new-privileges \
 	--user "$$(id -u):$$(id -g)" $(if $(filter cuda,$(DEVICE)),--gpus all) \
 	-e PYTHONHASHSEED -e SOURCE_DATE_EPOCH -e OMP_NUM_THREADS -e OMP_WAIT_POLICY \

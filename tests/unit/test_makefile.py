@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -84,7 +85,7 @@ def test_what_will_be_run_is_planned_first(tmp_path: Path) -> None:
     for goals in (("int8",), ("golden", "fp32"), ("bundle",), ("publish",), ("chat",)):
         rows = re.findall(r"-m pipeline\.(\w+)(.*)", make("-n", *goals, *settings))
         assert rows[0][0] == "plan" and [name for name, _ in rows].count("plan") == 1
-        assert "--revision abc" in rows[0][1] and "--graphs bundle" in rows[0][1]
+        assert "--revision 'abc'" in rows[0][1] and "--graphs bundle" in rows[0][1]
         listed = rows[0][1].split("--stages ")[1].split()
         run = [name + ("-static" if "--scheme static" in options else "") for name, options in rows[1:]]
         assert set(listed) == set(run) - {"chat"}
@@ -218,7 +219,7 @@ def test_in_docker_what_talks_to_the_hub_has_a_network_and_the_token_by_name(tmp
 def test_in_docker_paths_are_mounted_where_they_are(finished: tuple[str, ...], tmp_path: Path) -> None:
     (tmp_path / "out" / "tiny" / "fetch" / "manifest.json").unlink()
     plan = make("-n", "IN=docker", *finished)
-    assert f"-v {tmp_path / 'tiny'}:{tmp_path / 'tiny'}:ro" in plan
+    assert f"-v '{tmp_path / 'tiny'}:{tmp_path / 'tiny'}:ro'" in plan
     assert f"-v {tmp_path / 'out'}:{tmp_path / 'out'}" in plan
     assert f"--model-id {tmp_path / 'tiny'} --artifacts {tmp_path / 'out'}" in plan
 
@@ -228,6 +229,64 @@ def test_a_setting_that_can_not_work_is_refused_with_a_sentence(setting: str) ->
     done = subprocess.run(["make", "-n", setting], cwd=PROJECT, capture_output=True, text=True)
     assert done.returncode == 2
     assert re.search(r"one name each|unknown: leave it out", done.stderr)
+
+
+HOSTILE = (
+    "$(touch${IFS}PWNED)",
+    "`touch${IFS}PWNED`",
+    "; touch PWNED ;",
+    "'; touch PWNED; '",
+    '"; touch PWNED; "',
+    "a\ntouch PWNED\n",
+)
+"""What runs a command where a name reaches a shell or Make as text."""
+
+
+def refused(*arguments: str) -> str:
+    """What make says when it refuses the settings."""
+    done = subprocess.run(["make", "-n", *arguments], cwd=PROJECT, capture_output=True, text=True)
+    assert done.returncode == 2, done.stdout
+    return done.stderr
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize("where", [(), ("IN=docker",)], ids=["here", "docker"])
+def test_no_name_in_a_checkpoint_folder_runs_as_a_command(
+    finished: tuple[str, ...], tmp_path: Path, name: str, where: tuple[str, ...]
+) -> None:
+    elsewhere = tmp_path / f"blobs {name}"
+    elsewhere.mkdir()
+    for kind in ("json", "safetensors", "md"):
+        (elsewhere / f"{name}.{kind}").write_text("{}")
+        (tmp_path / "tiny" / f"{name}.{kind}").symlink_to(elsewhere / f"{name}.{kind}")
+        (tmp_path / "tiny" / f"LICENSE {name}.{kind}").write_text("")
+    assert sorted(set(planned(*finished, *where)) - {"image"}) == sorted(STAGES), "new files are seen"
+    make("-n", "inspect", "check", *finished, *where, f"FILE={tmp_path}")
+    assert not list(PROJECT.glob("PWNED*")) and not list(tmp_path.rglob("PWNED*"))
+
+
+@pytest.mark.parametrize("name", [name for name in HOSTILE if "\n" not in name])
+def test_a_folder_that_make_can_not_name_is_refused(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / name
+    folder.mkdir()
+    (tmp_path / "link").symlink_to(folder)
+    for setting in (
+        f"MODEL_ID={tmp_path / 'link'}",
+        f"MODEL_ID={folder}",
+        f"ARTIFACTS={folder}",
+        f"RECIPE={folder}/r.toml",
+    ):
+        said = refused(setting.replace("$", "$$"))
+        assert "rename or copy it" in said or "rename the folder or copy it" in said or "without spaces" in said
+    assert not list(PROJECT.glob("PWNED*"))
+
+
+def test_two_folders_of_one_name_are_two_models(finished: tuple[str, ...], tmp_path: Path) -> None:
+    """Also where every file has the name, size and time of the other's."""
+    other = tmp_path / "elsewhere" / "tiny"
+    shutil.copytree(tmp_path / "tiny", other)
+    settings = tuple(row.replace(str(tmp_path / "tiny"), str(other)) for row in finished)
+    assert sorted(planned(*settings)) == sorted(STAGES)
 
 
 def test_setup_says_what_to_do_without_python_311(tmp_path: Path) -> None:
