@@ -8,6 +8,7 @@ run goes on where it stopped, and become hard links in `fetch/checkpoint/`. A lo
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
 import os
 import shutil
@@ -15,7 +16,6 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from pipeline.convert import checkpoint
 from pipeline.convert.intake import Plan, Source, plan
 from pipeline.core import log
 from pipeline.core.errors import ResourceError, UsageError
@@ -62,14 +62,14 @@ def _from_hub(context: Context, revision: str, target: Path) -> Outcome:
     log.step(f"{repository.model_id} at commit {repository.revision}")
     where = f"{hub.endpoint}/{repository.model_id}"
     sizes = {name: file.size for name, file in repository.files.items() if "/" not in name}
-    source = Source(where=where, sizes=sizes, read=lambda *part: hub.read(repository, *part))
+    source = Source(where=where, sizes=sizes, read=lambda *part: hub.read(repository, *part), remote=True)
     chosen = plan(source, partial(expected, context.recipe))
     waiting = context.root / DOWNLOADS / repository.revision
     _drop_other_commits(waiting)
     _check_disk(chosen, repository, waiting, context.root)
     for name in chosen.names:
         _place(hub.download(repository, name, waiting), target / name)
-    checkpoint.open_checkpoint(target)
+    plan(dataclasses.replace(Source.of_folder(target), where=where), partial(expected, context.recipe))
     facts = {**chosen.facts, **_card(target, hub)}
     return Outcome(model=repository.model_id, revision=repository.revision, facts=facts)
 

@@ -255,7 +255,7 @@ def _source(arguments: argparse.Namespace) -> tuple[intake.Source, bool, str]:
     found = hub.resolve(arguments.model_id, arguments.revision)
     sizes_ = {name: file.size for name, file in found.files.items() if "/" not in name}
     where = f"{hub.endpoint}/{found.model_id}"
-    source = intake.Source(where=where, sizes=sizes_, read=partial(hub.read, found))
+    source = intake.Source(where=where, sizes=sizes_, read=partial(hub.read, found), remote=True)
     return source, False, f"{where} at {found.revision}, accessible"
 
 

@@ -94,16 +94,25 @@ class Checkpoint:
         tensor = self.tensors[name]
         if tensor.dtype not in FLOATS:
             raise IntegrityError(f"tensor {name} has dtype {tensor.dtype}, which is not float32, float16 or bfloat16")
-        width = 4 if tensor.dtype == "F32" else 2
-        stored = np.asarray(self._maps[tensor.file][tensor.offset + start * width : tensor.offset + stop * width])
-        if tensor.dtype == "F32":
-            return stored.view("<f4")
-        if tensor.dtype == "F16":
-            return stored.view("<f2").astype(np.float32)
-        # bfloat16 is the upper half of float32, so widening is exact; one buffer, shifted in place
-        wide = stored.view("<u2").astype(np.uint32)
-        wide <<= 16
-        return wide.view(np.float32)
+        first, last = (tensor.offset + place * item_size(tensor) for place in (start, stop))
+        return widen(np.asarray(self._maps[tensor.file][first:last]), tensor.dtype)
+
+
+def item_size(tensor: TensorInfo) -> int:
+    """Bytes of one element of a float tensor."""
+    return 4 if tensor.dtype == "F32" else 2
+
+
+def widen(stored: npt.NDArray[np.uint8], dtype: str) -> Float32:
+    """Stored bytes of a float tensor of `dtype` (as safetensors spells it) as float32, exactly."""
+    if dtype == "F32":
+        return stored.view("<f4")
+    if dtype == "F16":
+        return stored.view("<f2").astype(np.float32)
+    # bfloat16 is the upper half of float32, so widening is exact; one buffer, shifted in place
+    wide = stored.view("<u2").astype(np.uint32)
+    wide <<= 16
+    return wide.view(np.float32)
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:

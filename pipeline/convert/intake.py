@@ -7,12 +7,26 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.convert.checkpoint import CONFIG, FLOATS, INDEX, SINGLE, float_type, parse_json, read_part, read_tensors
+import numpy as np
+
+from pipeline.convert.checkpoint import (
+    CONFIG,
+    FLOATS,
+    INDEX,
+    SINGLE,
+    Float32,
+    float_type,
+    item_size,
+    parse_json,
+    read_part,
+    read_tensors,
+    widen,
+)
 from pipeline.convert.headers import TensorInfo, listed
 from pipeline.core.errors import FetchError
 from pipeline.core.manifest import Facts
@@ -29,17 +43,32 @@ _NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "rng_state")
 _QUANTISED = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 _LARGEST_JSON = 100 << 20  # bytes
 
+HEAD = "lm_head.weight"
+"""Canonical name of an output head that is stored beside the embedding."""
+HEADS = (HEAD, "language_model.lm_head.weight")
+"""What a checkpoint may call it."""
+EMBEDDING = "embed_tokens.weight"
+"""Canonical name of the token embedding, which a tied model uses as its head as well."""
+_BLOCK = 4 << 20
+"""Elements of the head that are compared at a time (16 MiB in float32)."""
+_SAMPLE = (9, 1 << 15)
+"""Blocks of a remote head that are compared before the download, the first and the last among them; their elements."""
+
 Canonical = Callable[[str], "str | None"]
 Expected = Callable[[Mapping[str, Any]], "tuple[Mapping[str, tuple[int, ...]], Canonical]"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Where a checkpoint lies: `sizes` of its top files in bytes, and how to `read` bytes `start` to `stop` of one."""
+    """Where a checkpoint lies: `sizes` of its top files in bytes, and how to `read` bytes `start` to `stop` of one.
+
+    Of a `remote` one little is read: what takes whole tensors to know is looked at again once they are here.
+    """
 
     where: str
     sizes: Mapping[str, int]
     read: Callable[[str, int, int], bytes]
+    remote: bool = False
 
     @classmethod
     def of_folder(cls, folder: Path) -> Source:
@@ -88,6 +117,7 @@ def plan(source: Source, expected: Expected) -> Plan:
     check_tokenizer(names, where)
     tensors = read_tensors(names, source.sizes, source.read, where)
     found = match(tensors, needed, canonical, where)
+    check_head(source, tensors, tensors[found[EMBEDDING]], [name for name in tensors if canonical(name) == HEAD])
     weights = sorted({tensor.file for tensor in tensors.values()})
     index = [] if SINGLE in names else [INDEX]
     small = sorted(name for name in names if _WANTED.fullmatch(name))
@@ -217,7 +247,7 @@ def match(
     used: dict[str, list[str]] = {}
     for name in tensors:
         target = canonical(name)
-        if target is not None:
+        if target is not None and (target != HEAD or HEAD in expected):
             used.setdefault(target, []).append(name)
     first = {name: used[name][0] for name in expected if name in used}
     faults = [
@@ -234,6 +264,65 @@ def match(
             remedy="get the checkpoint from its author anew, or save it again with `save_pretrained` of transformers",
         )
     return first
+
+
+def check_head(source: Source, tensors: Mapping[str, TensorInfo], table: TensorInfo, heads: Collection[str]) -> None:
+    """Refuse output heads that are stored beside the token embedding and aren't equal to it.
+
+    Whatever `tie_word_embeddings` says, transformers (5.23.0) computes with a head that is stored and differs, as
+    adapters with `modules_to_save` have it once they are merged; the graphs here have one matrix for both.
+
+    Args:
+        source: where the checkpoint lies. Of a remote one a few blocks are compared, of a folder all.
+        tensors: what it holds.
+        table: the token embedding.
+        heads: names of the heads among `tensors`.
+
+    Raises:
+        FetchError: names the head and the first row that differs.
+    """
+    for name in heads:
+        head = tensors[name]
+        row = _first_difference(source, head, table)
+        if row is not None:
+            where = f"in row {row}" if row >= 0 else f"{head.dtype} {list(head.shape)}, not {list(table.shape)}"
+            raise FetchError(
+                f"{source.where} has an output head of its own: {name} differs from the token embedding ({where})",
+                cause=f"whatever {CONFIG} says of tying, the head was trained (a LoRA with it in modules_to_save)"
+                " or comes from another model; transformers would use it, the files made here would not",
+                remedy="train without lm_head among the saved modules; or, if the head is a left-over that must not"
+                f" count, remove {name} from the checkpoint",
+            )
+
+
+def _first_difference(source: Source, head: TensorInfo, table: TensorInfo) -> int | None:
+    """The first row looked at in which two tensors differ; -1 where they can't be compared, None if there is none."""
+    if head.shape != table.shape or head.dtype not in FLOATS:
+        return -1
+    for start, stop in _row_blocks(*table.shape, remote=source.remote):
+        left, right = (_rows(source, tensor, start, stop) for tensor in (head, table))
+        # Bit patterns would take -0.0 for another number; a NaN is refused when weights are read.
+        unequal = np.flatnonzero((left != right).any(axis=1))
+        if unequal.size:
+            return start + int(unequal[0])
+    return None
+
+
+def _row_blocks(rows: int, width: int, *, remote: bool) -> Iterator[tuple[int, int]]:
+    """Ranges of rows: all of them, or of a remote tensor a few that are spread over it."""
+    if not remote:
+        step = max(1, _BLOCK // width)
+        return ((start, min(start + step, rows)) for start in range(0, rows, step))
+    count, elements = _SAMPLE
+    step = min(rows, max(1, elements // width))
+    return ((start, start + step) for start in sorted({(rows - step) * i // (count - 1) for i in range(count)}))
+
+
+def _rows(source: Source, tensor: TensorInfo, start: int, stop: int) -> Float32:
+    """Rows `start` to `stop` of a matrix, float32 [rows, width]."""
+    row = tensor.shape[1] * item_size(tensor)
+    data = source.read(tensor.file, tensor.offset + start * row, tensor.offset + stop * row)
+    return widen(np.frombuffer(data, dtype=np.uint8), tensor.dtype).reshape(stop - start, -1)
 
 
 def _fault(kind: str, names: Collection[str]) -> str:

@@ -45,24 +45,22 @@ class Head:
 
     @classmethod
     def of_checkpoint(cls, folder: Path, cap: float | None) -> Head:
-        """The head of the checkpoint in `folder`, memory-mapped: `lm_head`, or the token embedding it is tied to.
+        """The head of the checkpoint in `folder`, memory-mapped: a stored `lm_head`, else the token embedding.
 
-        `cap` as the golden stage found it in the model: where config.json says nothing, Gemma 3n has one all the same.
+        A stored head counts whatever config.json says of tying, as in transformers (5.23.0). `cap` as the golden stage
+        found it in the model: where config.json says nothing, Gemma 3n has one all the same.
 
         Raises:
             IntegrityError: the checkpoint has neither tensor.
         """
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        config = config.get("text_config", config)
-        tied = config.get("tie_word_embeddings", True)
-        names = _EMBEDDINGS if tied else _HEADS
-        for file in sorted(folder.glob("*.safetensors")):
-            for name in names:
+        files = sorted(folder.glob("*.safetensors"))
+        for name in (*_HEADS, *_EMBEDDINGS):
+            for file in files:
                 weight = _map_tensor(file, name)
                 if weight is not None:
                     return cls(weight=weight, cap=cap)
         raise IntegrityError(
-            f"{folder} has none of the tensors {', '.join(names)}",
+            f"{folder} has none of the tensors {', '.join((*_HEADS, *_EMBEDDINGS))}",
             cause="the checkpoint was changed after it was fetched",
             remedy="remove the fetch folder and run `make fetch` again",
         )

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pipeline.convert.intake import HEAD, HEADS
 from pipeline.convert.operators import Embedding, Linear
 from pipeline.core.errors import FetchError
 from pipeline.models.transformer import (
@@ -227,7 +228,7 @@ class Gemma3:
     model_types: tuple[str, ...] = ("gemma3_text", "gemma3")
     runtime_type = "gemma3"
     _prefixes = ("model.language_model.", "language_model.model.", "model.")
-    _left_out = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.|(language_model\.)?lm_head\.weight$")
+    _left_out = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")
 
     def tensors(self, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         """Every tensor of the text model: canonical name → shape."""
@@ -253,9 +254,11 @@ class Gemma3:
         return ()
 
     def canonical(self, name: str, config: Mapping[str, Any]) -> str | None:
-        """The text model's name of checkpoint tensor `name`; None for the vision tower and the tied head."""
+        """The text model's name of checkpoint tensor `name`; None for the vision tower."""
         if self._left_out.match(name):
             return None
+        if name in HEADS:
+            return HEAD
         prefix = next((p for p in self._prefixes if name.startswith(p)), "")
         return name.removeprefix(prefix)
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pipeline.convert.intake import HEAD, HEADS
 from pipeline.convert.operators import Embedding, Linear, matmul
 from pipeline.core.errors import FetchError
 from pipeline.models.transformer import (
@@ -413,9 +414,7 @@ class Gemma3n:
     model_types: tuple[str, ...] = ("gemma3n", "gemma3n_text")
     runtime_type = "gemma3n"
     _prefixes = ("model.language_model.", "language_model.model.", "model.")
-    _left_out = re.compile(
-        r"(model\.)?(vision_tower|audio_tower|embed_vision|embed_audio)\.|(language_model\.)?lm_head\.weight$"
-    )
+    _left_out = re.compile(r"(model\.)?(vision_tower|audio_tower|embed_vision|embed_audio)\.")
     _own_kv = re.compile(r"layers\.(\d+)\.self_attn\.(k_proj|v_proj|k_norm|v_norm)\.")
 
     def tensors(self, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -459,11 +458,12 @@ class Gemma3n:
     def canonical(self, name: str, config: Mapping[str, Any]) -> str | None:
         """The text model's name of checkpoint tensor `name`.
 
-        None for the vision and audio towers, the head (tied to the embedding), and keys and values of layers that
-        share another layer's.
+        None for the vision and audio towers, and keys and values of layers that share another layer's.
         """
         if self._left_out.match(name):
             return None
+        if name in HEADS:
+            return HEAD
         prefix = next((p for p in self._prefixes if name.startswith(p)), "")
         own = name.removeprefix(prefix)
         text = TextConfig.from_config(config)
