@@ -158,29 +158,29 @@ NEEDS_verify := fetch golden $(sort $(VARIANTS) $(if $(BUNDLES),bundle $(BUNDLES
 NEEDS_evaluate := fetch bundle
 NEEDS_publish := $(sort fetch $(VARIANTS) $(if $(BUNDLES),bundle $(BUNDLES))) verify
 
-ROOMS_fetch := core convert models release
-ROOMS_golden := core judge reference
-ROOMS_graph := core convert models
-ROOMS_moments := core convert judge models reference
-ROOMS_fp32 := core convert models
-ROOMS_fp16 := core convert models
-ROOMS_int4 := core convert models
-ROOMS_int8 := core convert models
+ROOMS_fetch := checkpoint core export models release tflite
+ROOMS_golden := checkpoint core judge reference runtime tflite
+ROOMS_graph := checkpoint core export models tflite
+ROOMS_moments := checkpoint core export judge models quantize reference runtime tflite
+ROOMS_fp32 := bundling checkpoint core export models quantize runtime tflite
+ROOMS_fp16 := bundling checkpoint core export models quantize runtime tflite
+ROOMS_int4 := bundling checkpoint core export models quantize runtime tflite
+ROOMS_int8 := bundling checkpoint core export judge models quantize runtime tflite
 ROOMS_$(ALTERNATIVE) := $(ROOMS_int8)
 ROOMS_int8-static16 := $(ROOMS_int8)
-ROOMS_bundle := core convert models
-ROOMS_verify := core judge convert
+ROOMS_bundle := bundling checkpoint core export models quantize runtime tflite
+ROOMS_verify := bundling checkpoint core export judge models quantize report runtime tflite
 ROOMS_publish := core release
-ROOMS_evaluate := core judge reference
+ROOMS_evaluate := checkpoint core judge reference report runtime tflite
 # Not stages: they look ahead, run a result, check and rebuild what is there, search for a better recipe.
-ROOMS_plan := core convert models judge release
-ROOMS_chat := core judge
+ROOMS_plan := checkpoint core export judge models quantize release runtime tflite
+ROOMS_chat := core runtime
 ROOMS_check := core release
-ROOMS_inspection := core convert judge
+ROOMS_inspection := bundling checkpoint core export judge models quantize runtime tflite
 ROOMS_sign := core release
 ROOMS_upload := core release
-ROOMS_reproduce := core convert
-ROOMS_tune := core convert models judge search
+ROOMS_reproduce := checkpoint core tflite
+ROOMS_tune := checkpoint core export judge models quantize report runtime search tflite
 
 # Texts that end up in a stage's result (every stage reads the recipe and depends on the lock).
 TEXTS_fetch :=
@@ -363,7 +363,7 @@ reproduce: $(READY) ## rebuild what is finished for MODEL_ID from its manifests,
 	$(call RUN,reproduce) -m pipeline.reproduce $(WHERE) $(EVALUATED) $(CALIBRATED)
 
 compare: verify ## build every variant and print the table that compares them
-	$(call RUN,verify) -m pipeline.judge.report $(abspath $(ROOT))/verify/report.json
+	$(call RUN,verify) -m pipeline.report.verification $(abspath $(ROOT))/verify/report.json
 
 bench: $(READY) ## measure speed, memory and time on a larger random model
 	$(PY) -m tools.bench

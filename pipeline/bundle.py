@@ -5,14 +5,16 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from pipeline.convert import litertlm, readback
-from pipeline.convert.checkpoint import open_checkpoint
+from pipeline.bundling import litertlm
+from pipeline.bundling.metadata import describe, tokenizer_json
+from pipeline.checkpoint.reader import open_checkpoint
 from pipeline.core import log
 from pipeline.core.errors import UsageError
 from pipeline.core.manifest import Fact
 from pipeline.core.recipe import Recipe
 from pipeline.core.stage import Context, Outcome, Stage, main
 from pipeline.models import architecture_for
+from pipeline.quantize import readback
 
 
 def work(context: Context) -> Outcome:
@@ -24,20 +26,20 @@ def work(context: Context) -> Outcome:
     architecture = architecture_for(checkpoint.config)
     vocabulary = architecture.tensors(checkpoint.config)["embed_tokens.weight"][0]
     tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    metadata = litertlm.describe(
+    metadata = describe(
         folder,
         tokenizer,
         model_type=architecture.runtime_type,
         vocabulary=vocabulary,
         max_tokens=context.recipe.bundle.max_tokens,
     )
-    tokenizer_json = litertlm.tokenizer_json(tokenizer, vocabulary)
+    tokenizer_text = tokenizer_json(tokenizer, vocabulary)
     names = ("decoder", *(table.name for table in architecture.tables(checkpoint.config)))
     facts: dict[str, Fact] = {}
     for precision in context.recipe.bundle.precisions:
         made, out = context.upstream[precision], context.folder / f"{precision}.litertlm"
         models = {name: context.root / made.output(f"{name}.tflite").path for name in names}
-        held = litertlm.write(metadata, tokenizer_json, models, out)
+        held = litertlm.write(metadata, tokenizer_text, models, out)
         facts[precision] = {**held, **readback.stored_weights(models.values())}
         log.step(f"{out.name}: {log.human_bytes(out.stat().st_size)}")
     return Outcome(facts=facts)

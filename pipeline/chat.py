@@ -16,7 +16,7 @@ from types import FrameType
 from pipeline.core import log
 from pipeline.core.errors import PipelineError, UsageError
 from pipeline.core.stage import INTERRUPTED
-from pipeline.judge.lm_runtime import Dialogue, LmRuntime, Speed
+from pipeline.runtime.litert_lm import Dialogue, LmRuntime, Speed
 
 _MAX_TOKENS = 512
 _HELP = "/reset begins a new conversation, /quit or Ctrl-D leaves, Ctrl-C stops an answer"

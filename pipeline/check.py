@@ -25,8 +25,8 @@ from pipeline.core.errors import IntegrityError, UsageError
 from pipeline.core.manifest import dump_json
 from pipeline.core.stage import guard
 from pipeline.release import provenance, signing
-from pipeline.release.clearance import JUDGEMENT, MODELS, REPORTS
-from pipeline.release.obtain import obtain
+from pipeline.release.download import obtain
+from pipeline.release.preflight import JUDGEMENT, MODELS, REPORTS
 from pipeline.release.signing import Trust
 
 _HOLDS = {"<=": operator.le, ">=": operator.ge}

@@ -22,10 +22,10 @@ from typing import Any
 from pipeline.core import log, manifest, memory, versions
 from pipeline.core.errors import UsageError
 from pipeline.core.stage import Context, Outcome, Stage, main
-from pipeline.judge import report as pages
 from pipeline.judge import tasks
 from pipeline.judge.tasks import ORIGINAL, TITLES, Answers, Item
 from pipeline.reference.model import HuggingFace
+from pipeline.report import verification as pages
 
 SCHEMA = 1
 _AT_ONCE = 8
@@ -84,7 +84,7 @@ def _original(reference: HuggingFace, items: Sequence[Item], count: int) -> list
 
 def _bundle(file: Path, items: Sequence[Item], count: int, scratch: Path, *, templated: bool) -> list[str]:
     """What the bundle answers in LiteRT-LM, by its own template if the model has one."""
-    from pipeline.judge.lm_runtime import LmRuntime
+    from pipeline.runtime.litert_lm import LmRuntime
 
     with tempfile.TemporaryDirectory(dir=scratch) as cache, LmRuntime(file, cache=Path(cache)) as runtime:
         said = []

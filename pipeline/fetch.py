@@ -16,7 +16,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from pipeline.convert.intake import Plan, Source, plan
+from pipeline.checkpoint.preflight import Plan, Source, plan
 from pipeline.core import log
 from pipeline.core.errors import ResourceError, UsageError
 from pipeline.core.manifest import Facts, describe, dump_json

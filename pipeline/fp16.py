@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 
-from pipeline.convert import quantize, readback
-from pipeline.convert.checkpoint import open_checkpoint
+from pipeline.bundling import tables
+from pipeline.checkpoint.reader import open_checkpoint
 from pipeline.core import log
 from pipeline.core.manifest import Fact
 from pipeline.core.stage import Context, Outcome, Stage, main
 from pipeline.models import build
+from pipeline.quantize import float16, readback
 
 
 def work(context: Context) -> Outcome:
@@ -19,7 +20,7 @@ def work(context: Context) -> Outcome:
     graphs = build.graph_files(context.upstream["graph"], context.root, context.graphs)
     for name, source in graphs.items():
         graph, file = build.with_weights(checkpoint, source), context.folder / name
-        quantize.make_half(graph)
+        float16.make_half(graph)
         graph.prune()
         graph.write(file)
         found = readback.read_back(file)
@@ -27,7 +28,7 @@ def work(context: Context) -> Outcome:
         readback.round_trip(file)
         log.step(f"{name}: {log.human_bytes(found.size)}")
     if build.DECODER in graphs:
-        build.write_tables(checkpoint, "fp16", context.folder)
+        tables.write_tables(checkpoint, "fp16", context.folder)
     return Outcome(facts=facts)
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 
-from pipeline.convert import readback
-from pipeline.convert.checkpoint import open_checkpoint
+from pipeline.bundling import tables
+from pipeline.checkpoint.reader import open_checkpoint
 from pipeline.core.errors import ExportError
 from pipeline.core.manifest import Fact
 from pipeline.core.stage import Context, Outcome, Stage, main
 from pipeline.models import build
+from pipeline.quantize import readback
 
 
 def work(context: Context) -> Outcome:
@@ -22,7 +23,7 @@ def work(context: Context) -> Outcome:
         graph.write(context.folder / name)
         readback.round_trip(context.folder / name, ExportError)
     if build.DECODER in graphs:
-        build.write_tables(checkpoint, "fp32", context.folder)
+        tables.write_tables(checkpoint, "fp32", context.folder)
     sizes: dict[str, Fact] = {file.name: file.stat().st_size for file in sorted(context.folder.glob("*.tflite"))}
     return Outcome(facts={"graphs": context.graphs, "sizes": sizes})
 

@@ -30,7 +30,7 @@ from pipeline.core.errors import ResourceError, UsageError, VerificationError
 from pipeline.core.manifest import Facts
 from pipeline.core.recipe import PROJECT, Bundle, Corpus, Graphs, Recipe, Shapes
 from pipeline.core.stage import Context, Outcome, Stage, main
-from pipeline.judge import cache, corpus, metrics
+from pipeline.judge import corpus, kv_cache, metrics
 from pipeline.judge.corpus import Tokens
 from pipeline.judge.metrics import Summary
 from pipeline.judge.reference import Head
@@ -267,7 +267,7 @@ def make_recital(reference: HuggingFace, documents: Sequence[str], recipe: Recip
         UsageError: the verification text is too short for them.
     """
     bundle, window = recipe.bundle, recipe.corpus.window
-    script, _ = cache.scripts(bundle, reference.model.config.sliding_window)
+    script, _ = kv_cache.scripts(bundle, reference.model.config.sliding_window)
     length = script.length + 1  # the last token is only predicted
     tokens = corpus.pack_windows(documents, reference.tokenize, bos=reference.bos, window=length, limit=2)
     if len(tokens) < 2:
@@ -275,7 +275,7 @@ def make_recital(reference: HuggingFace, documents: Sequence[str], recipe: Recip
             f"the verification text is too short for two conversations of {script.length} tokens",
             remedy="give more text, or lower bundle.decode in the recipe",
         )
-    count, texts = cache.texts(bundle, window), np.empty((0, window), np.int32)
+    count, texts = kv_cache.texts(bundle, window), np.empty((0, window), np.int32)
     with log.progress("reference through the cache", 2 * tokens.size + count * window, "tokens") as bar:
         read = tokens[:, :-1]
         made: dict[str, NDArray[Any]] = {

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 
-from pipeline.convert.checkpoint import open_checkpoint
+from pipeline.checkpoint.reader import open_checkpoint
 from pipeline.core.manifest import Fact
 from pipeline.core.stage import Context, Outcome, Stage, main
 from pipeline.models import build

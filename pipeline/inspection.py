@@ -20,12 +20,14 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from pipeline.convert import calibrate, contents, noise
-from pipeline.convert.flatbuffer import Graph
+from pipeline.bundling import contents
 from pipeline.core import log, manifest
 from pipeline.core.errors import UsageError
 from pipeline.core.stage import guard
-from pipeline.judge.sections import DECODER, Conversation, Sections
+from pipeline.judge import sqnr
+from pipeline.runtime import litert
+from pipeline.runtime.sections import DECODER, Conversation, Sections
+from pipeline.tflite.graph import Graph
 
 _BIGGEST = 12
 _WINDOWS, _LONGEST = 4, 64
@@ -52,21 +54,21 @@ def describe(file: Path, against: Path | None, biggest: int) -> dict[str, Any]:
     if against:
         where, samples = _samples(file, _vocabulary(found))
         if file.name == against.name == DECODER:
-            trace = noise.compare(Decoder(file), Decoder(against), samples[:_SPOKEN])
+            trace = sqnr.compare(Decoder(file), Decoder(against), samples[:_SPOKEN])
         else:
-            trace = noise.trace(file, against, samples)
-        told["against"] = {"file": str(against), "text": where, **trace.facts(), "table": noise.table(trace)}
+            trace = sqnr.trace(file, against, samples)
+        told["against"] = {"file": str(against), "text": where, **trace.facts(), "table": sqnr.table(trace)}
     return told
 
 
-class Decoder(noise.Running):
+class Decoder(sqnr.Running):
     """A bundle's decoder, which reads a sample token by token through its cache, as `decode` does in LiteRT-LM."""
 
     def __init__(self, file: Path) -> None:
         decode = next((view for view in Graph.read(file).each() if view.signature() == "decode"), None)
         if decode is None:
             raise UsageError(f"{file} has no signature `decode`", remedy="name a decoder.tflite that int8 or fp32 made")
-        super().__init__(decode, calibrate.open_traced(file))
+        super().__init__(decode, litert.open_traced(file))
         self._conversation = Conversation(Sections(file.parent, decoder=self.interpreter))
 
     def play(self, sample: Any) -> Iterator[int]:

@@ -9,14 +9,15 @@ import argparse
 import sys
 from pathlib import Path
 
-from pipeline.convert import gptq, mixed, quantize, readback
-from pipeline.convert.checkpoint import Checkpoint, open_checkpoint
+from pipeline.bundling import tables
+from pipeline.checkpoint.reader import Checkpoint, open_checkpoint
 from pipeline.core import log
 from pipeline.core.errors import UsageError
 from pipeline.core.manifest import Fact, Facts
 from pipeline.core.recipe import Int4, Recipe
 from pipeline.core.stage import Context, Outcome, Stage, main
 from pipeline.models import build
+from pipeline.quantize import gptq, int4, readback, rows
 
 
 def work(context: Context) -> Outcome:
@@ -30,7 +31,7 @@ def work(context: Context) -> Outcome:
     for name, file in graphs.items():
         facts[Path(name).stem] = dict(_write(checkpoint, file, context.folder / name, settings, moments))
     if build.DECODER in graphs:
-        build.write_tables(checkpoint, "int4", context.folder, quantize.keeper(settings.keep_int8))
+        tables.write_tables(checkpoint, "int4", context.folder, rows.keeper(settings.keep_int8))
     return Outcome(facts=facts)
 
 
@@ -38,7 +39,7 @@ def _write(checkpoint: Checkpoint, source: Path, file: Path, settings: Int4, mom
     """Write `file`, the graph `source` with its weights, and find out what stands in it."""
     log.step(f"{file.name}: 4-bit weights")
     graph = build.with_weights(checkpoint, source)
-    mixed.make(graph, settings, moments)
+    int4.make(graph, settings, moments)
     graph.prune()
     graph.write(file)
     found = readback.read_back(file)

@@ -13,14 +13,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast, get_args
 
-from pipeline.convert import calibrate, dynamic, gptq, quantize, readback, residual, static
-from pipeline.convert.checkpoint import open_checkpoint
-from pipeline.convert.flatbuffer import Graph
-from pipeline.core import chat, log
+from pipeline.bundling import tables
+from pipeline.checkpoint import chat
+from pipeline.checkpoint.reader import open_checkpoint
+from pipeline.core import log
 from pipeline.core.manifest import Fact, Facts
 from pipeline.core.recipe import PROJECT, Recipe, Scheme
 from pipeline.core.stage import Context, Outcome, Stage, main
+from pipeline.judge import corpus
 from pipeline.models import build
+from pipeline.quantize import calibrate, gptq, int8, int8x2, readback, rows, static
+from pipeline.runtime import litert
+from pipeline.tflite.graph import Graph
 
 
 def work(context: Context) -> Outcome:
@@ -30,7 +34,7 @@ def work(context: Context) -> Outcome:
     """
     checkpoint = open_checkpoint(context.root / "fetch" / "checkpoint")
     graphs = build.graph_files(context.upstream["graph"], context.root, context.graphs)
-    keep = quantize.keeper(context.recipe.int8.keep_float)
+    keep = rows.keeper(context.recipe.int8.keep_float)
     scheme = _scheme(context.arguments, context.recipe)
     facts: dict[str, Fact] = {"graphs": context.graphs, "scheme": scheme}
     moments = gptq.Moments(context.root / "moments") if "moments" in context.upstream else None
@@ -39,17 +43,17 @@ def work(context: Context) -> Outcome:
         if scheme != "dynamic":
             facts |= _make_static(context, graph, keep, scheme)
         else:
-            dynamic.make(graph, context.recipe.int8, moments)
+            int8.make(graph, context.recipe.int8, moments)
         facts["step"] = dict(_write(graph, context.folder / build.STEP, scheme))
     if build.DECODER in graphs and not context.arguments.scheme:
         graph = build.with_weights(checkpoint, graphs[build.DECODER])
-        dynamic.make(graph, context.recipe.int8, moments)
+        int8.make(graph, context.recipe.int8, moments)
         facts["decoder"] = dict(_write(graph, context.folder / build.DECODER, "dynamic"))
-        build.write_tables(checkpoint, "int8", context.folder)
+        tables.write_tables(checkpoint, "int8", context.folder)
     return Outcome(facts=facts)
 
 
-def _make_static(context: Context, graph: Graph, keep: quantize.Keep, scheme: Scheme) -> Facts:
+def _make_static(context: Context, graph: Graph, keep: rows.Keep, scheme: Scheme) -> Facts:
     """Quantise the step graph's activations as well, with the ranges that the fp32 file shows on real text.
 
     The head, which stays dynamic, takes two rows where others take two tensors.
@@ -59,7 +63,7 @@ def _make_static(context: Context, graph: Graph, keep: quantize.Keep, scheme: Sc
     plan = partial(
         static.plan_static,
         keep=keep,
-        two_tensors=quantize.keeper(settings.two_tensors if bits == 8 else ()),
+        two_tensors=rows.keeper(settings.two_tensors if bits == 8 else ()),
         float_scores=settings.float_scores and bits == 8,
     )
     samples = _samples(context)
@@ -69,7 +73,7 @@ def _make_static(context: Context, graph: Graph, keep: quantize.Keep, scheme: Sc
     seen = calibrate.collect(fp32, plan(Graph.read(fp32)).wanted, samples)
     graph.prune()  # as the fp32 file was: tensors have the same places in both
     static.make_static(graph, plan(graph), seen, keep, bits)
-    residual.take_two_rows(graph, quantize.keeper(settings.two_tensors))
+    int8x2.take_two_rows(graph, rows.keeper(settings.two_tensors))
     return {"calibration_samples": len(samples), "calibration_tokens": tokens}
 
 
@@ -88,13 +92,13 @@ def _write(graph: Graph, file: Path, scheme: Scheme) -> Facts:
     return facts
 
 
-def _samples(context: Context) -> list[calibrate.Ids]:
+def _samples(context: Context) -> list[litert.Tokens]:
     """The calibration text as token windows of the corpus's window length."""
     tokenizer = _tokenizer(context.root / "fetch" / "checkpoint")
     text: Path = context.arguments.calibration or PROJECT / context.recipe.corpus.calibration
 
     return calibrate.make_samples(
-        calibrate.read_texts(text, partial(chat.render, tokenizer, where=str(text))),
+        corpus.read_texts(text, partial(chat.render, tokenizer, where=str(text))),
         lambda document: cast("Sequence[int]", tokenizer.encode(document, add_special_tokens=False)),
         int(tokenizer.bos_token_id),
         count=context.recipe.int8.calibration_samples,

@@ -20,12 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.convert import gptq
 from pipeline.core import log, manifest
 from pipeline.core.recipe import PROJECT
 from pipeline.core.stage import Context, Outcome, Stage, main
 from pipeline.judge import corpus
 from pipeline.models import sizes
+from pipeline.quantize import gptq
 from pipeline.reference.model import HuggingFace
 
 

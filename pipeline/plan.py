@@ -19,16 +19,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline.convert import gptq, intake
-from pipeline.convert.checkpoint import CONFIG
+from pipeline.checkpoint import preflight
+from pipeline.checkpoint.reader import CONFIG
 from pipeline.core import log, manifest, memory
 from pipeline.core.errors import PublishError, ResourceError
 from pipeline.core.recipe import Graphs, Recipe
 from pipeline.core.recipe import load as load_recipe
 from pipeline.core.stage import common_parser, guard, model_name
-from pipeline.judge import cache, corpus
+from pipeline.judge import corpus, kv_cache
 from pipeline.models import architecture_for, expected, sizes
 from pipeline.models.sizes import Weights
+from pipeline.quantize import gptq
 from pipeline.release.hub import Hub
 from pipeline.release.licence import Claim, claimed, resolve
 
@@ -102,7 +103,7 @@ class Model:
     @property
     def conversation(self) -> int:
         """Tokens of each conversation through the cache."""
-        script, _ = cache.scripts(self.recipe.bundle, int(self.text.get("sliding_window") or 0))
+        script, _ = kv_cache.scripts(self.recipe.bundle, int(self.text.get("sliding_window") or 0))
         return script.length
 
 
@@ -226,7 +227,7 @@ def look(arguments: argparse.Namespace, recipe: Recipe) -> Model:
         FetchError, IntegrityError, UsageError: as fetch would.
     """
     source, kept, where = _source(arguments)
-    chosen = intake.plan(source, partial(expected, recipe))
+    chosen = preflight.plan(source, partial(expected, recipe))
     config = source.json(CONFIG)
     architecture = architecture_for(config)
     graphs = arguments.graphs or recipe.graphs
@@ -246,20 +247,20 @@ def look(arguments: argparse.Namespace, recipe: Recipe) -> Model:
     )
 
 
-def _source(arguments: argparse.Namespace) -> tuple[intake.Source, bool, str]:
+def _source(arguments: argparse.Namespace) -> tuple[preflight.Source, bool, str]:
     """Where the checkpoint lies, whether that is a folder here, and in words."""
     folder = Path(arguments.model_id)
     if folder.is_dir():
-        return intake.Source.of_folder(folder), True, "local folder"
+        return preflight.Source.of_folder(folder), True, "local folder"
     hub = Hub()
     found = hub.resolve(arguments.model_id, arguments.revision)
     sizes_ = {name: file.size for name, file in found.files.items() if "/" not in name}
     where = f"{hub.endpoint}/{found.model_id}"
-    source = intake.Source(where=where, sizes=sizes_, read=partial(hub.read, found), remote=True)
+    source = preflight.Source(where=where, sizes=sizes_, read=partial(hub.read, found), remote=True)
     return source, False, f"{where} at {found.revision}, accessible"
 
 
-def _licence(source: intake.Source, name: str, model_type: str) -> str:
+def _licence(source: preflight.Source, name: str, model_type: str) -> str:
     """The licence, or why publish would refuse."""
     size = source.sizes.get("README.md", 0)
     said = claimed(source.read("README.md", 0, size).decode("utf-8", errors="replace") if size else "")

@@ -16,7 +16,7 @@ from typing import Any, cast
 from pipeline.core.manifest import Manifest, dump_json
 from pipeline.core.recipe import PROJECT, Recipe
 from pipeline.core.stage import Context, Outcome, Stage, main, model_name
-from pipeline.release import card, clearance, folder, licence, provenance, sbom
+from pipeline.release import card, folder, licence, preflight, provenance, sbom
 from pipeline.release.card import Build, Product, Subject
 from pipeline.release.licence import Ancestor, Claim
 
@@ -31,20 +31,20 @@ def work(context: Context) -> Outcome:
         PublishError: verify did not pass for these very bytes under this recipe, or the licence forbids publishing.
     """
     verify = context.upstream["verify"]
-    judgement = clearance.judgement(context.root / "verify")
+    judgement = preflight.judgement(context.root / "verify")
     products = _products(context)
-    clearance.refuse_other_recipe(verify, context.recipe.sha256)
-    clearance.refuse_other_bytes(context.upstream, (product.source for product in products))
+    preflight.refuse_other_recipe(verify, context.recipe.sha256)
+    preflight.refuse_other_bytes(context.upstream, (product.source for product in products))
     checkpoint, target = context.root / "fetch" / "checkpoint", context.folder
     source, subject = card.front_matter(checkpoint), _subject(context.upstream["fetch"])
     claim, build = _claim(context.upstream["fetch"], source), _build(context)
     terms = licence.resolve(claim, context.arguments.licence_override)
 
-    checks = clearance.checks(judgement, {product.variant: product.file for product in products})
+    checks = preflight.checks(judgement, {product.variant: product.file for product in products})
     for product in products:
         folder.place_model(context.root / product.source, target / product.file)
     folder.place_tokenizer(checkpoint, target)
-    folder.place_reports(context.root / "verify", clearance.REPORTS, target)
+    folder.place_reports(context.root / "verify", preflight.REPORTS, target)
     folder.place_manifests(context.root, context.upstream, target)
     carried = folder.place_licence_files(checkpoint, target)
     (target / "LICENSE").write_text(licence.licence_text(terms, carried), encoding="utf-8")
@@ -194,7 +194,7 @@ def _needs(arguments: argparse.Namespace, _recipe: Recipe) -> tuple[str, ...]:
     Raises:
         PublishError: verify is not finished, or failed.
     """
-    verify = clearance.verified(arguments.artifacts / model_name(arguments.model_id))
+    verify = preflight.verified(arguments.artifacts / model_name(arguments.model_id))
     stages = {record.path.split("/", 1)[0] for record in verify.inputs}
     return ("fetch", *sorted(stages - {"fetch"}), "verify")
 
@@ -211,7 +211,7 @@ STAGE = Stage(
     work=work,
     add_arguments=_add_arguments,
     needs_of=_needs,
-    measured=(*clearance.REPORTS, provenance.NAME),
+    measured=(*preflight.REPORTS, provenance.NAME),
 )
 
 if __name__ == "__main__":

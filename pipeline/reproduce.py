@@ -18,14 +18,14 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.convert.flatbuffer import Graph
-from pipeline.convert.headers import LENGTH_BYTES, header_length, parse_header
+from pipeline.checkpoint.headers import LENGTH_BYTES, header_length, parse_header
 from pipeline.core import log, manifest, process, versions
 from pipeline.core.errors import IntegrityError, PipelineError, UsageError
 from pipeline.core.manifest import Manifest
 from pipeline.core.recipe import PROJECT
 from pipeline.core.recipe import load as load_recipe
 from pipeline.core.stage import common_parser, guard, model_name
+from pipeline.tflite.graph import Graph
 
 STAGES = (
     "fetch",

@@ -31,22 +31,26 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline.convert import gptq, quantize
-from pipeline.convert.checkpoint import open_checkpoint
-from pipeline.convert.flatbuffer import Graph
-from pipeline.core import chat, log, manifest, parallel, versions
+from pipeline.checkpoint import chat
+from pipeline.checkpoint.reader import open_checkpoint
+from pipeline.core import log, manifest, parallel, versions
 from pipeline.core.errors import UsageError
 from pipeline.core.recipe import PROJECT, Recipe
 from pipeline.core.recipe import load as load_recipe
 from pipeline.core.recipe import parse as parse_recipe
 from pipeline.core.stage import common_parser, guard, locked, model_name
-from pipeline.judge import corpus, runtime, tuning
+from pipeline.judge import corpus
 from pipeline.judge.corpus import Tokens
 from pipeline.models import build
+from pipeline.quantize import gptq
+from pipeline.quantize import rows as quantize
+from pipeline.report import tuning
+from pipeline.runtime import litert
 from pipeline.search import candidates, groups, halving, rewrite
 from pipeline.search.bench import SEQUENCES, WINDOWS, Bench, Clock
 from pipeline.search.candidates import SPACES, Candidate, Contribution, Space
 from pipeline.search.groups import Group, Layer
+from pipeline.tflite.graph import Graph
 
 SCHEMA = 1
 SHARDS = 8
@@ -221,7 +225,7 @@ def report(study: Study, recipe: Recipe, arguments: argparse.Namespace) -> dict[
         "section": study.space.section,
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "tools": versions.installed(),
-        "processor": runtime.processor(),
+        "processor": litert.processor(),
         "threads": parallel.threads(),
         "minutes": arguments.minutes,
         "seconds": round(bench.clock.seconds - bench.clock.left()),

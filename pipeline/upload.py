@@ -23,7 +23,7 @@ from typing import Any
 from pipeline.core import log, manifest
 from pipeline.core.errors import UsageError
 from pipeline.core.stage import guard, source
-from pipeline.release import clearance, upload
+from pipeline.release import preflight, upload
 from pipeline.release.hub import Hub, Repository
 from pipeline.release.upload import Diff, Target
 
@@ -47,9 +47,9 @@ def run(folder: Path, repo: str, *, tag: str = "", parent: str = "", confirmed: 
         IntegrityError: what came back is not what was sent.
     """
     _check_names(repo, tag)
-    release = clearance.release(folder)
+    release = preflight.release(folder)
     if confirmed:
-        clearance.refuse_dirty([*release.sources, source()])
+        preflight.refuse_dirty([*release.sources, source()])
     target = Target(hub=Hub(), repo=repo, folder=folder, files=release.files, tag=tag or release.tag)
     published = target.tagged()
     head = target.head()
@@ -70,9 +70,9 @@ def _publish(target: Target, published: Repository | None, parent: str) -> None:
     target.check(published)
     target.mark(published.revision)
     receipt = {**_said(target, published.revision), "date": datetime.now(UTC).isoformat(timespec="seconds")}
-    manifest.write_atomically(target.folder / clearance.RECEIPT, manifest.dump_json(receipt))
+    manifest.write_atomically(target.folder / preflight.RECEIPT, manifest.dump_json(receipt))
     log.line(f"published: {target.hub.endpoint}/{target.repo}/tree/{target.tag}")
-    log.line(f"receipt:   {target.folder / clearance.RECEIPT}")
+    log.line(f"receipt:   {target.folder / preflight.RECEIPT}")
 
 
 def _said(target: Target, commit: str) -> dict[str, Any]:
@@ -84,7 +84,7 @@ def _said(target: Target, commit: str) -> dict[str, Any]:
 def _receipt(folder: Path) -> dict[str, Any]:
     """The receipt in `folder` without its date, or nothing if there is none that can be read."""
     try:
-        found: dict[str, Any] = json.loads((folder / clearance.RECEIPT).read_text(encoding="utf-8"))
+        found: dict[str, Any] = json.loads((folder / preflight.RECEIPT).read_text(encoding="utf-8"))
         del found["date"]
     except (OSError, ValueError, KeyError, TypeError):
         return {}

@@ -25,19 +25,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from pipeline.convert import constants, noise
-from pipeline.convert.template import CONVERSATIONS
-from pipeline.core import chat, log, manifest, versions
+from pipeline.bundling import constants
+from pipeline.bundling.template import CONVERSATIONS
+from pipeline.checkpoint import chat
+from pipeline.core import log, manifest, versions
 from pipeline.core.errors import UsageError, VerificationError
 from pipeline.core.manifest import Fact, Facts
 from pipeline.core.recipe import PROJECT, Recipe
 from pipeline.core.stage import Context, Outcome, Stage, main
-from pipeline.judge import bundles, cache, corpus, gates, report, runtime, verdict
-from pipeline.judge.cache import Recital
+from pipeline.judge import bundles, corpus, gates, kv_cache, sqnr
+from pipeline.judge import steps as verdict
 from pipeline.judge.examine import Panel
 from pipeline.judge.gates import Check, Status
+from pipeline.judge.kv_cache import Recital
 from pipeline.judge.reference import Head, Reference
-from pipeline.judge.verdict import BASELINE, Setting, Subject, Verdict
+from pipeline.judge.steps import BASELINE, Setting, Subject, Verdict
+from pipeline.report import verification
+from pipeline.runtime import litert
 
 VARIANTS = (BASELINE, "fp16", "int8")
 STEP = "step.tflite"
@@ -140,7 +144,7 @@ def _losses(verdicts: Sequence[Verdict], reference: Reference) -> dict[str, Any]
     found: dict[str, Any] = {}
     for item in (item for item in verdicts[1:] if _leaves(item)):
         samples = list(reference.corpus()[0][:_TRACED])
-        trace = noise.trace(item.subject.path, verdicts[0].subject.path, samples)
+        trace = sqnr.trace(item.subject.path, verdicts[0].subject.path, samples)
         log.step(f"{item.subject.name}: {trace.sentence()}")
         found[item.subject.name] = trace.facts()
     return found
@@ -156,7 +160,7 @@ def _judge_bundles(context: Context, reference: Reference, tokenizer: Any) -> li
     with tempfile.TemporaryDirectory(dir=context.folder) as scratch:
         setting = bundles.Setting(
             recital=Recital(
-                scripts=cache.scripts(recipe.bundle, _integer(golden["sliding_window"])), **reference.cache()
+                scripts=kv_cache.scripts(recipe.bundle, _integer(golden["sliding_window"])), **reference.cache()
             ),
             head=reference.head,
             tokenizer=tokenizer,
@@ -248,7 +252,7 @@ def _judgement(context: Context, verdicts: Sequence[Verdict], heard: Sequence[bu
     required += [check for item in heard for check in item.checks]
     alternative = [check for item in verdicts if item.subject.alternative for check in item.checks]
     return {
-        "schema": report.SCHEMA,
+        "schema": verification.SCHEMA,
         "model": fetch.model,
         "revision": fetch.revision,
         "recipe": context.recipe.name,
@@ -274,7 +278,7 @@ def _write_report(context: Context, judgement: Mapping[str, Any], verdicts: Sequ
         for subject in (item.subject for item in verdicts):
             speed[subject.name] = {}
             for kernels in verdict.KERNELS:
-                measured = runtime.measure_speed(subject.path, sequences, bos=bos, xnnpack=kernels == "xnnpack")
+                measured = litert.measure_speed(subject.path, sequences, bos=bos, xnnpack=kernels == "xnnpack")
                 latency = {str(sequence): seconds for sequence, seconds in measured.latency.items()}
                 speed[subject.name][kernels] = {"load": measured.load, "latency": latency}
                 bar.advance()
@@ -284,15 +288,15 @@ def _write_report(context: Context, judgement: Mapping[str, Any], verdicts: Sequ
         "sequences": sequences,
         "machine": {
             "system": platform.platform(),
-            "processor": runtime.processor(),
+            "processor": litert.processor(),
             "cores": os.cpu_count(),
-            "threads": runtime.default_threads(),
+            "threads": litert.default_threads(),
         },
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }
     manifest.write_atomically(context.folder / "report.json", manifest.dump_json(full))
-    manifest.write_atomically(context.folder / "report.html", report.render(full))
-    for row in (*report.table(full), *report.advice(full)):
+    manifest.write_atomically(context.folder / "report.html", verification.render(full))
+    for row in (*verification.table(full), *verification.advice(full)):
         log.line(f"  {row}")
 
 

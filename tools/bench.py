@@ -34,8 +34,8 @@ from safetensors.numpy import save_file
 from pipeline.core import log, manifest, versions
 from pipeline.core.recipe import PROJECT
 from pipeline.core.recipe import load as load_recipe
-from pipeline.judge.runtime import StepModel, default_threads, processor
 from pipeline.models.gemma3n import ARCHITECTURE
+from pipeline.runtime.litert import StepModel, default_threads, processor
 from tools import bench_bundle, bench_stages
 
 STEP_STAGES = ("fetch", "graph", "fp32", "int8")

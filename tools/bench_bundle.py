@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core import log
-from pipeline.judge.runtime import default_threads, processor
+from pipeline.runtime.litert import default_threads, processor
 from tools import watched
 
 WORD = " a"

@@ -24,7 +24,7 @@ from typing import Any
 
 from pipeline.core import log, versions
 from pipeline.core.recipe import PROJECT
-from pipeline.judge.runtime import default_threads, processor
+from pipeline.runtime.litert import default_threads, processor
 from tools import bench_stages
 from tools.bench_stages import GIB, together
 from tools.make_random_checkpoint import GEOMETRIES, make

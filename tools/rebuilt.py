@@ -17,7 +17,7 @@ from pathlib import Path
 from pipeline.core import log, manifest
 from pipeline.core.errors import IntegrityError
 from pipeline.core.stage import guard
-from pipeline.release.clearance import MODELS
+from pipeline.release.preflight import MODELS
 from pipeline.reproduce import where_different
 
 PAPERS = ("manifests", "provenance.json")

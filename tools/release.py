@@ -13,8 +13,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.core import releases
 from pipeline.core.stage import guard
+from pipeline.release import description
 
 KEYS = ("model", "revision", "recipe", "graphs", "target", "tag")
 
@@ -30,9 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = {key: value for key in KEYS if (value := getattr(arguments, key))}
 
     def work() -> None:
-        release = releases.describe(arguments.file, given)
+        release = description.describe(arguments.file, given)
         if arguments.upload:
-            releases.refuse_open(release)
+            description.refuse_open(release)
         for name, value in release.settings().items():
             print(f"{name}={value}")
 

@@ -32,8 +32,8 @@ from pipeline.core.recipe import PROJECT
 from pipeline.judge import metrics
 from pipeline.judge.metrics import Summary
 from pipeline.judge.reference import Head, Reference
-from pipeline.judge.runtime import default_threads, processor
-from pipeline.judge.sections import Conversation, Sections
+from pipeline.runtime.litert import default_threads, processor
+from pipeline.runtime.sections import Conversation, Sections
 from tools.bench_bundle import WORD, Work, measure_apart, medians
 
 OUT = PROJECT / "bench" / "rival.json"

@@ -11,14 +11,13 @@ import numpy as np
 
 from pipeline.core.manifest import FileRecord
 from pipeline.core.recipe import Gate
-from pipeline.judge import cache, gates, metrics, speech
-from pipeline.judge.cache import Logits, Recital
-from pipeline.judge.gates import Check, Figure
-from pipeline.judge.lm_runtime import Message
+from pipeline.judge import gates, kv_cache, metrics, parity
+from pipeline.judge.gates import REFERENCE, Check, Figure
+from pipeline.judge.kv_cache import Logits, Recital
 from pipeline.judge.metrics import Divergence, Summary
+from pipeline.judge.parity import Speech, Tokenizer
 from pipeline.judge.reference import Floats, Greedy, Head
-from pipeline.judge.report import REFERENCE
-from pipeline.judge.speech import Speech, Tokenizer
+from pipeline.runtime.litert_lm import Message
 
 BASELINE = "fp32"
 SCORE_ERROR = 5e-3
@@ -123,7 +122,7 @@ def judge(subject: Subject, setting: Setting) -> Verdict:
     """
     exact = subject.precision == BASELINE
     recital = setting.recital.conversations() if exact else setting.recital
-    logits = cache.play(subject.sections, recital, subject.name, setting.scratch)
+    logits = kv_cache.play(subject.sections, recital, subject.name, setting.scratch)
 
     def against_hidden(hidden: Floats) -> Summary:
         part = slice(len(hidden))
@@ -132,7 +131,7 @@ def judge(subject: Subject, setting: Setting) -> Verdict:
 
     without, withal = recital.expected()
     plain, cached = against_hidden(without), against_hidden(withal) if exact else None
-    heard = speech.listen(
+    heard = parity.listen(
         subject.path, setting.tokenizer, setting.conversations, setting.greedy, setting.stop, setting.scratch
     )
     figures = (
@@ -215,7 +214,7 @@ def _stops(heard: Speech) -> str:
     return f"{heard.stop.total} stop tokens; text ended where the reference's did at: {reached}"
 
 
-def _examples(tally: speech.Tally) -> str:
+def _examples(tally: parity.Tally) -> str:
     return f"{tally.total} in all" + (f"; e.g. {'; '.join(tally.examples)}" if tally.examples else "")
 
 

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.core import chat
+from pipeline.checkpoint import chat
 from pipeline.core.errors import UsageError
 from pipeline.core.recipe import Padding
 
@@ -284,3 +284,45 @@ def _opening(document: str) -> str:
     words = document.split()
     text = " ".join(words[: max(1, min(_PROMPT_WORDS, len(words) // 2))])
     return text[: max(1, min(_PROMPT_CHARACTERS, len(document) // 2))].rstrip()
+
+
+def read_texts(file: Path, render: Render) -> list[str]:
+    """The documents of a calibration file: one per line of a `.txt`, or of a `.jsonl` with `text` or `messages`.
+
+    `render` makes one text of a list of chat messages.
+
+    Raises:
+        UsageError: the file can't be read, is not UTF-8, holds nothing, or a line is not what it must be.
+    """
+    remedy = 'give a .txt file with a document per line, or a .jsonl file with {"text": …} or {"messages": […]} lines'
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise UsageError(f"can't read calibration file {file}: {reason}", remedy=remedy) from error
+    if file.suffix not in (".txt", ".jsonl"):
+        raise UsageError(f"calibration file {file} is neither .txt nor .jsonl", remedy=remedy)
+    numbered = [(number, text) for number, text in enumerate(lines, 1) if text.strip()]
+    if not numbered:
+        raise UsageError(f"calibration file {file} is empty", remedy=remedy)
+    if file.suffix == ".txt":
+        return [text for _, text in numbered]
+    try:
+        return [_document(text, number, render) for number, text in numbered]
+    except ValueError as error:
+        raise UsageError(f"calibration file {file}: {error}", remedy=remedy) from error
+
+
+def _document(text: str, number: int, render: Render) -> str:
+    try:
+        record = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"line {number} is not JSON ({error})") from error
+    if isinstance(record, dict) and isinstance(record.get("text"), str):
+        return str(record["text"])
+    messages = record.get("messages") if isinstance(record, dict) else None
+    if isinstance(messages, list) and all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
+    ):
+        return render(messages)
+    raise ValueError(f'line {number} has neither a string "text" nor "messages" with role and content')

@@ -14,7 +14,7 @@ from pipeline.core import log
 from pipeline.judge import corpus, metrics
 from pipeline.judge.metrics import Scores
 from pipeline.judge.reference import Floats, Head, Reference
-from pipeline.judge.runtime import StepModel
+from pipeline.runtime.litert import StepModel
 
 Logits = NDArray[np.float32]
 

@@ -174,3 +174,6 @@ def _status(figure: Figure, limit: float | None, direction: Direction) -> Status
 
 def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
+
+
+REFERENCE = "Hugging Face"

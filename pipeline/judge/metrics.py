@@ -314,3 +314,14 @@ def histogram(values: Doubles, edges: Doubles) -> list[int]:
     """How many of `values` lie between neighbouring `edges`; what is outside counts in the first or last bin."""
     inside = np.clip(values[np.isfinite(values)], edges[0], edges[-1])
     return [int(count) for count in np.histogram(inside, bins=edges)[0]]
+
+
+DECADES = (-14, 1)
+"""The KLD axis, as powers of ten; what is below counts in the first bin."""
+_BINS_PER_DECADE = 4
+
+
+def kld_edges() -> NDArray[np.float64]:
+    """Bin edges of the KLD histograms, in nats: a quarter of a decade each."""
+    low, high = DECADES
+    return np.logspace(low, high, (high - low) * _BINS_PER_DECADE + 1)

@@ -10,7 +10,7 @@ import pkgutil
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from pipeline.convert.intake import Canonical
+from pipeline.checkpoint.preflight import Canonical
 from pipeline.core.errors import FetchError, UsageError
 from pipeline.core.recipe import PROJECT, Recipe, load
 

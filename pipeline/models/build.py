@@ -7,14 +7,15 @@ from pathlib import Path
 
 import torch
 
-from pipeline.convert import blockwise, intake, quantize, tables, weights
-from pipeline.convert.checkpoint import Checkpoint
-from pipeline.convert.export import Signature, export
-from pipeline.convert.flatbuffer import Graph
+from pipeline.checkpoint import preflight
+from pipeline.checkpoint.reader import Checkpoint
 from pipeline.core import log
 from pipeline.core.manifest import Manifest
 from pipeline.core.recipe import Bundle, Graphs, StepLimits
+from pipeline.export.export import Signature, export
 from pipeline.models import architecture_for, sizes
+from pipeline.tflite import weights
+from pipeline.tflite.graph import Graph
 
 STEP, DECODER = "step.tflite", "decoder.tflite"
 
@@ -22,7 +23,7 @@ STEP, DECODER = "step.tflite", "decoder.tflite"
 def tensor_names(checkpoint: Checkpoint) -> dict[str, str]:
     """Canonical → checkpoint name of every tensor of the text model."""
     architecture, config = architecture_for(checkpoint.config), checkpoint.config
-    return intake.match(
+    return preflight.match(
         checkpoint.tensors,
         architecture.tensors(config),
         lambda name: architecture.canonical(name, config),
@@ -86,25 +87,6 @@ def with_weights(checkpoint: Checkpoint, file: Path) -> Graph:
     graph = Graph.read(file)
     weights.attach(graph, checkpoint, tensor_names(checkpoint))
     return graph
-
-
-def write_tables(
-    checkpoint: Checkpoint, precision: tables.Precision, folder: Path, fine: quantize.Keep = lambda name: False
-) -> list[Path]:
-    """Write the embedding tables that are sections of their own into `folder`, straight from the checkpoint.
-
-    Of 4-bit tables, those that `fine` names and those without whole blocks have 8 bits.
-    """
-    names, written = tensor_names(checkpoint), []
-    for table in architecture_for(checkpoint.config).tables(checkpoint.config):
-        source = tables.Source(tensor=names[table.tensor], scale=table.scale, shape=table.shape)
-        file = folder / f"{table.name}.tflite"
-        whole = checkpoint.tensors[source.tensor].shape[-1] % blockwise.BLOCK == 0
-        made: tables.Precision = "int8" if precision == "int4" and (fine(table.tensor) or not whole) else precision
-        tables.write(checkpoint, source, made, file)
-        tables.check(checkpoint, source, made, file)
-        written.append(file)
-    return written
 
 
 def graph_files(made: Manifest, root: Path, graphs: Graphs) -> dict[str, Path]:

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pipeline.convert.intake import HEAD, HEADS
-from pipeline.convert.operators import Embedding, Linear, matmul
+from pipeline.checkpoint.preflight import HEAD, HEADS
 from pipeline.core.errors import FetchError
+from pipeline.export.operators import Embedding, Linear, matmul
 from pipeline.models.transformer import (
     FULL,
     SLIDING,

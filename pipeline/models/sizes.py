@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.convert import mixed
+from pipeline.checkpoint import preflight
 from pipeline.core.recipe import Graphs
 from pipeline.models import Architecture
 
@@ -21,7 +21,7 @@ EXPORT_SECONDS = 1.5
 """Seconds per layer and signature of exporting a graph, on two cores (Gemma 3n E2B's decoder: 133 s for 90)."""
 EXPORT_BYTES = 3_400_000
 """Memory per layer and signature of exporting a graph, beyond the libraries' 0.4 GiB (E4B, 105 of them: 0.68 GiB)."""
-HEAD = mixed.HEAD
+HEAD = preflight.EMBEDDING
 """The embedding, which every architecture here uses as its head as well."""
 
 

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from pipeline.convert.operators import linear, matmul, normalise, update, window
+from pipeline.export.operators import linear, matmul, normalise, update, window
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 # Far below any score (queries and keys are normalised, so scores stay within ± head size × the norms' weights), yet

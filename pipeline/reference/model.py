@@ -21,7 +21,8 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from pipeline.core import chat, log
+from pipeline.checkpoint import chat
+from pipeline.core import log
 from pipeline.core.errors import IntegrityError
 from pipeline.reference import streaming
 

@@ -19,17 +19,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.convert import dynamic, gptq, mixed
-from pipeline.convert.checkpoint import Checkpoint
-from pipeline.convert.flatbuffer import Blocks, Graph, write_all
+from pipeline.checkpoint.reader import Checkpoint
 from pipeline.core import log, manifest, parallel
 from pipeline.core.recipe import Int4, Int8
 from pipeline.core.recipe import parse as parse_recipe
-from pipeline.judge import metrics, runtime
+from pipeline.judge import metrics
 from pipeline.judge.corpus import POSITIONS_PER_WINDOW, Tokens
 from pipeline.models import build
+from pipeline.quantize import gptq, int4, int8
+from pipeline.runtime import litert
 from pipeline.search import rewrite
 from pipeline.search.candidates import Candidate, Space
+from pipeline.tflite.graph import Graph
+from pipeline.tflite.lazy import Blocks
+from pipeline.tflite.writer import write_all
 
 WINDOWS = 2
 """In each shard, a piece of the text that a measurement is of."""
@@ -115,7 +118,7 @@ class Bench:
     @cached_property
     def references(self) -> list[Path]:
         """The fp32 file's logits [positions, V] of each window."""
-        model = runtime.StepModel(self.write(None, self.every, "fp32"), threads=parallel.threads())
+        model = litert.StepModel(self.write(None, self.every, "fp32"), threads=parallel.threads())
         files = []
         with log.progress("fp32", len(self.windows), "windows") as bar:
             for place, row in enumerate(self.windows):
@@ -137,9 +140,9 @@ class Bench:
             graph = build.with_weights(self.checkpoint, source)
             section = self.section(candidate) if candidate else None
             if isinstance(section, Int8):
-                dynamic.make(graph, section, self.moments)
+                int8.make(graph, section, self.moments)
             elif section:
-                mixed.make(graph, section, self.moments)
+                int4.make(graph, section, self.moments)
             if section and section.gptq:
                 self._round_once(graph, section.fold)
             graph.prune()
@@ -197,7 +200,7 @@ class Bench:
         """Build the candidate, run the shards, keep what was found; the figures in words."""
         started = time.monotonic()
         file = self.write(candidate, self.every, self.record(candidate, shards[0]).stem)
-        model = runtime.StepModel(file, threads=1)
+        model = litert.StepModel(file, threads=1)
         for shard in shards:
             scores = metrics.join([self._score(model, place) for place in self.rows(shard)])
             ratio = scores.nll - scores.reference_nll
@@ -214,9 +217,9 @@ class Bench:
         if not first.is_file():
             self.write(plain, self.step, first.stem)
         files, bos = [first, self.write(candidate, self.step, "other")], int(self.windows[0, 0])
-        return {str(length): runtime.measure_in_turns(files, length, bos=bos, rounds=_ROUNDS) for length in SEQUENCES}
+        return {str(length): litert.measure_in_turns(files, length, bos=bos, rounds=_ROUNDS) for length in SEQUENCES}
 
-    def _score(self, model: runtime.StepModel, place: int) -> metrics.Scores:
+    def _score(self, model: litert.StepModel, place: int) -> metrics.Scores:
         targets = self.windows[place, 1:][_JUDGED.start :]
         return metrics.compare(
             np.load(self.references[place], mmap_mode="r"), _logits(model, self.windows[place]), targets
@@ -238,7 +241,7 @@ class Bench:
         )
 
 
-def _logits(model: runtime.StepModel, row: Tokens) -> _Logits:
+def _logits(model: litert.StepModel, row: Tokens) -> _Logits:
     """[positions, V] of one window."""
     return model.logits(row[None], np.ones_like(row)[None])[0, _JUDGED]
 

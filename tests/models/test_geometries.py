@@ -13,7 +13,7 @@ from transformers import Gemma3ForCausalLM, Gemma3nForCausalLM
 from pipeline.core import log
 from pipeline.core.recipe import PROJECT, load
 from pipeline.core.stage import DEFAULT_RECIPE
-from pipeline.judge.runtime import StepModel
+from pipeline.runtime.litert import StepModel
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "stages"))
 import geometry  # noqa: E402 - it lies with the tests that use it every time

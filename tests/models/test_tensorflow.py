@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from pipeline.judge import sections
-from pipeline.judge.runtime import StepModel
-from pipeline.judge.sections import Conversation, Sections
+from pipeline.runtime import sections
+from pipeline.runtime.litert import StepModel
+from pipeline.runtime.sections import Conversation, Sections
 
 ROOT = Path("artifacts/tiny-gemma3n")
 

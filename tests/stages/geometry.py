@@ -13,13 +13,14 @@ import torch
 from hypothesis import strategies as st
 from transformers import Gemma3ForCausalLM, Gemma3nForCausalLM
 
-from pipeline.convert.checkpoint import Checkpoint, open_checkpoint
+from pipeline.bundling import tables
+from pipeline.checkpoint.reader import Checkpoint, open_checkpoint
 from pipeline.core.recipe import Bundle, StepLimits
-from pipeline.judge import cache
-from pipeline.judge.cache import Logits, Recital
+from pipeline.judge import kv_cache
+from pipeline.judge.kv_cache import Logits, Recital
 from pipeline.judge.metrics import compare, join
-from pipeline.judge.sections import Sections
 from pipeline.models import Architecture, architecture_for, build
+from pipeline.runtime.sections import Sections
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 Model = Gemma3nForCausalLM | Gemma3ForCausalLM
@@ -216,13 +217,13 @@ def convert_decoder(checkpoint: Path, bundle: Bundle, folder: Path) -> Path:
     opened, bare = open_checkpoint(checkpoint), folder / "bare-decoder.tflite"
     build.export_decoder(opened, bundle, bare)
     fill(opened, bare, folder / build.DECODER)
-    build.write_tables(opened, "fp32", folder)
+    tables.write_tables(opened, "fp32", folder)
     return folder
 
 
 def compare_conversations(play: Callable[[Recital], Logits], expected: Model, bundle: Bundle, seed: int) -> Agreement:
     """Hugging Face without a cache against `play`: two random conversations, as `cache.scripts` has them."""
-    scripts = cache.scripts(bundle, expected.config.sliding_window)
+    scripts = kv_cache.scripts(bundle, expected.config.sliding_window)
     tokens = np.random.default_rng(seed).integers(0, known_tokens(expected), (2, scripts[0].length), dtype=np.int32)
     with torch.inference_mode():
         right = expected(input_ids=torch.from_numpy(tokens).long(), use_cache=False).logits.numpy()
@@ -269,8 +270,8 @@ def in_pytorch(
 def _played(sections: Sections) -> Callable[[Recital], Logits]:
     def play(recital: Recital) -> Logits:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(cache, "Sections", lambda _folder: sections)
-            return cache.play(Path(), recital, "odd")
+            patch.setattr(kv_cache, "Sections", lambda _folder: sections)
+            return kv_cache.play(Path(), recital, "odd")
 
     return play
 

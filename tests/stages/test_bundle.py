@@ -18,16 +18,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from pipeline import bundle, fetch, fp32, golden, graph, int8, verify
-from pipeline.convert import litertlm
-from pipeline.convert.flatbuffer import Graph
 from pipeline.core import manifest
 from pipeline.core.recipe import PROJECT
 from pipeline.core.recipe import load as load_recipe
 from pipeline.core.stage import DEFAULT_MODEL
-from pipeline.judge import speech
-from pipeline.judge.lm_runtime import LmRuntime
+from pipeline.judge import parity
 from pipeline.judge.reference import Greedy, Head, Reference
 from pipeline.models.gemma3n import TextConfig
+from pipeline.runtime.litert_lm import LmRuntime
+from pipeline.tflite.graph import Graph
 
 SHIPPED = PROJECT / DEFAULT_MODEL
 BUNDLES = ("fp32.litertlm", "int8.litertlm")
@@ -190,10 +189,10 @@ def rows(built: Line) -> list[Greedy]:
     return Reference(built.root / "golden", Head.of_checkpoint(built.root / "fetch" / "checkpoint", CAP)).greedy()
 
 
-def listen(built: Line, tokenizer: Any, rows: list[Greedy], stop: set[int]) -> speech.Speech:
+def listen(built: Line, tokenizer: Any, rows: list[Greedy], stop: set[int]) -> parity.Speech:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(speech, "_TEXTS", 2)
-        return speech.listen(built.root / "bundle" / "fp32.litertlm", tokenizer, [], rows, stop)
+        patch.setattr(parity, "_TEXTS", 2)
+        return parity.listen(built.root / "bundle" / "fp32.litertlm", tokenizer, [], rows, stop)
 
 
 def test_text_that_parts_is_told_from_text_that_parts_at_a_tie(built: Line, tokenizer: Any, rows: list[Greedy]) -> None:
@@ -272,8 +271,8 @@ def alone(built: Line, tmp_path: Path) -> Line:
 def test_a_wrong_set_of_stop_tokens(
     alone: Line, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, stop: tuple[int, ...]
 ) -> None:
-    right = litertlm.describe
-    monkeypatch.setattr(litertlm, "describe", lambda *rest, **more: replace(right(*rest, **more), stop=stop))
+    right = bundle.describe
+    monkeypatch.setattr(bundle, "describe", lambda *rest, **more: replace(right(*rest, **more), stop=stop))
     assert alone.run(bundle.STAGE) == 0
     monkeypatch.undo()
     code, said, judgement = judged(alone, capsys)
@@ -341,9 +340,9 @@ def test_a_prompt_that_the_runtime_renders_differently(
     alone: Line, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The checkpoint's own template, unprepared: LiteRT-LM keeps the newline at its end, and trims less."""
-    right = litertlm.describe
+    right = bundle.describe
     source = (SHIPPED / "chat_template.jinja").read_text(encoding="utf-8") + "\n"
-    monkeypatch.setattr(litertlm, "describe", lambda *rest, **more: replace(right(*rest, **more), chat_template=source))
+    monkeypatch.setattr(bundle, "describe", lambda *rest, **more: replace(right(*rest, **more), chat_template=source))
     assert alone.run(bundle.STAGE) == 0
     monkeypatch.undo()
     code, _, judgement = judged(alone, capsys)

@@ -21,16 +21,17 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from transformers import Gemma3ForCausalLM, Gemma3nForCausalLM
 
-from pipeline.convert.checkpoint import open_checkpoint
-from pipeline.convert.flatbuffer import Graph
+from pipeline.checkpoint.reader import open_checkpoint
 from pipeline.core.recipe import Bundle, load
-from pipeline.judge import cache, gates
-from pipeline.judge.cache import Recital
+from pipeline.judge import gates
+from pipeline.judge import kv_cache as cache
 from pipeline.judge.gates import Check, Figure
+from pipeline.judge.kv_cache import Recital
 from pipeline.judge.reference import Head, Reference
-from pipeline.judge.runtime import StepModel
 from pipeline.models import architecture_for, build, gemma3n, transformer
 from pipeline.models.gemma3n import Gemma3nDecoder, TextConfig
+from pipeline.runtime.litert import StepModel
+from pipeline.tflite.graph import Graph
 
 WINDOWS = (2, 5, 16)  # the first two are shorter than the prefill
 bundles = st.builds(

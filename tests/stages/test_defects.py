@@ -11,17 +11,17 @@ import pytest
 import torch
 from conftest import CAP, Line
 
-from pipeline.convert import intake
-from pipeline.convert.checkpoint import open_checkpoint
+from pipeline.checkpoint import preflight
+from pipeline.checkpoint.reader import open_checkpoint
 from pipeline.core.recipe import load
 from pipeline.judge import examine, gates
 from pipeline.judge.gates import Check, Figure
 from pipeline.judge.reference import Head, Reference
-from pipeline.judge.runtime import StepModel
 from pipeline.models import build as made
 from pipeline.models import gemma3n, transformer
 from pipeline.models.gemma3n import ARCHITECTURE, AltUp, Gemma3nForTFLite, TextConfig
 from pipeline.models.transformer import Rotation
+from pipeline.runtime.litert import StepModel
 
 Weights = dict[str, torch.Tensor]
 
@@ -31,7 +31,7 @@ def weights(judged: Line) -> Weights:
     """The shipped model's weights by canonical name."""
     checkpoint = open_checkpoint(judged.root / "fetch" / "checkpoint")
     config = checkpoint.config
-    names = intake.match(
+    names = preflight.match(
         checkpoint.tensors, ARCHITECTURE.tensors(config), lambda name: ARCHITECTURE.canonical(name, config), "shipped"
     )
     return {name: torch.from_numpy(checkpoint.read(stored)) for name, stored in names.items()}

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from pipeline import evaluate
 from pipeline.core import manifest
-from pipeline.judge.lm_runtime import LmRuntime
+from pipeline.runtime.litert_lm import LmRuntime
 
 PROMPTS = ["ⴰⵣⵓⵍ", "ⵎⴰⵏⵣⴰⴽⵉⵏ ⴰⵢⴰ ⵉⵎⴷⴷⵓⴽⴰⵍ?", "What is the sea?", "ⵣ ☕ the sun"]
 TIFINAGH = "ⵜⴰⵎⴰⵣⵉⵖⵜ"

@@ -11,11 +11,11 @@ import pytest
 from conftest import Line, small_recipe
 
 from pipeline import bundle, int4, publish, verify
-from pipeline.convert import contents
-from pipeline.convert.flatbuffer import Graph
+from pipeline.bundling import contents
 from pipeline.core import manifest
 from pipeline.core.errors import UsageError, VerificationError
 from pipeline.models import build
+from pipeline.tflite.graph import Graph
 
 NAMED = {'precisions = ["fp32", "int8"]': 'precisions = ["fp32", "int8", "int4"]'}
 

@@ -16,11 +16,11 @@ from conftest import Line
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline import chat
-from pipeline.convert import litertlm, template
+from pipeline.bundling import litertlm, metadata, template
 from pipeline.core.errors import IntegrityError, UsageError
 from pipeline.core.recipe import PROJECT
 from pipeline.core.recipe import load as load_recipe
-from pipeline.judge.lm_runtime import Dialogue, LmRuntime
+from pipeline.runtime.litert_lm import Dialogue, LmRuntime
 
 CHECKPOINT = PROJECT / "examples" / "tiny-gemma3n"
 SECTIONS = ("decoder", "embedder", "per_layer_embedder")
@@ -63,13 +63,13 @@ class Maker:
     def __init__(self, sections: Path, folder: Path, tokenizer: Any, max_tokens: int) -> None:
         self.files = {name: sections / f"{name}.tflite" for name in SECTIONS}
         self.folder, self.tokenizer = folder, tokenizer
-        self.metadata = litertlm.describe(
+        self.metadata = metadata.describe(
             CHECKPOINT, tokenizer, model_type="gemma3n", vocabulary=VOCABULARY, max_tokens=max_tokens
         )
 
     def make(self, name: str, **changes: Any) -> Path:
         out = self.folder / f"{name}.litertlm"
-        text = litertlm.tokenizer_json(self.tokenizer, VOCABULARY)
+        text = metadata.tokenizer_json(self.tokenizer, VOCABULARY)
         litertlm.write(replace(self.metadata, **changes), text, self.files, out)
         return out
 

@@ -15,10 +15,10 @@ import torch
 from litert_torch import convert
 from litert_torch.backend.debuginfo import _build
 
-from pipeline.convert import export, lowering
-from pipeline.convert.flatbuffer import Graph
-from pipeline.convert.operators import Embedding, Linear, matmul, normalise, update, window
-from pipeline.judge.runtime import litert
+from pipeline.export import export, lowering
+from pipeline.export.operators import Embedding, Linear, matmul, normalise, update, window
+from pipeline.runtime.litert import litert
+from pipeline.tflite.graph import Graph
 
 Compute = Callable[..., torch.Tensor]
 S = torch.export.Dim("s", min=1, max=64)

@@ -12,10 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
-from pipeline.convert import export
 from pipeline.core.errors import ExportError, FetchError
 from pipeline.core.recipe import PROJECT, load
 from pipeline.core.stage import DEFAULT_RECIPE
+from pipeline.export import export
 from pipeline.models import architecture_for, architectures, gemma3, gemma3n
 from pipeline.models.gemma3n import ARCHITECTURE, TextConfig
 

@@ -15,12 +15,12 @@ from conftest import Line, lasting, small_recipe
 from torch import nn
 
 from pipeline import int4, int8, moments
-from pipeline.convert import gptq
-from pipeline.convert.flatbuffer import Graph
 from pipeline.core import manifest
 from pipeline.core.errors import IntegrityError
 from pipeline.core.recipe import load
 from pipeline.models import build, sizes
+from pipeline.quantize import gptq
+from pipeline.tflite.graph import Graph
 from tools import bench, bench_stages
 
 GPTQ = {"keep_float = []": "keep_float = []\ngptq = true", "wide_tokens =": "gptq = true\nwide_tokens ="}

@@ -16,13 +16,14 @@ import pytest
 from conftest import Line, small_recipe
 
 from pipeline import int8
-from pipeline.convert import quantize, readback
-from pipeline.convert.flatbuffer import Graph
 from pipeline.core import manifest
 from pipeline.core.errors import QuantiseError, UsageError
 from pipeline.core.recipe import PROJECT
 from pipeline.core.recipe import load as load_recipe
 from pipeline.core.stage import DEFAULT_MODEL, DEFAULT_RECIPE
+from pipeline.quantize import readback
+from pipeline.quantize import rows as quantize
+from pipeline.tflite.graph import Graph
 
 CORPUS = PROJECT / DEFAULT_MODEL / "corpus"
 RECIPE = PROJECT / DEFAULT_RECIPE

@@ -13,9 +13,9 @@ from conftest import Line
 from safetensors.numpy import load_file, save_file
 
 from pipeline import reproduce
-from pipeline.convert.flatbuffer import Graph
 from pipeline.core import manifest
 from pipeline.core.manifest import FileRecord
+from pipeline.tflite.graph import Graph
 
 Reproduce = Callable[..., tuple[int, str]]
 

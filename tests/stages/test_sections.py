@@ -9,7 +9,7 @@ import pytest
 from conftest import Line
 
 from pipeline.core.errors import IntegrityError
-from pipeline.judge.sections import DECODER, Conversation, Sections
+from pipeline.runtime.sections import DECODER, Conversation, Sections
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])

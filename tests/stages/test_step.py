@@ -10,8 +10,8 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from pipeline.convert.flatbuffer import Graph
-from pipeline.judge.runtime import StepModel
+from pipeline.runtime.litert import StepModel
+from pipeline.tflite.graph import Graph
 
 GRID = {"batches": (1, 2, 3, 8), "sequences": (1, 16, 17, 128, 300)}
 LONG = {"batches": (2,), "sequences": (1024, 2048)}

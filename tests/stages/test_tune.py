@@ -15,12 +15,11 @@ import pytest
 from conftest import Line
 
 from pipeline import int4, int8, moments
-from pipeline.convert import quantize
-from pipeline.convert.flatbuffer import Graph
-from pipeline.convert.residual import ROWS
 from pipeline.core import manifest
 from pipeline.core.recipe import PROJECT
 from pipeline.core.recipe import load as load_recipe
+from pipeline.quantize import rows as quantize
+from pipeline.tflite.graph import ROWS, Graph
 
 OPTIONS = ("--parts", "1", "--speed", "0.01")
 LONGEST = 600.0

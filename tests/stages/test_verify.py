@@ -16,18 +16,17 @@ from transformers import AutoTokenizer
 
 from pipeline import bundle as packing
 from pipeline import golden, inspection, verify
-from pipeline.convert import noise
-from pipeline.convert.flatbuffer import Graph
 from pipeline.core import manifest
 from pipeline.core.errors import IntegrityError, UsageError
 from pipeline.core.manifest import Facts
 from pipeline.core.recipe import PROJECT
 from pipeline.core.stage import Context, Outcome, Stage
-from pipeline.judge import examine
+from pipeline.judge import examine, sqnr
+from pipeline.judge.gates import REFERENCE
 from pipeline.judge.reference import Head, Reference
-from pipeline.judge.report import REFERENCE
-from pipeline.judge.runtime import StepModel, measure_speed
-from pipeline.judge.sections import Conversation, Sections
+from pipeline.runtime.litert import StepModel, measure_speed
+from pipeline.runtime.sections import Conversation, Sections
+from pipeline.tflite.graph import Graph
 
 STEP = "step.tflite"
 BUNDLES = ("bundle-fp32", "bundle-int8")
@@ -310,7 +309,7 @@ class TestWhereItGoesWrong:
                       for file in (step(built), tmp_path / STEP))  # fmt: skip
         wrong = [name for name in one if not np.array_equal(one[name], other[name])]
         windows, _, _ = reference(built).corpus()
-        trace = noise.trace(tmp_path / STEP, step(built), list(windows[:4]))
+        trace = sqnr.trace(tmp_path / STEP, step(built), list(windows[:4]))
         assert [name.removesuffix(".weight") for name in wrong] == [trace.steepest.name.rstrip(";")]
 
     def test_the_command_looks_into_a_bundle_and_holds_graphs_against_each_other(
@@ -336,9 +335,9 @@ class TestWhereItGoesWrong:
     def test_decoders_are_held_against_each_other_through_their_caches(self, built: Line) -> None:
         exact, small = (built.root / precision / "decoder.tflite" for precision in ("fp32", "int8"))
         sample = np.array([2, 40, 41, 300, 7, 512, 90, 17], np.int32)
-        same = noise.compare(inspection.Decoder(exact), inspection.Decoder(exact), [sample, sample[:3]])
-        assert same.tokens == 11 and {operator.decibels for operator in same.operators} == {noise.MOST}
-        found = noise.compare(inspection.Decoder(small), inspection.Decoder(exact), [sample])
+        same = sqnr.compare(inspection.Decoder(exact), inspection.Decoder(exact), [sample, sample[:3]])
+        assert same.tokens == 11 and {operator.decibels for operator in same.operators} == {sqnr.MOST}
+        found = sqnr.compare(inspection.Decoder(small), inspection.Decoder(exact), [sample])
         assert found.tokens == 8 and 20 < found.operators[-1].decibels < 60 and found.first is None
         assert {f"layers.{number}" for number in range(8)} <= set(found.layers())
 

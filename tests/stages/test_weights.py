@@ -12,9 +12,9 @@ from conftest import Line, changed_model
 from safetensors.torch import load_file, save_file
 
 from pipeline import fetch, fp16, fp32, graph, int8
-from pipeline.convert import flatbuffer
 from pipeline.core import manifest
 from pipeline.core.stage import Stage
+from pipeline.tflite import lazy, writer
 
 PRECISIONS = {"fp32": fp32.STAGE, "fp16": fp16.STAGE, "int8": int8.STAGE}
 FILES = ("decoder.tflite", "embedder.tflite", "per_layer_embedder.tflite", "step.tflite")
@@ -39,7 +39,7 @@ def test_small_blocks_of_rows_give_the_same_bytes(
     built: Line, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """3,000 bytes: 5 rows of a layer's matrix, 1 of the per-layer table; the last block is shorter."""
-    monkeypatch.setattr(flatbuffer, "_BLOCK_BYTES", 3000)
+    monkeypatch.setattr(lazy, "_BLOCK_BYTES", 3000)
     line = built.copy(tmp_path, "fetch", "graph")
     assert line.run(PRECISIONS[precision]) == 0
     assert sums(line, precision) == sums(built, precision)
@@ -49,12 +49,12 @@ def test_files_with_weights_behind_the_flatbuffer_say_the_same(
     built: Line, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As those above 1 GiB are written. fp32's own run of each file would fail if they could not be read."""
-    monkeypatch.setattr(flatbuffer, "_INLINE_LIMIT", 1 << 20)
+    monkeypatch.setattr(writer, "_INLINE_LIMIT", 1 << 20)
     line = built.copy(tmp_path, "fetch", "graph")
     assert line.run(fp32.STAGE) == 0
     assert sums(line, "fp32")["step.tflite"] != sums(built, "fp32")["step.tflite"]
-    from pipeline.judge.runtime import StepModel
-    from pipeline.judge.sections import Conversation, Sections
+    from pipeline.runtime.litert import StepModel
+    from pipeline.runtime.sections import Conversation, Sections
 
     ids = np.array([[2, 40, 41, 42]], dtype=np.int32)
     steps = [StepModel(each.root / "fp32" / "step.tflite").logits(ids, np.ones_like(ids)) for each in (line, built)]

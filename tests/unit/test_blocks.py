@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_fold import VOCABULARY, WIDTH, Model, logits, rounded, twice
 
-from pipeline.convert import blocks, quantize
-from pipeline.convert.flatbuffer import Graph
+from pipeline.quantize import groups, rows
+from pipeline.tflite.graph import Graph
 
 
 @settings(deadline=None, max_examples=10)
@@ -19,7 +19,7 @@ from pipeline.convert.flatbuffer import Graph
 def test_the_sum_over_blocks_is_the_layer(tmp_path_factory: pytest.TempPathFactory, seed: int, width: int) -> None:
     folder, split = tmp_path_factory.mktemp("blocks"), twice(Model(seed))
     exact = logits(Model(seed).graph, folder / "whole")
-    blocks.split_columns(split, lambda _: True, width)
+    groups.split_columns(split, lambda _: True, width)
     for signature in ("one", "two"):
         made = logits(split, folder / "split", signature)
         np.testing.assert_allclose(made, exact, rtol=1e-4, atol=1e-4 * np.abs(exact).max())
@@ -27,8 +27,8 @@ def test_the_sum_over_blocks_is_the_layer(tmp_path_factory: pytest.TempPathFacto
 
 def test_the_table_is_stored_once_in_blocks_of_int8(tmp_path: Path) -> None:
     graph = twice(Model())
-    blocks.split_columns(graph, lambda _: True, 16)
-    quantize.quantise_weights(graph, lambda _: False)
+    groups.split_columns(graph, lambda _: True, 16)
+    rows.quantise_weights(graph, lambda _: False)
     assert np.isfinite(logits(graph, tmp_path / "int8")).all()
     made = Graph.read(tmp_path / "int8")
     lookups = [operator for operator in made.operators() if made.code(operator) == "EMBEDDING_LOOKUP"]
@@ -44,12 +44,12 @@ def test_int8_weights_come_closer(tmp_path: Path) -> None:
 def squared_error(seed: int, pattern: str, folder: Path) -> float:
     """Of a model with columns of like size, whose layers that `pattern` names are split."""
     exact, graph = logits(Model(seed, 0.0).graph, folder / "float"), Model(seed, 0.0).graph
-    blocks.split_columns(graph, quantize.keeper([pattern]), 8)
+    groups.split_columns(graph, rows.keeper([pattern]), 8)
     rounded(graph)
     return float(np.square(logits(graph, folder / "int8") - exact).mean())
 
 
 def test_a_matrix_that_is_no_multiple_of_the_width_stays_whole(tmp_path: Path) -> None:
     graph = Model().graph
-    blocks.split_columns(graph, lambda _: True, 20)
+    groups.split_columns(graph, lambda _: True, 20)
     assert np.array_equal(logits(graph, tmp_path / "split"), logits(Model().graph, tmp_path / "whole"))

@@ -13,9 +13,12 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from test_flatbuffer import run
 
-from pipeline.convert import blockwise, contents, pieces, quantize, readback
-from pipeline.convert.blockwise import BLOCK
-from pipeline.convert.flatbuffer import Blocks, Graph, pack, unpack
+from pipeline.bundling import contents
+from pipeline.quantize import blockwise, readback, row_ranges
+from pipeline.quantize import rows as quantize
+from pipeline.quantize.blockwise import BLOCK
+from pipeline.tflite.graph import Graph
+from pipeline.tflite.lazy import Blocks, pack, unpack
 
 Floats = NDArray[np.float32]
 ROWS, WIDTH = 50, 3 * BLOCK
@@ -169,7 +172,7 @@ def test_rows_that_are_no_whole_blocks_have_eight_bits(tmp_path: Path) -> None:
 )
 def test_a_table_in_pieces_is_the_same_table(tmp_path: Path, plain: bool, fine: list[tuple[int, int]]) -> None:
     graph, file = tied(), tmp_path / "pieces.tflite"
-    pieces.cut(graph, "table", fine)
+    row_ranges.cut(graph, "table", fine)
     read = written(graph, file)
     assert read.bytes_by_type()["FLOAT32"] == TABLE.nbytes
     np.testing.assert_allclose(run(file, IDS, plain=plain), TABLE[IDS] @ TABLE.T, rtol=1e-4, atol=1e-4)
@@ -178,8 +181,8 @@ def test_a_table_in_pieces_is_the_same_table(tmp_path: Path, plain: bool, fine: 
 @KERNELS
 def test_pieces_have_the_bits_that_they_are_given(tmp_path: Path, plain: bool) -> None:
     graph, file = tied(), tmp_path / "pieces.tflite"
-    pieces.cut(graph, "table", [(0, 13), (40, 50)])
-    blockwise.make_mixed(graph, quantize.keeper(pieces.FINE))
+    row_ranges.cut(graph, "table", [(0, 13), (40, 50)])
+    blockwise.make_mixed(graph, quantize.keeper(row_ranges.FINE))
     written(graph, file)
     table = real(TABLE)
     fine = [*range(13), *range(40, 50)]

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from pipeline.core.recipe import PROJECT, Bundle, load
 from pipeline.core.stage import DEFAULT_RECIPE
-from pipeline.judge import cache
-from pipeline.judge.cache import Recital, Script
+from pipeline.judge import kv_cache
+from pipeline.judge.kv_cache import Recital, Script
 
 
 def bundle(prefill: tuple[int, ...], decode: int = 64, length: int = 100_000) -> Bundle:
@@ -33,7 +33,7 @@ def before_the_end(script: Script) -> int:
 def test_conversations_cross_the_window_twice_and_the_longest_prefill(
     prefill: tuple[int, ...], window: int, decode: int
 ) -> None:
-    for script in cache.scripts(bundle(prefill, decode), window):
+    for script in kv_cache.scripts(bundle(prefill, decode), window):
         assert before_the_end(script) > max(2 * window, max(prefill))
         assert script.calls[-1] == ("decode", decode)
 
@@ -44,7 +44,7 @@ def test_conversations_are_equally_long_and_fit_into_the_cache(
 ) -> None:
     """Also into a short one: `room` is what a conversation can have beside the tokens that are decoded at its end."""
     short = bundle(prefill, decode, length=max(prefill) - 1 + decode + room)
-    first, second = cache.scripts(short, window)
+    first, second = kv_cache.scripts(short, window)
     assert first.length == second.length <= short.max_tokens
     for script in (first, second):
         assert all(count > 0 for _, count in script.calls)
@@ -58,14 +58,14 @@ def test_conversations_are_equally_long_and_fit_into_the_cache(
 
 @given(lengths, st.integers(1, 600))
 def test_chunks_are_uneven(prefill: tuple[int, ...], window: int) -> None:
-    for script in cache.scripts(bundle(prefill), window):
+    for script in kv_cache.scripts(bundle(prefill), window):
         sizes = [count for kind, count in script.calls if kind == "prefill"]
         assert sizes[0] == max(prefill)
         assert len(set(sizes)) > 1 or max(prefill) == 1
 
 
 def test_the_second_conversation_decodes_first() -> None:
-    first, second = cache.scripts(bundle((32, 128)), 16)
+    first, second = kv_cache.scripts(bundle((32, 128)), 16)
     assert first.calls[0][0] == "prefill" and second.calls[0][0] == "decode"
 
 
@@ -106,7 +106,7 @@ def test_texts_follow_the_conversations_each_a_block_of_its_own() -> None:
 
 @given(st.integers(0, 10_000), st.integers(2, 512))
 def test_as_many_texts_as_hold_the_positions(positions: int, window: int) -> None:
-    count = cache.texts(dataclasses.replace(bundle((8,)), positions=positions), window)
+    count = kv_cache.texts(dataclasses.replace(bundle((8,)), positions=positions), window)
     assert (count - 1) * (window - 1) < positions <= count * (window - 1) or count == positions == 0
 
 
@@ -129,13 +129,13 @@ class Talking:
 
 def test_texts_are_decoded_from_their_first_token_to_the_last_but_one(monkeypatch: pytest.MonkeyPatch) -> None:
     talking = Talking()
-    monkeypatch.setattr(cache, "Sections", lambda _folder: talking)
+    monkeypatch.setattr(kv_cache, "Sections", lambda _folder: talking)
     scripts = (Script((("prefill", 3), ("decode", 2))), Script((("decode", 2), ("prefill", 1), ("decode", 2))))
     texts = np.arange(100, 108, dtype=np.int32).reshape(2, 4)
     tokens = np.arange(12, dtype=np.int32).reshape(2, 6)
     nothing = np.zeros((2, 5, 1), np.float32)
     recital = Recital(scripts=scripts, tokens=tokens, hidden=nothing, cached=nothing, texts=texts)
-    spoken = cache.play(Path(), recital, "talking")
+    spoken = kv_cache.play(Path(), recital, "talking")
     assert spoken.tolist()[:8] == [[3, 3], [4, 4], [6, 0], [7, 1], [9, 3], [10, 4], [3, 3], [4, 4]]
     assert spoken.tolist()[8:] == [[100, 0], [101, 1], [102, 2], [104, 0], [105, 1], [106, 2]]
     assert len(spoken) == len(recital.targets) == len(recital.blocks)
@@ -154,5 +154,5 @@ def test_a_conversation_that_is_played_twice_is_no_second_sample() -> None:
 def test_the_shipped_recipes_decode_at_least_64_tokens_past_it_all(file: Path, window: int) -> None:
     wanted = load(file).bundle
     assert wanted.decode >= 64 and wanted.prompts >= 16 and wanted.continuation >= 64
-    for script in cache.scripts(wanted, window):
+    for script in kv_cache.scripts(wanted, window):
         assert before_the_end(script) > max(2 * window, max(wanted.prefill))

@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.convert import calibrate, static
-from pipeline.convert.calibrate import Statistics, make_samples, read_texts
 from pipeline.core.errors import QuantiseError, UsageError
+from pipeline.judge.corpus import read_texts
+from pipeline.quantize import calibrate, static
+from pipeline.quantize.calibrate import Statistics, make_samples
 
 BOS = 2
 WORDS = [f"word{i}" for i in range(300)]

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save
 
-from pipeline.convert import checkpoint, headers, intake
-from pipeline.convert.checkpoint import open_checkpoint
-from pipeline.convert.headers import TensorInfo
+from pipeline.checkpoint import headers, preflight, reader
+from pipeline.checkpoint.headers import TensorInfo
+from pipeline.checkpoint.reader import open_checkpoint
 from pipeline.core.errors import FetchError, IntegrityError
 
 Entry = dict[str, Any]
@@ -206,14 +206,14 @@ def index(weight_map: object) -> bytes:
 )  # fmt: skip
 def test_bad_index_is_refused(text: bytes) -> None:
     with pytest.raises(IntegrityError):
-        headers.parse_index(text, checkpoint.INDEX)
+        headers.parse_index(text, reader.INDEX)
 
 
 def write_shards(folder: Path, parts: dict[str, dict[str, np.ndarray]], weight_map: dict[str, str]) -> None:
     for shard, tensors in parts.items():
         (folder / shard).write_bytes(save(tensors))
-    (folder / checkpoint.INDEX).write_bytes(index(weight_map))
-    (folder / checkpoint.CONFIG).write_text("{}")
+    (folder / reader.INDEX).write_bytes(index(weight_map))
+    (folder / reader.CONFIG).write_text("{}")
 
 
 ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -230,7 +230,7 @@ def test_shards_are_one_checkpoint(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("parts", "weight_map", "phrase"),
     [
-        ({ONE: {"a": A}}, {"a": ONE, "b": TWO}, f"lacks 1 of the 2 shards that {checkpoint.INDEX} names: {TWO}"),
+        ({ONE: {"a": A}}, {"a": ONE, "b": TWO}, f"lacks 1 of the 2 shards that {reader.INDEX} names: {TWO}"),
         ({ONE: {"a": A}, TWO: {}}, {"a": ONE, "b": TWO}, f"{TWO} lacks b, which the index places in it"),
         (
             {ONE: {"a": A, "c": B}, TWO: {"b": B}},
@@ -260,7 +260,7 @@ def test_folder_without_weights(tmp_path: Path) -> None:
 
 def test_configurations(tmp_path: Path) -> None:
     (tmp_path / FILE).write_bytes(save({"a": A}))
-    (tmp_path / checkpoint.CONFIG).write_text('{"model_type": "x"}')
+    (tmp_path / reader.CONFIG).write_text('{"model_type": "x"}')
     opened = open_checkpoint(tmp_path)
     assert opened.config == {"model_type": "x"}
     assert opened.generation_config == {}
@@ -276,7 +276,7 @@ def test_configurations(tmp_path: Path) -> None:
 TYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 
 
-def write_tensors(folder: Path, tensors: dict[str, np.ndarray], shift: int = 0) -> checkpoint.Checkpoint:
+def write_tensors(folder: Path, tensors: dict[str, np.ndarray], shift: int = 0) -> reader.Checkpoint:
     """Save in the format's own layout, any numpy type; `shift` moves the data off its alignment."""
     codes = {np.dtype(kind): code for code, kind in TYPES.items()} | {np.dtype(np.int8): "I8"}
     table, data = {}, b""
@@ -287,7 +287,7 @@ def write_tensors(folder: Path, tensors: dict[str, np.ndarray], shift: int = 0) 
     text = json.dumps(table).encode()
     text += b" " * (-len(text) % 8 + shift)
     (folder / FILE).write_bytes(file_of(text, data))
-    (folder / checkpoint.CONFIG).write_text("{}")
+    (folder / reader.CONFIG).write_text("{}")
     return open_checkpoint(folder)
 
 
@@ -347,7 +347,7 @@ def test_rows_of_a_large_table_take_the_memory_of_these_rows(tmp_path: Path) -> 
     with (tmp_path / FILE).open("wb") as stream:
         stream.write(file_of(text))
         stream.truncate(8 + len(text) + 2 * rows * width)
-    (tmp_path / checkpoint.CONFIG).write_text("{}")
+    (tmp_path / reader.CONFIG).write_text("{}")
     opened = open_checkpoint(tmp_path)
     peak, stop = anonymous(), threading.Event()
     before = peak
@@ -383,7 +383,7 @@ STORED = {"model.norm.weight": info(4), "model.embed.weight": info(9, 4), "visio
 
 
 def test_match_maps_needed_names_to_stored_ones() -> None:
-    assert intake.match(STORED, NEEDED, canonical, "it") == {
+    assert preflight.match(STORED, NEEDED, canonical, "it") == {
         "norm.weight": "model.norm.weight",
         "embed.weight": "model.embed.weight",
     }
@@ -414,15 +414,15 @@ def test_match_names_what_is_wrong(change: Change, phrases: list[str]) -> None:
     tensors = dict(STORED)
     change(tensors)
     with pytest.raises(FetchError) as caught:
-        intake.match(tensors, NEEDED, canonical, "org/tiny")
+        preflight.match(tensors, NEEDED, canonical, "org/tiny")
     assert "org/tiny does not hold the model that its config.json describes" in caught.value.what
     for phrase in phrases:
         assert phrase in caught.value.what
 
 
 def test_float_type_is_that_of_most_parameters() -> None:
-    assert checkpoint.float_type([info(9), info(4, dtype="F32"), info(4, dtype="F32")]) == "bfloat16"
-    assert checkpoint.float_type([info(9), info(10, dtype="F32")]) == "float32"
+    assert reader.float_type([info(9), info(4, dtype="F32"), info(4, dtype="F32")]) == "bfloat16"
+    assert reader.float_type([info(9), info(10, dtype="F32")]) == "float32"
 
 
 # ---- kinds that are refused (over HTTP in tests/stages/test_fetch.py)
@@ -442,12 +442,12 @@ def test_float_type_is_that_of_most_parameters() -> None:
 )
 def test_kinds(names: set[str], phrase: str) -> None:
     with pytest.raises(FetchError) as caught:
-        intake.check_kind(names, "it")
+        preflight.check_kind(names, "it")
     assert phrase in "\n".join(caught.value.lines())
 
 
 def test_a_whole_model_may_have_an_adapter_beside() -> None:
-    intake.check_kind({FILE, "config.json", "adapter_config.json", "pytorch_model.bin"}, "it")
+    preflight.check_kind({FILE, "config.json", "adapter_config.json", "pytorch_model.bin"}, "it")
 
 
 @pytest.mark.parametrize(
@@ -461,6 +461,6 @@ def test_a_whole_model_may_have_an_adapter_beside() -> None:
 )
 def test_quantised(config: dict[str, Any], method: str) -> None:
     with pytest.raises(FetchError) as caught:
-        intake.check_precision(config, {FILE}, "it")
+        preflight.check_precision(config, {FILE}, "it")
     assert f"is quantised already ({method})" in caught.value.what
-    intake.check_precision({"text_config": {"hidden_size": 8}, "quantization_config": None}, {FILE}, "it")
+    preflight.check_precision({"text_config": {"hidden_size": 8}, "quantization_config": None}, {FILE}, "it")

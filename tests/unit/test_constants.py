@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.convert import constants, flatbuffer, litertlm
-from pipeline.convert.flatbuffer import Graph
+from pipeline.bundling import constants, litertlm, metadata
 from pipeline.core import manifest
+from pipeline.tflite import writer
+from pipeline.tflite.graph import Graph
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 SHAPES = st.lists(st.integers(1, 9), max_size=3).map(tuple)
@@ -54,7 +55,7 @@ def found(rows: list[dict[str, Any]]) -> dict[str, tuple[tuple[int, ...], str, s
 @given(arrays(), st.sampled_from([2**30, 0]))
 def test_each_constant_is_found_where_it_stands(values: Arrays, limit: int) -> None:
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
-        patch.setattr(flatbuffer, "_INLINE_LIMIT", limit)
+        patch.setattr(writer, "_INLINE_LIMIT", limit)
         file = write(values, Path(folder) / "model.tflite")
         rows = constants.digests({"key": file})["key"]
         assert found(rows) == expected(values)
@@ -66,12 +67,12 @@ def test_each_constant_is_found_where_it_stands(values: Arrays, limit: int) -> N
 
 @pytest.mark.parametrize("limit", [2**30, 0], ids=["inline", "behind"])
 def test_sections_of_a_bundle_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
-    monkeypatch.setattr(flatbuffer, "_INLINE_LIMIT", limit)
+    monkeypatch.setattr(writer, "_INLINE_LIMIT", limit)
     names = {"decoder": "tf_lite_prefill_decode", "embedder": "tf_lite_embedder"}
     names["per_layer_embedder"] = "tf_lite_per_layer_embedder"
     values = {name: {"w": np.arange(place, 300, dtype=np.float32)} for place, name in enumerate(names)}
     models = {name: write(values[name], tmp_path / f"{name}.tflite") for name in names}
-    told = litertlm.Metadata(model_type="gemma3n", start=2, stop=(1,), max_tokens=64)
+    told = metadata.Metadata(model_type="gemma3n", start=2, stop=(1,), max_tokens=64)
     litertlm.write(told, "{}", models, tmp_path / "model.litertlm")
     rows = constants.digests({"key": tmp_path / "model.litertlm"})["key"]
     for name, section in names.items():

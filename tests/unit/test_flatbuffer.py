@@ -10,9 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.convert import flatbuffer, quantize
-from pipeline.convert.flatbuffer import Blocks, Graph, Scales
 from pipeline.core.errors import IntegrityError, QuantiseError
+from pipeline.quantize import float16
+from pipeline.quantize import rows as quantize
+from pipeline.tflite import graph as flatbuffer
+from pipeline.tflite import lazy, writer
+from pipeline.tflite.graph import Graph
+from pipeline.tflite.lazy import Blocks, Scales
 
 ROWS, WIDTH = 50, 32
 RANDOM = np.random.default_rng(7)
@@ -75,7 +79,7 @@ def test_buffers_behind_the_flatbuffer_mean_the_same(tmp_path: Path, monkeypatch
     inline, behind, again = (tmp_path / name for name in ("inline.tflite", "behind.tflite", "again.tflite"))
     tied().write(inline)
     with monkeypatch.context() as patch:
-        patch.setattr(flatbuffer, "_INLINE_LIMIT", 0)
+        patch.setattr(writer, "_INLINE_LIMIT", 0)
         tied().write(behind)
     assert behind.read_bytes() != inline.read_bytes()
     for plain in (False, True):
@@ -143,7 +147,7 @@ def test_float16_rows_and_weights(tmp_path: Path, plain: bool) -> None:
     """LiteRT 2.3.0's lookup with float16 rows and a float32 output copies raw bytes: the file must not ask for that."""
     file = tmp_path / "half.tflite"
     graph = tied()
-    quantize.make_half(graph)
+    float16.make_half(graph)
     graph.prune()
     graph.write(file)
     assert Graph.read(file).bytes_by_type() == {"FLOAT16": 2 * TABLE.size}
@@ -153,7 +157,7 @@ def test_float16_rows_and_weights(tmp_path: Path, plain: bool) -> None:
 
 def test_a_weight_beyond_float16_is_refused(tmp_path: Path) -> None:
     graph = tied(TABLE * np.float32(1e6))
-    quantize.make_half(graph)
+    float16.make_half(graph)
     with pytest.raises(QuantiseError, match="table has a weight of .* float16 ends at"):
         graph.write(tmp_path / "half.tflite")
 
@@ -175,7 +179,7 @@ def test_rows_are_within_half_a_step(seed: int, rows: int, columns: int, size: f
 
 def in_rows_of(patch: pytest.MonkeyPatch, rows: int, columns: int = WIDTH) -> None:
     """Let values be made `rows` rows at a time."""
-    patch.setattr(flatbuffer, "_BLOCK_BYTES", rows * columns * 4)
+    patch.setattr(lazy, "_BLOCK_BYTES", rows * columns * 4)
 
 
 @settings(deadline=None)
@@ -237,7 +241,7 @@ def test_what_fails_in_a_thread_is_raised_and_the_rest_is_left() -> None:
 def test_a_streamed_constant_gives_the_bytes_of_the_array(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int, rows: int
 ) -> None:
-    monkeypatch.setattr(flatbuffer, "_INLINE_LIMIT", limit)
+    monkeypatch.setattr(writer, "_INLINE_LIMIT", limit)
     one, many = tmp_path / "one.tflite", tmp_path / "many.tflite"
     tied().write(one)
     in_rows_of(monkeypatch, rows)
@@ -255,7 +259,7 @@ def test_a_streamed_constant_gives_the_bytes_of_the_array(
 def test_too_few_or_too_many_values_are_refused_and_leave_no_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int, change: int
 ) -> None:
-    monkeypatch.setattr(flatbuffer, "_INLINE_LIMIT", limit)
+    monkeypatch.setattr(writer, "_INLINE_LIMIT", limit)
     graph, made = tied(), np.resize(TABLE, (ROWS + change, WIDTH))
     graph.set_constant(1, Blocks(TABLE.shape, np.float32, lambda start, stop: made))
     with pytest.raises(IntegrityError, match=f"{made.nbytes} bytes were made for a constant of {TABLE.nbytes}"):
@@ -327,9 +331,9 @@ def test_prune_keeps_signatures_and_what_they_share(tmp_path: Path) -> None:
 def test_what_two_signatures_share_is_made_small_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, limit: int
 ) -> None:
-    monkeypatch.setattr(flatbuffer, "_INLINE_LIMIT", limit)
+    monkeypatch.setattr(writer, "_INLINE_LIMIT", limit)
     graph, file = two(), tmp_path / "two.tflite"
-    quantize.make_half(graph) if kind == "half" else quantize.quantise_weights(graph, keep=lambda name: False)
+    float16.make_half(graph) if kind == "half" else quantize.quantise_weights(graph, keep=lambda name: False)
     graph.prune()
     graph.write(file)
     expected = TABLE.astype(np.float16).astype(np.float32)

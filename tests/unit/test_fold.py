@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from pipeline.convert import fold, quantize
-from pipeline.convert.flatbuffer import Graph
+from pipeline.quantize import equalize
+from pipeline.quantize import rows as quantize
+from pipeline.tflite.graph import Graph
 
 VOCABULARY, WIDTH, INNER = 40, 32, 48
 IDS = np.array([3, 0, 39, 7, 3], np.int32)
@@ -88,7 +89,7 @@ def test_the_float_model_stays_the_same_to_the_bit(
 ) -> None:
     folder, folded = tmp_path_factory.mktemp("fold"), twice(Model(seed, spread))
     plain = logits(Model(seed, spread).graph, folder / "plain")
-    assert set(fold.fold_scales(folded, strength)) == {"gate", "up", "down", "table"}
+    assert set(equalize.fold_scales(folded, strength)) == {"gate", "up", "down", "table"}
     for signature in ("one", "two"):
         np.testing.assert_array_equal(logits(folded, folder / "folded", signature), plain)
 
@@ -102,7 +103,7 @@ def matrices(file: Path) -> dict[str, Floats]:
 
 def test_columns_become_alike_in_each_group_of_matrices(tmp_path: Path) -> None:
     model = Model()
-    fold.fold_scales(model.graph, 1.0)
+    equalize.fold_scales(model.graph, 1.0)
     logits(model.graph, tmp_path / "folded")
     found = matrices(tmp_path / "folded")
     for group in (["gate", "up"], ["down"], ["table"]):
@@ -122,7 +123,7 @@ def test_int8_weights_come_closer(tmp_path: Path) -> None:
     exact, errors = logits(Model().graph, tmp_path / "float"), []
     for strength in (0.0, 0.9):
         graph = Model().graph
-        fold.fold_scales(graph, strength)
+        equalize.fold_scales(graph, strength)
         rounded(graph)
         errors.append(float(np.square(logits(graph, tmp_path / "int8") - exact).mean()))
     assert errors[1] < errors[0] / 2
@@ -144,5 +145,5 @@ def test_what_others_read_as_well_is_left_alone(where: str, tmp_path: Path) -> N
     read = {"up": model.up, "rows": int(model.operators[0].outputs[0]), "head": int(model.operators[-1].inputs[0])}
     model.graph.main.outputs = [model.logits, read[where]]
     plain = logits(copy.deepcopy(model.graph), tmp_path / "plain")
-    assert len({factors.tobytes() for factors in fold.fold_scales(model.graph, 1.0).values()}) == 2
+    assert len({factors.tobytes() for factors in equalize.fold_scales(model.graph, 1.0).values()}) == 2
     np.testing.assert_array_equal(logits(model.graph, tmp_path / "folded"), plain)

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from pipeline.convert import blockwise, gptq, quantize
-from pipeline.convert.flatbuffer import Blocks, unpack
+from pipeline.quantize import blockwise, gptq
+from pipeline.quantize import rows as quantize
+from pipeline.tflite.lazy import Blocks, unpack
 
 Floats = NDArray[np.float32]
 RANDOM = np.random.default_rng(7)

@@ -13,17 +13,23 @@ import pytest
 from pipeline.core.recipe import PROJECT
 
 PIPELINE = PROJECT / "pipeline"
-ROOMS = ("core", "convert", "judge", "reference", "release", "models", "search")
 ALLOWED = {
-    "core": {"core"},
-    "convert": {"convert", "core"},
-    "judge": {"judge", "core"},
-    "reference": {"reference", "core"},
-    "release": {"release", "core"},
-    "search": {"search", "models", "judge", "convert", "core"},
-    "models": {"models", "convert", "core"},
-    "stage": {*ROOMS},
+    "core": set(),
+    "checkpoint": {"core"},
+    "runtime": {"core"},
+    "release": {"core"},
+    "tflite": {"core", "checkpoint"},
+    "reference": {"core", "checkpoint"},
+    "export": {"core", "tflite"},
+    "quantize": {"core", "tflite", "runtime"},
+    "models": {"core", "checkpoint", "tflite", "export"},
+    "judge": {"core", "checkpoint", "tflite", "runtime"},
+    "report": {"core", "judge"},
+    "bundling": {"core", "checkpoint", "tflite", "quantize", "models"},
+    "search": {"core", "checkpoint", "tflite", "runtime", "quantize", "models", "judge"},
 }
+"""The rooms that a room's files may import, beside their own; a stage may import all."""
+ROOMS = tuple(ALLOWED)
 FILES = sorted(PIPELINE.rglob("*.py"))
 STAGES = sorted(file for file in PIPELINE.glob("*.py") if file.name != "__init__.py")
 MAKEFILE = (PROJECT / "Makefile").read_text(encoding="utf-8")
@@ -38,6 +44,12 @@ def imports(file: Path) -> Iterator[str]:
             assert node.level == 0 and node.module, f"{file}: relative import"
             yield node.module
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def test_no_room_is_its_own_cellar() -> None:
+    """Each room needs others that are listed before it, so that there are no circles."""
+    for place, room in enumerate(ROOMS):
+        assert ALLOWED[room] <= set(ROOMS[:place])
 
 
 def own(file: Path) -> set[str]:
@@ -56,7 +68,7 @@ def label(file: Path) -> str:
 
 @pytest.mark.parametrize("file", FILES, ids=label)
 def test_no_layer_imports_upward_or_sideways(file: Path) -> None:
-    assert own(file) <= ALLOWED[layer(file)]
+    assert layer(file) == "stage" or own(file) <= {layer(file), *ALLOWED[layer(file)]}
 
 
 @pytest.mark.parametrize("file", [file for file in FILES if layer(file) == "core"], ids=label)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
-from importlib import metadata
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from litert_lm_builder import litertlm_builder
 from litert_lm_builder.runtime.proto import llm_metadata_pb2
 from tokenizers import Tokenizer
 
-from pipeline.convert import litertlm, template
+from pipeline.bundling import litertlm, metadata, template
 from pipeline.core.errors import BundleError
 from pipeline.core.recipe import PROJECT
 
@@ -63,14 +63,14 @@ def models(tmp_path: Path) -> dict[str, Path]:
     return files
 
 
-def described(source: Any = None, *, folder: Path = CHECKPOINT, **options: Any) -> litertlm.Metadata:
+def described(source: Any = None, *, folder: Path = CHECKPOINT, **options: Any) -> metadata.Metadata:
     wanted = {"model_type": "gemma3n", "vocabulary": VOCABULARY, "max_tokens": 512, **options}
-    return litertlm.describe(folder, Rendering(source), **wanted)
+    return metadata.describe(folder, Rendering(source), **wanted)
 
 
 def written(models: Mapping[str, Path], out: Path, **changes: Any) -> Mapping[str, Any]:
     fields = {"model_type": "gemma3n", "start": BOS, "stop": (EOS, END_OF_TURN), "max_tokens": 512, **changes}
-    return litertlm.write(litertlm.Metadata(**fields), '{"tokenizer": "ⵣ"}', models, out)
+    return litertlm.write(metadata.Metadata(**fields), '{"tokenizer": "ⵣ"}', models, out)
 
 
 def checkpoint(folder: Path, **files: Mapping[str, Any]) -> Path:
@@ -85,7 +85,7 @@ def checkpoint(folder: Path, **files: Mapping[str, Any]) -> Path:
 def test_the_shipped_model_is_described() -> None:
     found = described()
     assert (found.start, found.stop, found.max_tokens) == (BOS, (EOS, END_OF_TURN), 512)
-    assert found.sampler == litertlm.Sampler(top_k=1)
+    assert found.sampler == metadata.Sampler(top_k=1)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_the_default_of_several_templates_is_taken() -> None:
 def test_sampler_is_what_generate_would_do(tmp_path: Path) -> None:
     sampling = {"eos_token_id": 1, "do_sample": True, "top_k": 64, "temperature": 0.5, "top_p": None}
     found = described(folder=checkpoint(tmp_path, generation_config=sampling))
-    assert found.sampler == litertlm.Sampler(top_k=64, top_p=1.0, temperature=0.5)
+    assert found.sampler == metadata.Sampler(top_k=64, top_p=1.0, temperature=0.5)
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ def test_white_space_is_what_python_strips() -> None:
 
 
 def test_the_tokenizer_is_the_backends_own() -> None:
-    text = litertlm.tokenizer_json(Rendering(), VOCABULARY)
+    text = metadata.tokenizer_json(Rendering(), VOCABULARY)
     assert json.loads(text) == json.loads((CHECKPOINT / "tokenizer.json").read_text())
 
 
@@ -220,7 +220,7 @@ def test_added_tokens_beyond_the_vocabulary_are_left_out() -> None:
     tokenizer = Rendering()
     size = len(tokenizer.backend_tokenizer.get_vocab())
     tokenizer.backend_tokenizer.add_special_tokens(["<image_soft_token>"])
-    again = Tokenizer.from_str(litertlm.tokenizer_json(tokenizer, size))
+    again = Tokenizer.from_str(metadata.tokenizer_json(tokenizer, size))
     assert "<image_soft_token>" not in again.get_vocab()
     text = "Azul! ⵣ <end_of_turn>\n"
     assert again.encode(text).ids == Rendering().backend_tokenizer.encode(text).ids
@@ -228,14 +228,14 @@ def test_added_tokens_beyond_the_vocabulary_are_left_out() -> None:
 
 def test_a_tokenizer_of_another_model_is_refused() -> None:
     with pytest.raises(BundleError, match="vocabulary only 1000"):
-        litertlm.tokenizer_json(Rendering(), 1000)
+        metadata.tokenizer_json(Rendering(), 1000)
 
 
 # The file
 
 
 def test_the_builder_is_the_one_whose_metadata_is_replaced() -> None:
-    assert metadata.version("litert-lm-builder") == litertlm.BUILDER
+    assert version("litert-lm-builder") == litertlm.BUILDER
     assert callable(litertlm_builder.populate_system_metadata)
 
 

@@ -13,9 +13,12 @@ import numpy as np
 import pytest
 
 from pipeline import inspection
-from pipeline.convert import contents, flatbuffer, noise, quantize
-from pipeline.convert.flatbuffer import Graph
+from pipeline.bundling import contents
 from pipeline.core.errors import IntegrityError, UsageError
+from pipeline.judge import sqnr
+from pipeline.quantize import rows
+from pipeline.tflite import writer
+from pipeline.tflite.graph import Graph
 
 ROWS, WIDTH, LAYERS = 60, 32, 3
 SAMPLES = [np.arange(start, start + 20, dtype=np.int32) % ROWS for start in (0, 7)]
@@ -72,7 +75,7 @@ def exact(tmp_path: Path) -> Path:
 
 def quantised(file: Path) -> Path:
     graph = model(weights())
-    quantize.quantise_weights(graph, quantize.keeper(()))
+    rows.quantise_weights(graph, rows.keeper(()))
     graph.prune()
     graph.write(file)
     return file
@@ -80,19 +83,19 @@ def quantised(file: Path) -> Path:
 
 @pytest.mark.parametrize(("signal", "error", "expected"), [(100.0, 1.0, 20.0), (1.0, 1e-4, 40.0), (1.0, 4.0, -6.0206)])
 def test_decibels_are_ten_times_the_logarithm_of_the_ratio(signal: float, error: float, expected: float) -> None:
-    assert noise.decibels(signal, error) == pytest.approx(expected, abs=1e-3)
+    assert sqnr.decibels(signal, error) == pytest.approx(expected, abs=1e-3)
 
 
 def test_decibels_stay_within_what_json_holds() -> None:
-    assert noise.decibels(1.0, 0.0) == noise.MOST == noise.decibels(0.0, 0.0)
+    assert sqnr.decibels(1.0, 0.0) == sqnr.MOST == sqnr.decibels(0.0, 0.0)
     for signal, error in ((0.0, 1.0), (1.0, math.inf), (math.nan, 1.0), (1.0, math.nan)):
-        assert noise.decibels(signal, error) == -noise.MOST
+        assert sqnr.decibels(signal, error) == -sqnr.MOST
 
 
 def test_a_file_does_not_leave_itself(exact: Path) -> None:
-    found = noise.trace(exact, exact, SAMPLES)
+    found = sqnr.trace(exact, exact, SAMPLES)
     assert found.tokens == 40 and found.first is None
-    assert {each.decibels for each in found.operators} == {noise.MOST}
+    assert {each.decibels for each in found.operators} == {sqnr.MOST}
     assert [each.name for each in found.operators][:2] == ["embed", "layers.0.up;"]
     assert "the logits keep 200.0 dB" in found.sentence()
 
@@ -102,20 +105,20 @@ def test_a_file_does_not_leave_itself(exact: Path) -> None:
 def test_the_operator_with_a_wrong_matrix_is_named(exact: Path, tmp_path: Path, layer: int, name: str) -> None:
     values = weights()
     values[f"layers.{layer}.{name}.weight"] *= -1
-    found = noise.trace(written(tmp_path / "wrong.tflite", values), exact, SAMPLES)
+    found = sqnr.trace(written(tmp_path / "wrong.tflite", values), exact, SAMPLES)
     assert found.first == found.steepest and found.first
     assert (found.first.name, found.first.code, found.first.layer) == (
         f"layers.{layer}.{name};", "FULLY_CONNECTED", f"layers.{layer}"
     )  # fmt: skip
     assert found.first.decibels == pytest.approx(-6.02, abs=0.01), "the difference is twice the signal"
-    clear = [row for row, (out, _) in found.layers().items() if out.decibels == noise.MOST]
+    clear = [row for row, (out, _) in found.layers().items() if out.decibels == sqnr.MOST]
     assert clear == ["before the layers", *(f"layers.{before}" for before in range(layer))]
 
 
 def test_the_ratio_is_that_of_the_results(exact: Path, tmp_path: Path) -> None:
     values = weights()
     values["layers.1.up.weight"] *= 1.01
-    found = noise.trace(written(tmp_path / "wrong.tflite", values), exact, SAMPLES)
+    found = sqnr.trace(written(tmp_path / "wrong.tflite", values), exact, SAMPLES)
     wrong = next(each for each in found.operators if each.name == "layers.1.up;")
     assert wrong.decibels == pytest.approx(40.0, abs=0.01) and wrong.drop == pytest.approx(20.0, abs=0.01)
     assert found.first is None and found.steepest == wrong
@@ -125,20 +128,20 @@ def test_a_scale_that_is_taken_away_and_put_back_is_not_where_a_file_leaves(exac
     values = weights()
     values["layers.1.up.weight"] *= 8
     values["layers.1.down.weight"] /= 8
-    found = noise.trace(written(tmp_path / "folded.tflite", values), exact, SAMPLES)
+    found = sqnr.trace(written(tmp_path / "folded.tflite", values), exact, SAMPLES)
     assert next(each for each in found.operators if each.name == "layers.1.up;").decibels < 0
     assert found.first is None and "the logits keep" in found.sentence()
 
 
 def test_an_int8_file_is_near_everywhere_and_json_tells_so(exact: Path, tmp_path: Path) -> None:
-    found = noise.trace(quantised(tmp_path / "int8.tflite"), exact, SAMPLES)
+    found = sqnr.trace(quantised(tmp_path / "int8.tflite"), exact, SAMPLES)
     assert found.first is None and all(25 < each.decibels < 60 for each in found.operators)
     told = json.loads(json.dumps(found.facts(), allow_nan=False))
     assert len(told["curve"]) == len(found.operators) == 2 + 3 * LAYERS
     assert [row["layer"] for row in told["layers"]] == [
         "before the layers", "layers.0", "layers.1", "layers.2", "after the layers"
     ]  # fmt: skip
-    assert [row[0] for row in noise.table(found)][1:] == [row["layer"] for row in told["layers"]]
+    assert [row[0] for row in sqnr.table(found)][1:] == [row["layer"] for row in told["layers"]]
 
 
 def test_files_that_are_no_step_graphs_are_refused(exact: Path, tmp_path: Path) -> None:
@@ -146,7 +149,7 @@ def test_files_that_are_no_step_graphs_are_refused(exact: Path, tmp_path: Path) 
     graph.model.signatureDefs[0].inputs[0].name = "tokens"
     graph.write(tmp_path / "other.tflite")
     with pytest.raises(UsageError, match="is not a step graph"):
-        noise.trace(tmp_path / "other.tflite", exact, SAMPLES)
+        sqnr.trace(tmp_path / "other.tflite", exact, SAMPLES)
 
 
 def test_contents_are_those_of_the_graph(tmp_path: Path) -> None:
@@ -177,7 +180,7 @@ def test_a_file_of_twenty_gigabytes_is_looked_into_without_reading_it(
 ) -> None:
     """Its values are a hole in the file: reading them would take longer than any test."""
     file, graph = tmp_path / "large.tflite", model(weights())
-    monkeypatch.setattr(flatbuffer, "_INLINE_LIMIT", 0)
+    monkeypatch.setattr(writer, "_INLINE_LIMIT", 0)
     graph.write(file)
     data = bytearray(file.read_bytes())
     from ai_edge_litert import schema_py_generated as schema

@@ -11,10 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.core import manifest, releases
+from pipeline.core import manifest
 from pipeline.core.errors import IntegrityError, UsageError
 from pipeline.core.manifest import FileRecord, Manifest, Source
 from pipeline.core.recipe import PROJECT
+from pipeline.release import description
 from tools import rebuilt
 from tools import release as command
 
@@ -31,24 +32,24 @@ def write(folder: Path, table: dict[str, str], schema: str = "schema = 1\n") -> 
 
 def refused(file: Path | None, given: dict[str, str]) -> str:
     with pytest.raises(UsageError) as caught:
-        releases.describe(file, given)
+        description.describe(file, given)
     assert caught.value.remedy
     return caught.value.what
 
 
 @pytest.mark.parametrize("file", DESCRIPTIONS, ids=lambda file: file.stem)
 def test_every_description_loads_and_its_recipe_too(file: Path) -> None:
-    release = releases.describe(file, {})
+    release = description.describe(file, {})
     assert (PROJECT / release.settings()["RECIPE"]).is_file()
 
 
 def test_there_is_one_and_it_is_the_example() -> None:
-    assert (PROJECT / releases.KIND.example) in DESCRIPTIONS
+    assert (PROJECT / description.KIND.example) in DESCRIPTIONS
 
 
 def test_a_description_and_the_same_words_given_are_one_release(tmp_path: Path) -> None:
-    read = releases.describe(write(tmp_path, GOOD), {})
-    assert read == releases.describe(None, GOOD) == releases.describe(write(tmp_path, GOOD), GOOD)
+    read = description.describe(write(tmp_path, GOOD), {})
+    assert read == description.describe(None, GOOD) == description.describe(write(tmp_path, GOOD), GOOD)
     assert read.settings() == {
         "MODEL_ID": "org/name",
         "REVISION": COMMIT,
@@ -98,8 +99,8 @@ def test_what_is_no_description_is_refused(tmp_path: Path) -> None:
 
 def test_an_open_revision_can_be_given_but_nothing_else_changed(tmp_path: Path) -> None:
     file = write(tmp_path, {**GOOD, "revision": "main"})
-    assert not releases.describe(file, {}).is_pinned
-    assert releases.describe(file, {"revision": COMMIT}).revision == COMMIT
+    assert not description.describe(file, {}).is_pinned
+    assert description.describe(file, {"revision": COMMIT}).revision == COMMIT
     assert "tag" in refused(file, {"tag": "v2"})
     assert "revision" in refused(write(tmp_path, GOOD), {"revision": COMMIT[::-1]})
 
@@ -117,7 +118,7 @@ def test_an_upload_needs_a_commit(tmp_path: Path, capsys: pytest.CaptureFixture[
 @given(st.text(max_size=45))
 def test_only_forty_digits_are_a_commit(text: str) -> None:
     try:
-        release = releases.describe(None, {**GOOD, "revision": text})
+        release = description.describe(None, {**GOOD, "revision": text})
     except UsageError:
         return
     assert release.is_pinned == (len(text) == 40 and set(text) <= set("0123456789abcdef"))
@@ -134,7 +135,7 @@ def test_make_release_runs_publish_with_the_descriptions_settings(tmp_path: Path
     done = make("-n", "release", f"RELEASE={write(tmp_path, GOOD)}", f"ARTIFACTS={tmp_path}")
     assert done.returncode == 0, done.stderr
     assert f"-m pipeline.fetch --model-id org/name --artifacts {tmp_path}" in done.stdout
-    assert f"--revision {COMMIT}" in done.stdout and "-m pipeline.publish" in done.stdout
+    assert f"--revision '{COMMIT}'" in done.stdout and "-m pipeline.publish" in done.stdout
 
 
 def test_make_release_stops_at_a_revision_that_moves(tmp_path: Path) -> None:

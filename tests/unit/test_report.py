@@ -13,7 +13,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from pipeline.judge import plots, report, tasks
+from pipeline.judge import metrics, tasks
+from pipeline.report import plots, verification
 
 VOID = {"meta", "br"}
 
@@ -48,7 +49,7 @@ def summary(kld: float, top1: float) -> dict[str, Any]:
 def variant(name: str, kld: float, *, alternative: bool = False, fit: bool = True) -> dict[str, Any]:
     size = {"fp32": 9_400_000, "fp16": 4_750_000}.get(name, 2_450_000)
     gate = {"int8": "int8-dynamic"}.get(name, name)
-    counts = [0] * (len(plots.kld_edges()) - 1)
+    counts = [0] * (len(metrics.kld_edges()) - 1)
     counts[20], counts[21] = 900, 1148
     return {
         "file": f"{name}/step.tflite",
@@ -215,7 +216,7 @@ def outline(page: str) -> Outline:
 
 
 def test_the_page_is_one_well_formed_file_that_loads_nothing() -> None:
-    page = report.render(made_by_hand())
+    page = verification.render(made_by_hand())
     found = outline(page)
     assert not found.links and "script" not in found.seen
     assert "@import" not in page and "url(" not in page
@@ -223,17 +224,17 @@ def test_the_page_is_one_well_formed_file_that_loads_nothing() -> None:
 
 
 def test_text_is_escaped() -> None:
-    page = report.render(made_by_hand())
+    page = verification.render(made_by_hand())
     assert "<script>" not in page and "&lt;script&gt;alert(1)" in page
     assert "tiny &lt;b&gt;model" in page and "a &amp; b" in page and "SOFTMAX &lt;1&gt;" in page
 
 
 def test_text_of_either_direction_is_laid_out_by_its_own_script() -> None:
-    assert '<td dir="auto">الحق في</td>' in report.render(made_by_hand())
+    assert '<td dir="auto">الحق في</td>' in verification.render(made_by_hand())
 
 
 def test_a_pass_says_so_and_marks_the_alternative() -> None:
-    page = report.render(made_by_hand())
+    page = verification.render(made_by_hand())
     assert "Verified:" in page and "Verification failed" not in page
     assert page.count("not fit to publish") == 2
     assert "All 2 required checks passed" in page
@@ -244,7 +245,7 @@ def test_a_failure_says_which_check_with_value_and_limit() -> None:
     failed["passed"] = False
     failed["checks"][1] = check("int8", 0.0213, 0.01, False)
     failed["variants"]["int8"]["fit"] = False
-    page = report.render(failed)
+    page = verification.render(failed)
     assert "Verified:" not in page and "1 of 2 required checks did not pass" in page
     assert "int8: KLD on text is 0.0213, the limit is ≤ 0.01" in page
 
@@ -254,7 +255,7 @@ def test_a_check_that_could_not_be_made_is_shown_as_failed() -> None:
     failed["passed"] = False
     failed["checks"].append(check("fp16", None, None, False))
     says = "fp16: KLD on text is not known, the limit is missing: not measured, which is no pass"
-    assert says in report.render(failed)
+    assert says in verification.render(failed)
 
 
 def test_a_check_that_is_open_says_that_more_positions_would_tell() -> None:
@@ -262,17 +263,17 @@ def test_a_check_that_is_open_says_that_more_positions_would_tell() -> None:
     failed["passed"] = False
     undecided = {"status": "inconclusive", "low": 0.009, "high": 0.011}
     failed["checks"].append(check("int8", 0.0095, 0.01, False) | undecided)
-    page = report.render(failed)
+    page = verification.render(failed)
     assert "inconclusive, the 95 % interval 0.009 – 0.011 rests on too few positions; judge more" in page
     assert '<span class="badge open">inconclusive</span>' in page
 
 
 def test_the_reference_stands_beside_itself() -> None:
-    page = report.render(made_by_hand())
+    page = verification.render(made_by_hand())
     assert "bfloat16 instead of float32" in page and "7.7 × 10⁻⁵" in page
     streamed = made_by_hand()
     streamed["reference"]["self_floor"]["bfloat16"] = {"not_measured": "not measured: it is streamed"}
-    page = report.render(streamed)
+    page = verification.render(streamed)
     assert "not measured: it is streamed" in page and "7.7 × 10⁻⁵" not in page
 
 
@@ -281,8 +282,8 @@ def test_figures_that_are_missing_leave_a_page_and_a_table() -> None:
     for name in ("int8", "int8-static"):
         holes["variants"][name]["against_reference"] = _emptied(holes["variants"][name]["against_reference"])
         holes["variants"][name]["against_fp32"] = _emptied(holes["variants"][name]["against_fp32"])
-    outline(report.render(holes))
-    assert len(report.table(holes)) == 5 + 3
+    outline(verification.render(holes))
+    assert len(verification.table(holes)) == 5 + 3
 
 
 def _emptied(value: Any) -> Any:
@@ -291,15 +292,15 @@ def _emptied(value: Any) -> Any:
 
 @pytest.mark.parametrize(("part", "rows"), [(without_bundles, 5), (without_step_graphs, 3)])
 def test_either_kind_of_file_makes_a_page_alone(part: Callable[[], dict[str, Any]], rows: int) -> None:
-    page = report.render(part())
+    page = verification.render(part())
     outline(page)
-    assert "Verified:" in page and len(report.table(part())) == rows
+    assert "Verified:" in page and len(verification.table(part())) == rows
     assert ("The bundles in LiteRT-LM" in page) == (part is without_step_graphs)
     assert ("The step graphs compared" in page) == (part is without_bundles)
 
 
 def test_a_bundles_texts_stand_beside_the_originals() -> None:
-    page = report.render(made_by_hand())
+    page = verification.render(made_by_hand())
     assert "&lt;i&gt;x" in page and '<td dir="auto">لكل</td>' in page
     assert "parts after 2 of 9, at a tie" in page
 
@@ -307,20 +308,20 @@ def test_a_bundles_texts_stand_beside_the_originals() -> None:
 def test_a_bundle_that_failed_is_marked() -> None:
     failed = made_by_hand()
     failed["bundles"]["bundle-int8"] = bundle("int8", 3e-3, fit=False)
-    page = report.render(failed)
+    page = verification.render(failed)
     assert "7 of 8" in page
-    assert report.table(failed)[-1].endswith("FAILED")
+    assert verification.table(failed)[-1].endswith("FAILED")
 
 
 def test_the_same_report_gives_the_same_page_also_after_json() -> None:
     one = made_by_hand()
-    assert report.render(one) == report.render(json.loads(json.dumps(one, sort_keys=True)))
+    assert verification.render(one) == verification.render(json.loads(json.dumps(one, sort_keys=True)))
 
 
 def test_a_changed_figure_changes_the_page() -> None:
     other = copy.deepcopy(made_by_hand())
     other["variants"]["int8"]["against_fp32"]["kld"]["value"] = 0.004321
-    assert "0.004321" in report.render(other) and "0.004321" not in report.render(made_by_hand())
+    assert "0.004321" in verification.render(other) and "0.004321" not in verification.render(made_by_hand())
 
 
 def test_the_table_has_a_row_per_file_in_the_order_of_judging(
@@ -328,7 +329,7 @@ def test_the_table_has_a_row_per_file_in_the_order_of_judging(
 ) -> None:
     file = tmp_path / "report.json"
     file.write_text(json.dumps(made_by_hand(), sort_keys=True), encoding="utf-8")
-    assert report.main([str(file)]) == 0
+    assert verification.main([str(file)]) == 0
     rows = capsys.readouterr().err.splitlines()
     names = ["file", "fp32", "fp16", "int8", "int8-static", "bundle", "bundle-fp32", "bundle-int8"]
     assert [row.split()[0] for row in rows] == names
@@ -341,8 +342,8 @@ def test_a_static_file_that_is_clearly_worse_is_advised_against(static: float, s
     whole = made_by_hand()
     for name, gate, kld in (("int8", "int8-dynamic", 2e-3), ("int8-static", "int8-static", static)):
         whole["variants"][name] |= {"gate": gate, "against_fp32": summary(kld, 0.98)}
-    found = report.advice(whole)
-    assert len(found) == said == report.render(whole).count("wrong choice for this model")
+    found = verification.advice(whole)
+    assert len(found) == said == verification.render(whole).count("wrong choice for this model")
     assert all(sentence.startswith("int8-static is") for sentence in found)
 
 
@@ -351,11 +352,11 @@ def test_nothing_is_advised_of_figures_that_are_missing() -> None:
     whole["variants"]["int8"] |= {"gate": "int8-dynamic"}
     whole["variants"]["int8-static"] |= {"gate": "int8-static"}
     whole["variants"]["int8-static"]["against_fp32"]["kld"] = {"value": None, "low": None, "high": None}
-    assert report.advice(whole) == []
+    assert verification.advice(whole) == []
 
 
 def test_the_table_needs_a_report() -> None:
-    assert report.main([]) == 2
+    assert verification.main([]) == 2
 
 
 @pytest.mark.parametrize(
@@ -370,14 +371,14 @@ def test_the_table_needs_a_report() -> None:
     ],
 )
 def test_figures_for_people(value: float | None, text: str) -> None:
-    assert report.figure(value) == text
+    assert verification.figure(value) == text
 
 
 @pytest.mark.parametrize(
     ("ratio", "text"), [(1.0012, "+0.12\u00a0%"), (0.5, "-50.00\u00a0%"), (0.999999, "+0.00\u00a0%"), (None, "unknown")]
 )
 def test_a_change_of_perplexity_has_a_sign(ratio: float | None, text: str) -> None:
-    assert report.change(ratio) == text
+    assert verification.change(ratio) == text
 
 
 def test_where_a_file_loses_quality_is_a_table_and_a_plot() -> None:
@@ -392,25 +393,25 @@ def test_where_a_file_loses_quality_is_a_table_and_a_plot() -> None:
     ]
     loss = {"tokens": 512, "says": "the first to leave is <it>", "curve": curve}
     loss["layers"] = [{"layer": "layers.1", "decibels": 3.3, "worst": worst}]
-    page = report.render({**made_by_hand(), "losses": {"int8": loss}})
+    page = verification.render({**made_by_hand(), "losses": {"int8": loss}})
     outline(page)
     assert "Where int8 loses quality" in page and "the first to leave is &lt;it&gt;" in page
     plot = ElementTree.fromstring(plots.signal_to_noise("int8", curve))
     line = next(each for each in plot.iter() if each.tag.endswith("polyline")).attrib["points"]
     heights = [float(point.split(",")[1]) for point in line.split()]
     assert heights == sorted(heights) and heights[0] == 20 and heights[-1] == 244
-    assert "loses quality" not in report.render({**made_by_hand(), "losses": {}})
+    assert "loses quality" not in verification.render({**made_by_hand(), "losses": {}})
 
 
 @pytest.mark.parametrize(
     ("share", "text"), [(1.0, "100.00\u00a0%"), (0.99999, "99.99\u00a0%"), (0.98345, "98.34\u00a0%"), (None, "–")]
 )
 def test_nothing_less_than_all_is_shown_as_all(share: float | None, text: str) -> None:
-    assert report.percent(share) == text
+    assert verification.percent(share) == text
 
 
 def test_plots_are_well_formed_and_stay_inside_their_frame() -> None:
-    counts = [3] * (len(plots.kld_edges()) - 1)
+    counts = [3] * (len(metrics.kld_edges()) - 1)
     rows = [
         plots.Distribution(name=f"a<{i}", against="b&c", counts=counts, mean=mean, limit=limit)
         for i, (mean, limit) in enumerate([(0.0, 1e-6), (1e-3, 1e-2), (99.0, None)])
@@ -466,7 +467,7 @@ def task_by_hand(prompts: int = 2) -> dict[str, Any]:
 
 
 def test_a_tasks_page_is_well_formed_loads_nothing_and_says_how_far_apart() -> None:
-    page = report.render_task(task_by_hand())
+    page = verification.render_task(task_by_hand())
     found = outline(page)
     assert not found.links and "script" not in found.seen
     assert (
@@ -479,9 +480,9 @@ def test_a_tasks_page_is_well_formed_loads_nothing_and_says_how_far_apart() -> N
 
 @pytest.mark.parametrize(("prompts", "rough"), [(tasks.FEWEST - 1, True), (tasks.FEWEST, False)])
 def test_few_prompts_are_said_to_be_few(prompts: int, rough: bool) -> None:
-    assert (f"{prompts} prompts are few" in report.render_task(task_by_hand(prompts))) is rough
+    assert (f"{prompts} prompts are few" in verification.render_task(task_by_hand(prompts))) is rough
 
 
 def test_a_large_task_shows_its_beginning_and_says_where_the_rest_is() -> None:
-    page = report.render_task(task_by_hand(203))
+    page = verification.render_task(task_by_hand(203))
     assert page.count(">prompt<") == 200 and "The first 200 of 203; report.json has all." in page

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from test_flatbuffer import run
 
-from pipeline.convert import quantize, residual
-from pipeline.convert.flatbuffer import Graph
+from pipeline.quantize import int8x2, rows
+from pipeline.tflite.graph import Graph
 
 TOKENS, INPUTS, OUTPUTS = 3, 64, 32
 RANDOM = np.random.default_rng(11)
@@ -36,7 +36,7 @@ def layers(inner: int = 1, bias: float = 0.0) -> Graph:
         for weight, result in zip(weights, made, strict=False)
     ]
     graph.main.operators.append(graph.operator("ADD", made[:2], [made[2]]))
-    quantize.quantise_weights(graph, lambda _: False)
+    rows.quantise_weights(graph, lambda _: False)
     return graph
 
 
@@ -53,7 +53,7 @@ def expected(file: Path, x: Floats) -> Floats:
 
 def two_rows(pattern: str = ".") -> Graph:
     graph = layers()
-    residual.take_two_rows(graph, quantize.keeper([pattern]))
+    int8x2.take_two_rows(graph, rows.keeper([pattern]))
     return graph
 
 
@@ -101,7 +101,7 @@ def test_a_row_of_zeros_gives_zeros(tmp_path: Path) -> None:
 @pytest.mark.parametrize("plain", [False, True], ids=["xnnpack", "plain"])
 def test_a_bias_is_added_once(tmp_path: Path, plain: bool) -> None:
     graph, x = layers(bias=7.0), outliers()
-    residual.take_two_rows(graph, quantize.keeper(["."]))
+    int8x2.take_two_rows(graph, rows.keeper(["."]))
     graph.write(tmp_path / "two")
     assert error(run(tmp_path / "two", x, plain=plain), expected(tmp_path / "two", x) + 14) < 1e-4
 
@@ -119,5 +119,5 @@ def test_only_named_layers_change() -> None:
 def test_a_layer_without_a_spare_axis_is_left_alone() -> None:
     graph = layers(inner=2)
     before = [graph.code(operator) for operator in graph.operators()]
-    residual.take_two_rows(graph, quantize.keeper(["."]))
+    int8x2.take_two_rows(graph, rows.keeper(["."]))
     assert [graph.code(operator) for operator in graph.operators()] == before

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from test_flatbuffer import run
 
-from pipeline.convert import dynamic, gptq, mixed, quantize, residual, rotate
-from pipeline.convert.flatbuffer import Graph
-from pipeline.convert.hadamard import hadamard, rotate_blocks
 from pipeline.core.recipe import Int4, Int8
+from pipeline.quantize import gptq, int4, int8, int8x2, rotate
+from pipeline.quantize import rows as quantize
+from pipeline.quantize.hadamard import hadamard, rotate_blocks
+from pipeline.tflite.graph import Graph
 
 TOKENS, INPUTS, OUTPUTS = 5, 64, 48
 RANDOM = np.random.default_rng(3)
@@ -98,7 +99,7 @@ def test_an_outlying_channel_costs_less(tmp_path: Path, plain: bool) -> None:
     for name, graph in (("one", one), ("turned", turned), ("both", both)):
         quantize.quantise_weights(graph, lambda _: False)
         if graph is both:
-            residual.take_two_rows(graph, lambda _: True)
+            int8x2.take_two_rows(graph, lambda _: True)
         graph.write(tmp_path / name)
         seen = x if graph is one else rotate_blocks(x, 64)
         found.append(rms(run(tmp_path / name, x, plain=plain) - seen @ stored(tmp_path / name).T))
@@ -182,8 +183,8 @@ def test_what_can_not_be_rotated_is_left_alone(why: str) -> None:
 def test_both_schemes_rotate_as_their_section_says() -> None:
     for rotate_, count in (((), 0), (("^q",), 1)):
         eight, four = layers(), layers()
-        dynamic.make(eight, Int8(scheme="dynamic", calibration_samples=1, rotate=rotate_, rotation=16))
-        mixed.make(four, Int4(rotate=rotate_, rotation=16))
+        int8.make(eight, Int8(scheme="dynamic", calibration_samples=1, rotate=rotate_, rotation=16))
+        int4.make(four, Int4(rotate=rotate_, rotation=16))
         assert [codes(graph).count("CONV_2D") for graph in (eight, four)] == [count] * 2
 
 

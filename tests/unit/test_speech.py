@@ -14,8 +14,8 @@ from tokenizers import Tokenizer
 
 from pipeline.core.manifest import FileRecord
 from pipeline.core.recipe import PROJECT
-from pipeline.judge import bundles, speech
-from pipeline.judge.speech import ALPHABETS, Speech, Spoken, Tally
+from pipeline.judge import bundles, parity
+from pipeline.judge.parity import ALPHABETS, Speech, Spoken, Tally
 
 BACKEND = Tokenizer.from_file(str(PROJECT / "examples" / "tiny-gemma3n" / "tokenizer.json"))
 
@@ -39,8 +39,8 @@ class Decoding:
 
 
 def test_there_are_a_thousand_texts_of_every_script_and_the_same_each_time() -> None:
-    texts = speech.texts()
-    assert len(texts) >= 1000 and texts == speech.texts()
+    texts = parity.texts()
+    assert len(texts) >= 1000 and texts == parity.texts()
     used = set("".join(texts))
     for name, letters in ALPHABETS.items():
         own = {letter for letter in letters if len(letter) == 1}
@@ -50,7 +50,7 @@ def test_there_are_a_thousand_texts_of_every_script_and_the_same_each_time() -> 
 
 
 def test_control_tokens_and_runs_of_spaces_are_among_them() -> None:
-    texts = "\n".join(speech.texts())
+    texts = "\n".join(parity.texts())
     for part in ("<bos>", "<end_of_turn>", "<eos>", "   ", "\t", "\u2028", "▁"):
         assert part in texts
 
@@ -60,24 +60,24 @@ def test_control_tokens_and_runs_of_spaces_are_among_them() -> None:
 
 @given(st.lists(st.integers(0, 9)), st.integers(0, 9))
 def test_a_tally_counts_what_does_not_hold_and_shows_the_first(cases: list[int], limit: int) -> None:
-    found = speech._tally(cases, lambda case: case < limit)
+    found = parity._tally(cases, lambda case: case < limit)
     wrong = [case for case in cases if case >= limit]
     assert found == Tally(total=len(cases), wrong=len(wrong), examples=[repr(case) for case in wrong[:3]])
 
 
 def test_examples_are_short() -> None:
-    assert len(speech._tally(["x" * 1000], lambda _: False).examples[0]) == 200
+    assert len(parity._tally(["x" * 1000], lambda _: False).examples[0]) == 200
 
 
 @pytest.mark.parametrize("text", ["The sea and the king", "ⴰⵣⵓⵍ ⴼⵍⵍⴰⵡⵏ", "يولد جميع الناس", "🎉 a"])
 def test_agreement_is_the_tokens_that_the_text_begins_with(text: str) -> None:
     tokenizer = Decoding()
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    assert speech._common(tokenizer.decode(ids), ids, tokenizer) == len(ids)
-    assert speech._common("", ids, tokenizer) == 0
-    assert speech._common("?", ids, tokenizer) == 0
+    assert parity._common(tokenizer.decode(ids), ids, tokenizer) == len(ids)
+    assert parity._common("", ids, tokenizer) == 0
+    assert parity._common("?", ids, tokenizer) == 0
     for count in range(len(ids)):
-        shared = speech._common(tokenizer.decode(ids[:count]), ids, tokenizer)
+        shared = parity._common(tokenizer.decode(ids[:count]), ids, tokenizer)
         assert shared >= count and tokenizer.decode(ids[:shared]) == tokenizer.decode(ids[:count])
 
 

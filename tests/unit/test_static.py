@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from test_flatbuffer import run
 
-from pipeline.convert import quantize, readback, static
-from pipeline.convert.calibrate import Statistics
-from pipeline.convert.flatbuffer import Graph, Scales
+from pipeline.quantize import readback, static
+from pipeline.quantize import rows as quantize
+from pipeline.quantize.calibrate import Statistics
+from pipeline.tflite.graph import Graph
+from pipeline.tflite.lazy import Scales
 
 TOKENS, INPUTS, OUTPUTS = 400, 64, 32
 RANDOM = np.random.default_rng(5)

@@ -10,10 +10,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from pipeline.convert import blockwise, flatbuffer, tables, weights
-from pipeline.convert.checkpoint import Checkpoint, open_checkpoint
-from pipeline.convert.flatbuffer import Graph
+from pipeline.bundling import tables
+from pipeline.checkpoint.reader import Checkpoint, open_checkpoint
 from pipeline.core.errors import IntegrityError, QuantiseError
+from pipeline.quantize import blockwise
+from pipeline.tflite import graph as flatbuffer
+from pipeline.tflite import lazy, weights, writer
+from pipeline.tflite.graph import Graph
 
 ROWS, SHAPE = 37, (3, 8)
 RANDOM = np.random.default_rng(11)
@@ -36,7 +39,7 @@ def checkpoint(tmp_path: Path) -> Checkpoint:
 
 def in_blocks_of(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     """Let tensors be read and written `size` bytes at a time."""
-    monkeypatch.setattr(flatbuffer, "_BLOCK_BYTES", size)
+    monkeypatch.setattr(lazy, "_BLOCK_BYTES", size)
 
 
 def lookup(file: Path, token: int) -> np.ndarray[Any, Any]:
@@ -90,7 +93,7 @@ def test_a_table_behind_the_flatbuffer_gives_the_same_rows(
 ) -> None:
     inline, behind = tmp_path / "inline.tflite", tmp_path / "behind.tflite"
     tables.write(checkpoint, SOURCE, precision, inline)
-    monkeypatch.setattr(flatbuffer, "_INLINE_LIMIT", 64)
+    monkeypatch.setattr(writer, "_INLINE_LIMIT", 64)
     in_blocks_of(monkeypatch, 400)
     tables.write(checkpoint, SOURCE, precision, behind)
     tables.check(checkpoint, SOURCE, precision, behind)

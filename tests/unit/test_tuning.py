@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.judge import tuning
+from pipeline.report import tuning
 
 
 def candidate(name: str, cost: float, kld: float, **more: Any) -> dict[str, Any]:

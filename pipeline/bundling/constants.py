@@ -1,0 +1,96 @@
+"""Where each constant of a finished file stands, and the sha256 of its bytes.
+
+With places beside digests, anybody can hold a file against the list without a reader of flatbuffers: cut out the
+bytes, hash them. Files are mapped, never read whole: only the flatbuffer's tables are touched to find the places.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pipeline.bundling.litertlm import read_sections
+from pipeline.core import log, manifest, parallel
+from pipeline.tflite.graph import model_at, type_name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Constant:
+    """A stored constant: `offset` and `size` in bytes of the file, `section` the bundle's section it belongs to.
+
+    `name` is that of the first tensor that uses it; several can. `shape` and `type` are that tensor's.
+    """
+
+    section: str
+    name: str
+    shape: tuple[int, ...]
+    type: str
+    offset: int
+    size: int
+    sha256: str = ""
+
+
+def digests(files: Mapping[str, Path]) -> dict[str, list[dict[str, Any]]]:
+    """Every constant of each file (`.tflite` or `.litertlm`), in the order of their places, under the file's key.
+
+    Raises:
+        BundleError: a bundle's header can't be read.
+    """
+    found = {key: places(file) for key, file in files.items()}
+    with log.progress("hashing tensors", sum(item.size for items in found.values() for item in items)) as bar:
+
+        def hashed(file: Path, items: Sequence[Constant]) -> list[dict[str, Any]]:
+            def work(item: Constant) -> Constant:
+                digest = manifest.sha256_of_part(file, item.offset, item.size)
+                bar.advance(item.size)
+                return replace(item, sha256=digest)
+
+            return [asdict(item) for item in parallel.ordered(work, items)]
+
+        return {key: hashed(files[key], items) for key, items in found.items()}
+
+
+def places(file: Path) -> list[Constant]:
+    """The constants of `file` in the order of their places, not yet hashed.
+
+    Raises:
+        BundleError: a bundle's header can't be read.
+    """
+    starts = {"": 0}
+    if file.suffix == ".litertlm":
+        starts = {item.model_type: item.offset for item in read_sections(file) if item.kind == "TFLiteModel"}
+    with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        found = [item for section, start in starts.items() for item in _constants(data, start, section)]
+    return sorted(found, key=lambda item: item.offset)
+
+
+def _constants(data: mmap.mmap, start: int, section: str) -> Iterator[Constant]:
+    """The constants of the model that begins at byte `start` of `data`."""
+    model, seen = model_at(data, start), {0}  # buffer 0 is empty by convention
+    for graph in map(model.Subgraphs, range(model.SubgraphsLength())):
+        for tensor in map(graph.Tensors, range(graph.TensorsLength())):
+            if tensor.Buffer() in seen:
+                continue
+            seen.add(tensor.Buffer())
+            offset, size = _place(model.Buffers(tensor.Buffer()), start)
+            if size:
+                yield Constant(
+                    section=section,
+                    name=(tensor.Name() or b"").decode("utf-8", "replace"),
+                    shape=tuple(tensor.Shape(axis) for axis in range(tensor.ShapeLength())),
+                    type=type_name(tensor.Type()),
+                    offset=offset,
+                    size=size,
+                )
+
+
+def _place(buffer: Any, start: int) -> tuple[int, int]:
+    """Offset in the file and size of a buffer's bytes, which stand in the flatbuffer or, in large files, behind it."""
+    if buffer.Offset() > 1:  # 1: the writer's mark for a place that is still to be filled in
+        return start + buffer.Offset(), buffer.Size()
+    table = buffer._tab
+    field = table.Offset(4)  # of `data`, the first field: schema.fbs, table Buffer
+    return (table.Vector(field), table.VectorLen(field)) if field else (0, 0)

@@ -1,0 +1,278 @@
+"""Writing the on-device bundle: one `.litertlm` file with metadata, tokenizer and TFLite sections.
+
+The same sections give the same bytes: litert-lm-builder's random identifier and clock are replaced by a hash of the
+content and SOURCE_DATE_EPOCH, and stop tokens are sorted. Sections are streamed from file to file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+import uuid
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from io import StringIO
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from google.protobuf.message import DecodeError
+from litert_lm_builder import litertlm_builder, litertlm_core, litertlm_peek
+from litert_lm_builder.runtime.proto import llm_metadata_pb2, llm_model_type_pb2, sampler_params_pb2
+
+from pipeline.bundling.metadata import NEEDED, OPTIONAL, Metadata
+from pipeline.core import log
+from pipeline.core.errors import BundleError
+from pipeline.core.manifest import Fact, Facts, FileRecord
+
+BUILDER = "0.18.1"
+"""The litert-lm-builder that the replacement of its system metadata was written for."""
+_NAMESPACE = uuid.UUID("6f6c1a52-3a3f-5d0e-9c1b-0f4f2f3f7b61")
+_DEFAULT_EPOCH = 315532800  # 1980-01-01, what the Makefile uses outside git
+_TFLITE = b"TFL3"  # bytes 4 to 8 of every TFLite file
+_COPIED_PER_SECOND = 4e8
+_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """A section of a bundle: `kind` as litert-lm-peek names it, `offset` and `size` in bytes."""
+
+    kind: str
+    model_type: str
+    offset: int
+    size: int
+
+
+def write(metadata: Metadata, tokenizer: str, models: Mapping[str, Path], out: Path) -> Facts:
+    """Write a bundle and check it.
+
+    Args:
+        metadata: from `describe`.
+        tokenizer: from `tokenizer_json`.
+        models: `decoder` and, where it does not look them up itself, `embedder` and `per_layer_embedder` → TFLite file.
+        out: the bundle; it is whole or absent.
+
+    Returns:
+        What the bundle holds: sections with their places, model type, tokens, limits.
+
+    Raises:
+        BundleError: a section is missing or no TFLite file, or what was written is not what was given.
+    """
+    _check_models(models, metadata.model_type)
+    partial = out.with_name(out.name + ".partial")
+    try:
+        with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
+            _build(_files(metadata, tokenizer, models, Path(scratch)), partial)
+        sections = read_sections(partial)
+        _check(partial, sections, metadata, tokenizer, models)
+        partial.replace(out)
+    finally:
+        partial.unlink(missing_ok=True)
+    return _facts(metadata, sections)
+
+
+_MODEL_KINDS = {
+    "decoder": litertlm_builder.TfLiteModelType.PREFILL_DECODE,
+    "embedder": litertlm_builder.TfLiteModelType.EMBEDDER,
+    "per_layer_embedder": litertlm_builder.TfLiteModelType.PER_LAYER_EMBEDDER,
+}
+
+
+def _check_models(models: Mapping[str, Path], model_type: str) -> None:
+    for name in NEEDED[model_type]:
+        if name not in models or not models[name].is_file():
+            raise BundleError(
+                f"a {model_type} bundle needs the section {name}, which is missing",
+                remedy="remove the folder of that precision and run make again",
+            )
+    for name, file in models.items():
+        if name not in (*NEEDED[model_type], *OPTIONAL[model_type]):
+            raise BundleError(f"a {model_type} bundle has no section {name}", remedy="leave that section out")
+        with file.open("rb") as stream:
+            if stream.read(8)[4:] != _TFLITE:
+                raise BundleError(
+                    f"{file} is not a TFLite file",
+                    cause="it was truncated or replaced after it was made",
+                    remedy="remove its folder and run make again",
+                )
+
+
+def _files(metadata: Metadata, tokenizer: str, models: Mapping[str, Path], scratch: Path) -> dict[str, Path]:
+    """All sections as files, by name in the order in which they are written."""
+    llm, packed = scratch / "metadata.pb", scratch / "tokenizer.zlib"
+    llm.write_bytes(_message(metadata).SerializeToString(deterministic=True))
+    packed.write_bytes(_pack(tokenizer))
+    return {"metadata": llm, "tokenizer": packed, **{name: models[name] for name in _MODEL_KINDS if name in models}}
+
+
+def _message(metadata: Metadata) -> Any:
+    """The metadata as LiteRT-LM's protocol buffer."""
+    message = llm_metadata_pb2.LlmMetadata(
+        max_num_tokens=metadata.max_tokens,
+        supports_thinking=False,
+        supports_function_calling=False,
+        llm_model_type=llm_model_type_pb2.LlmModelType(),
+    )
+    getattr(message.llm_model_type, metadata.model_type).SetInParent()
+    if metadata.start is not None:
+        message.start_token.token_ids.ids.append(metadata.start)
+    for token in metadata.stop:
+        message.stop_tokens.add().token_ids.ids.append(token)
+    if metadata.chat_template:
+        message.jinja_prompt_template = metadata.chat_template
+    # The runtime has no other sampler than this one: types GREEDY and TOP_K fail at the first token (0.18.1).
+    message.sampler_params.type = sampler_params_pb2.SamplerParameters.TOP_P
+    message.sampler_params.k = metadata.sampler.top_k
+    message.sampler_params.p = metadata.sampler.top_p
+    message.sampler_params.temperature = metadata.sampler.temperature
+    return message
+
+
+def _pack(tokenizer: str) -> bytes:
+    """The tokenizer as its section holds it: length, then zlib data."""
+    data = tokenizer.encode("utf-8")
+    return len(data).to_bytes(8, "little") + zlib.compress(data)
+
+
+def _build(files: Mapping[str, Path], out: Path) -> None:
+    """Stream `files` into a bundle at `out`."""
+    builder = litertlm_builder.LitertLmFileBuilder()
+    builder.add_llm_metadata(str(files["metadata"]))
+    builder.add_hf_tokenizer(str(files["tokenizer"]))
+    for name, kind in _MODEL_KINDS.items():
+        if name in files:
+            builder.add_tflite_model(str(files[name]), kind)
+    label = f"writing {out.name.removesuffix('.partial')}"
+    expected = _total(files) / _COPIED_PER_SECOND
+    with _system_metadata(_identity(files)), out.open("wb") as stream, log.waiting(label, expected):
+        builder.build(stream, validate_metadata=True)
+
+
+def _total(files: Mapping[str, Path]) -> int:
+    return sum(file.stat().st_size for file in files.values())
+
+
+def _identity(files: Mapping[str, Path]) -> dict[str, str]:
+    """A bundle's identifier and date, the same for the same content."""
+    content = hashlib.sha256()
+    with log.progress("hashing sections", _total(files)) as bar:
+        for name, file in files.items():
+            content.update(f"{name} {FileRecord.of(file, file.parent, bar).sha256}\n".encode())
+    date = datetime.fromtimestamp(int(os.environ.get("SOURCE_DATE_EPOCH", _DEFAULT_EPOCH)), tz=UTC)
+    return {"uuid": str(uuid.uuid5(_NAMESPACE, content.hexdigest())), "creation_timestamp": date.isoformat()}
+
+
+@contextmanager
+def _system_metadata(entries: Mapping[str, str]) -> Iterator[None]:
+    """Let the builder write `entries` where it would write a random identifier and the present time.
+
+    It offers no way to set them (0.18.1); `tests/unit/test_litertlm.py` fails when it has another version.
+    """
+    items = [
+        litertlm_builder.Metadata(key=key, value=value, dtype=litertlm_builder.DType.STRING)
+        for key, value in entries.items()
+    ]
+    original = litertlm_builder.populate_system_metadata
+    litertlm_builder.populate_system_metadata = lambda given: [*given, *items]
+    try:
+        yield
+    finally:
+        litertlm_builder.populate_system_metadata = original
+
+
+# Reading back
+
+
+def read_sections(bundle: Path) -> list[Section]:
+    """The sections of a bundle, in the order of the file.
+
+    Raises:
+        BundleError: the header is not one.
+    """
+    try:
+        table = litertlm_peek.read_litertlm_header(str(bundle), StringIO()).SectionMetadata()
+        objects = [table.Objects(index) for index in range(table.ObjectsLength())]
+        return [
+            Section(
+                kind=litertlm_core.any_section_data_type_to_string(item.DataType()),
+                model_type=litertlm_peek.get_model_type(item) or "",
+                offset=item.BeginOffset(),
+                size=item.EndOffset() - item.BeginOffset(),
+            )
+            for item in objects
+        ]
+    except Exception as error:  # flatbuffers raises whatever reading at a wrong offset leads to
+        raise BundleError(
+            f"{bundle} has no readable bundle header: {type(error).__name__}: {error}",
+            remedy="remove its folder and run make again",
+        ) from error
+
+
+def _check(
+    bundle: Path, sections: Sequence[Section], metadata: Metadata, tokenizer: str, models: Mapping[str, Path]
+) -> None:
+    """Hold what is in the file against what was given."""
+    expected = [("LlmMetadataProto", ""), ("HF_Tokenizer_Zlib", "")]
+    expected += [("TFLiteModel", kind.value) for name, kind in _MODEL_KINDS.items() if name in models]
+    kinds = [(section.kind, section.model_type) for section in sections]
+    if kinds != expected:
+        _refuse(bundle, f"has the sections {kinds} instead of {expected}")
+    try:
+        if llm_metadata_pb2.LlmMetadata.FromString(read(bundle, sections[0])) != _message(metadata):
+            _refuse(bundle, "has other metadata than was given")
+        if zlib.decompress(read(bundle, sections[1])[8:]).decode("utf-8") != tokenizer:
+            _refuse(bundle, "has another tokenizer than was given")
+    except (DecodeError, zlib.error, UnicodeDecodeError) as error:
+        _refuse(bundle, f"has an unreadable section ({error})")
+    given = [models[name] for name in _MODEL_KINDS if name in models]
+    with log.progress("comparing sections", _total(models)) as bar:
+        for section, file in zip(sections[2:], given, strict=True):
+            with file.open("rb") as source, bundle.open("rb") as stream:
+                stream.seek(section.offset)
+                if section.size != file.stat().st_size or not _same(source, stream, section.size, bar):
+                    _refuse(bundle, f"has another {section.model_type} than {file}")
+
+
+def read(bundle: Path, section: Section) -> bytes:
+    """The bytes of a section."""
+    with bundle.open("rb") as stream:
+        stream.seek(section.offset)
+        return stream.read(section.size)
+
+
+def _same(left: BinaryIO, right: BinaryIO, size: int, bar: log.Progress) -> bool:
+    """Whether the next `size` bytes of two streams are the same."""
+    for start in range(0, size, _CHUNK):
+        count = min(_CHUNK, size - start)
+        if left.read(count) != right.read(count):
+            return False
+        bar.advance(count)
+    return True
+
+
+def _refuse(bundle: Path, fault: str) -> None:
+    raise BundleError(
+        f"{bundle.name} {fault}",
+        cause="the disk failed, or litert-lm-builder has changed",
+        remedy=f"use litert-lm-builder {BUILDER}, as the lock says, and run make again",
+    )
+
+
+def _facts(metadata: Metadata, sections: Sequence[Section]) -> Facts:
+    places: list[Fact] = [
+        {"kind": item.kind, "model_type": item.model_type, "offset": item.offset, "size": item.size}
+        for item in sections
+    ]
+    return {
+        "sections": places,
+        "model_type": metadata.model_type,
+        "start_token": metadata.start,
+        "stop_tokens": list(metadata.stop),
+        "max_tokens": metadata.max_tokens,
+        "chat_template": bool(metadata.chat_template),
+        "top_k": metadata.sampler.top_k,
+    }

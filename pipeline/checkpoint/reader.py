@@ -1,0 +1,202 @@
+"""A Hugging Face checkpoint: its tensors, its configuration, its weights by rows.
+
+Weights are read through a memory map and turned to float32 a block of rows at a time, so that nothing of the model's
+size is ever in anonymous memory: the largest table of Gemma 3n E2B alone is 8 GB in float32.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.checkpoint import headers
+from pipeline.checkpoint.headers import TensorInfo, listed
+from pipeline.core.errors import FetchError, IntegrityError
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
+
+FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+Float32 = npt.NDArray[np.float32]
+
+
+def float_type(tensors: Iterable[TensorInfo]) -> str:
+    """The type that most parameters of `tensors` have, as torch and numpy spell it, e.g. `bfloat16`."""
+    counts = Counter[str]()
+    for tensor in tensors:
+        counts[FLOATS.get(tensor.dtype, tensor.dtype)] += math.prod(tensor.shape)
+    return max(sorted(counts), key=lambda name: counts[name])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A checkpoint in a folder; made by `open_checkpoint`. All headers have been checked."""
+
+    folder: Path
+    tensors: Mapping[str, TensorInfo]
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """`config.json`."""
+        return read_json(self.folder / CONFIG)
+
+    @cached_property
+    def generation_config(self) -> dict[str, Any]:
+        """`generation_config.json`, empty if there is none."""
+        file = self.folder / "generation_config.json"
+        return read_json(file) if file.is_file() else {}
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The weight files, by name."""
+        return tuple(sorted({tensor.file for tensor in self.tensors.values()}))
+
+    @cached_property
+    def _maps(self) -> dict[str, npt.NDArray[np.uint8]]:
+        return {file: np.memmap(self.folder / file, dtype=np.uint8, mode="r") for file in self.files}
+
+    def read(self, name: str) -> Float32:
+        """The whole tensor in float32, in its own shape; read-only where it is stored in float32.
+
+        Raises:
+            KeyError: there is no such tensor.
+            IntegrityError: it is not float.
+        """
+        tensor = self.tensors[name]
+        return self._read(name, 0, math.prod(tensor.shape)).reshape(tensor.shape)
+
+    def rows(self, name: str, start: int, stop: int) -> Float32:
+        """Rows `start` to `stop` (exclusive, at most the number of rows) of the tensor's first dimension, in float32.
+
+        Raises:
+            KeyError: there is no such tensor.
+            IndexError: the tensor has no rows, or the range does not lie within them.
+            IntegrityError: it is not float.
+        """
+        shape = self.tensors[name].shape
+        if not shape or not 0 <= start <= stop <= shape[0]:
+            raise IndexError(f"rows {start} to {stop} of tensor {name} with shape {list(shape)}")
+        width = math.prod(shape[1:])
+        return self._read(name, start * width, stop * width).reshape(stop - start, *shape[1:])
+
+    def _read(self, name: str, start: int, stop: int) -> Float32:
+        """Elements `start` to `stop` of the flat tensor."""
+        tensor = self.tensors[name]
+        if tensor.dtype not in FLOATS:
+            raise IntegrityError(f"tensor {name} has dtype {tensor.dtype}, which is not float32, float16 or bfloat16")
+        first, last = (tensor.offset + place * item_size(tensor) for place in (start, stop))
+        return widen(np.asarray(self._maps[tensor.file][first:last]), tensor.dtype)
+
+
+def item_size(tensor: TensorInfo) -> int:
+    """Bytes of one element of a float tensor."""
+    return 4 if tensor.dtype == "F32" else 2
+
+
+def widen(stored: npt.NDArray[np.uint8], dtype: str) -> Float32:
+    """Stored bytes of a float tensor of `dtype` (as safetensors spells it) as float32, exactly."""
+    if dtype == "F32":
+        return stored.view("<f4")
+    if dtype == "F16":
+        return stored.view("<f2").astype(np.float32)
+    # bfloat16 is the upper half of float32, so widening is exact; one buffer, shifted in place
+    wide = stored.view("<u2").astype(np.uint32)
+    wide <<= 16
+    return wide.view(np.float32)
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """The checkpoint in `folder`, its headers and its index checked; no weight is read.
+
+    Raises:
+        FetchError: it holds no safetensors weights.
+        IntegrityError: a shard is missing, a file is not what its header or the index says.
+    """
+    names = {file.name for file in folder.iterdir() if file.is_file()}
+    if not names & {SINGLE, INDEX}:
+        raise FetchError(
+            f"{folder} holds neither {SINGLE} nor {INDEX}", remedy="run `make fetch` with the same MODEL_ID"
+        )
+    tensors = read_tensors(
+        names,
+        {name: (folder / name).stat().st_size for name in names},
+        lambda *part: read_part(folder, *part),
+        str(folder),
+    )
+    return Checkpoint(folder=folder, tensors=tensors)
+
+
+def read_tensors(
+    names: Collection[str], sizes: Mapping[str, int], read: Callable[[str, int, int], bytes], where: str
+) -> dict[str, TensorInfo]:
+    """All tensors of a checkpoint, single or sharded, from its headers alone.
+
+    Args:
+        names: the files there are.
+        sizes: bytes of each file.
+        read: reads bytes `start` to `stop` of a file.
+        where: the checkpoint, for messages.
+
+    Raises:
+        IntegrityError: a shard is missing, a file is not what its header or the index says.
+    """
+    if SINGLE in names:  # the order of transformers
+        return _read_header(SINGLE, sizes[SINGLE], read)
+    weight_map = headers.parse_index(read(INDEX, 0, sizes[INDEX]), INDEX)
+    shards = sorted(set(weight_map.values()))
+    missing = [shard for shard in shards if shard not in names]
+    if missing:
+        raise IntegrityError(
+            f"{where} lacks {len(missing)} of the {len(shards)} shards that {INDEX} names: {listed(missing)}",
+            cause="the download or upload was not finished",
+            remedy="copy the missing files too",
+        )
+    return headers.merge({shard: _read_header(shard, sizes[shard], read) for shard in shards}, weight_map)
+
+
+def _read_header(file: str, size: int, read: Callable[[str, int, int], bytes]) -> dict[str, TensorInfo]:
+    length = headers.header_length(read(file, 0, min(size, headers.LENGTH_BYTES)), size, file)
+    return headers.parse_header(read(file, headers.LENGTH_BYTES, headers.LENGTH_BYTES + length), size, file)
+
+
+def read_part(folder: Path, name: str, start: int, stop: int) -> bytes:
+    """Bytes `start` to `stop` (exclusive) of a file in `folder`."""
+    with (folder / name).open("rb") as stream:
+        stream.seek(start)
+        return stream.read(stop - start)
+
+
+def parse_json(data: bytes, name: str) -> dict[str, Any]:
+    """`data` as a JSON object.
+
+    Raises:
+        IntegrityError: it is none.
+    """
+    try:
+        value = json.loads(data.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise IntegrityError(
+            f"{name} is not JSON: {error}", cause="the file is corrupt or was edited", remedy="get that file anew"
+        ) from error
+    if not isinstance(value, dict):
+        raise IntegrityError(f"{name} is not a JSON object", cause="the file is corrupt", remedy="get that file anew")
+    return value
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object in `file`.
+
+    Raises:
+        IntegrityError: it is none.
+    """
+    return parse_json(file.read_bytes(), file.name)

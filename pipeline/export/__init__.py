@@ -1,0 +1,1 @@
+"""From graph modules in torch to a `.tflite` graph without matrices."""

@@ -1,0 +1,187 @@
+"""From graph modules to a `.tflite` graph whose matrices are still to be attached.
+
+Matrices and tables go through the converter as inputs, not as constants: it sees no weight. So its time and memory do
+not depend on the size of the model, no copy of a weight is made by constant folding, and one graph serves every
+precision. `weights.attach` puts the values in, straight from the checkpoint. Vectors (norms, biases) are small and are
+constants from the start.
+"""
+
+from __future__ import annotations
+
+import mmap
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._pytree import tree_map
+
+from pipeline.core.errors import ExportError
+from pipeline.tflite.graph import Graph
+from pipeline.tflite.weights import PREFIX
+
+_NO_RESERVE = 0x4000
+"""MAP_NORESERVE of Linux, which Python's mmap names from 3.13 on."""
+
+Vector = Callable[[str], Tensor]
+Dimensions = Mapping[str, Mapping[int, tuple[str, int, int]]]
+
+
+@dataclass(frozen=True)
+class Signature:
+    """One way to run a file.
+
+    Attributes:
+        name: what callers ask for.
+        module: takes `inputs` by name, returns a dict of tensors or of dicts of them; inner names are joined by `_`.
+            It is on the meta device.
+        vector: the values of a parameter that is no matrix, by its name in `module`.
+        inputs: one example of each input; of a dynamic dimension any size ≥ 2.
+        dimensions: input name → axis → (name, least, most) of the dimensions that are chosen at run time.
+    """
+
+    name: str
+    module: nn.Module
+    vector: Vector
+    inputs: Mapping[str, Any]
+    dimensions: Dimensions = field(default_factory=dict)
+
+
+def export(signatures: Sequence[Signature], out: Path) -> None:
+    """Write one TFLite file with `signatures`; the matrices of their modules are inputs called `weights.<parameter>`.
+
+    Raises:
+        ExportError: torch or the converter refuses a graph; the message is theirs.
+    """
+    import litert_torch
+    from litert_torch import _config
+
+    from pipeline.export.lowering import dynamic_shapes
+
+    _config.config.show_progress = False
+    converter: Any = litert_torch
+    try:
+        with dynamic_shapes(), torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for each in signatures:
+                converter = _add(converter, each)
+            model = converter.convert(lightweight_conversion=True)
+        raw = out.with_name(out.name + ".raw")
+        model.export(str(raw))
+    except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+        raise ExportError(
+            f"the graph could not be converted: {error}",
+            cause="an operator that the converter does not know with these shapes",
+            remedy="report it with config.json of the checkpoint",
+        ) from error
+    graph = Graph.read(raw)
+    _tidy(graph)
+    graph.prune()  # the converter writes a buffer and an empty quantisation for every activation: 0.7 % of a small file
+    graph.write(out)
+    raw.unlink()
+
+
+class _WithWeights(nn.Module):
+    """A module on the meta device, given its vectors, whose matrices are inputs."""
+
+    def __init__(self, module: nn.Module, vector: Vector) -> None:
+        """Raises ExportError for a buffer: one that is not in the checkpoint would hold whatever was in memory."""
+        super().__init__()
+        buffers = [name for name, _ in module.named_buffers()]
+        if buffers:
+            raise ExportError(
+                f"the graph has no values for {', '.join(buffers)}", cause="the checkpoint does not hold them"
+            )
+        parameters = dict(module.named_parameters())
+        self.matrices = {name: _example(each.shape) for name, each in parameters.items() if each.dim() >= 2}
+        for name in parameters:
+            owner, _, leaf = name.rpartition(".")
+            # Where a matrix is an input the parameter goes unused, but the converter looks at it: it must be small.
+            values = torch.zeros(1) if name in self.matrices else vector(name)
+            setattr(module.get_submodule(owner), leaf, nn.Parameter(values, requires_grad=False))
+        self.module = module
+
+    def forward(self, weights: Mapping[str, Tensor], inputs: Mapping[str, Any]) -> Any:
+        return functional_call(self.module, dict(weights), (), dict(inputs))
+
+
+def _example(shape: torch.Size) -> Tensor:
+    """A float32 tensor that is never read nor written.
+
+    It takes no memory, and none is set aside for it: a table of 9 GB is refused on a smaller machine otherwise.
+    """
+    room = mmap.mmap(-1, 4 * shape.numel(), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE)
+    return torch.frombuffer(room, dtype=torch.float32).view(shape)
+
+
+def _add(converter: Any, signature: Signature) -> Any:
+    module = _WithWeights(signature.module, signature.vector)
+    symbols = _symbols(signature.inputs, signature.dimensions)
+    return converter.signature(
+        signature.name,
+        module.eval(),
+        sample_kwargs={"weights": module.matrices, "inputs": _apart(signature.inputs)},
+        dynamic_shapes={"weights": dict.fromkeys(module.matrices), "inputs": symbols} if signature.dimensions else None,
+    )
+
+
+def _apart(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """`inputs` without a tensor in two places: torch.export would take it as one input (torch 2.13.0)."""
+    seen: set[int] = set()
+
+    def own(tensor: Tensor) -> Tensor:
+        known = tensor.data_ptr() in seen
+        seen.add(tensor.data_ptr())
+        return tensor.clone() if known else tensor
+
+    apart: dict[str, Any] = tree_map(own, dict(inputs))
+    return apart
+
+
+def _symbols(inputs: Mapping[str, Any], dimensions: Dimensions) -> dict[str, dict[int, Any]]:
+    """torch.export's dynamic shapes; equal names are one dimension.
+
+    torch.export takes a least size of 1 as 2 for all it may assume; the graph runs with 1 all the same, which verify
+    checks.
+    """
+    made: dict[str, Any] = {}
+    for axes in dimensions.values():
+        for name, least, most in axes.values():
+            made.setdefault(name, torch.export.Dim(name, min=least, max=most))
+    return {name: {axis: made[entry[0]] for axis, entry in dimensions.get(name, {}).items()} for name in inputs}
+
+
+def _tidy(graph: Graph) -> None:
+    """Give inputs their own names, and take out the zero biases that `lowering` had to put in."""
+    for view in graph.each():
+        for port in view.ports():
+            port.name = port.name.removeprefix("inputs_").replace("weights_", PREFIX, 1)
+        for operator in view.operators():
+            if view.code(operator) == "FULLY_CONNECTED" and len(operator.inputs) > 2 and operator.inputs[2] >= 0:
+                bias = int(operator.inputs[2])
+                if view.is_constant(bias) and not np.any(view.constant(bias)):
+                    operator.inputs = [*operator.inputs[:2], -1]
+        _read_reshaped(view)
+
+
+def _read_reshaped(view: Graph) -> None:
+    """Let sums and products that read [1, H] read [1, 1, 1, H] instead where that is made of it anyway.
+
+    The converter mixes the two at one token. LiteRT 2.3.0 keeps both in one memory, and its built-in kernels write a
+    product over its operand once nothing reads that one any more, also if the other is still to be read.
+    """
+    longer: dict[int, int] = {}
+    for operator in view.operators():
+        inputs, result = [int(tensor) for tensor in operator.inputs], int(operator.outputs[0])
+        if view.code(operator) == "RESHAPE" and not view.is_constant(inputs[0]):
+            shape, other = view.shape(inputs[0]), view.shape(result)
+            if -1 not in shape and other == (1,) * (len(other) - len(shape)) + shape:
+                longer[inputs[0]] = result
+        elif view.code(operator) in ("ADD", "SUB", "MUL"):
+            rank = len(view.shape(result))
+            operator.inputs = [longer[i] if i in longer and len(view.shape(longer[i])) <= rank else i for i in inputs]

@@ -1,0 +1,117 @@
+"""How our operators become TFLite, and the state in which litert-torch converts graphs with unknown dimensions.
+
+Seen in litert-torch 0.10.0 with torch 2.13.0; the hooks used here are private there. Its default lowering goes through
+JAX, which refuses unknown dimensions. `LITERT_TORCH_FULL_TFL_DECOMPS=1` switches to the decompositions in
+`litert_torch/backend/experimental/torch_tfl`, which allow them. The graph modules in `pipeline/models` are written with
+what these cover and with `operators.py`.
+
+`tests/stages/test_lowering.py` holds each workaround: a test there that fails means upstream has mended it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from litert_converter.mlir import ir
+from litert_torch.backend.debuginfo import _build
+from litert_torch.backend.experimental.torch_tfl import _lowerings
+from litert_torch.backend.lowerings import registry
+from litert_torch.backend.lowerings import utils as lowering_utils
+
+from pipeline.export import operators as _operators  # noqa: F401 (registers what is lowered here)
+
+_SWITCH = "LITERT_TORCH_FULL_TFL_DECOMPS"
+
+
+@registry.lower(torch.ops.pipeline.matmul.default)
+def _lower_matmul(context: Any, x: ir.Value, y: ir.Value, transposed: bool) -> Any:
+    flags = {"adj_x": False, "adj_y": transposed, "asymmetric_quantize_inputs": False}
+    attributes = {name: ir.BoolAttr.get(value) for name, value in flags.items()}
+    return _lowerings._ir_operation(
+        "tfl.batch_matmul", lowering_utils.node_meta_to_ir_types(context.node), [x, y], attributes
+    )
+
+
+@registry.lower(torch.ops.pipeline.linear.default)
+def _lower_linear(context: Any, x: ir.Value, weight: ir.Value) -> Any:
+    # An absent bias can't be said here: the converter is given zeros, which `export` takes out again.
+    outputs = ir.RankedTensorType(weight.type).shape[0]
+    no_bias = lowering_utils.numpy_array_constant(np.zeros(outputs, np.float32))
+    attributes = {
+        "fused_activation_function": ir.StringAttr.get("NONE"),
+        "weights_format": ir.StringAttr.get("DEFAULT"),
+        "keep_num_dims": ir.BoolAttr.get(True),
+        "asymmetric_quantize_inputs": ir.BoolAttr.get(False),
+    }
+    return _lowerings._ir_operation(
+        "tfl.fully_connected", lowering_utils.node_meta_to_ir_types(context.node), [x, weight, no_bias], attributes
+    )
+
+
+@registry.lower(torch.ops.pipeline.lookup.default)
+def _lower_lookup(context: Any, ids: ir.Value, table: ir.Value) -> Any:
+    return _lowerings._ir_operation(
+        "tfl.embedding_lookup", lowering_utils.node_meta_to_ir_types(context.node), [ids, table]
+    )
+
+
+@registry.lower(torch.ops.pipeline.normalise.default)
+def _lower_normalise(_context: Any, x: ir.Value, weight: ir.Value | None, eps: float) -> Any:
+    whole = ir.RankedTensorType(x.type)
+    single = ir.RankedTensorType.get([*whole.shape[:-1], 1], whole.element_type)
+    fused = {"fused_activation_function": ir.StringAttr.get("NONE")}
+    last_axis = lowering_utils.numpy_array_constant(np.array([whole.rank - 1], dtype=np.int32))
+    square = _lowerings._ir_operation("tfl.mul", [whole], [x, x], fused)
+    mean = _lowerings._ir_operation("tfl.mean", [single], [square, last_axis], {"keep_dims": ir.BoolAttr.get(True)})
+    shifted = _lowerings._ir_operation(
+        "tfl.add", [single], [mean, lowering_utils.numpy_array_constant(np.array(eps, dtype=np.float32))], fused
+    )
+    inverse = _lowerings._ir_operation("tfl.rsqrt", [single], [shifted])
+    if weight is not None:
+        inverse = _lowerings._ir_operation("tfl.mul", [whole], [inverse, weight], fused)
+    return _lowerings._ir_operation("tfl.mul", [whole], [x, inverse], fused)
+
+
+@registry.lower(torch.ops.pipeline.update.default)
+def _lower_update(context: Any, x: ir.Value, part: ir.Value, start: ir.Value) -> Any:
+    return _lowerings._ir_operation(
+        "tfl.dynamic_update_slice", lowering_utils.node_meta_to_ir_types(context.node), [x, part, start]
+    )
+
+
+@registry.lower(torch.ops.pipeline.window.default)
+def _lower_window(context: Any, x: ir.Value, start: ir.Value, size: Sequence[int]) -> Any:
+    sizes = lowering_utils.numpy_array_constant(np.array(size, dtype=np.int32))
+    return _lowerings._ir_operation("tfl.slice", lowering_utils.node_meta_to_ir_types(context.node), [x, start, sizes])
+
+
+def _module_path(node: torch.fx.Node) -> str:
+    """What a node's tensors are called: the path of its module, e.g. `layers.0.mlp.gate_proj`.
+
+    The stock name strings together the class and module of every parent: 200 bytes a tensor, a quarter of a small
+    file, and it changes when code moves.
+    """
+    stack = list(node.meta.get("nn_module_stack", {}).values())
+    return (stack[-1][0].removeprefix("module.").removeprefix("model.") if stack else "") + ";"
+
+
+@contextmanager
+def dynamic_shapes() -> Iterator[None]:
+    """Convert with unknown dimensions, and tensors named by module path."""
+    before = os.environ.get(_SWITCH)
+    named = _build._get_hierarchy
+    os.environ[_SWITCH] = "1"
+    _build._get_hierarchy = _module_path
+    try:
+        yield
+    finally:
+        _build._get_hierarchy = named
+        if before is None:
+            del os.environ[_SWITCH]
+        else:
+            os.environ[_SWITCH] = before

@@ -1,0 +1,197 @@
+"""Judging a whole bundle in LiteRT-LM: token ids, rendered prompts, greedy text, stop tokens, scores.
+
+Everything is held against transformers: its tokenizer and template here, its greedy text and log-likelihoods as the
+golden stage stored them.
+"""
+
+from __future__ import annotations
+
+import random
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from pipeline.core import log
+from pipeline.core.errors import UsageError
+from pipeline.judge.reference import Greedy
+from pipeline.runtime.litert_lm import LmRuntime, Message
+
+TIE = 1e-4
+"""A lead in logits below which two tokens are equally likely: sums in another order decide between them."""
+_SCORED = 4
+_TEXTS = 150
+_SHOWN = 3
+_SEED = 20251124
+ALPHABETS: Mapping[str, Sequence[str]] = {
+    "latin": [*map(chr, range(0x20, 0x7F)), *map(chr, range(0xA1, 0x250))],
+    "tifinagh": [" ", *map(chr, range(0x2D30, 0x2D68))],
+    "arabic": [" ", *map(chr, range(0x600, 0x700))],
+    "cjk": [*map(chr, range(0x4E00, 0x9FFF)), *map(chr, range(0x3040, 0x30FF)), *map(chr, range(0xAC00, 0xD7A3))],
+    "emoji": ["\u200d", "\ufe0f", "\u20e3", *map(chr, range(0x1F300, 0x1FB00))],
+    "control": ["\u200b", "\ufeff", "\u2028", *map(chr, range(1, 0x20)), *map(chr, range(0x7F, 0xA0))],
+    "spaces": ["  ", "   ", "▁", *" \t\n\r\u00a0\u3000\u2009"],
+    "tokens": ["<bos>", "<eos>", "<pad>", "<unk>", "<start_of_turn>", "<end_of_turn>", "<0x41>", "<s>", "a", " ", "\n"],
+}
+
+
+class Tokenizer(Protocol):
+    """What is needed of transformers' tokenizer."""
+
+    chat_template: Any
+
+    def __call__(self, text: str, *, add_special_tokens: bool) -> Any:
+        """Token ids in `input_ids`."""
+
+    def decode(self, ids: Sequence[int]) -> Any:
+        """The text of `ids`, special tokens included."""
+
+    def apply_chat_template(self, conversation: Sequence[Message], **options: Any) -> Any:
+        """The conversation as a prompt."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tally:
+    """How often something was as it should be; `examples` are the first of the others."""
+
+    total: int
+    wrong: int
+    examples: list[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spoken:
+    """One prompt: the reference's text and the runtime's, the tokens they share, and whether they part at a tie."""
+
+    prompt: str
+    expected: str
+    text: str
+    tokens: int
+    agree: int
+    same: bool
+    tie: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speech:
+    """What was found about a bundle. `score_error` is the largest difference of a log-likelihood, in nats."""
+
+    ids: Tally
+    prompts: Tally
+    spoken: list[Spoken]
+    stop: Tally
+    stopped_at: list[int]
+    scored: int
+    score_error: float | None
+
+
+def texts() -> list[str]:
+    """Random texts of up to 40 characters of many scripts, the same at every run."""
+    drawn = random.Random(_SEED)  # noqa: S311 - test material
+    letters = {**ALPHABETS, "all": [letter for alphabet in ALPHABETS.values() for letter in alphabet]}
+    return ["".join(drawn.choices(kinds, k=drawn.randint(1, 40))) for kinds in letters.values() for _ in range(_TEXTS)]
+
+
+def listen(
+    bundle: Path,
+    tokenizer: Tokenizer,
+    conversations: Sequence[Sequence[Message]],
+    rows: Sequence[Greedy],
+    stop: set[int],
+    scratch: Path | None = None,
+) -> Speech:
+    """Open `bundle` in LiteRT-LM and hold it against transformers; `scratch` is where its repacked weights may lie."""
+    with tempfile.TemporaryDirectory(dir=scratch) as cache, LmRuntime(bundle, cache=Path(cache)) as runtime:
+        spoken = _speak(runtime, tokenizer, rows, stop, bundle.stem)
+        reached = {row.continuation_ids[-1] for row, heard in zip(rows, spoken, strict=True) if heard.same} & stop
+        declared = {ids[0] for ids in runtime.stop if len(ids) == 1}
+        missing = sorted(stop - declared)
+        errors = _score(runtime, tokenizer, rows, stop)
+        return Speech(
+            ids=_tokenise(runtime, tokenizer),
+            prompts=_render(runtime, tokenizer, conversations),
+            spoken=spoken,
+            stop=Tally(total=len(stop), wrong=len(missing), examples=[str(token) for token in missing]),
+            stopped_at=sorted(reached),
+            scored=len(errors),
+            score_error=float(np.max(errors)) if errors else None,
+        )
+
+
+def _tokenise(runtime: LmRuntime, tokenizer: Tokenizer) -> Tally:
+    return _tally(
+        texts(), lambda text: runtime.tokenize(text) == list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    )
+
+
+def _render(runtime: LmRuntime, tokenizer: Tokenizer, conversations: Sequence[Sequence[Message]]) -> Tally:
+    """Conversations that transformers itself refuses are left out; none if there is no template."""
+    rendered = []
+    for conversation in conversations if tokenizer.chat_template else ():
+        with suppress(Exception):  # the template is the model's own code: it refuses in its own way
+            options = {"tokenize": False, "add_generation_prompt": True}
+            rendered.append((conversation, str(tokenizer.apply_chat_template(conversation, **options))))
+    return _tally(rendered, lambda pair: runtime.render(pair[0]) == pair[1])
+
+
+def _tally(cases: Sequence[Any], holds: Callable[[Any], bool]) -> Tally:
+    wrong = [case for case in cases if not holds(case)]
+    return Tally(total=len(cases), wrong=len(wrong), examples=[repr(case)[:200] for case in wrong[:_SHOWN]])
+
+
+def _speak(
+    runtime: LmRuntime, tokenizer: Tokenizer, rows: Sequence[Greedy], stop: set[int], label: str
+) -> list[Spoken]:
+    spoken = []
+    with log.progress(f"{label}: greedy text in LiteRT-LM", len(rows), "prompts") as bar:
+        for row in rows:
+            ids = row.continuation_ids
+            heard = runtime.greedy(row.prompt, len(ids))
+            words = ids[:-1] if ids and ids[-1] in stop else ids
+            expected = str(tokenizer.decode(words))
+            same = heard.text == expected
+            agree = len(ids) if same else _common(heard.text, words, tokenizer)
+            spoken.append(
+                Spoken(
+                    prompt=row.prompt,
+                    expected=expected,
+                    text=heard.text,
+                    tokens=len(ids),
+                    agree=agree,
+                    same=same,
+                    tie=not same and row.margins[min(agree, len(row.margins) - 1)] <= TIE,
+                )
+            )
+            bar.advance()
+    return spoken
+
+
+def _common(text: str, ids: Sequence[int], tokenizer: Tokenizer) -> int:
+    """How many of `ids` `text` begins with."""
+    return next(count for count in range(len(ids), -1, -1) if text.startswith(str(tokenizer.decode(ids[:count]))))
+
+
+def _score(runtime: LmRuntime, tokenizer: Tokenizer, rows: Sequence[Greedy], stop: set[int]) -> list[float]:
+    """The largest error of a log-likelihood in each of a few continuations; those that can't be scored are left out.
+
+    The runtime takes text, so the text must have the very tokens that the reference generated, and the prompt must end
+    in a token that is a text of its own.
+    """
+    errors: list[float] = []
+    for row in rows:
+        words = [token for token in row.continuation_ids if token not in stop]
+        target = str(tokenizer.decode(words))
+        if (
+            len(errors) == _SCORED
+            or not words
+            or list(tokenizer(target, add_special_tokens=False)["input_ids"]) != words
+        ):
+            continue
+        with suppress(UsageError):
+            pairs = zip(runtime.score(row.prompt, target), row.log_likelihoods[: len(words)], strict=True)
+            errors.append(float(np.max([abs(ours - theirs) for ours, theirs in pairs])))  # NaN stays
+    return errors

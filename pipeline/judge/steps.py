@@ -1,0 +1,270 @@
+"""Examining one file and saying whether it may be used: its figures, its checks, its entry in the report."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.core.manifest import Fact, FileRecord
+from pipeline.core.recipe import Gate
+from pipeline.judge import examine, gates, metrics
+from pipeline.judge.examine import GridResult, Logits, Panel
+from pipeline.judge.gates import REFERENCE, Check, Figure
+from pipeline.judge.metrics import Divergence, Scores, Summary
+from pipeline.judge.reference import Reference
+from pipeline.runtime.litert import StepModel
+
+BASELINE = "fp32"
+KERNELS = {"xnnpack": "XNNPACK", "builtin": "built-in kernels"}
+_BUILTIN_PART, _BUILTIN_LEAST = 4, 512
+"""The built-in kernels are slow: without XNNPACK every fourth batch is judged, of a small corpus 512 positions."""
+_GRID_LIMITS = {"xnnpack": math.inf, "builtin": 2**22}
+"""Largest batch × sequence² on the shape grid. Attention in the built-in kernels takes ten times XNNPACK's time (one
+row of 2048 tokens of the shipped model: 7.6 s against 0.7 s of processor time), so there the longest sequences run at
+small batches only: 2048 tokens at batch 1, 1024 at batch 1 to 3."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A file to judge. `parameters` of the checkpoint and `baseline_size` in bytes are None where unknown."""
+
+    name: str
+    path: Path
+    record: FileRecord
+    facts: Mapping[str, Fact]
+    gate_name: str
+    gate: Gate | None
+    parameters: int | None
+    baseline_size: int | None
+
+    @property
+    def alternative(self) -> bool:
+        """Whether it is the int8 scheme that the recipe did not choose: judged, but not needed."""
+        return self.name.startswith("int8-")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What every file of one run is held against."""
+
+    reference: Reference
+    panel: Panel
+    prompts: int
+    continuation: int
+    stop: Sequence[int]
+    scratch: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What was found about one file. `against_baseline` and `builtin` of the fp32 file itself are None."""
+
+    subject: Subject
+    checks: list[Check]
+    logits: Logits
+    against_reference: Summary
+    against_baseline: Summary | None
+    kld: metrics.Doubles
+    grids: Mapping[str, GridResult]
+    continuations: list[list[int]]
+    divergence: Divergence | None
+
+    @property
+    def fit(self) -> bool:
+        """Whether every check passed, and there was one."""
+        return bool(self.checks) and all(check.passed for check in self.checks)
+
+    def facts(self) -> dict[str, Any]:
+        """The entry in the report."""
+        subject = self.subject
+        return {
+            "file": subject.record.path,
+            "sha256": subject.record.sha256,
+            "size": subject.record.size,
+            "size_ratio": _ratio(subject.record.size, subject.baseline_size),
+            "size_per_parameter": _ratio(subject.record.size, subject.parameters),
+            "gate": subject.gate_name,
+            "limits": {name: limit for name, limit in asdict(subject.gate or Gate()).items() if limit is not None},
+            "alternative": subject.alternative,
+            "fit": self.fit,
+            "against_reference": asdict(self.against_reference),
+            "against_fp32": asdict(self.against_baseline) if self.against_baseline else None,
+            "divergence": asdict(self.divergence) if self.divergence else None,
+            "grid": {kernels: asdict(grid) for kernels, grid in self.grids.items()},
+            "integer_share": _number(subject.facts.get("integer_share")),
+            "float_operators": subject.facts.get("float_operators"),
+            "float_products": subject.facts.get("float_products"),
+            "kld_histogram": metrics.histogram(self.kld, metrics.kld_edges()),
+        }
+
+
+def judge_file(subject: Subject, setting: Setting, baseline: Verdict | None) -> Verdict:
+    """Run the file on everything that its limits need; `baseline` is the fp32 file's verdict, None for itself."""
+    models = {kernels: StepModel(subject.path, xnnpack=kernels == "xnnpack") for kernels in KERNELS}
+    panel = setting.panel
+    logits = examine.run_positions(models["xnnpack"], panel, subject.name, setting.scratch / subject.name)
+    scores = examine.against_reference(logits, panel)
+    summary = metrics.summarise(scores, panel.positions.window)
+    continuations = examine.greedy(
+        models["xnnpack"], setting.reference, setting.prompts, setting.continuation, setting.stop
+    )
+    grids: dict[str, GridResult] = {}
+    if baseline is None:
+        grids = {
+            kernels: examine.run_grid(
+                model, setting.reference, f"{subject.name}, {KERNELS[kernels]}", _GRID_LIMITS[kernels]
+            )
+            for kernels, model in models.items()
+        }
+        figures, holds, own = _converter_figures(summary, grids), [], None
+    else:
+        scores = examine.against_file(logits, baseline.logits, panel)
+        own = metrics.summarise(scores, panel.positions.window)
+        builtin = _builtin_summary(models["builtin"], subject, setting, baseline)
+        figures, holds = _quantiser_figures(own, builtin), _soundness(subject, models, setting.reference)
+    checks = gates.judge(subject.name, subject.gate, [*figures, *_file_figures(subject)]) + holds
+    return Verdict(
+        subject=subject,
+        checks=checks,
+        logits=logits,
+        against_reference=summary,
+        against_baseline=own,
+        kld=scores.kld,
+        grids=grids,
+        continuations=continuations,
+        divergence=_divergence(continuations, setting),
+    )
+
+
+def _divergence(continuations: Sequence[Sequence[int]], setting: Setting) -> Divergence | None:
+    """How long the file's greedy texts are Hugging Face's."""
+    rows = setting.reference.greedy()[: setting.prompts]
+    expected = [row.continuation_ids[: setting.continuation] for row in rows]
+    agree = [examine.agreement(ours, theirs) for ours, theirs in zip(continuations, expected, strict=True)]
+    return metrics.divergence(agree, [len(ids) for ids in expected])
+
+
+def _builtin_summary(model: StepModel, subject: Subject, setting: Setting, baseline: Verdict) -> Summary:
+    """The file without XNNPACK against the fp32 file, on a part of the positions."""
+    every = max(1, min(_BUILTIN_PART, len(setting.panel.positions) // _BUILTIN_LEAST))
+    part, chosen = setting.panel.part(every)
+    logits = examine.run_positions(
+        model, part, f"{subject.name}, {KERNELS['builtin']}", setting.scratch / f"{subject.name}-builtin"
+    )
+    scores: Scores = examine.against_file(logits, baseline.logits[chosen], part)
+    return metrics.summarise(scores, part.positions.window)
+
+
+def _converter_figures(summary: Summary, grids: Mapping[str, GridResult]) -> list[Figure]:
+    """fp32 against Hugging Face, on the corpus and on the shape grid."""
+    text = _positions(summary)
+    figures = [
+        Figure(metric="nmse", name="worst logits NMSE on text", value=summary.nmse_max, against=REFERENCE, detail=text),
+        *_quality("on text", summary, REFERENCE),
+    ]
+    for kernels, grid in grids.items():
+        where = f"on the shape grid, {KERNELS[kernels]}"
+        text = f"{grid.cases} of {grid.all_cases} shapes, {grid.rows} rows"
+        worst = f"{text}; worst in {grid.where}"
+        figures += [
+            Figure(metric="nmse", name=f"worst logits NMSE {where}", value=grid.nmse, against=REFERENCE, detail=worst),
+            Figure(metric="kld", name=f"KLD {where}", value=grid.kld, against=REFERENCE, detail=text),
+            Figure(metric="top1", name=f"top-1 agreement {where}", value=grid.top1, against=REFERENCE, detail=text),
+        ]
+    return figures
+
+
+def _quantiser_figures(own: Summary, builtin: Summary) -> list[Figure]:
+    """A smaller file against the fp32 file, on the corpus."""
+    return [
+        figure
+        for kernels, summary in (("xnnpack", own), ("builtin", builtin))
+        for figure in _quality(f"on text, {KERNELS[kernels]}", summary, BASELINE)
+    ]
+
+
+def _quality(where: str, summary: Summary, against: str) -> list[Figure]:
+    return gates.quality(where, summary, against=against, detail=_positions(summary))
+
+
+def _positions(summary: Summary) -> str:
+    return f"{summary.positions} positions in {summary.blocks} windows"
+
+
+def _file_figures(subject: Subject) -> list[Figure]:
+    """What needs no run: sizes, and the share of integer arithmetic that the quantiser read from the file."""
+    size = subject.record.size
+    return [
+        Figure(
+            metric="size_ratio",
+            name="size / size of fp32",
+            value=_ratio(size, subject.baseline_size),
+            against=BASELINE,
+            detail=f"{size} bytes",
+        ),
+        Figure(
+            metric="size_per_parameter",
+            name="bytes per parameter",
+            value=_ratio(size, subject.parameters),
+            detail=f"{size} bytes",
+        ),
+        Figure(
+            metric="integer_share",
+            name="share of multiply-adds in integer kernels",
+            value=_number(subject.facts.get("integer_share")),
+        ),
+    ]
+
+
+def _soundness(subject: Subject, models: Mapping[str, StepModel], reference: Reference) -> list[Check]:
+    """The file runs at the corners of the shape grid and gives finite numbers there."""
+    checks = []
+    for kernels, model in models.items():
+        bad, names = examine.count_unsound(model, reference, _GRID_LIMITS[kernels])
+        name = f"shapes with logits that are not finite, {KERNELS[kernels]}"
+        checks.append(
+            gates.must_hold(
+                subject.name, name, bad, f"{len(names)} shapes, the corners of the grid: {', '.join(names)}"
+            )
+        )
+    return checks
+
+
+def greedy_rows(
+    reference: Reference, verdicts: Sequence[Verdict], setting: Setting, decode: Callable[[list[int]], str]
+) -> list[Any]:
+    """The continuations side by side: per prompt the reference's text and each file's, with how far they agree."""
+    rows = []
+    for index, row in enumerate(reference.greedy()[: setting.prompts]):
+        expected = row.continuation_ids[: setting.continuation]
+        files = {}
+        for verdict in verdicts:
+            ids = verdict.continuations[index]
+            files[verdict.subject.name] = {
+                "ids": ids,
+                "text": decode(ids),
+                "agree": examine.agreement(ids, expected),
+                "same": ids == expected,
+            }
+        rows.append({"prompt": row.prompt, "reference": decode(expected), "tokens": len(expected), "files": files})
+    return rows
+
+
+def finite(value: Any) -> Any:
+    """`value` with every number that JSON can't hold (NaN, infinity) as None."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _ratio(size: int, other: int | None) -> float | None:
+    return size / other if other else None
+
+
+def _number(value: Fact) -> float | None:
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None

@@ -1,0 +1,30 @@
+"""Hadamard matrices, and rows rotated by them block by block."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.tflite.lazy import Array
+
+
+def hadamard(size: int) -> NDArray[np.float32]:
+    """The normalised Sylvester matrix [size, size], symmetric and its own inverse.
+
+    Raises:
+        ValueError: `size` is no power of two.
+    """
+    if size < 1 or size & (size - 1):
+        raise ValueError(f"there is no Sylvester matrix of size {size}, which is no power of two")
+    made = np.ones((1, 1))
+    while len(made) < size:
+        made = np.block([[made, made], [made, -made]])
+    unit: NDArray[np.float32] = (made / np.sqrt(size)).astype(np.float32)
+    return unit
+
+
+def rotate_blocks(values: Array, size: int) -> NDArray[np.float64]:
+    """Each row of `values` [..., columns], every `size` columns of it rotated by themselves."""
+    blocks = values.reshape(*values.shape[:-1], -1, size).astype(np.float64)
+    turned: NDArray[np.float64] = (blocks @ hadamard(size).astype(np.float64)).reshape(values.shape)
+    return turned

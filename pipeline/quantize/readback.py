@@ -1,0 +1,287 @@
+"""Open a written file and find out what it holds, whatever its name says.
+
+A converter that silently leaves a model in float (or half of it) exits with 0: AEQ 0.10.0's `dynamic_wi8b32_afp32`
+did so for a 1 GB model. So every file is read back and held against what it was to become.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from pipeline.core.errors import PipelineError, QuantiseError
+from pipeline.core.manifest import Facts
+from pipeline.tflite.graph import REST, ROWS, Graph
+
+Arithmetic = Literal["integer", "hybrid", "float"]
+Target = Literal["fp16", "dynamic", "static", "static16", "int4"]
+
+_STATIC = ("static", "static16")
+_SEQUENCE = 128
+_PRODUCTS = ("FULLY_CONNECTED", "BATCH_MATMUL", "CONV_2D")
+_NARROW = ("INT8", "INT4")
+_WEIGHTS = ("FLOAT32", "FLOAT16", *_NARROW)
+# By the types of what is multiplied; at 16 bits, activations by each other as well.
+_ARITHMETIC: Mapping[tuple[str, str], Arithmetic] = {
+    ("INT8", "INT8"): "integer",
+    ("INT16", "INT8"): "integer",
+    ("INT16", "INT16"): "integer",
+    ("FLOAT32", "INT8"): "hybrid",
+    ("FLOAT32", "INT4"): "hybrid",
+}
+_NO_ARITHMETIC = (
+    *("QUANTIZE", "DEQUANTIZE", "CAST", "EMBEDDING_LOOKUP", "GATHER", "SELECT_V2"),
+    *("RESHAPE", "TRANSPOSE", "SQUEEZE", "EXPAND_DIMS", "STRIDED_SLICE", "SLICE", "BROADCAST_TO", "CONCATENATION"),
+)
+# What a file of each kind must at least be. Recipes demand more; below this it is not that kind of file.
+_LEAST_WEIGHTS = 0.9
+_LEAST_FOUR_BITS = 0.4
+_LEAST_INTEGER = 0.5
+_LISTED = 40
+
+
+@dataclass(frozen=True, kw_only=True)
+class Product:
+    """A matrix product: its operator's name, its multiply-adds, the arithmetic of its kernel, whether it has weights.
+
+    `integer`: activations are int8 or int16 in the file, and what they are multiplied by as well. `hybrid`: float32
+    activations, quantised by the kernel, times int8 or 4-bit weights. `float`: the rest. A layer that is computed of
+    two int8 tensors (static.py) or two rows (residual.py) is one product: its remainder does not count.
+    """
+
+    name: str
+    multiply_adds: int
+    arithmetic: Arithmetic
+    weights: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadBack:
+    """What stands in a file.
+
+    `shares`: element type → its share of all weights (float and integer constants, counted by elements, without the
+    scales of others). `bits_per_weight`: of matrices and tables, scales included. `products` are
+    counted at batch 1 and 128 tokens. `float_operators`: kind → how many operators of it compute in float32.
+    `tables`: element types of the embedding tables.
+    """
+
+    size: int
+    shares: Mapping[str, float]
+    bits_per_weight: float
+    products: tuple[Product, ...]
+    float_operators: Mapping[str, int]
+    tables: tuple[str, ...]
+
+    def share(self, *arithmetic: Arithmetic, weights_only: bool = False) -> float:
+        """The share of multiply-adds in kernels of these kinds, of all products or of those with weights."""
+        counted = [product for product in self.products if product.weights or not weights_only]
+        total = sum(product.multiply_adds for product in counted)
+        return sum(p.multiply_adds for p in counted if p.arithmetic in arithmetic) / max(total, 1)
+
+
+def read_back(file: Path) -> ReadBack:
+    """Look into a step graph or a decoder; of several signatures, `decode` is counted.
+
+    A step graph is run once, with the plain kernels, to learn its shapes.
+    """
+    views = {view.signature(): view for view in Graph.read(file).each()}
+    graph = views.get("decode") or next(iter(views.values()))
+    elements = _elements(graph)
+    stored, weight_bytes = _stored([graph])
+    shapes = _shapes(graph, file)
+    operators = list(graph.operators())
+    return ReadBack(
+        size=file.stat().st_size,
+        shares={kind: count / sum(elements.values()) for kind, count in elements.items()},
+        bits_per_weight=8 * weight_bytes / max(stored, 1),
+        products=tuple(_product(graph, o, shapes) for o in operators if _counts(graph, o)),
+        float_operators=dict(sorted(Counter(graph.code(o) for o in operators if _computes_in_float(graph, o)).items())),
+        tables=tuple(graph.type_of(int(o.inputs[1])) for o in operators if graph.code(o) == "EMBEDDING_LOOKUP"),
+    )
+
+
+def stored_weights(files: Iterable[Path]) -> Facts:
+    """`stored`: elements of all matrices and tables in `files`. `weight_bytes`: what they take, scales included."""
+    stored, size = _stored(Graph.read(file) for file in files)
+    return {"stored": stored, "weight_bytes": size}
+
+
+def _stored(graphs: Iterable[Graph]) -> tuple[int, int]:
+    stored = size = 0
+    for graph in graphs:
+        for view, tensor in _constants(graph):
+            if len(view.shape(tensor)) >= 2:
+                stored += math.prod(view.shape(tensor))
+                size += view.stored_bytes(tensor)
+    return stored, size
+
+
+def _elements(graph: Graph) -> Counter[str]:
+    """Element type → how many weights of it there are."""
+    found: Counter[str] = Counter()
+    for view, tensor in _constants(graph):
+        if view.type_of(tensor) in _WEIGHTS:
+            found[view.type_of(tensor)] += math.prod(view.shape(tensor))
+    return found
+
+
+def _constants(graph: Graph) -> Iterator[tuple[Graph, int]]:
+    """Every constant but the scales of others, one that several tensors share once."""
+    seen = set[int]()
+    for view in graph.each():
+        scales = view.holds_scales()
+        for tensor, entry in enumerate(view.main.tensors):
+            if entry.buffer not in seen and tensor not in scales and view.is_constant(tensor):
+                seen.add(entry.buffer)
+                yield view, tensor
+
+
+def _shapes(graph: Graph, file: Path) -> list[tuple[int, ...]]:
+    """The shape of each tensor; where it is chosen at run time, that of batch 1 and 128 tokens."""
+    shapes = [graph.shape(tensor) for tensor in range(len(graph.main.tensors))]
+    return _live_shapes(file, len(shapes)) if any(-1 in shape for shape in shapes) else shapes
+
+
+def _live_shapes(file: Path, count: int) -> list[tuple[int, ...]]:
+    """The shape of each tensor of a step graph after a run at batch 1 and 128 tokens.
+
+    Inside XNNPACK's partitions shapes are not kept, so the plain kernels run.
+    """
+    interpreter = _open(file)
+    ones = np.ones((1, _SEQUENCE), np.int32)
+    interpreter.get_signature_runner()(input_ids=ones, attention_mask=ones)
+    details = {detail["index"]: detail["shape"] for detail in interpreter.get_tensor_details()}
+    return [tuple(int(n) for n in details.get(index, ())) for index in range(count)]
+
+
+def _open(file: Path) -> Any:
+    """LiteRT's interpreter with its built-in kernels."""
+    from ai_edge_litert.interpreter import Interpreter, OpResolverType
+
+    kind = OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
+    return Interpreter(model_path=str(file), experimental_op_resolver_type=kind)
+
+
+def _counts(graph: Graph, operator: Any) -> bool:
+    return graph.code(operator) in _PRODUCTS and not graph.operator_name(operator).endswith(REST)
+
+
+def _product(graph: Graph, operator: Any, shapes: Sequence[tuple[int, ...]]) -> Product:
+    """Multiply-adds: elements of the result times the length of what is summed for each."""
+    left, right, result = int(operator.inputs[0]), int(operator.inputs[1]), int(operator.outputs[0])
+    if graph.code(operator) == "BATCH_MATMUL":
+        summed = shapes[left][-2 if operator.builtinOptions.adjX else -1]
+    else:
+        summed = int(np.prod(shapes[right][1:]))
+    name, types = graph.operator_name(operator), (graph.type_of(left), graph.type_of(right))
+    return Product(
+        name=name if not name.startswith(";") else f"step{name}",
+        multiply_adds=int(np.prod(shapes[result])) * summed // (2 if name.endswith(f";{ROWS}") else 1),
+        arithmetic=_ARITHMETIC.get(types, "float"),
+        weights=graph.is_constant(right),
+    )
+
+
+def _computes_in_float(graph: Graph, operator: Any) -> bool:
+    """Whether an operator does arithmetic in float32."""
+    if graph.code(operator) in _NO_ARITHMETIC:
+        return False
+    tensors = [int(i) for i in (*operator.inputs, *operator.outputs) if i >= 0]
+    types = [graph.type_of(tensor) for tensor in tensors]
+    hybrid = graph.code(operator) in _PRODUCTS and types[1] in _NARROW
+    return "FLOAT32" in types and not hybrid
+
+
+def check(found: ReadBack, target: Target, file: Path) -> Facts:
+    """Make sure that a file is what it was to become, and return what the manifest says of it.
+
+    `integer_share` counts a static file's products with integer activations only, a dynamic file's hybrid ones too.
+    `float_products` are the largest of the others by name, with their share; a static file's head is one of them.
+
+    Raises:
+        QuantiseError: too few weights have the type, a table is of another, or too few products are integer.
+    """
+    wanted = {"fp16": ("FLOAT16",), "int4": _NARROW}.get(target, ("INT8",))
+    share = sum(found.shares.get(kind, 0.0) for kind in wanted)
+    kinds: tuple[Arithmetic, ...] = ("integer",) if target in _STATIC else ("integer", "hybrid")
+    integer, linear = found.share(*kinds), found.share(*kinds, weights_only=True)
+    wrong = []
+    if share < _LEAST_WEIGHTS:
+        types = ", ".join(f"{value:.1%} {kind.lower()}" for kind, value in sorted(found.shares.items()))
+        wrong.append(f"its weights are {types}")
+    if target == "int4" and found.shares.get("INT4", 0.0) < _LEAST_FOUR_BITS:
+        wrong.append(f"only {found.shares.get('INT4', 0.0):.1%} of its weights have 4 bits")
+    if set(found.tables) - {*wanted}:
+        wrong.append(f"its embedding tables are {', '.join(sorted({t.lower() for t in found.tables}))}")
+    if target != "fp16" and linear < _LEAST_INTEGER:
+        wrong.append(f"only {linear:.1%} of the multiply-adds with its weights are integer")
+    if wrong:
+        raise QuantiseError(
+            f"{file} is not a {target} file: {'; '.join(wrong)}",
+            cause="the graph has weights or products that the quantiser does not know, or the recipe keeps too much",
+            remedy="compare its operators with those in pipeline/quantize/rows.py",
+        )
+    return _facts(found, target, share, integer)
+
+
+def _facts(found: ReadBack, target: Target, share: float, integer: float) -> Facts:
+    if target == "fp16":
+        return {"size": found.size, "weights_float16_share": round(share, 6)}
+    total = sum(product.multiply_adds for product in found.products)
+    left = Counter[str]()
+    for product in found.products:
+        if product.arithmetic == "float" or (target in _STATIC and product.arithmetic == "hybrid"):
+            left[product.name] += product.multiply_adds
+    own = {"scheme": target, "weights_int8_share": round(share, 6)}
+    if target == "int4":
+        shares = {f"weights_int{bits}_share": round(found.shares.get(f"INT{bits}", 0.0), 6) for bits in (4, 8)}
+        own = {**shares, "bits_per_weight": round(found.bits_per_weight, 4)}
+    return {
+        **own,
+        "size": found.size,
+        "integer_share": round(integer, 6),
+        "multiply_adds": total,
+        "float_operators": dict(found.float_operators),
+        "float_products": {name: round(count / total, 6) for name, count in left.most_common(_LISTED)},
+    }
+
+
+def round_trip(file: Path, error: type[PipelineError] = QuantiseError) -> None:
+    """Open the file and run one step of its first signature, a decoder's `decode`, on an example of each input.
+
+    The built-in kernels run: XNNPACK would repack the weights of every signature into memory. Results are looked at one
+    by one, for a decoder's are as large as its cache.
+
+    Raises:
+        PipelineError: of kind `error`: it does not run, or a result is not finite.
+    """
+    try:
+        interpreter = _open(file)
+        inputs = {detail["index"]: _example(detail) for detail in interpreter.get_input_details()}
+        for index, value in inputs.items():
+            interpreter.resize_tensor_input(index, value.shape)
+        interpreter.allocate_tensors()
+        for index, value in inputs.items():
+            interpreter.set_tensor(index, value)
+        interpreter.invoke()
+        if not all(
+            np.isfinite(interpreter.get_tensor(each["index"])).all() for each in interpreter.get_output_details()
+        ):
+            raise error(f"{file} gives values that are not finite", cause="a range or a weight is out of bounds")
+    except (RuntimeError, ValueError) as fault:
+        raise error(
+            f"{file} does not run: {fault}", cause="LiteRT has no kernel for one of its operators as it was written"
+        ) from fault
+
+
+def _example(detail: Mapping[str, Any]) -> Any:
+    """Zeros for floats, a mask or a cache; ones for integers, tokens and what masks them; 8 where any size will do."""
+    shape = [8 if wanted < 0 else size for size, wanted in zip(detail["shape"], detail["shape_signature"], strict=True)]
+    make = np.ones if np.issubdtype(detail["dtype"], np.integer) else np.zeros  # zeros of a long cache take no memory
+    return make(shape, detail["dtype"])

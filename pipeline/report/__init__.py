@@ -1,0 +1,1 @@
+"""What people read of the judgement: pages, plots, tables."""

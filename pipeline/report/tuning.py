@@ -1,0 +1,75 @@
+"""What tune found, for people: a page with the frontier and the contributions, and a table for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from markupsafe import Markup
+
+from pipeline.core import log
+from pipeline.report import page, plots
+
+Row = Mapping[str, Any]
+Report = Mapping[str, Any]
+
+
+def render(report: Report) -> str:
+    """The page for tune's report, self-contained: no script, no external resource."""
+    environment = page.environment(kld=_kld, share=_share, times=_times, size=log.human_bytes)
+    points = [_point(row) for row in report["candidates"] if row["finalist"]]
+    drawing = plots.frontier(points, report["frontier"], report["chosen"]) if points else ""
+    return environment.get_template("tuning.html.jinja").render(
+        report=report,
+        frontier=Markup(drawing),  # noqa: S704 - escaped where it is made
+    )
+
+
+def _point(row: Row) -> plots.Tried:
+    kld = row["kld"]
+    return plots.Tried(name=row["name"], cost=row["cost"], kld=kld["value"], low=kld["low"], high=kld["high"])
+
+
+def table(report: Report) -> list[str]:
+    """Contributions, then candidates, as lines of text."""
+    rows = [[f"{report['section']} there alone", "weights", "activations"]]
+    for group in report["groups"]:
+        rows.append([group["name"], _kld(group["weights"]), _kld(group["activations"])])
+    tried = [["", "candidate", "KLD (95 %)", "top-1", "positions", "size", "S = 1", "S = 128"]]
+    for row in report["candidates"]:
+        if "kld" in row:
+            mark = "→" if row["name"] == report["chosen"] else "·" if row["name"] in report["frontier"] else ""
+            tried.append([mark, row["name"], *_cells(row)])
+    return [*log.align(rows), "", *log.align(tried)]
+
+
+def _cells(row: Row) -> list[str]:
+    kld, speed = row["kld"], row["speed"] or {}
+    return [
+        f"{_kld(kld['value'])} ({_kld(kld['low'])} to {_kld(kld['high'])})",
+        _share(row["top1"]["value"]),
+        f"{row['positions']:,}",
+        _times(row["relative_size"]),
+        *(_times(speed.get(length)) for length in ("1", "128")),
+    ]
+
+
+def sentence(row: Row) -> str:
+    """A candidate's figures in words."""
+    kld, top, speed = row["kld"], row["top1"], row["speed"]
+    said = f"KLD {kld['value']:.2e} ({kld['low']:.2e} to {kld['high']:.2e}), top-1 {top['value']:.1%}"
+    said += f" on {row['positions']:,} positions; {_times(row['relative_size'])} of plain int8's size"
+    timed = ", ".join(f"{_times(value)} at S = {length}" for length, value in (speed or {}).items())
+    return said + (f"; tokens/s {timed}" if timed else "")
+
+
+def _kld(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2e}"
+
+
+def _share(value: float) -> str:
+    return f"{value:.1%}"
+
+
+def _times(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"

@@ -1,0 +1,321 @@
+"""Running a graph in LiteRT, with or without the XNNPACK delegate, and timing it."""
+
+from __future__ import annotations
+
+import atexit
+import math
+import os
+import platform
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.core.errors import IntegrityError
+
+SIGNATURE = "serving_default"
+INPUTS, OUTPUT = ("attention_mask", "input_ids"), "logits"
+_WARM_UP, _RUNS, _SECONDS = 1, 15, 1.0
+
+
+class MakeInterpreter(Protocol):
+    """Opens a `.tflite` file; the seam for another implementation of the interpreter, such as TensorFlow's."""
+
+    def __call__(self, path: Path, *, xnnpack: bool, threads: int) -> Any:
+        """An object with the methods of `ai_edge_litert.interpreter.Interpreter`."""
+
+
+def litert(path: Path, *, xnnpack: bool, threads: int) -> Any:
+    """LiteRT's interpreter. Without XNNPACK the built-in kernels run, which share no code with it."""
+    from ai_edge_litert.interpreter import Interpreter, OpResolverType
+
+    kind = OpResolverType.BUILTIN if xnnpack else OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
+    return Interpreter(model_path=str(path), num_threads=threads, experimental_op_resolver_type=kind)
+
+
+class MappedModel:
+    """A file of several signatures whose weights XNNPACK repacks once, into a file, as LiteRT-LM does.
+
+    LiteRT's interpreter, whose methods these are, would hold every signature's repacked weights in memory: of a 1 GB
+    decoder 2 GB.
+
+    Args:
+        path: the `.tflite` file.
+        weights: the file for the repacked weights, of this model alone.
+        threads: how many threads run the kernels.
+
+    Raises:
+        IntegrityError: the file is not a model.
+    """
+
+    def __init__(self, path: Path, weights: Path, threads: int) -> None:
+        from ai_edge_litert.compiled_model import CompiledModel
+        from ai_edge_litert.options import CpuOptions, Options
+
+        cpu = CpuOptions(num_threads=threads, xnnpack_weight_cache_path=str(weights))
+        try:
+            with _quiet():
+                options = Options(cpu_options=cpu)
+                self._model = CompiledModel.from_file(str(path), environment=_environment(), options=options)
+        except RuntimeError as error:
+            raise IntegrityError(
+                f"{path} can't be loaded: {error}", remedy="remove its folder and run make again"
+            ) from error
+
+    def get_signature_list(self) -> dict[str, dict[str, list[str]]]:
+        """Names of inputs and outputs by signature."""
+        signatures: dict[str, dict[str, list[str]]] = self._model.get_signature_list()
+        return signatures
+
+    def get_signature_runner(self, signature: str) -> MappedRunner:
+        """Runs one signature."""
+        return MappedRunner(self._model, signature)
+
+    def room(self, signature: str, name: str) -> Any:
+        """A buffer of zeros for an input; a run can write the output of this name and shape into it as well."""
+        detail = self._model.get_input_tensor_details(signature)[name]
+        buffer = self._model.create_input_buffer_by_name(signature, name)
+        buffer.write(np.zeros(detail["shape"], np.dtype(detail["dtype"])))
+        return buffer
+
+
+class MappedRunner:
+    """One signature of a `MappedModel`, called with arrays or buffers by name."""
+
+    def __init__(self, model: Any, signature: str) -> None:
+        self._model, self._signature = model, signature
+        self._inputs = model.get_input_tensor_details(signature)
+        self._outputs = model.get_output_tensor_details(signature)
+        self._buffers: dict[tuple[str, str], Any] = {}
+
+    def get_input_details(self) -> Mapping[str, Any]:
+        """Shape and type of each input."""
+        details: Mapping[str, Any] = self._inputs
+        return details
+
+    def __call__(self, **inputs: Any) -> dict[str, Any]:
+        """Run with `inputs`: arrays, which are copied, or buffers of `MappedModel.room`, which are read in place.
+
+        Outputs of the names of such buffers are written into them, and given as these; the others are given as arrays.
+        """
+        placed = {name: value for name, value in inputs.items() if not isinstance(value, np.ndarray)}
+        given = {name: placed[name] if name in placed else self._filled(name, value) for name, value in inputs.items()}
+        taken = {name: placed[name] if name in placed else self._buffer("output", name) for name in self._outputs}
+        self._model.run_by_name(self._signature, given, taken)
+        return {name: placed[name] if name in placed else self._read(name) for name in self._outputs}
+
+    def _buffer(self, way: str, name: str) -> Any:
+        if (way, name) not in self._buffers:
+            self._buffers[way, name] = getattr(self._model, f"create_{way}_buffer_by_name")(self._signature, name)
+        return self._buffers[way, name]
+
+    def _filled(self, name: str, value: NDArray[Any]) -> Any:
+        buffer = self._buffer("input", name)
+        buffer.write(value)
+        return buffer
+
+    def _read(self, name: str) -> NDArray[Any]:
+        detail = self._outputs[name]
+        values: NDArray[Any] = self._buffer("output", name).read(math.prod(detail["shape"]), np.dtype(detail["dtype"]))
+        return values.reshape(detail["shape"])
+
+
+@cache
+def _environment() -> Any:
+    """LiteRT's one environment. It tells of every accelerator that it looks for, and again of each when it ends."""
+    from ai_edge_litert.environment import Environment
+
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    atexit.register(os.dup2, nowhere, 2)
+    return Environment.create()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Nothing on standard error, native code's neither."""
+    with open(os.devnull, "wb") as nowhere, standard_error(nowhere.fileno()):
+        yield
+
+
+@contextmanager
+def standard_error(target: int) -> Iterator[None]:
+    """Send what native code prints to standard error to the file descriptor `target`."""
+    saved = os.dup(2)
+    try:
+        os.dup2(target, 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+
+
+def default_threads() -> int:
+    """The processors that this process may use, at most 8."""
+    return min(8, len(os.sched_getaffinity(0)))
+
+
+def processor() -> str:
+    """The processor's name, from the kernel."""
+    file = Path("/proc/cpuinfo")
+    rows = file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []
+    names = [row.partition(":")[2].strip() for row in rows if row.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+class StepModel:
+    """An open step graph. Its shape is changed only when a batch has another one than the batch before.
+
+    Args:
+        path: the `.tflite` file.
+        xnnpack: whether the XNNPACK delegate runs what it can.
+        threads: how many threads run the kernels.
+        interpreter: how the file is opened.
+
+    Raises:
+        IntegrityError: the file is not a model, or its signature is not that of a step graph.
+    """
+
+    def __init__(
+        self, path: Path, *, xnnpack: bool = True, threads: int | None = None, interpreter: MakeInterpreter = litert
+    ) -> None:
+        started = time.perf_counter()
+        try:
+            self._interpreter = interpreter(path, xnnpack=xnnpack, threads=threads or default_threads())
+            self._interpreter.allocate_tensors()
+        except (ValueError, RuntimeError) as error:
+            raise IntegrityError(
+                f"{path} can't be loaded: {error}", remedy="remove its folder and run make again"
+            ) from error
+        self.load_seconds = time.perf_counter() - started
+        self._inputs, self._output = self._bind(path)
+        self._shape: tuple[int, ...] = ()
+
+    def _bind(self, path: Path) -> tuple[dict[str, int], int]:
+        """Tensor indices of the inputs and the output."""
+        signatures = self._interpreter.get_signature_list()
+        found = signatures.get(SIGNATURE, {"inputs": [], "outputs": []})
+        if tuple(sorted(found["inputs"])) != INPUTS or list(found["outputs"]) != [OUTPUT]:
+            raise IntegrityError(
+                f"{path} is not a step graph: its signatures are {signatures}",
+                cause=f"expected {SIGNATURE} with inputs {' and '.join(INPUTS)} and output {OUTPUT}",
+                remedy="remove its folder and run make again",
+            )
+        runner = self._interpreter.get_signature_runner(SIGNATURE)
+        inputs = {name: int(detail["index"]) for name, detail in runner.get_input_details().items()}
+        return inputs, int(runner.get_output_details()[OUTPUT]["index"])
+
+    def logits(self, input_ids: Tokens, attention_mask: Tokens) -> NDArray[np.float32]:
+        """Next-token logits float32 [B, V] after each row's last attended token; inputs int32 [B, S]."""
+        if input_ids.shape != self._shape:
+            for index in self._inputs.values():
+                self._interpreter.resize_tensor_input(index, list(input_ids.shape))
+            self._interpreter.allocate_tensors()
+            self._shape = input_ids.shape
+        for name, value in (("input_ids", input_ids), ("attention_mask", attention_mask)):
+            self._interpreter.set_tensor(self._inputs[name], np.ascontiguousarray(value, dtype=np.int32))
+        self._interpreter.invoke()
+        logits: NDArray[np.float32] = self._interpreter.get_tensor(self._output)
+        return logits
+
+    def continue_greedily(self, prompt: Sequence[int], count: int, stop: Sequence[int]) -> list[int]:
+        """The next tokens after `prompt`, each the most likely one, up to `count` or a token in `stop` (included)."""
+        tokens = list(prompt)
+        while len(tokens) < len(prompt) + count:
+            ids = np.array([tokens], dtype=np.int32)
+            tokens.append(int(self.logits(ids, np.ones_like(ids))[0].argmax()))
+            if tokens[-1] in stop:
+                break
+        return tokens[len(prompt) :]
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Median seconds to load a file that is in the page cache, and of one step of one row by sequence length."""
+
+    load: float
+    latency: dict[int, float]
+
+
+def measure_speed(
+    path: Path, sequences: Sequence[int], *, bos: int, xnnpack: bool, threads: int | None = None
+) -> Speed:
+    """Time `path` at batch 1 for each of `sequences` (in tokens), after warm-up at each."""
+    models = [StepModel(path, xnnpack=xnnpack, threads=threads) for _ in range(3)]
+    latency = {}
+    for sequence in sequences:
+        ids = np.full((1, sequence), bos, dtype=np.int32)
+        latency[sequence] = _median_seconds(models[-1], ids)
+    return Speed(load=statistics.median(model.load_seconds for model in models), latency=latency)
+
+
+def measure_in_turns(paths: Sequence[Path], sequence: int, *, bos: int, rounds: int) -> list[float]:
+    """Seconds of one step of one row of `sequence` tokens with each of `paths`, run in turns.
+
+    The least of `rounds`: other work on the machine only ever adds to a time.
+    """
+    ids = np.full((1, sequence), bos, dtype=np.int32)
+    mask, models = np.ones_like(ids), [StepModel(path) for path in paths]
+    times: list[list[float]] = []
+    for _ in range(_WARM_UP + rounds):
+        times.append([])
+        for model in models:
+            started = time.perf_counter()
+            model.logits(ids, mask)
+            times[-1].append(time.perf_counter() - started)
+    return [min(column) for column in zip(*times[_WARM_UP:], strict=True)]
+
+
+def _median_seconds(model: StepModel, ids: Tokens) -> float:
+    """Median of up to 15 runs after warm-up, or fewer once a second has gone; never fewer than three."""
+    mask = np.ones_like(ids)
+    times: list[float] = []
+    for _ in range(_WARM_UP):
+        model.logits(ids, mask)
+    while len(times) < _RUNS and (len(times) < 3 or sum(times) < _SECONDS):
+        started = time.perf_counter()
+        model.logits(ids, mask)
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+Tokens = NDArray[np.int32]
+
+
+def open_traced(file: Path) -> Any:
+    """LiteRT's interpreter of `file`, which keeps every tensor of a run.
+
+    Inside XNNPACK's partitions no tensor can be read, so the plain kernels run.
+    """
+    from ai_edge_litert.interpreter import Interpreter, OpResolverType
+
+    return Interpreter(
+        model_path=str(file),
+        num_threads=_threads(),
+        experimental_op_resolver_type=OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES,
+        experimental_preserve_all_tensors=True,
+    )
+
+
+def run(interpreter: Any, ids: Tokens) -> None:
+    """Run a step graph on one sample, `ids` [L], all of it attended to."""
+    values = {"input_ids": ids[None], "attention_mask": np.ones_like(ids[None])}
+    inputs = interpreter.get_signature_runner().get_input_details()
+    for name, detail in inputs.items():
+        interpreter.resize_tensor_input(detail["index"], values[name].shape)
+    interpreter.allocate_tensors()
+    for name, detail in inputs.items():
+        interpreter.set_tensor(detail["index"], values[name])
+    interpreter.invoke()
+
+
+def _threads() -> int:
+    import os
+
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)

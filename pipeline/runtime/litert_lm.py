@@ -1,0 +1,327 @@
+"""Running a bundle in LiteRT-LM: token ids, rendered prompts, greedy text, scores, conversations, speed.
+
+The runtime gives text and scores, no logits and no token ids of what it generates. A prompt here is what the model
+sees: if the bundle has a start token, it begins with that token's text, or the runtime puts it there.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import litert_lm
+
+from pipeline.core.errors import IntegrityError, UsageError
+from pipeline.runtime.litert import default_threads, standard_error
+
+Message: TypeAlias = "Mapping[str, str]"
+"""`role` (system, user or assistant) and `content`."""
+NO_CACHE = ":nocache"
+"""Weights that XNNPACK has repacked stay in memory; by default the runtime writes them to a file beside the bundle."""
+_GREEDY = {"top_k": 1, "top_p": 1.0, "temperature": 1.0, "seed": 0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Continuation:
+    """What the model added to a prompt: its text without the stop token, and how many tokens with it."""
+
+    text: str
+    tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """Of the last prompt and answer of a session: tokens, tokens per second, and seconds to the first token."""
+
+    prefill_tokens: int
+    prefill_per_second: float
+    decode_tokens: int
+    decode_per_second: float
+    first_token: float
+
+
+class LmRuntime:
+    """An open bundle on the CPU.
+
+    Args:
+        path: the `.litertlm` file.
+        threads: how many threads run the kernels.
+        cache: a folder for repacked weights, so that the next start is quicker; without it nothing is written.
+
+    Raises:
+        UsageError: there is no such file.
+        IntegrityError: the runtime can't load it; the cause is what the runtime says.
+    """
+
+    def __init__(self, path: Path, *, threads: int | None = None, cache: Path | None = None) -> None:
+        if not path.is_file():
+            raise UsageError(f"{path} does not exist", cause="there is no bundle yet", remedy="run `make bundle`")
+        if cache:
+            cache.mkdir(parents=True, exist_ok=True)  # the runtime fails without a word if the folder is not there
+        self._path = path
+        started = time.perf_counter()
+        self._engine = _open(path, threads or default_threads(), str(cache or NO_CACHE))
+        self.load_seconds = time.perf_counter() - started
+        self.start: int | None = self._engine.bos_token_id
+        self.stop: tuple[tuple[int, ...], ...] = tuple(tuple(ids) for ids in self._engine.eos_token_ids)
+
+    def __enter__(self) -> LmRuntime:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the model."""
+        self._engine.close()
+
+    # Text and tokens
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of `text`, with control tokens in it recognised and nothing added."""
+        return list(self._engine.tokenize(_checked(text)))
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """The text of `ids`, control tokens included."""
+        return str(self._engine.detokenize(list(ids)))
+
+    @property
+    def start_text(self) -> str:
+        """The text of the start token; empty if the bundle has none."""
+        return "" if self.start is None else self.detokenize([self.start])
+
+    def render(self, messages: Sequence[Message]) -> str:
+        """The prompt of a conversation up to where the model is to answer, by the bundle's template.
+
+        Raises:
+            IntegrityError: the template fails on these messages.
+        """
+        for message in messages:
+            _checked(message["content"])
+        history = [dict(message) for message in messages]
+        with self._engine.create_conversation(messages=history[:-1]) as conversation:
+            text = str(conversation.render_message_to_string(history[-1]))
+        if not text:
+            raise IntegrityError(
+                f"the chat template in {self._path.name} fails on a conversation of roles "
+                f"{', '.join(message['role'] for message in messages)}",
+                cause="the template refuses this order of roles, or uses what the runtime's template engine lacks",
+                remedy="try the same messages with tokenizer.apply_chat_template of transformers",
+            )
+        return self.start_text + text
+
+    # What the model says
+
+    def greedy(self, prompt: str, count: int) -> Continuation:
+        """At most `count` tokens after `prompt`, each the most likely one, until a stop token."""
+        with self.session(count, greedy=True) as session:
+            session.prefill(prompt)
+            return Continuation(text="".join(session.decode()), tokens=session.speed().decode_tokens)
+
+    def session(self, count: int, *, greedy: bool = False) -> Session:
+        """An empty context whose answers have at most `count` tokens, sampled as the bundle says or greedily."""
+        return Session(self, self._new_session(max_output_tokens=count, **(_greedy() if greedy else {})))
+
+    def score(self, prompt: str, target: str) -> list[float]:
+        """The log-likelihood (nats) of each token of `target` after `prompt`.
+
+        The runtime steps back in its cache twice before it scores, over the last token but one (litert-lm 0.18.1,
+        https://github.com/google-ai-edge/LiteRT-LM/issues/3561). So the last token is given twice: the second takes
+        the place of the first. A test fails when the runtime no longer does this.
+
+        Raises:
+            UsageError: `prompt` is empty, or can't be split before its last token.
+        """
+        head, tail = self._split(prompt)
+        with Session(self, self._new_session()) as session:
+            for part in (head, tail, tail):
+                session.prefill(part)
+            return session.score(target)
+
+    def _split(self, prompt: str) -> tuple[str, str]:
+        """`prompt` without its start token, divided before its last token."""
+        text = prompt.removeprefix(self.start_text)
+        ids = self.tokenize(text)
+        head, tail = self.detokenize(ids[:-1]), self.detokenize(ids[-1:])
+        if not ids or self.tokenize(head) != ids[:-1] or self.tokenize(tail) != ids[-1:]:
+            raise UsageError(
+                f"can't score after {prompt[-40:]!r}: its last token has no text of its own",
+                remedy="end the prompt with a whole word or a control token",
+            )
+        return head, tail
+
+    def _new_session(self, **options: Any) -> Any:
+        return self._engine.create_session(apply_prompt_template=False, **options)
+
+
+class Session:
+    """One context of an open bundle: text goes in piece by piece, and then an answer comes out, once."""
+
+    def __init__(self, runtime: LmRuntime, session: Any) -> None:
+        self._runtime, self._session = runtime, session
+        self._empty = True
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the context."""
+        self._session.close()
+
+    def prefill(self, text: str) -> None:
+        """Append `text` to the context.
+
+        Raises:
+            UsageError: there is no room for it.
+        """
+        if self._empty:
+            text = text.removeprefix(self._runtime.start_text)  # the runtime puts it there, and would do so twice
+        if not text and not self._empty:
+            return
+        try:
+            self._session.run_prefill([_checked(text)])
+        except RuntimeError as error:
+            raise UsageError(
+                f"the bundle can't take {len(self._runtime.tokenize(text))} more tokens",
+                cause="prompt and answers are longer than the bundle's KV cache",
+                remedy="give less text, begin anew, or build the bundle with a longer cache",
+            ) from error
+        self._empty = False
+
+    def decode(self) -> Iterator[str]:
+        """The model's answer piece by piece, until a stop token, its greatest length, a full context, or `cancel`."""
+        try:
+            for response in self._session.run_decode_async():
+                yield response.texts[0]
+        except GeneratorExit:  # nobody reads on
+            self._session.cancel_process()
+            raise
+
+    def cancel(self) -> None:
+        """End the running `decode` after its present token; may be called from a signal handler."""
+        self._session.cancel_process()
+
+    def score(self, target: str) -> list[float]:
+        """See `LmRuntime.score`, which gives the context that this needs."""
+        return [float(value) for value in self._session.run_text_scoring([_checked(target)], True).token_scores[0]]
+
+    def speed(self) -> Speed:
+        """How fast the last prompt was read and the last answer written."""
+        info = self._session.get_benchmark_info()
+        return Speed(
+            prefill_tokens=info.last_prefill_token_count,
+            prefill_per_second=info.last_prefill_tokens_per_second,
+            decode_tokens=info.last_decode_token_count,
+            decode_per_second=info.last_decode_tokens_per_second,
+            first_token=info.time_to_first_token_in_second,
+        )
+
+
+class Dialogue:
+    """A conversation, read anew at every turn.
+
+    A context can't be carried over: where embedders are sections of their own, the runtime gives the last token of an
+    answer to the next prefill as zeros instead of its embedding, and its own conversation leaves out what the template
+    has between the stop token and the next turn, such as Gemma's newline (litert-lm 0.18.1). Both change what the model
+    answers. A test fails when the first is gone.
+    """
+
+    def __init__(self, runtime: LmRuntime, count: int, *, greedy: bool = False) -> None:
+        self._runtime, self._count, self._greedy = runtime, count, greedy
+        self._messages: list[Message] = []
+        self._session: Session | None = None
+
+    def __enter__(self) -> Dialogue:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self._messages.clear()
+        self._close()
+
+    def answer(self, text: str) -> Iterator[str]:
+        """The model's answer to `text`, piece by piece; it joins the conversation once it has been read to its end.
+
+        Raises:
+            UsageError: the conversation does not fit into the KV cache.
+        """
+        messages = [*self._messages, {"role": "user", "content": text}]
+        self._close()
+        self._session = self._runtime.session(self._count, greedy=self._greedy)
+        self._session.prefill(self._runtime.render(messages))
+        pieces = []
+        for piece in self._session.decode():
+            pieces.append(piece)
+            yield piece
+        self._messages = [*messages, {"role": "assistant", "content": "".join(pieces)}]
+
+    def cancel(self) -> None:
+        """End the running answer; may be called from a signal handler."""
+        if self._session:
+            self._session.cancel()
+
+    def speed(self) -> Speed | None:
+        """How fast the last turn was; None before the first."""
+        return self._session.speed() if self._session else None
+
+    def _close(self) -> None:
+        if self._session:
+            self._session.close()
+        self._session = None
+
+
+def _greedy() -> dict[str, Any]:
+    return {"sampler_config": litert_lm.SamplerConfig(**_GREEDY)}
+
+
+def _checked(text: str) -> str:
+    """`text`, if the runtime can take it: its interface ends texts at U+0000 without a word."""
+    if "\0" in text:
+        raise UsageError("LiteRT-LM can't take a text with U+0000 in it", remedy="remove that character")
+    return text
+
+
+def _open(path: Path, threads: int, cache: str) -> Any:
+    """The engine for `path`, quietly; if it can't be had, the same attempt again to hear why."""
+
+    def attempt() -> Any:
+        return litert_lm.Engine(
+            str(path),
+            backend=litert_lm.Backend.CPU(thread_count=threads),
+            cache_dir=cache,
+            enable_benchmark=True,  # counts and times tokens; changes nothing else
+        )
+
+    litert_lm.set_min_log_severity(litert_lm.LogSeverity.SILENT)
+    try:
+        return attempt()
+    except RuntimeError as error:
+        raise IntegrityError(
+            f"LiteRT-LM can't load {path}",
+            cause=_complaint(attempt) or str(error),
+            remedy="remove the bundle's folder and run make again",
+        ) from error
+
+
+def _complaint(attempt: Callable[[], Any]) -> str:
+    """The first error that the runtime prints during `attempt`."""
+    with tempfile.TemporaryFile() as file:
+        with standard_error(file.fileno()), suppress(RuntimeError):
+            litert_lm.set_min_log_severity(litert_lm.LogSeverity.ERROR)
+            attempt().close()
+        litert_lm.set_min_log_severity(litert_lm.LogSeverity.SILENT)
+        file.seek(0)
+        lines = file.read().decode("utf-8", "replace").splitlines()
+    errors = [line.partition("] ")[2] for line in lines if line.startswith("E") and "] " in line]
+    return errors[0] if errors else ""

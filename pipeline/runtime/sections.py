@@ -1,0 +1,166 @@
+"""The bare sections of a bundle as LiteRT-LM runs them: tokens through the embedders and the decoder, with the cache.
+
+LiteRT-LM gives no logits, so they are judged here, on the same files, in the LiteRT interpreter.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.core import log
+from pipeline.core.errors import VerificationError
+from pipeline.runtime.litert import MappedModel, default_threads, litert
+
+Cache = dict[str, Any]
+"""A conversation's cache by input name: arrays, or LiteRT's buffers where the decoder is a `MappedModel`."""
+DECODER, EMBEDDER, PER_LAYER = "decoder.tflite", "embedder.tflite", "per_layer_embedder.tflite"
+_REPACKED = 3e8
+"""Bytes per second, roughly, at which XNNPACK lays out weights anew when a file is opened."""
+# What LiteRT-LM 0.18 writes where a token may not look: 0.7 times the lowest float32.
+_MASKED = np.float32(-0.7 * np.finfo(np.float32).max)
+_PREFILL = re.compile(r"prefill_(\d+)")
+
+
+class Conversation:
+    """One conversation's cache and position; several can share the open `Sections`."""
+
+    def __init__(self, sections: Sections) -> None:
+        self.sections = sections
+        self.position = 0
+        self.cache = sections.empty_cache()
+
+    def reset(self) -> None:
+        """Start again at position 0 with the cache as it is: what it holds must not matter."""
+        self.position = 0
+
+    def prefill(self, tokens: Sequence[int]) -> None:
+        """Put `tokens` into the cache, in one call of the shortest prefill signature that holds them.
+
+        Raises:
+            VerificationError: no signature does, or the cache is full.
+        """
+        self._run(self.sections.signature_for(len(tokens)), tokens)
+
+    def decode(self, token: int) -> NDArray[np.float32]:
+        """Put `token` into the cache and return the logits [V] of what follows it."""
+        logits: NDArray[np.float32] = self._run("decode", [token])["logits"][0, 0]
+        return logits
+
+    def _run(self, signature: str, tokens: Sequence[int]) -> dict[str, Any]:
+        outputs = self.sections.run(signature, tokens, self.position, self.cache)
+        self.cache |= {name: value for name, value in outputs.items() if name.startswith("kv_cache_")}
+        self.position += len(tokens)
+        return outputs
+
+
+class Sections:
+    """The open sections in one folder."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        weights: Path | None = None,
+        threads: int | None = None,
+        xnnpack: bool = True,
+        decoder: Any = None,
+    ) -> None:
+        """Open `folder`'s decoder and what embedders stand beside it.
+
+        Args:
+            folder: where they are.
+            weights: the file for the decoder's weights as XNNPACK repacks them, which otherwise take memory.
+            threads: how many threads run the kernels.
+            xnnpack: whether the XNNPACK delegate runs what it can.
+            decoder: an interpreter of the decoder, where that is open already.
+        """
+        threads = threads or default_threads()
+
+        def open_file(name: str) -> Any:
+            return litert(folder / name, xnnpack=xnnpack, threads=threads)
+
+        if decoder is None:
+            with log.waiting(f"opening {folder.name}/{DECODER}", (folder / DECODER).stat().st_size / _REPACKED):
+                decoder = MappedModel(folder / DECODER, weights, threads) if weights else open_file(DECODER)
+        self._mapped = decoder if isinstance(decoder, MappedModel) else None
+        self.signatures = decoder.get_signature_list()
+        self._runners = {name: decoder.get_signature_runner(name) for name in self.signatures}
+        self._shapes = {
+            name: {key: tuple(detail["shape"]) for key, detail in runner.get_input_details().items()}
+            for name, runner in self._runners.items()
+        }
+        embedders = {"embeddings": EMBEDDER, "per_layer_embeddings": PER_LAYER}
+        self._embedders = {
+            key: open_file(file).get_signature_runner()
+            for key, file in embedders.items()
+            if key in self._shapes["decode"]
+        }
+
+    @property
+    def cache_length(self) -> int:
+        """Positions that a conversation can have."""
+        return int(self._shapes["decode"]["mask"][-1])
+
+    @property
+    def prefills(self) -> list[int]:
+        """Tokens that each prefill signature takes, shortest first."""
+        return sorted(int(match[1]) for name in self.signatures if (match := _PREFILL.fullmatch(name)))
+
+    def signature_for(self, tokens: int) -> str:
+        """The shortest prefill signature for `tokens` tokens.
+
+        Raises:
+            VerificationError: there is none.
+        """
+        length = next((length for length in self.prefills if length >= tokens), None)
+        if length is None:
+            raise VerificationError(f"the decoder has no prefill signature for {tokens} tokens")
+        return f"prefill_{length}"
+
+    def empty_cache(self) -> Cache:
+        """A cache of zeros."""
+        shapes = self._shapes["decode"]
+        kept = {name: shape for name, shape in shapes.items() if name.startswith("kv_cache_")}
+        if self._mapped:
+            return {name: self._mapped.room("decode", name) for name in kept}
+        return {name: np.zeros(shape, np.float32) for name, shape in kept.items()}
+
+    def run(self, signature: str, tokens: Sequence[int], position: int, cache: Cache) -> dict[str, Any]:
+        """Run `tokens` at `position` … with `cache`, padded as LiteRT-LM pads: position 0, all masked, all zero.
+
+        The new cache is a part of what is returned; LiteRT's buffers are written in place, and given again.
+
+        Raises:
+            VerificationError: the cache has no room for them.
+        """
+        shapes = self._shapes[signature]
+        length, count = shapes["input_pos"][0], len(tokens)
+        if position + length > self.cache_length:
+            raise VerificationError(f"position {position} + {length} is beyond the cache of {self.cache_length}")
+        input_pos = np.zeros(length, np.int32)
+        input_pos[:count] = np.arange(position, position + count)
+        mask = np.full(shapes["mask"], _MASKED, np.float32)
+        for row in range(count):
+            mask[0, 0, row, : position + row + 1] = 0
+        inputs: dict[str, Any] = {"input_pos": input_pos, "mask": mask, **self._embed(tokens, shapes)}
+        inputs |= {name: cache[name] for name in shapes if name.startswith("kv_cache_")}
+        outputs: dict[str, Any] = self._runners[signature](**inputs)
+        return outputs
+
+    def _embed(self, tokens: Sequence[int], shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+        if "tokens" in shapes:
+            ids = np.zeros(shapes["tokens"], np.int32)
+            ids[0, : len(tokens)] = tokens
+            return {"tokens": ids}
+        inputs = {}
+        for name, embedder in self._embedders.items():
+            inputs[name] = np.zeros(shapes[name], np.float32)
+            for row, token in enumerate(tokens):
+                inputs[name][0, row] = embedder(token_ids=np.array([[token]], np.int32))["embeddings"][0, 0]
+        return inputs

@@ -1,0 +1,451 @@
+"""A `.tflite` file as a graph that can be read, edited and written, byte for byte the same each time.
+
+Quantisation here is flatbuffer surgery (see `quantize/rows.py`), so this module holds what surgery needs: constants in
+and out, operators by name, new tensors and operators, clean-up. Buffers stay in the page cache until they are written.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.core.errors import IntegrityError
+from pipeline.tflite import writer
+from pipeline.tflite.lazy import Array, Blocks, BlockScales, Scales, flat_bytes, unpack
+
+ROWS, REST = "rows", ";rest"
+"""How the name of what a layer makes of an input's two int8 rows ends, and of its remainder."""
+_DTYPES: dict[str, np.dtype[Any]] = {
+    "FLOAT32": np.dtype(np.float32),
+    "FLOAT16": np.dtype(np.float16),
+    "INT32": np.dtype(np.int32),
+    "INT64": np.dtype(np.int64),
+    "INT8": np.dtype(np.int8),
+    "UINT8": np.dtype(np.uint8),
+    "INT16": np.dtype(np.int16),
+    "BOOL": np.dtype(np.bool_),
+}
+
+
+class Graph:
+    """A model under edit, seen through one of its subgraphs, `main`. Tensors are named by their index there.
+
+    Each signature has a subgraph of its own, and `each` gives the model seen through every one of them; weights that
+    they share are one buffer. Other subgraphs (decompositions of composite operators) are read, and dropped by `prune`
+    once nothing refers to them.
+    """
+
+    def __init__(self, model: Any, place: int = 0) -> None:
+        self.model = model
+        self.place, self.main = place, model.subgraphs[place]
+
+    def each(self) -> list[Graph]:
+        """The model seen through the subgraph of each signature, in their order in the file."""
+        places = sorted({int(signature.subgraphIndex) for signature in self.model.signatureDefs or []})
+        return [Graph(self.model, place) for place in places or [0]]
+
+    def signature(self) -> str:
+        """The name of the signature that runs this subgraph; empty if there is none."""
+        names = [s.signatureKey for s in self.model.signatureDefs or [] if int(s.subgraphIndex) == self.place]
+        return text(names[0]) if names else ""
+
+    @classmethod
+    def read(cls, file: Path, offset: int = 0, size: int = 0) -> Graph:
+        """Open `file`, or the model of `size` bytes that stands at `offset` in it.
+
+        Weights stay in the page cache until they are touched.
+
+        Raises:
+            IntegrityError: there is no TFLite model.
+        """
+        from ai_edge_litert.tools import flatbuffer_utils, mmap_utils
+
+        with file.open("rb") as stream:
+            stream.seek(offset)
+            head = stream.read(8)
+        if head[4:] != writer.IDENTIFIER:
+            raise IntegrityError(f"{file} is not a TFLite file", remedy="remove its folder and run make again")
+        try:
+            model = flatbuffer_utils.read_model_from_bytearray(
+                mmap_utils.get_file_contents(file, offset=offset, size=size)
+            )
+            for buffer in model.buffers:
+                if buffer.data is not None:  # a slice of the file, which the packer would write byte by byte
+                    buffer.data = np.frombuffer(buffer.data, np.uint8)
+            return cls(model)
+        except (struct.error, IndexError, ValueError, TypeError) as error:
+            raise IntegrityError(
+                f"{file} is damaged: {error}", cause="it was truncated", remedy="remove its folder and run make again"
+            ) from error
+
+    @classmethod
+    def empty(cls) -> Graph:
+        """A model with one subgraph that holds nothing."""
+        s = _schema()
+        model, main = s.ModelT(), s.SubGraphT()
+        model.version, model.buffers, model.operatorCodes = 3, [s.BufferT()], []
+        main.tensors, main.operators, main.inputs, main.outputs = [], [], [], []
+        model.subgraphs = [main]
+        return cls(model)
+
+    # --- reading
+
+    def operators(self) -> Iterator[Any]:
+        """The operators of the main subgraph in order of execution (a copy: edit freely while looping)."""
+        yield from list(self.main.operators)
+
+    def code(self, operator: Any) -> str:
+        """What `operator` does, e.g. `FULLY_CONNECTED`."""
+        entry = self.model.operatorCodes[operator.opcodeIndex]
+        return _names("BuiltinOperator")[max(entry.builtinCode, entry.deprecatedBuiltinCode)]
+
+    def name(self, tensor: int) -> str:
+        """The name of a tensor; an operator is known by the name of its first output."""
+        return text(self.main.tensors[tensor].name)
+
+    def operator_name(self, operator: Any) -> str:
+        """The name of an operator: that of its first output."""
+        return self.name(int(operator.outputs[0]))
+
+    def type_of(self, tensor: int) -> str:
+        """The element type of a tensor, e.g. `FLOAT32`."""
+        return _names("TensorType")[self.main.tensors[tensor].type]
+
+    def shape(self, tensor: int) -> tuple[int, ...]:
+        """The shape of a tensor; −1 where it is chosen at run time."""
+        entry = self.main.tensors[tensor]
+        signature = entry.shapeSignature
+        shape = signature if signature is not None and len(signature) else entry.shape
+        return tuple(int(n) for n in shape) if shape is not None else ()
+
+    def is_constant(self, tensor: int) -> bool:
+        """Whether the tensor's values stand in the file."""
+        return tensor >= 0 and self.model.buffers[self.main.tensors[tensor].buffer].data is not None
+
+    def constant(self, tensor: int) -> Array:
+        """The values of a constant tensor, a read-only view of the file."""
+        data = self.model.buffers[self.main.tensors[tensor].buffer].data
+        if self.type_of(tensor) == "INT4":
+            return unpack(np.frombuffer(data, np.uint8)).reshape(self.shape(tensor))
+        return np.frombuffer(data, _DTYPES[self.type_of(tensor)]).reshape(self.shape(tensor))
+
+    def blocks(self, tensor: int) -> Blocks:
+        """The values of a constant tensor, block by block, wherever they are."""
+        data = self.model.buffers[self.main.tensors[tensor].buffer].data
+        return data if isinstance(data, Blocks) else Blocks.of(self.constant(tensor))
+
+    def ports(self) -> list[Any]:
+        """The named inputs of this subgraph's signature."""
+        own = [s for s in self.model.signatureDefs or [] if int(s.subgraphIndex) == self.place]
+        ports = [port for signature in own for port in signature.inputs]
+        for port in ports:
+            port.name = text(port.name)
+        return ports
+
+    def scales(self, tensor: int) -> Scales | None:
+        """How a tensor is quantised, None if it is not."""
+        found = self.main.tensors[tensor].quantization
+        if found is None or found.scale is None or not len(found.scale):
+            return None
+        zero = found.zeroPoint if found.zeroPoint is not None else np.zeros(len(found.scale))
+        return Scales(np.asarray(found.scale, np.float32), np.asarray(zero, np.int64), int(found.quantizedDimension))
+
+    def block_scales(self, tensor: int) -> BlockScales | None:
+        """How a matrix is quantised by blocks, None if it is not."""
+        found = _block_details(self.main.tensors[tensor])
+        return BlockScales(self.constant(found.scales).astype(np.float16), int(found.blockSize)) if found else None
+
+    def holds_scales(self) -> set[int]:
+        """The constants that are the scales of others."""
+        details = map(_block_details, self.main.tensors)
+        return {int(found.scales) for found in details if found}
+
+    def stored_bytes(self, tensor: int) -> int:
+        """What a constant takes in the file, its scales included."""
+        scales, blocks = self.scales(tensor), _block_details(self.main.tensors[tensor])
+        own = scales.scale.nbytes if scales else self.stored_bytes(int(blocks.scales)) if blocks else 0
+        return len(self.model.buffers[self.main.tensors[tensor].buffer].data) + own
+
+    def consumers(self) -> dict[int, list[Any]]:
+        """Tensor → the operators that read it."""
+        readers: dict[int, list[Any]] = {}
+        for operator in self.main.operators:
+            for tensor in dict.fromkeys(int(i) for i in operator.inputs):
+                if tensor >= 0:
+                    readers.setdefault(tensor, []).append(operator)
+        return readers
+
+    def producers(self) -> dict[int, Any]:
+        """Tensor → the operator that writes it."""
+        return {int(tensor): operator for operator in self.main.operators for tensor in operator.outputs}
+
+    def bytes_by_type(self) -> dict[str, int]:
+        """Element type → bytes of constants of that type; a buffer that several tensors share counts once."""
+        seen: dict[int, str] = {}
+        for subgraph in self.model.subgraphs:
+            for tensor in subgraph.tensors:
+                if self.model.buffers[tensor.buffer].data is not None:
+                    seen.setdefault(int(tensor.buffer), _names("TensorType")[tensor.type])
+        total: Counter[str] = Counter()
+        for buffer, type_name in seen.items():
+            total[type_name] += len(self.model.buffers[buffer].data)
+        return dict(sorted(total.items()))
+
+    # --- editing
+
+    def make_constant(self, port: Any, buffer: int, name: str) -> None:
+        """Turn the named input `port` into a constant called `name` with the values of `buffer`."""
+        tensor = self.main.tensors[port.tensorIndex]
+        tensor.buffer, tensor.name = buffer, name
+        self.main.inputs = [i for i in self.main.inputs if i != port.tensorIndex]
+        for signature in self.model.signatureDefs:
+            if int(signature.subgraphIndex) == self.place:
+                signature.inputs = [other for other in signature.inputs if other is not port]
+
+    def set_constant(self, tensor: int, values: Array | Blocks, scales: Scales | None = None) -> None:
+        """Give a constant tensor, and all that share its buffer, new values, element type and quantisation."""
+        buffer = int(self.main.tensors[tensor].buffer)
+        self.model.buffers[buffer].data = values if isinstance(values, Blocks) else flat_bytes(values)
+        for entry in (tensor for subgraph in self.model.subgraphs for tensor in subgraph.tensors):
+            if entry.buffer == buffer:
+                entry.type = _type_of(values.dtype)
+                entry.quantization = _parameters(scales)
+
+    def set_four_bits(self, tensor: int, packed: Blocks, scales: BlockScales) -> None:
+        """Give a constant matrix, and all that share its buffer, 4-bit values (`pack`) and a scale per block."""
+        buffer, shared = int(self.main.tensors[tensor].buffer), self.add_buffer(scales.scale)
+        self.model.buffers[buffer].data = packed
+        for view in (Graph(self.model, place) for place in range(len(self.model.subgraphs))):
+            for entry in [entry for entry in view.main.tensors if int(entry.buffer) == buffer]:
+                named = view.add_tensor(f"{text(entry.name)};scales", "FLOAT16", scales.scale.shape)
+                view.main.tensors[named].buffer = shared
+                entry.type, entry.quantization = _schema().TensorType.INT4, _block_parameters(named, scales.block)
+
+    def add_constant(self, values: Array | Blocks, name: str, scales: Scales | None = None) -> int:
+        """A new constant; returns its tensor index."""
+        tensor = self.add_tensor(name, values.dtype.name.upper(), values.shape, scales)
+        self.main.tensors[tensor].buffer = self.add_buffer(values)
+        return tensor
+
+    def add_buffer(self, values: Array | Blocks) -> int:
+        """Room for a constant's values; returns its index, for `make_constant`."""
+        buffer = _schema().BufferT()
+        buffer.data = values if isinstance(values, Blocks) else flat_bytes(values)
+        self.model.buffers.append(buffer)
+        return len(self.model.buffers) - 1
+
+    def add_tensor(self, name: str, type_name: str, shape: Sequence[int], scales: Scales | None = None) -> int:
+        """A new tensor without values; −1 in `shape` is chosen at run time. Returns its index."""
+        entry = _schema().TensorT()
+        entry.name, entry.type, entry.buffer = name.encode(), getattr(_schema().TensorType, type_name), 0
+        entry.shape = [1 if n < 0 else n for n in shape]
+        entry.shapeSignature = list(shape) if any(n < 0 for n in shape) else None
+        # As the converter does: a scalar is told from a tensor of unknown rank by this flag.
+        entry.hasRank = True
+        entry.quantization = _parameters(scales)
+        self.main.tensors.append(entry)
+        return len(self.main.tensors) - 1
+
+    def add_signature(self, name: str, inputs: Mapping[str, int], outputs: Mapping[str, int]) -> None:
+        """Let callers run this subgraph by `name`, with its tensors under the names given."""
+        made = _schema().SignatureDefT()
+        made.signatureKey, made.subgraphIndex = name, self.place
+        made.inputs, made.outputs = _ports(inputs), _ports(outputs)
+        self.model.signatureDefs = [*(self.model.signatureDefs or []), made]
+
+    def operator(
+        self, code: str, inputs: Sequence[int], outputs: Sequence[int], version: int = 1, **settings: int | bool
+    ) -> Any:
+        """A new operator, options default but for `settings`, not yet in the graph: put it into `main.operators`."""
+        s = _schema()
+        made = s.OperatorT()
+        made.inputs, made.outputs = list(inputs), list(outputs)
+        made.opcodeIndex = self.opcode(code, version)
+        options = _OPTIONS.get(code)
+        if options:
+            made.builtinOptions, made.builtinOptionsType = (
+                getattr(s, f"{options}T")(),
+                getattr(s.BuiltinOptions, options),
+            )
+        for name, value in settings.items():
+            setattr(made.builtinOptions, name, value)
+        return made
+
+    def opcode(self, code: str, version: int = 1) -> int:
+        """The index of an operator code, added if the model lacks it; its version is raised if it is lower."""
+        builtin = getattr(_schema().BuiltinOperator, code)
+        for index, entry in enumerate(self.model.operatorCodes):
+            if max(entry.builtinCode, entry.deprecatedBuiltinCode) == builtin:
+                entry.version = max(int(entry.version), version)
+                return index
+        entry = _schema().OperatorCodeT()
+        entry.builtinCode, entry.deprecatedBuiltinCode, entry.version = builtin, min(builtin, 127), version
+        self.model.operatorCodes.append(entry)
+        return len(self.model.operatorCodes) - 1
+
+    def rewrite(self, change: Callable[[Any], Iterable[Any]]) -> None:
+        """Replace each operator by what `change` makes of it, in order."""
+        self.main.operators = [new for operator in self.operators() for new in change(operator)]
+
+    def prune(self) -> None:
+        """Drop what nothing uses any more: operators, tensors, buffers, operator codes and other subgraphs."""
+        views = self.each()
+        for view in views:
+            view._drop_dead_operators()
+        if not any(view.code(operator) == "STABLEHLO_COMPOSITE" for view in views for operator in view.main.operators):
+            self._drop_subgraphs_but([view.place for view in views])
+        for view in self.each():
+            view._drop_unused_tensors()
+        self._drop_unused_buffers()
+        self._drop_unused_codes()
+
+    def _drop_subgraphs_but(self, kept: Sequence[int]) -> None:
+        place = {old: new for new, old in enumerate(kept)}
+        self.model.subgraphs = [self.model.subgraphs[old] for old in kept]
+        for signature in self.model.signatureDefs or []:
+            signature.subgraphIndex = place[int(signature.subgraphIndex)]
+
+    def _drop_dead_operators(self) -> None:
+        wanted = {int(tensor) for tensor in self.main.outputs}
+        kept: list[Any] = []
+        for operator in reversed(self.main.operators):
+            if any(int(tensor) in wanted for tensor in operator.outputs):
+                wanted.update(int(tensor) for tensor in operator.inputs)
+                kept.append(operator)
+        self.main.operators = kept[::-1]
+
+    def _drop_unused_tensors(self) -> None:
+        used = {int(i) for i in (*self.main.inputs, *self.main.outputs)}
+        for operator in self.main.operators:
+            used.update(int(i) for i in (*operator.inputs, *operator.outputs))
+            operator.intermediates = None
+        used.update(int(found.scales) for i in used - {-1} if (found := _block_details(self.main.tensors[i])))
+        for tensor in self.main.tensors:
+            if tensor.quantization is not None and tensor.quantization.scale is None and not _block_details(tensor):
+                tensor.quantization = None  # the converter writes empty ones
+        order = sorted(used - {-1})
+        place = {old: new for new, old in enumerate(order)} | {-1: -1}
+        self.main.tensors = [self.main.tensors[old] for old in order]
+        for found in filter(None, map(_block_details, self.main.tensors)):
+            found.scales = place[int(found.scales)]
+        self.main.inputs = [place[int(i)] for i in self.main.inputs]
+        self.main.outputs = [place[int(i)] for i in self.main.outputs]
+        for operator in self.main.operators:
+            operator.inputs = [place[int(i)] for i in operator.inputs]
+            operator.outputs = [place[int(i)] for i in operator.outputs]
+        own = [s for s in self.model.signatureDefs or [] if int(s.subgraphIndex) == self.place]
+        for port in (port for signature in own for port in (*signature.inputs, *signature.outputs)):
+            port.tensorIndex = place[port.tensorIndex]
+
+    def _drop_unused_buffers(self) -> None:
+        holders = [tensor for subgraph in self.model.subgraphs for tensor in subgraph.tensors]
+        holders += list(self.model.metadata or [])
+        order = sorted({0, *(int(holder.buffer) for holder in holders)})
+        place = {old: new for new, old in enumerate(order)}
+        self.model.buffers = [self.model.buffers[old] for old in order]
+        self.model.metadataBuffer = None
+        for holder in holders:
+            holder.buffer = place[int(holder.buffer)]
+
+    def _drop_unused_codes(self) -> None:
+        operators = [operator for subgraph in self.model.subgraphs for operator in subgraph.operators]
+        order = sorted({int(operator.opcodeIndex) for operator in operators})
+        place = {old: new for new, old in enumerate(order)}
+        self.model.operatorCodes = [self.model.operatorCodes[old] for old in order]
+        for operator in operators:
+            operator.opcodeIndex = place[int(operator.opcodeIndex)]
+
+    def write(self, file: Path) -> None:
+        """Write the model, whole or not at all; the same graph gives the same bytes."""
+        writer.write(self.model, file)
+
+
+# Operators that the quantiser adds, and the options that TFLite wants with them.
+_OPTIONS = {
+    "QUANTIZE": "QuantizeOptions",
+    "DEQUANTIZE": "DequantizeOptions",
+    "FULLY_CONNECTED": "FullyConnectedOptions",
+    "BATCH_MATMUL": "BatchMatMulOptions",
+    "CONV_2D": "Conv2DOptions",
+    "MUL": "MulOptions",
+    "ADD": "AddOptions",
+    "RESHAPE": "ReshapeOptions",
+    "LESS": "LessOptions",
+    "SELECT_V2": "SelectV2Options",
+    "SUB": "SubOptions",
+    "DIV": "DivOptions",
+    "SUM": "ReducerOptions",
+    "REDUCE_MAX": "ReducerOptions",
+    "REDUCE_MIN": "ReducerOptions",
+    "CONCATENATION": "ConcatenationOptions",
+    "SPLIT": "SplitOptions",
+}
+
+
+def model_at(data: Any, start: int) -> Any:
+    """The schema's reader of the model that begins at byte `start` of mapped `data`; nothing is copied."""
+    return _schema().Model.GetRootAs(data, start)
+
+
+def type_name(number: int) -> str:
+    """The schema's name of an element type: 0 is FLOAT32."""
+    return _names("TensorType")[number]
+
+
+def _schema() -> Any:
+    from ai_edge_litert import schema_py_generated
+
+    return schema_py_generated
+
+
+@lru_cache
+def _names(enumeration: str) -> dict[int, str]:
+    members = vars(getattr(_schema(), enumeration))
+    return {value: name for name, value in members.items() if isinstance(value, int)}
+
+
+def _ports(tensors: Mapping[str, int]) -> list[Any]:
+    ports = []
+    for name, tensor in tensors.items():
+        port = _schema().TensorMapT()
+        port.name, port.tensorIndex = name, tensor
+        ports.append(port)
+    return ports
+
+
+def text(raw: Any) -> str:
+    """A name as the schema's classes hold it: bytes, text or nothing."""
+    return raw.decode("utf-8", "replace") if isinstance(raw, bytes) else str(raw)
+
+
+def _type_of(dtype: np.dtype[Any]) -> int:
+    return int(getattr(_schema().TensorType, dtype.name.upper()))
+
+
+def _block_details(tensor: Any) -> Any:
+    """What a tensor says of its blocks, None if it has none."""
+    found = tensor.quantization
+    kind = _schema().QuantizationDetails.BlockwiseQuantization
+    return found.details if found is not None and found.detailsType == kind else None
+
+
+def _block_parameters(scales: int, block: int) -> Any:
+    s = _schema()
+    made, details = s.QuantizationParametersT(), s.BlockwiseQuantizationT()
+    details.scales, details.zeroPoints, details.blockSize = scales, -1, block
+    made.detailsType, made.details, made.quantizedDimension = s.QuantizationDetails.BlockwiseQuantization, details, 0
+    return made
+
+
+def _parameters(scales: Scales | None) -> Any:
+    if scales is None:
+        return None
+    made = _schema().QuantizationParametersT()
+    made.scale, made.zeroPoint, made.quantizedDimension = scales.scale, scales.zero_point, scales.axis
+    return made

@@ -1,0 +1,66 @@
+"""A checkpoint's matrices and tables, attached to a graph as constants that are read when the file is written.
+
+Whatever the model's size, its weights take no memory on their way from the checkpoint into the file: they are read,
+widened, narrowed to the file's type and written a block of rows at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from pipeline.checkpoint.reader import Checkpoint, Float32
+from pipeline.core.errors import IntegrityError
+from pipeline.tflite.graph import Graph
+from pipeline.tflite.lazy import Blocks
+
+PREFIX = "weights."
+"""How the inputs of an exported graph are called that are no inputs, but weights by parameter name."""
+_MODEL = PREFIX + "model."
+
+
+def attach(graph: Graph, checkpoint: Checkpoint, names: Mapping[str, str]) -> None:
+    """Make the weight inputs of every signature float32 constants; equal names share one buffer.
+
+    Args:
+        graph: as `export` wrote it.
+        checkpoint: where the values are.
+        names: canonical → checkpoint name.
+    """
+    buffers: dict[str, int] = {}
+    for view in graph.each():
+        for port in [port for port in view.ports() if port.name.startswith(PREFIX)]:
+            name = port.name.removeprefix(_MODEL)
+            stored = names[name]
+            if stored not in buffers:
+                buffers[stored] = graph.add_buffer(rows(checkpoint, stored))
+            view.make_constant(port, buffers[stored], name)
+
+
+def rows(checkpoint: Checkpoint, tensor: str) -> Blocks:
+    """A tensor of the checkpoint in float32, read when it is needed.
+
+    Its blocks raise IntegrityError where a value is not finite.
+    """
+    return Blocks(checkpoint.tensors[tensor].shape, np.float32, lambda *part: _finite(checkpoint, tensor, *part))
+
+
+def vector(checkpoint: Checkpoint, tensor: str) -> Float32:
+    """A whole tensor in float32, for small ones.
+
+    Raises:
+        IntegrityError: a value is not finite.
+    """
+    return _finite(checkpoint, tensor, 0, checkpoint.tensors[tensor].shape[0])
+
+
+def _finite(checkpoint: Checkpoint, tensor: str, start: int, stop: int) -> Float32:
+    block = checkpoint.rows(tensor, start, stop)
+    if not np.isfinite(block).all():
+        raise IntegrityError(
+            f"tensor {tensor} holds values that are not finite",
+            cause="the fine-tune diverged or the file is corrupt",
+            remedy="use an earlier checkpoint of the fine-tune",
+        )
+    return block
