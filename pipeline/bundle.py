@@ -9,9 +9,7 @@ from pipeline.bundling import litertlm
 from pipeline.bundling.metadata import describe, tokenizer_json
 from pipeline.checkpoint.reader import open_checkpoint
 from pipeline.core import log
-from pipeline.core.errors import UsageError
 from pipeline.core.manifest import Fact
-from pipeline.core.recipe import Recipe
 from pipeline.core.stage import Context, Outcome, Stage, main
 from pipeline.models import architecture_for
 from pipeline.quantize import readback
@@ -45,13 +43,7 @@ def work(context: Context) -> Outcome:
     return Outcome(facts=facts)
 
 
-def _needs(arguments: Any, recipe: Recipe) -> tuple[str, ...]:
-    if arguments.graphs == "step":
-        raise UsageError("GRAPHS=step builds no bundle", remedy="leave GRAPHS out, or say GRAPHS=bundle")
-    return ("fetch", *recipe.bundle.precisions)
-
-
-STAGE = Stage(name="bundle", summary="Pack the sections into LiteRT-LM bundles.", work=work, needs_of=_needs)
+STAGE = Stage(name="bundle", summary="Pack the sections into LiteRT-LM bundles.", work=work)
 
 if __name__ == "__main__":
     sys.exit(main(STAGE))

@@ -160,7 +160,6 @@ STAGE = Stage(
     name="evaluate",
     summary="Score the bundles and the original on your own task: exact match, chrF and BLEU.",
     work=work,
-    needs=("fetch", "bundle"),
     add_arguments=_add_arguments,
 )
 

@@ -32,7 +32,7 @@ def work(context: Context) -> Outcome:
     return Outcome(facts=facts)
 
 
-STAGE = Stage(name="fp16", summary="Write the files with float16 weights.", work=work, needs=("fetch", "graph"))
+STAGE = Stage(name="fp16", summary="Write the files with float16 weights.", work=work)
 
 if __name__ == "__main__":
     sys.exit(main(STAGE))

@@ -28,7 +28,7 @@ def work(context: Context) -> Outcome:
     return Outcome(facts={"graphs": context.graphs, "sizes": sizes})
 
 
-STAGE = Stage(name="fp32", summary="Write the files in float32.", work=work, needs=("fetch", "graph"))
+STAGE = Stage(name="fp32", summary="Write the files in float32.", work=work)
 
 if __name__ == "__main__":
     sys.exit(main(STAGE))

@@ -308,7 +308,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 STAGE = Stage(
     name="golden",
     summary="Compute the Hugging Face fp32 reference on the verification text and the shape grid.",
-    needs=("fetch",),
     work=work,
     add_arguments=add_arguments,
 )

@@ -25,9 +25,7 @@ def work(context: Context) -> Outcome:
     return Outcome(facts={"graphs": context.graphs, "sizes": sizes})
 
 
-STAGE = Stage(
-    name="graph", summary="Export the graphs that every precision fills with weights.", work=work, needs=("fetch",)
-)
+STAGE = Stage(name="graph", summary="Export the graphs that every precision fills with weights.", work=work)
 
 if __name__ == "__main__":
     sys.exit(main(STAGE))

@@ -5,16 +5,14 @@ Only made for a recipe that has an `[int4]` section, and only when it is asked f
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 from pipeline.bundling import tables
 from pipeline.checkpoint.reader import Checkpoint, open_checkpoint
 from pipeline.core import log
-from pipeline.core.errors import UsageError
 from pipeline.core.manifest import Fact, Facts
-from pipeline.core.recipe import Int4, Recipe
+from pipeline.core.recipe import Int4
 from pipeline.core.stage import Context, Outcome, Stage, main
 from pipeline.models import build
 from pipeline.quantize import gptq, int4, readback, rows
@@ -49,21 +47,10 @@ def _write(checkpoint: Checkpoint, source: Path, file: Path, settings: Int4, mom
     return facts
 
 
-def _needs(_arguments: argparse.Namespace, recipe: Recipe) -> tuple[str, ...]:
-    if recipe.int4 is None:
-        raise UsageError(
-            f"recipe {recipe.name} has no [int4] section",
-            cause="4 bits are not good enough for its models, or nobody has tried",
-            remedy="add the section and its limits, as in pipeline/recipes/gemma3.toml",
-        )
-    return ("fetch", "graph", "moments") if recipe.int4.gptq else ("fetch", "graph")
-
-
 STAGE = Stage(
     name="int4",
     summary="Write the files with 4-bit weights, and 8-bit ones where the recipe says so.",
     work=work,
-    needs_of=_needs,
 )
 
 if __name__ == "__main__":

@@ -119,17 +119,6 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _name(arguments: argparse.Namespace) -> str:
-    return f"int8-{arguments.scheme}" if arguments.scheme else "int8"
-
-
-def _needs(arguments: argparse.Namespace, recipe: Recipe) -> tuple[str, ...]:
-    """The full-integer scheme runs the fp32 file for its ranges, GPTQ rounds dynamic files by moments."""
-    calibrated = arguments.graphs != "bundle" and _scheme(arguments, recipe) != "dynamic"
-    rounded = recipe.int8.gptq and arguments.scheme in (None, "dynamic")
-    return ("fetch", "graph", *(["fp32"] if calibrated else []), *(["moments"] if rounded else []))
-
-
 def _scheme(arguments: argparse.Namespace, recipe: Recipe) -> Scheme:
     scheme: Scheme = arguments.scheme or recipe.int8.scheme
     return scheme
@@ -140,8 +129,6 @@ STAGE = Stage(
     summary="Write the files with int8 weights and, if the scheme is static, int8 activations.",
     work=work,
     add_arguments=_add_arguments,
-    name_of=_name,
-    needs_of=_needs,
 )
 
 if __name__ == "__main__":

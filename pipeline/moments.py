@@ -103,7 +103,6 @@ STAGE = Stage(
     name="moments",
     summary="Keep the second moments of what linear layers read, which GPTQ rounds by.",
     work=work,
-    needs=("fetch",),
     add_arguments=_add_arguments,
 )
 

@@ -23,9 +23,10 @@ from pipeline.checkpoint import preflight
 from pipeline.checkpoint.reader import CONFIG
 from pipeline.core import log, manifest, memory
 from pipeline.core.errors import PublishError, ResourceError
+from pipeline.core.graph import Choice, behind, model_name
 from pipeline.core.recipe import Graphs, Recipe
 from pipeline.core.recipe import load as load_recipe
-from pipeline.core.stage import common_parser, guard, model_name
+from pipeline.core.stage import common_parser, guard
 from pipeline.judge import corpus, kv_cache
 from pipeline.models import architecture_for, expected, sizes
 from pipeline.models.sizes import Weights
@@ -33,7 +34,6 @@ from pipeline.quantize import gptq
 from pipeline.release.hub import Hub
 from pipeline.release.licence import Claim, claimed, resolve
 
-STAGES = ("fetch", "golden", "graph", "fp32", "fp16", "int8", "bundle", "verify", "publish")
 _GIB = 1 << 30
 _STEP = "step.tflite"
 _DOWNLOAD = 50e6
@@ -279,7 +279,9 @@ def work(arguments: argparse.Namespace) -> None:
     recipe = load_recipe(arguments.recipe)
     model = look(arguments, recipe)
     root = arguments.artifacts / model_name(arguments.model_id)
-    needs = {name: NEEDS[name](model) for name in arguments.stages}
+    choice = Choice(recipe=recipe, graphs=model.graphs)
+    stages = arguments.stages or behind(["publish"], choice)
+    needs = {name: NEEDS[name](model) for name in stages}
     done = {name for name in needs if (root / name / manifest.NAME).is_file()}
     facts = model.facts
     log.line(f"plan · {root.name} · {model.where}")
@@ -333,9 +335,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     made = common_parser("plan", "Say what the stages will make and need, from the checkpoint's headers alone.")
     made.add_argument("--revision", default="", help="branch, tag or commit on the Hub (default: the main branch)")
-    made.add_argument(
-        "--stages", nargs="*", choices=tuple(NEEDS), default=list(STAGES), help="those to plan (default: %(default)s)"
-    )
+    made.add_argument("--stages", nargs="*", choices=tuple(NEEDS), help="those to plan (default: what publish needs)")
     return made
 
 

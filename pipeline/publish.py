@@ -13,9 +13,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
+from pipeline.core.graph import model_name
 from pipeline.core.manifest import Manifest, dump_json
 from pipeline.core.recipe import PROJECT, Recipe
-from pipeline.core.stage import Context, Outcome, Stage, main, model_name
+from pipeline.core.stage import Context, Outcome, Stage, main
 from pipeline.release import card, folder, licence, preflight, provenance, sbom
 from pipeline.release.card import Build, Product, Subject
 from pipeline.release.licence import Ancestor, Claim

@@ -19,30 +19,16 @@ from typing import Any
 import numpy as np
 
 from pipeline.checkpoint.headers import LENGTH_BYTES, header_length, parse_header
-from pipeline.core import log, manifest, process, versions
+from pipeline.core import graph, log, manifest, process, versions
 from pipeline.core.errors import IntegrityError, PipelineError, UsageError
+from pipeline.core.graph import model_name
 from pipeline.core.manifest import Manifest
 from pipeline.core.recipe import PROJECT
 from pipeline.core.recipe import load as load_recipe
-from pipeline.core.stage import common_parser, guard, model_name
+from pipeline.core.stage import common_parser, guard
 from pipeline.tflite.graph import Graph
 
-STAGES = (
-    "fetch",
-    "golden",
-    "graph",
-    "moments",
-    "fp32",
-    "fp16",
-    "int8",
-    "int4",
-    "int8-static",
-    "int8-static16",
-    "int8-dynamic",
-    "bundle",
-    "verify",
-    "publish",
-)
+STAGES = tuple(name for name in graph.STAGES if name != "evaluate")
 _BLOCK = 1 << 22
 
 
@@ -62,8 +48,8 @@ def work(arguments: argparse.Namespace) -> None:
     where = ["--model-id", arguments.model_id, "--artifacts", str(again), "--recipe", str(arguments.recipe)]
     files = 0
     for name, made in finished.items():
-        command = [sys.executable, "-m", f"pipeline.{name.split('-')[0]}", *where, *_options(name, made, finished)]
-        command += _texts(name, arguments)
+        module = f"pipeline.{graph.STAGES[name].module}"
+        command = [sys.executable, "-m", module, *where, *_options(name, made, finished), *_texts(name, arguments)]
         if code := process.run(command, cwd=PROJECT):
             raise PipelineError(
                 f"stage {name} failed with exit code {code}", remedy=f"what it needs is said above; {root} is unharmed"
@@ -109,8 +95,8 @@ def _options(name: str, made: Manifest, finished: Mapping[str, Manifest]) -> lis
 def _texts(name: str, arguments: argparse.Namespace) -> list[str]:
     """The user's own texts, for the stages that read them; a manifest knows their contents, not where they are."""
     read = {
-        "eval": ("golden", "verify"),
-        "calibration": tuple(stage for stage in STAGES if stage.startswith(("int8", "verify", "moments"))),
+        "eval": tuple(stage for stage, node in graph.STAGES.items() if "eval" in node.settings),
+        "calibration": tuple(stage for stage, node in graph.STAGES.items() if "calibration" in node.settings),
     }
     given = {option: getattr(arguments, option) for option, stages in read.items() if name in stages}
     return [word for option, file in given.items() if file for word in (f"--{option}", str(file))]

@@ -35,10 +35,11 @@ from pipeline.checkpoint import chat
 from pipeline.checkpoint.reader import open_checkpoint
 from pipeline.core import log, manifest, parallel, versions
 from pipeline.core.errors import UsageError
+from pipeline.core.graph import model_name
 from pipeline.core.recipe import PROJECT, Recipe
 from pipeline.core.recipe import load as load_recipe
 from pipeline.core.recipe import parse as parse_recipe
-from pipeline.core.stage import common_parser, guard, locked, model_name
+from pipeline.core.stage import common_parser, guard, locked
 from pipeline.judge import corpus
 from pipeline.judge.corpus import Tokens
 from pipeline.models import build

@@ -31,7 +31,7 @@ from pipeline.checkpoint import chat
 from pipeline.core import log, manifest, versions
 from pipeline.core.errors import UsageError, VerificationError
 from pipeline.core.manifest import Fact, Facts
-from pipeline.core.recipe import PROJECT, Recipe
+from pipeline.core.recipe import PROJECT
 from pipeline.core.stage import Context, Outcome, Stage, main
 from pipeline.judge import bundles, corpus, gates, kv_cache, sqnr
 from pipeline.judge import steps as verdict
@@ -340,19 +340,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--calibration", type=Path, metavar="FILE", help="the text that int8's --calibration named")
 
 
-def needs_of(arguments: argparse.Namespace, recipe: Recipe) -> tuple[str, ...]:
-    """The checkpoint, the reference, and the folders of all files."""
-    steps = arguments.variants if arguments.graphs != "bundle" else ()
-    spoken = ("bundle", *recipe.bundle.precisions) if arguments.graphs != "step" else ()
-    return ("fetch", "golden", *dict.fromkeys((*steps, *spoken)))
-
-
 STAGE = Stage(
     name="verify",
     summary="Judge every file against Hugging Face and fp32; write report.json and report.html.",
     work=work,
     add_arguments=add_arguments,
-    needs_of=needs_of,
     measured=("report.json", "report.html"),
 )
 

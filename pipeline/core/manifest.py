@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -149,26 +151,71 @@ def _record(path: str, size: int, sha256: str) -> FileRecord:
     return FileRecord(path=path, size=size, sha256=sha256)
 
 
-def check(records: Iterable[FileRecord], base: Path) -> None:
-    """Make sure that every file is there with its recorded size and sha256.
+class Known:
+    """Hashes of files that were read before, in `.hashed.json` below `root`: a checkpoint is not read at every stage.
+
+    As in git's index, a file is the one that was hashed if its size, inode and times are what they were: whoever writes
+    to a file changes its ctime, which nobody can set. A file that was changed within the clock's last tick before it
+    was hashed is not remembered, since another change in that tick would not show.
+    """
+
+    _TICK = 100_000_000  # nanoseconds; Linux keeps file times to 10 ms or better
+
+    def __init__(self, root: Path) -> None:
+        self.file = root / ".hashed.json"
+        self.sums: dict[str, list[int | str]] = {}
+        with suppress(OSError, ValueError):  # a note that was lost or damaged costs time alone
+            said = json.loads(self.file.read_text(encoding="utf-8"))
+            self.sums = said if isinstance(said, dict) else {}
+
+    def sha256(self, file: Path) -> str | None:
+        """The hash of `file` if it is known and the file is what it was."""
+        row = self.sums.get(str(file.absolute()))
+        return str(row[-1]) if row and row[:-1] == self._identity(file) else None
+
+    def record(self, file: Path, base: Path, bar: log.Progress | None = None) -> FileRecord:
+        """The record of `file`, read only if it is not known; as `FileRecord.of`."""
+        before = self._identity(file)
+        if known := self.sha256(file):
+            if bar:
+                bar.advance(int(before[0]))
+            return FileRecord(path=file.relative_to(base).as_posix(), size=int(before[0]), sha256=known)
+        made = FileRecord.of(file, base, bar)
+        if before == self._identity(file) and time.time_ns() - int(before[3]) > self._TICK:
+            self.sums[str(file.absolute())] = [*before, made.sha256]
+        return made
+
+    def keep(self) -> None:
+        """Write the note for the next stage."""
+        write_atomically(self.file, dump_json(self.sums))
+
+    @staticmethod
+    def _identity(file: Path) -> list[int | str]:
+        stat = file.stat()
+        return [stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns]
+
+
+def check(records: Iterable[FileRecord], base: Path, known: Known | None = None) -> None:
+    """Make sure that every file is there with its recorded size and sha256, by reading it unless it is `known`.
 
     Raises:
         IntegrityError: names the first file that differs, and how.
     """
     wanted = tuple(records)
     with log.progress("checking inputs", sum(record.size for record in wanted)) as bar:
-        for _ in parallel.ordered(lambda record: _check(record, base, bar), wanted):
+        for _ in parallel.ordered(lambda record: _check(record, base, bar, known), wanted):
             pass
 
 
-def describe(files: Iterable[Path], base: Path) -> tuple[FileRecord, ...]:
+def describe(files: Iterable[Path], base: Path, known: Known | None = None) -> tuple[FileRecord, ...]:
     """The records of `files`, in order."""
+    record = known.record if known else FileRecord.of
     wanted = tuple(files)
     with log.progress("hashing results", sum(file.stat().st_size for file in wanted)) as bar:
-        return tuple(parallel.ordered(lambda file: FileRecord.of(file, base, bar), wanted))
+        return tuple(parallel.ordered(lambda file: record(file, base, bar), wanted))
 
 
-def _check(record: FileRecord, base: Path, bar: log.Progress) -> None:
+def _check(record: FileRecord, base: Path, bar: log.Progress, known: Known | None) -> None:
     file = base / record.path
     stage = record.path.split("/", 1)[0]
     remedy = f"remove {base / stage} and run make again"
@@ -180,7 +227,7 @@ def _check(record: FileRecord, base: Path, bar: log.Progress) -> None:
             cause="it was truncated or replaced after it was made",
             remedy=remedy,
         )
-    if FileRecord.of(file, base, bar).sha256 != record.sha256:
+    if (known.record if known else FileRecord.of)(file, base, bar).sha256 != record.sha256:
         raise IntegrityError(
             f"{file} does not have the sha256 in its manifest",
             cause="it was changed after it was made",

@@ -28,7 +28,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipeline.core import log, manifest, process, versions
+from pipeline.core import graph, log, manifest, process, versions
 from pipeline.core.errors import PipelineError, ResourceError
 from pipeline.core.manifest import Facts, Manifest, Source
 from pipeline.core.recipe import PROJECT, Graphs, Recipe
@@ -72,9 +72,9 @@ class Outcome:
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One stage: `name` is its folder, `needs` the stages whose folders it reads.
+    """One stage: `name` is its folder, and stands in `graph.STAGES` with what it reads.
 
-    `name_of` and `needs_of` let arguments and recipe choose the folder and what is read (int8's scheme, say).
+    `needs_of` says what it reads where that is known at run time alone (publish goes by what verify read).
     `after` runs once the manifest is written: the place to remove what a killed run would have gone on from.
     `measured` are files, by path in the stage's folder, that hold timings: they differ from run to run, so the manifest
     does not list them.
@@ -83,19 +83,10 @@ class Stage:
     name: str
     summary: str
     work: Callable[[Context], Outcome]
-    needs: tuple[str, ...] = ()
     add_arguments: Callable[[argparse.ArgumentParser], None] | None = None
-    name_of: Callable[[argparse.Namespace], str] | None = None
     needs_of: Callable[[argparse.Namespace, Recipe], tuple[str, ...]] | None = None
     after: Callable[[Context], None] | None = None
     measured: tuple[str, ...] = ()
-
-
-def model_name(model_id: str) -> str:
-    """The name of the model's artefact folder: the Hub id with `/` as `--`, or the name of a local folder."""
-    if Path(model_id).is_dir():
-        return Path(model_id).resolve().name
-    return model_id.replace("/", "--")
 
 
 def main(stage: Stage, argv: Sequence[str] | None = None) -> int:
@@ -154,23 +145,27 @@ def _report_machine_error(error: OSError | MemoryError) -> int:
 def _run(stage: Stage, arguments: argparse.Namespace) -> None:
     recipe = load_recipe(arguments.recipe)
     arguments.graphs = arguments.graphs or recipe.graphs
-    name = stage.name_of(arguments) if stage.name_of else stage.name
-    needs = stage.needs_of(arguments, recipe) if stage.needs_of else stage.needs
+    scheme = getattr(arguments, "scheme", None)
+    name = f"{stage.name}-{scheme}" if scheme else stage.name
+    choice = graph.Choice(recipe=recipe, graphs=arguments.graphs, variants=getattr(arguments, "variants", None))
+    needs = stage.needs_of(arguments, recipe) if stage.needs_of else graph.needs(name, choice)
     tools = versions.installed()
     versions.check(tools, PROJECT / "locks" / "cpu.txt")
-    root = arguments.artifacts / model_name(arguments.model_id)
+    root = arguments.artifacts / graph.model_name(arguments.model_id)
     log.line(f"{name} · {root.name} · {versions.line(tools)}")
     with locked(root, name):
         upstream = {need: manifest.read(root / need) for need in needs}
-        inputs = tuple(record for need in upstream.values() for record in need.outputs)
-        manifest.check(inputs, root)
+        read = (record for need in upstream.values() for record in need.outputs if graph.is_read(name, record.path))
+        inputs, known = tuple(read), manifest.Known(root)
+        manifest.check(inputs, root, known)
         folder = _clear(root / name)
         context = Context(
             arguments=arguments, model_id=arguments.model_id, root=root, folder=folder, recipe=recipe, upstream=upstream
         )
         with _measure() as usage, _cleared_on_interrupt(folder):
             outcome = stage.work(context)
-        outputs = manifest.describe(_files(folder, stage.measured), root)
+        outputs = manifest.describe(_files(folder, stage.measured), root, known)
+        known.keep()
         manifest.write_atomically(folder / "run.json", manifest.dump_json(usage.facts()))
         first = next(iter(upstream.values()), None)
         manifest.write(

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from torch import nn
 from pipeline import int4, int8, moments
 from pipeline.core import manifest
 from pipeline.core.errors import IntegrityError
+from pipeline.core.graph import Choice, needs
 from pipeline.core.recipe import load
 from pipeline.models import build, sizes
 from pipeline.quantize import gptq
@@ -123,8 +122,6 @@ def test_a_changed_file_of_moments_is_refused(line: Line, tmp_path: Path) -> Non
 def test_the_benchmark_of_bundles_runs_every_stage_that_its_recipe_needs(tmp_path: Path) -> None:
     """It stopped at int8 once the recipe rounded by moments."""
     recipe = load(bench_stages.changed_recipe("gemma3", tmp_path, bench_stages.INT8_ALONE))
-    arguments = Namespace(graphs="bundle", scheme=None)
+    choice = Choice(recipe=recipe, graphs="bundle")
     for place, name in enumerate(bench.BUNDLE_STAGES):
-        stage = importlib.import_module(f"pipeline.{name}").STAGE
-        needs = stage.needs_of(arguments, recipe) if stage.needs_of else stage.needs
-        assert {*needs} <= {*bench.BUNDLE_STAGES[:place]}
+        assert {*needs(name, choice)} <= {*bench.BUNDLE_STAGES[:place]}

@@ -73,7 +73,7 @@ def place(built: Line) -> Iterator[Callable[[str, bytes, Facts], None]]:
             (context.folder / STEP).write_bytes(content)
             return Outcome(facts=facts)
 
-        assert built.run(Stage(name=name, summary="", work=work, needs=("fetch",))) == 0
+        assert built.run(Stage(name=name, summary="", work=work, needs_of=lambda *_: ("fetch",))) == 0
 
     yield put
     for name, kept in moved.items():

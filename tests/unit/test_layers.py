@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import ast
-import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from pipeline.core.recipe import PROJECT
+from pipeline.core import graph, rules
+from pipeline.core.recipe import PROJECT, load
 
 PIPELINE = PROJECT / "pipeline"
 ALLOWED = {
@@ -32,7 +33,6 @@ ALLOWED = {
 ROOMS = tuple(ALLOWED)
 FILES = sorted(PIPELINE.rglob("*.py"))
 STAGES = sorted(file for file in PIPELINE.glob("*.py") if file.name != "__init__.py")
-MAKEFILE = (PROJECT / "Makefile").read_text(encoding="utf-8")
 
 
 def imports(file: Path) -> Iterator[str]:
@@ -92,26 +92,29 @@ def test_one_place_prints_and_one_starts_programs(file: Path) -> None:
         assert "subprocess" not in set(imports(file))
 
 
-def rooms_behind(file: Path) -> set[str]:
-    """The rooms whose code runs when `file` does, through what it imports."""
-    found, queue = set[str](), own(file)
-    while queue:
-        room = queue.pop()
-        found.add(room)
-        queue |= set().union(*(own(other) for other in (PIPELINE / room).rglob("*.py"))) - found
-    return found
+def test_a_stage_is_made_again_for_the_code_that_it_imports_and_for_no_other() -> None:
+    made_again = {stage for stage in graph.STAGES if PIPELINE / "quantize" / "gptq.py" in rules.modules(stage)}
+    assert not made_again & {"fetch", "golden", "graph", "bundle", "verify", "evaluate", "publish"}
+    assert PIPELINE / "report" / "page.html.jinja" in rules.modules("verify")
+    assert PIPELINE / "models" / "gemma3.py" in rules.modules("graph"), "a family is chosen while the stage runs"
+    assert not [file for file in rules.modules("fetch") if file.parent.name in ("quantize", "judge", "report")]
 
 
-@pytest.mark.parametrize("stage", STAGES, ids=label)
-def test_make_rebuilds_a_stage_when_code_that_it_imports_changes(stage: Path) -> None:
-    listed = re.search(rf"^ROOMS_{stage.stem} := (.*)", MAKEFILE, flags=re.MULTILINE)
-    assert listed, f"the Makefile has no ROOMS_{stage.stem}"
-    assert rooms_behind(stage) == set(listed[1].split())
+@pytest.mark.parametrize("stage", graph.STAGES)
+def test_what_a_stage_imports_is_found(stage: str) -> None:
+    """Against the interpreter's own list: every module of the project that importing the stage loads."""
+    code = f"import sys, pipeline.{graph.STAGES[stage].module}; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=True)
+    loaded = [name for name in done.stdout.split() if name.split(".")[0] == "pipeline"]
+    files = {PIPELINE.parent.joinpath(*name.split(".")) for name in loaded}
+    found = {file if file.name != "__init__.py" else file.parent for file in rules.modules(stage)}
+    assert {file if file.is_dir() else file.with_suffix(".py") for file in files} <= found
 
 
-@pytest.mark.parametrize("stage", STAGES, ids=label)
-def test_make_runs_a_stage_after_those_it_needs(stage: Path) -> None:
-    needs = re.search(r"^    needs=(\(.*?\)),$", stage.read_text(encoding="utf-8"), flags=re.MULTILINE)
-    if needs:
-        listed = re.search(rf"^NEEDS_{stage.stem} := (.*)", MAKEFILE, flags=re.MULTILINE)
-        assert listed and set(ast.literal_eval(needs[1])) <= set(listed[1].split())
+@pytest.mark.parametrize("name", graph.STAGES)
+def test_a_stage_stands_after_what_it_needs(name: str) -> None:
+    order = list(graph.STAGES)
+    for recipe in sorted((PIPELINE / "recipes").glob("*.toml")):
+        for graphs in ("step", "bundle", "all"):
+            choice = graph.Choice(recipe=load(recipe), graphs=graphs)
+            assert all(order.index(need) < order.index(name) for need in graph.makeable(name, choice))

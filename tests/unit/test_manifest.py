@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -218,3 +219,77 @@ def test_check_follows_links(tmp_path: Path) -> None:
     target.write_bytes(b"other")
     with pytest.raises(IntegrityError):
         manifest.check([record], tmp_path)
+
+
+# ---- hashes that are known
+
+
+class Reads:
+    """Counts the files that are read to be hashed."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.count, right = 0, FileRecord.of
+
+        def of(*arguments: object) -> FileRecord:
+            self.count += 1
+            return right(*arguments)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(FileRecord, "of", of)
+
+
+def old_file(folder: Path, data: bytes = b"some bytes") -> Path:
+    """A file that nobody touched for longer than a tick of the file system's clock."""
+    file = made_file(folder, data)
+    time.sleep(0.15)
+    return file
+
+
+def test_a_file_that_is_what_it_was_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    records = manifest.describe([old_file(tmp_path)], tmp_path)
+    reads = Reads(monkeypatch)
+    for _ in range(3):  # as one process after the other
+        known = manifest.Known(tmp_path)
+        manifest.check(records, tmp_path, known)
+        assert manifest.describe([tmp_path / records[0].path], tmp_path, known) == records
+        known.keep()
+    assert reads.count == 1
+
+
+@pytest.mark.parametrize("how", ["in place", "by rename", "with its old time"])
+def test_a_known_file_that_was_changed_is_found(tmp_path: Path, how: str) -> None:
+    file = old_file(tmp_path)
+    known = manifest.Known(tmp_path)
+    records = manifest.describe([file], tmp_path, known)
+    known.keep()
+    before = file.stat()
+    if how == "by rename":
+        other = file.with_name("other")
+        other.write_bytes(b"some bytez")
+        other.replace(file)
+    else:
+        with file.open("r+b") as stream:
+            stream.seek(-1, os.SEEK_END)
+            stream.write(b"z")
+    if how == "with its old time":
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(IntegrityError, match="does not have the sha256"):
+        manifest.check(records, tmp_path, manifest.Known(tmp_path))
+
+
+def test_a_file_of_this_very_moment_is_not_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another change within the clock's tick would leave no trace."""
+    monkeypatch.setattr(manifest.Known, "_TICK", 60_000_000_000)
+    known = manifest.Known(tmp_path)
+    file = made_file(tmp_path)
+    records = manifest.describe([file], tmp_path, known)
+    known.keep()
+    file.write_bytes(b"some bytez")
+    with pytest.raises(IntegrityError):
+        manifest.check(records, tmp_path, manifest.Known(tmp_path))
+
+
+@pytest.mark.parametrize("note", ["", "[]", "{", '{"x": 1}'])
+def test_a_damaged_note_costs_time_alone(tmp_path: Path, note: str) -> None:
+    (tmp_path / ".hashed.json").write_text(note)
+    records = manifest.describe([made_file(tmp_path)], tmp_path)
+    manifest.check(records, tmp_path, manifest.Known(tmp_path))

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.core import errors, manifest, stage
+from pipeline.core import errors, graph, manifest, stage
 from pipeline.core.errors import PipelineError
 from pipeline.core.recipe import PROJECT, Recipe
 from pipeline.core.recipe import load as load_recipe
@@ -83,7 +83,7 @@ def second_work(context: Context) -> Outcome:
 
 
 FIRST = Stage(name="first", summary="makes weights", work=first_work)
-SECOND = Stage(name="second", summary="halves them", work=second_work, needs=("first",))
+SECOND = Stage(name="second", summary="halves them", work=second_work, needs_of=lambda *_: ("first",))
 
 
 def failing(error: BaseException) -> Stage:
@@ -246,7 +246,6 @@ def test_arguments_may_choose_the_folder_and_what_is_read(run: Run, root: Path) 
         summary="quantises",
         work=lambda context: Outcome(facts={"read": list(context.upstream)}),
         add_arguments=add,
-        name_of=lambda arguments: f"int8-{arguments.scheme}",
         needs_of=lambda arguments, recipe: ("first",) if arguments.scheme != recipe.int8.scheme else (),
     )
     assert (run(FIRST), run(made, "--scheme", "static"), run(made)) == (0, 0, 0)
@@ -313,9 +312,9 @@ def test_a_missing_recipe_ends_with_2(tmp_path: Path) -> None:
 def test_model_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models" / "tiny").mkdir(parents=True)
-    assert stage.model_name("google/gemma-3n-E2B-it") == "google--gemma-3n-E2B-it"
-    assert stage.model_name("models/tiny") == stage.model_name("models/tiny/") == "tiny"
-    assert stage.model_name(str(tmp_path / "models" / "tiny" / "..")) == "models"
+    assert graph.model_name("google/gemma-3n-E2B-it") == "google--gemma-3n-E2B-it"
+    assert graph.model_name("models/tiny") == graph.model_name("models/tiny/") == "tiny"
+    assert graph.model_name(str(tmp_path / "models" / "tiny" / "..")) == "models"
 
 
 @pytest.fixture

@@ -1,0 +1,185 @@
+"""The graph of stages: what each reads, and by which settings. The only table of it.
+
+The runner (`stage.py`), the rules that Make includes (`rules.py`), plan and reproduce ask here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from pathlib import Path
+
+from pipeline.core.errors import UsageError
+from pipeline.core.recipe import Graphs, Recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What decides which stages there are: the recipe, the graphs, the step graphs to judge (None: the recipe's)."""
+
+    recipe: Recipe
+    graphs: Graphs
+    variants: tuple[str, ...] | None = None
+
+    @property
+    def bundles(self) -> tuple[str, ...]:
+        """Precisions that become bundles."""
+        return self.recipe.bundle.precisions if self.graphs != "step" else ()
+
+    @property
+    def alternative(self) -> str:
+        """The scheme of int8 step graphs that the recipe does not choose."""
+        return "int8-static" if self.recipe.int8.scheme == "dynamic" else "int8-dynamic"
+
+    @property
+    def judged(self) -> tuple[str, ...]:
+        """The folders of the step graphs that are judged."""
+        if self.graphs == "bundle":
+            return ()
+        if self.variants is not None:
+            return self.variants
+        int4 = [name for name in self.recipe.bundle.precisions if name == "int4"]
+        return ("fp32", "fp16", "int8", *int4, self.alternative)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Node:
+    """A stage: the module that runs it, the stages whose folders it reads, its settings and the texts that it reads.
+
+    `reads` are patterns of the files that it opens of a stage's folder, where it does not open all of them: those are
+    checked against their manifest before it runs. `options` are always the same.
+    """
+
+    needs: Callable[[Choice], tuple[str, ...]]
+    module: str
+    settings: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
+    texts: tuple[str, ...] = ()
+    reads: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+def _int8(scheme: str | None) -> Callable[[Choice], tuple[str, ...]]:
+    """The full-integer scheme runs the fp32 file for its ranges, GPTQ rounds dynamic files by moments."""
+
+    def needs(choice: Choice) -> tuple[str, ...]:
+        static = choice.graphs != "bundle" and (scheme or choice.recipe.int8.scheme) != "dynamic"
+        rounded = choice.recipe.int8.gptq and scheme in (None, "dynamic")
+        return ("fetch", "graph", *(["fp32"] if static else []), *(["moments"] if rounded else []))
+
+    return needs
+
+
+def _bundle(choice: Choice) -> tuple[str, ...]:
+    if choice.graphs == "step":
+        raise UsageError("GRAPHS=step builds no bundle", remedy="leave GRAPHS out, or say GRAPHS=bundle")
+    return ("fetch", *choice.bundles)
+
+
+def _judged(choice: Choice) -> tuple[str, ...]:
+    """The folders of all files that are judged."""
+    return tuple(dict.fromkeys((*choice.judged, *(("bundle", *choice.bundles) if choice.bundles else ()))))
+
+
+def _always(*needs: str) -> Callable[[Choice], tuple[str, ...]]:
+    return lambda _: needs
+
+
+def _quantised(module: str, needs: Callable[[Choice], tuple[str, ...]], *options: str) -> Node:
+    """A stage of int8 files, by scheme."""
+    settings, texts = ("graphs", "calibration"), ("calibration",)
+    return Node(module=module, needs=needs, settings=settings, options=options, texts=texts, reads=_STEP_ALONE)
+
+
+_STEP_ALONE = {"fp32": ("step.tflite",)}
+_SMALL = ("*.json", "*.jinja", "*.model", "*.txt", "*.md", "LICENSE*", "NOTICE*")
+_SECTIONS = ("decoder.tflite", "*embedder.tflite")
+
+STAGES: Mapping[str, Node] = {
+    "fetch": Node(module="fetch", needs=_always(), settings=("revision",)),
+    "golden": Node(
+        module="golden",
+        needs=_always("fetch"),
+        settings=("device", "graphs", "eval"),
+        texts=("verification", "recipe.calibration", "eval"),
+    ),
+    "graph": Node(module="graph", needs=_always("fetch"), settings=("graphs",)),
+    "moments": Node(module="moments", needs=_always("fetch"), settings=("calibration",), texts=("calibration",)),
+    "fp32": Node(module="fp32", needs=_always("fetch", "graph"), settings=("graphs",)),
+    "fp16": Node(module="fp16", needs=_always("fetch", "graph"), settings=("graphs",)),
+    "int8": _quantised("int8", _int8(None)),
+    "int4": Node(
+        module="int4",
+        needs=lambda choice: (
+            "fetch",
+            "graph",
+            *(["moments"] if choice.recipe.int4 and choice.recipe.int4.gptq else []),
+        ),
+        settings=("graphs",),
+    ),
+    "int8-static": _quantised("int8", _int8("static"), "--scheme", "static"),
+    "int8-dynamic": _quantised("int8", _int8("dynamic"), "--scheme", "dynamic"),
+    "int8-static16": _quantised("int8", _int8("static16"), "--scheme", "static16"),
+    "bundle": Node(
+        module="bundle",
+        needs=_bundle,
+        settings=("graphs",),
+        reads={"fetch": _SMALL, **{name: _SECTIONS for name in ("fp32", "int8", "int4")}},
+    ),
+    "verify": Node(
+        module="verify",
+        needs=lambda choice: ("fetch", "golden", *_judged(choice)),
+        settings=("graphs", "variants", "eval", "calibration"),
+        texts=("verification", "calibration", "eval"),
+    ),
+    "evaluate": Node(module="evaluate", needs=_always("fetch", "bundle"), settings=("task",), texts=("task",)),
+    "publish": Node(
+        module="publish",
+        needs=lambda choice: ("fetch", *_judged(choice), "verify"),
+        settings=("graphs", "licence-override"),
+        reads={"fetch": _SMALL},
+    ),
+}
+"""By folder, each after those that it reads."""
+
+
+def needs(name: str, choice: Choice) -> tuple[str, ...]:
+    """The stages whose folders stage `name` reads; none for one that is not of the graph.
+
+    Raises:
+        UsageError: the choice leaves the stage nothing to do.
+    """
+    return STAGES[name].needs(choice) if name in STAGES else ()
+
+
+def is_read(name: str, path: str) -> bool:
+    """Whether stage `name` opens the file at `path`, in the folder of a stage that it needs."""
+    stage, _, file = path.partition("/")
+    patterns = STAGES[name].reads.get(stage) if name in STAGES else None
+    return patterns is None or any(fnmatch(file.rpartition("/")[2], pattern) for pattern in patterns)
+
+
+def behind(names: Iterable[str], choice: Choice) -> tuple[str, ...]:
+    """Stages `names` and all that they need, in the order in which they run."""
+    queue, wanted = list(names), set[str]()
+    while queue:
+        name = queue.pop()
+        if name not in wanted:
+            wanted.add(name)
+            queue += makeable(name, choice)
+    return tuple(name for name in STAGES if name in wanted)
+
+
+def makeable(name: str, choice: Choice) -> tuple[str, ...]:
+    """As `needs`; where the stage will refuse, what it takes for it to say so."""
+    try:
+        return needs(name, choice)
+    except UsageError:
+        return ("fetch",)
+
+
+def model_name(model_id: str) -> str:
+    """The name of the model's artefact folder: the Hub id with `/` as `--`, or the name of a local folder."""
+    if Path(model_id).is_dir():
+        return Path(model_id).resolve().name
+    return model_id.replace("/", "--")

@@ -1,0 +1,323 @@
+"""The rules that Make includes, and what every stage is made from: written by Python, from the one table of stages.
+
+    python -m pipeline.core.rules MODEL_ID=… RECIPE=… GOALS=int8 …
+
+prints the path of a file for Make to include, `artifacts/<model>/.inputs/rules.mk`: a rule per stage. Beside it stands
+`.inputs/<stage>` for each, rewritten only where something that the stage depends on changed: its settings, the contents
+of the modules that it imports, its recipe and texts, the lock; a checkpoint's files by path, size and time. Names in a
+checkpoint's folder stand in these files alone: neither Make nor a shell sees them.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import shlex
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, cast, get_args
+
+from pipeline.core.errors import PipelineError, UsageError
+from pipeline.core.graph import STAGES, Choice, behind, makeable, model_name
+from pipeline.core.manifest import write_atomically
+from pipeline.core.recipe import PROJECT, Graphs, load
+
+_SPECIAL = "$'\"`;&|<>()[]{}*?!%:\\#"
+"""What Make or a shell would read as more than a name."""
+_FILES = ("calibration", "eval", "task")
+_CHECKPOINT = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.md", "LICENSE*", "NOTICE*")
+
+
+# --- what a stage is made from
+
+
+@cache
+def _imports(module: str) -> frozenset[str]:
+    """The modules of `pipeline` that the code of `module` (dotted) imports, inside functions as well."""
+    names = set[str]()
+    for node in ast.walk(ast.parse(_file(module).read_bytes())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return frozenset(name for name in names if name.split(".")[0] == "pipeline" and _file(name).is_file())
+
+
+def _file(module: str) -> Path:
+    path = PROJECT.joinpath(*module.split("."))
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+def modules(stage: str) -> list[Path]:
+    """The files whose contents stage `stage` depends on: what its module imports, and the data that these name.
+
+    The families are chosen by a checkpoint's model type while a stage runs, so whoever imports one imports all.
+    """
+    queue, seen = [f"pipeline.{STAGES[stage].module}"], set[str]()
+    while queue:
+        module = queue.pop()
+        if module not in seen:
+            seen.add(module)
+            parents = [module.rsplit(".", count)[0] for count in range(1, module.count(".") + 1)]
+            queue += [*_imports(module), *parents]
+            if module == "pipeline.models":
+                queue += [f"{module}.{file.stem}" for file in _file(module).parent.glob("[!_]*.py")]
+    return _with_data({_file(module) for module in seen})
+
+
+def _with_data(files: set[Path]) -> list[Path]:
+    """`files`, and the templates, tables and texts in their rooms that they, or one of these, name."""
+    rooms = {file.parent for file in files} - {PROJECT / "pipeline"}
+    data = [
+        file
+        for room in sorted(rooms)
+        for file in room.rglob("*")
+        if file.suffix not in (".py", ".pyc") and file.is_file()
+    ]
+    queue, named = list(files), set(files)
+    while queue:
+        source = queue.pop().read_text(encoding="utf-8")
+        fresh = {file for file in data if file.name in source or f'"{file.parent.name}"' in source} - named
+        named |= fresh
+        queue += fresh
+    return sorted(named)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What was asked of Make. `settings` are those of stages by name, where they are set; paths as they were given.
+
+    In a container every path is absolute, since it is mounted where it is.
+    """
+
+    model_id: str
+    artifacts: Path
+    recipe: Path
+    choice: Choice
+    settings: Mapping[str, str]
+    goals: tuple[str, ...]
+    docker: bool = False
+
+    @property
+    def folder(self) -> Path | None:
+        """The checkpoint's folder, where MODEL_ID is one."""
+        return Path(self.model_id).resolve() if Path(self.model_id).is_dir() else None
+
+    @property
+    def root(self) -> Path:
+        """The model's artefact folder."""
+        return self.artifacts / model_name(self.model_id)
+
+    def text(self, kind: str) -> str:
+        """The file of a kind of text: the user's, else (or after `recipe.`) the recipe's; empty without any."""
+        own = self.settings.get(kind, "")
+        return own or str(getattr(self.choice.recipe.corpus, kind.removeprefix("recipe."), ""))
+
+    def words(self, stage: str) -> list[str]:
+        """The arguments of a stage, after those that all have."""
+        node, words = STAGES[stage], []
+        for name in node.settings:
+            if name == "variants":
+                words += ["--variants", *self.choice.judged]
+            elif value := self.settings.get(name):
+                words += [f"--{name}", value]
+        return [*words, *node.options]
+
+    @property
+    def where(self) -> list[str]:
+        """The arguments that all stages have."""
+        model = str(self.folder) if self.docker and self.folder else self.model_id
+        paths = [path.absolute() if self.docker else path for path in (self.artifacts, self.recipe)]
+        return ["--model-id", model, "--artifacts", str(paths[0]), "--recipe", str(paths[1])]
+
+    @property
+    def aims(self) -> tuple[str, ...]:
+        """The stages that the goals ask for."""
+        more = {"chat": ("bundle",), "run": ("bundle",), "compare": ("verify",), "tune": ("graph", "moments")}
+        stems = [goal.removeprefix(f"{self.root}/").removesuffix("/manifest.json") for goal in self.goals]
+        aims = {aim for stem in stems for aim in more.get(stem, (stem,)) if aim in STAGES}
+        return tuple(sorted(aims)) or ("publish",)
+
+    @property
+    def planned(self) -> tuple[str, ...]:
+        """The stages that are planned before the first of them runs."""
+        return tuple(name for name in behind(self.aims, self.choice) if name != "evaluate")
+
+
+def record(request: Request, stage: str) -> str:
+    """What `.inputs/<stage>` says: everything that the stage's result depends on, beside the stages that it reads."""
+    lines = [shlex.join(["options", *request.words(stage)])]
+    if stage == "fetch" and request.folder:
+        lines += [f"{file} {stat.st_size} {stat.st_mtime_ns}" for file, stat in _checkpoint(request.folder)]
+    texts = dict.fromkeys(filter(None, map(request.text, STAGES[stage].texts)))
+    paths = [*modules(stage), request.recipe, *(PROJECT / text for text in texts), PROJECT / "locks" / "cpu.txt"]
+    lines += [f"{_digest(path)} {_shown(path)}" for path in paths]
+    return "\n".join(lines) + "\n"
+
+
+def _checkpoint(folder: Path) -> Iterator[tuple[str, Any]]:
+    """The files of a checkpoint that fetch may take; they can be large, so they are known by size and time."""
+    for file in sorted({file for pattern in _CHECKPOINT for file in folder.glob(pattern)}):
+        if file.is_file():
+            yield repr(str(file)), file.stat()
+
+
+def _shown(path: Path) -> Path:
+    return path.relative_to(PROJECT) if path.is_relative_to(PROJECT) else path
+
+
+@cache
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else "absent"
+
+
+# --- what Make includes
+
+
+def rules(request: Request) -> str:
+    """Variables and a rule per stage."""
+    root, choice = request.root, request.choice
+    plan = root / ".inputs" / f"planned.{'-'.join(request.aims)}"
+    steps = [f"{root}/{name}/step.tflite" for name in choice.judged]
+    lines = [
+        "# Written by pipeline/core/rules.py.",
+        f"ROOT := {root}",
+        f"FILES_MADE := {' '.join([*steps, *(f'{root}/bundle/{name}.litertlm' for name in choice.bundles)])}",
+        f"WHERE := {_quoted(request.where)}",
+        f"CALIBRATED := {_quoted(_option(request, 'calibration'))}",
+        f"TEXTS := {_quoted([*_option(request, 'eval'), *_option(request, 'calibration')])}",
+        f"ON_HUB := {'' if request.folder else 'yes'}",
+        f"MOUNTS := {_quoted(_mounts(request)) if request.docker else ''}",
+        "",
+        f"{plan}: {' '.join(f'{root}/.inputs/{name}' for name in request.planned)} | $(READY)",
+        f"\t@$(call RUN,plan) -m pipeline.plan {_quoted(_plan_words(request))}",
+        "\t@touch $@",
+        "",
+        "plan: $(READY)",
+        f"\t$(call RUN,plan) -m pipeline.plan {_quoted(_plan_words(request))}",
+        "",
+    ]
+    for name, node in STAGES.items():
+        before = [f"{root}/.inputs/{name}", *(f"{root}/{need}/manifest.json" for need in makeable(name, choice))]
+        words = _quoted([*request.where, *request.words(name)])
+        lines += [
+            f"{name}: {root}/{name}/manifest.json",
+            f"{root}/{name}/manifest.json: {' '.join(before)} | $(READY) {plan}",
+            f"\t$(call RUN,{name}) -m pipeline.{node.module} {words}",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _option(request: Request, name: str) -> list[str]:
+    return [f"--{name}", request.settings[name]] if request.settings.get(name) else []
+
+
+def _plan_words(request: Request) -> list[str]:
+    options = [*_option(request, "revision"), *_option(request, "graphs")]
+    return [*request.where, *options, "--stages", *request.planned]
+
+
+def _mounts(request: Request) -> list[str]:
+    """What a stage in the container reads, at the path that it has here; a recipe's texts in the project."""
+    texts = [request.text(kind) for kind in ("verification", "calibration")]
+    own = [request.settings[name] for name in _FILES if request.settings.get(name)]
+    linked = {file.resolve().parent for file in request.folder.iterdir()} if request.folder else set()
+    read = {request.recipe.absolute(), *map(Path, own), *(Path(text) for text in texts if Path(text).is_absolute())}
+    read |= {request.folder, *linked} if request.folder else set()
+    if odd := [path for path in read if ":" in str(path) or not str(path).isprintable()]:
+        raise UsageError(f"{str(odd[0])!r} can't be mounted into a container", remedy="rename that folder, or copy it")
+    mounts = [f"{path}:{path}:ro" for path in sorted(read)]
+    mounts += [f"{PROJECT / text}:/app/{text}:ro" for text in dict.fromkeys(texts) if not Path(text).is_absolute()]
+    return [word for mount in mounts for word in ("-v", mount)]
+
+
+def _quoted(words: Iterable[str]) -> str:
+    """`words` for a shell, in a file that Make reads."""
+    return shlex.join(words).replace("$", "$$").replace("#", "\\#")
+
+
+def _plain(name: str, value: str) -> str:
+    """`value`, which becomes part of Make's targets and of paths in commands.
+
+    Raises:
+        UsageError: it holds what Make or a shell would take for more than a name.
+    """
+    odd = sorted({sign for sign in value if sign in _SPECIAL or sign.isspace() or not sign.isprintable()})
+    if odd or not value:
+        signs = " ".join(map(repr, odd)) if value else "nothing in it"
+        raise UsageError(
+            f"{name} is {value!r}, with {signs}: Make can't tell such a name from its own signs",
+            remedy=f"rename the folder or file, or copy it, and set {name}= to that",
+        )
+    return value
+
+
+def _check_words(said: Mapping[str, str]) -> None:
+    """Refuse settings of a few words that are another one."""
+    if said["GRAPHS"] not in ("", *get_args(Graphs)):
+        raise UsageError(f"GRAPHS={said['GRAPHS']} is unknown: step, bundle or all")
+    if said["IN"] not in ("", "docker"):
+        raise UsageError(f"IN={said['IN']} is unknown: leave it out, or IN=docker")
+    if said["CONFIRM"] not in ("", "yes") or (said["CONFIRM"] and not said["HF_REPO"]):
+        raise UsageError(f"CONFIRM={said['CONFIRM']} is unknown: CONFIRM=yes, together with HF_REPO=owner/name")
+    if said["IN"] and said["SIGNS"]:
+        raise UsageError(
+            "the container neither signs nor checks signatures",
+            remedy="say it again without IN=docker, on what IN=docker made",
+        )
+
+
+def ask(said: Mapping[str, str]) -> Request:
+    """The request that Make's settings are, by their names there.
+
+    Raises:
+        UsageError: a name or a setting that can't work, or a recipe that is none.
+    """
+    for name in ("MODEL_ID", "ARTIFACTS", "RECIPE"):
+        _plain(name, said[name])
+    if Path(said["MODEL_ID"]).is_dir():
+        _plain("the folder that MODEL_ID leads to", str(Path(said["MODEL_ID"]).resolve()))
+    _check_words(said)
+    recipe, variants = load(Path(said["RECIPE"])), tuple(said["VARIANTS"].split())
+    if unknown := [name for name in variants if name not in STAGES]:
+        raise UsageError(f"VARIANTS names {', '.join(unknown)}, which no stage makes")
+    graphs = cast(Graphs, said["GRAPHS"] or recipe.graphs)
+    settings = {name.lower().replace("_", "-"): value for name, value in said.items()}
+    files = {name: str(Path(settings[name]).absolute()) for name in _FILES if settings[name]}
+    return Request(
+        model_id=said["MODEL_ID"],
+        artifacts=Path(said["ARTIFACTS"]),
+        recipe=Path(said["RECIPE"]),
+        choice=Choice(recipe=recipe, graphs=graphs, variants=variants or None),
+        settings={**settings, **files},
+        goals=tuple(said["GOALS"].split()),
+        docker=said["IN"] == "docker",
+    )
+
+
+def write(request: Request) -> Path:
+    """Write what changed of `.inputs/` and return the file for Make."""
+    folder = request.root / ".inputs"
+    folder.mkdir(parents=True, exist_ok=True)
+    made = folder / "rules.mk"
+    for file, text in [*((folder / name, record(request, name)) for name in STAGES), (made, rules(request))]:
+        if not file.is_file() or file.read_text(encoding="utf-8") != text:
+            write_atomically(file, text)
+    return made
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print the path of the rules for settings given as NAME=value; what is wrong goes to the standard error."""
+    try:
+        sys.stdout.write(f"{write(ask(dict(word.split('=', 1) for word in argv)))}\n")
+    except PipelineError as error:
+        sys.stderr.write("\n".join(error.lines()) + "\n")
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
