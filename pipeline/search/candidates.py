@@ -62,25 +62,25 @@ class Space:
     parts: int
 
 
-FREE = (Knob(key="fold", values=(0.0, 0.7)), Knob(key="gptq", values=(False, True)))
+FREE = (Knob(key="equalize", values=(0.0, 0.7)), Knob(key="gptq", values=(False, True)))
 INT8 = Space(
     section="int8",
     knobs=(
-        Knob(key="two_rows", lessens={"activations": 1.0}, work=1.0),
+        Knob(key="int8x2", lessens={"activations": 1.0}, work=1.0),
         Knob(key="rotate", lessens={"activations": 0.6, "weights": 0.2}, work=0.1),
-        Knob(key="blocks", lessens={"weights": 0.65, "activations": 0.4}, size=0.03, work=0.3),
+        Knob(key="groups", lessens={"weights": 0.65, "activations": 0.4}, size=0.03, work=0.3),
         Knob(
             key="keep_float",
             lessens={"weights": 1.0, "activations": 1.0},
             size=3.0,
             work=2.0,
-            spares=("two_rows", "rotate", "blocks"),
+            spares=("int8x2", "rotate", "groups"),
             tables=True,
         ),
         *FREE,
     ),
     spare="keep_float",
-    quiet={"two_rows": ["."]},
+    quiet={"int8x2": ["."]},
     rows=(2, 1),
     unit={},
     most=1.08,
@@ -169,7 +169,7 @@ def alone(group: Group, groups: Sequence[Group], first: Candidate, space: Space)
     """One `group` as plain as `first`, the others spared; one for each of `space.rows` that its input may take."""
     others = [each.name for each in groups if each is not group]
     spared = {**first.values, space.spare: list(patterns(others, groups))}
-    two = {"two_rows": list(patterns([group.name], groups))}
+    two = {"int8x2": list(patterns([group.name], groups))}
     return [
         Candidate(name=f"only {group.name}, two rows", values={**spared, **two})
         if rows == 2
