@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pipeline.core.errors import UsageError
@@ -213,6 +213,7 @@ def test_the_frontier_is_monotone_and_beats_the_rest(found: dict[str, Point]) ->
 
 @settings(deadline=None)
 @given(points, st.integers(1, 6))
+@example({"a": Point(0.0, 0.5), "b": Point(1.0, 0.15625)}, 1)
 def test_the_better_half_is_a_half_and_never_lies_higher(found: dict[str, Point], fewest: int) -> None:
     kept = halving.better_half(found, fewest)
     assert len(kept) == min(len(found), max(fewest, -(-len(found) // 2)))
