@@ -89,7 +89,8 @@ class Int8:
     """How int8 files are made.
 
     `scheme` chooses what `int8/step.tflite` is; `static16` is static with 16-bit activations. `calibration_samples`
-    texts set the static ranges. `keep_float` are regular expressions over the names of operators that stay in float,
+    texts set the static ranges. `keep_float` are regular expressions over the names of operators that stay in float
+    (`layers.0.mlp.down_proj;`; in all such lists the word `head` by itself is the head, whatever a graph calls it),
     `int8x2` over linear layers of dynamic files that take their input in two terms, the value and its remainder, as two
     int8 rows (quantize/int8x2.py), `int8x2_static` over those of static files that take them as two int8 tensors
     (quantize/static.py), and a head, which is dynamic there, as two rows. `float_scores` leaves attention's scores in

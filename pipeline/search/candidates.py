@@ -5,12 +5,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any, Literal
 
+from pipeline.quantize.rows import keeper
 from pipeline.search import rewrite
 from pipeline.search.groups import Group, Layer, patterns
 
@@ -159,9 +159,10 @@ def priced(name: str, values: Mapping[str, Any], layers: Sequence[Layer], space:
     elements = sum({layer.weight: layer.elements for layer in layers}.values())
     products, size, work = sum(layer.products for layer in layers), 0.0, 0.0
     for knob in (knob for knob in space.knobs if not knob.values):
-        named = [layer for layer in layers if any(re.search(one, layer.name) for one in values[knob.key])]
-        size += knob.size * sum({layer.weight: layer.elements for layer in named}.values()) / elements
-        work += knob.work * sum(layer.products for layer in named) / products
+        chosen = keeper(values[knob.key])
+        own = [layer for layer in layers if chosen(layer.name)]
+        size += knob.size * sum({layer.weight: layer.elements for layer in own}.values()) / elements
+        work += knob.work * sum(layer.products for layer in own) / products
     return Candidate(name=name, values=dict(values), size=size, work=work)
 
 
