@@ -63,7 +63,7 @@ def _make_static(context: Context, graph: Graph, keep: rows.Keep, scheme: Scheme
     plan = partial(
         static.plan_static,
         keep=keep,
-        two_tensors=rows.keeper(settings.two_tensors if bits == 8 else ()),
+        two_tensors=rows.keeper(settings.int8x2_static if bits == 8 else ()),
         float_scores=settings.float_scores and bits == 8,
     )
     samples = _samples(context)
@@ -73,7 +73,7 @@ def _make_static(context: Context, graph: Graph, keep: rows.Keep, scheme: Scheme
     seen = calibrate.collect(fp32, plan(Graph.read(fp32)).wanted, samples)
     graph.prune()  # as the fp32 file was: tensors have the same places in both
     static.make_static(graph, plan(graph), seen, keep, bits)
-    int8x2.take_two_rows(graph, rows.keeper(settings.two_tensors))
+    int8x2.take_two_rows(graph, rows.keeper(settings.int8x2_static))
     return {"calibration_samples": len(samples), "calibration_tokens": tokens}
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -89,28 +89,29 @@ class Int8:
     """How int8 files are made.
 
     `scheme` chooses what `int8/step.tflite` is; `static16` is static with 16-bit activations. `calibration_samples`
-    texts set the static ranges. `keep_float` are regular expressions over the names of operators that stay in float,
-    `two_rows` over linear layers that take their input twice in dynamic files, the value and the remainder, as two int8
-    rows (convert/residual.py), `two_tensors` over those of static files that take it as two int8 tensors
-    (convert/static.py), and a head, which is dynamic there, as two rows. `float_scores` leaves attention's scores in
-    float in `static`, where 8 bits are too few for them. `fold` is how strongly scales are moved between neighbouring
-    layers of dynamic files, 0 to 1 (convert/fold.py). `blocks` are regular expressions over the linear layers of
-    dynamic files that are made sums of layers `block` columns wide, where their width is a multiple of it
-    (convert/blocks.py). `rotate` are regular expressions over those whose inputs are rotated in blocks of `rotation`
-    channels, a power of two, where their width is a multiple of it (convert/rotate.py). With `gptq`, weights of layers
-    in dynamic files are rounded so that the layers' results stay close on calibration text, not each weight by itself
-    (convert/gptq.py).
+    texts set the static ranges. `keep_float` are regular expressions over the names of operators that stay in float
+    (`layers.0.mlp.down_proj;`; in all such lists the word `head` by itself is the head, whatever a graph calls it),
+    `int8x2` over linear layers of dynamic files that take their input in two terms, the value and its remainder, as two
+    int8 rows (quantize/int8x2.py), `int8x2_static` over those of static files that take them as two int8 tensors
+    (quantize/static.py), and a head, which is dynamic there, as two rows. `float_scores` leaves attention's scores in
+    float in `static`, where 8 bits are too few for them. `equalize` is how strongly scales are moved between
+    neighbouring layers of dynamic files, 0 to 1 (quantize/equalize.py). `groups` are regular expressions over the
+    linear layers of dynamic files that have a scale per row and per `group_size` columns, where their width is a
+    multiple of it (quantize/groups.py). `rotate` are regular expressions over those whose inputs are rotated in blocks
+    of `rotation` channels, a power of two, where their width is a multiple of it (quantize/rotate.py). With `gptq`,
+    weights of layers in dynamic files are rounded so that the layers' results stay close on calibration text, not each
+    weight by itself (quantize/gptq.py).
     """
 
     scheme: Scheme
     calibration_samples: int
     keep_float: tuple[str, ...] = ()
-    two_rows: tuple[str, ...] = ()
-    two_tensors: tuple[str, ...] = ()
+    int8x2: tuple[str, ...] = field(default=(), metadata={"was": "two_rows"})
+    int8x2_static: tuple[str, ...] = field(default=(), metadata={"was": "two_tensors"})
     float_scores: bool = False
-    fold: float = 0.0
-    blocks: tuple[str, ...] = ()
-    block: int = 64
+    equalize: float = field(default=0.0, metadata={"was": "fold"})
+    groups: tuple[str, ...] = field(default=(), metadata={"was": "blocks"})
+    group_size: int = field(default=64, metadata={"was": "block"})
     rotate: tuple[str, ...] = ()
     rotation: int = 64
     gptq: bool = False
@@ -121,15 +122,15 @@ class Int4:
     """How int4 files are made, where a recipe has them.
 
     `keep_int8` are regular expressions over the names of operators (`layers.0.mlp.down_proj;`) whose weights have 8
-    bits and a scale per row; all others have 4 and a scale per 32 neighbours (convert/blockwise.py). Of a table that is
-    the head too, the rows of `wide_tokens` have 8 bits: ranges `[first, behind the last]` of token ids, ascending
-    (convert/pieces.py). `two_rows`, `fold`, `rotate`, `rotation` and `gptq` as in `Int8`.
+    bits and a scale per row; all others have 4 and a scale per 32 neighbours (quantize/blockwise.py). Of a table that
+    is the head too, the rows of `int8_tokens` have 8 bits: ranges `[first, behind the last]` of token ids, ascending
+    (quantize/row_ranges.py). `int8x2`, `equalize`, `rotate`, `rotation` and `gptq` as in `Int8`.
     """
 
     keep_int8: tuple[str, ...] = ()
-    wide_tokens: tuple[tuple[toml.Index, toml.Index], ...] = ()
-    two_rows: tuple[str, ...] = ()
-    fold: float = 0.0
+    int8_tokens: tuple[tuple[toml.Index, toml.Index], ...] = field(default=(), metadata={"was": "wide_tokens"})
+    int8x2: tuple[str, ...] = field(default=(), metadata={"was": "two_rows"})
+    equalize: float = field(default=0.0, metadata={"was": "fold"})
     rotate: tuple[str, ...] = ()
     rotation: int = 64
     gptq: bool = False
@@ -205,9 +206,9 @@ def parse(data: bytes, file: Path | str) -> Recipe:
                 raise ValueError(f"`{name}.rotation` is {size}, which is no power of two")
         if "int4" in recipe.bundle.precisions and not recipe.int4:
             raise ValueError("`bundle.precisions` names int4, and there is no `int4` section to say how it is made")
-        edges = [0, *(edge for ends in (recipe.int4.wide_tokens if recipe.int4 else ()) for edge in ends)]
+        edges = [0, *(edge for ends in (recipe.int4.int8_tokens if recipe.int4 else ()) for edge in ends)]
         if edges != sorted(edges):
-            raise ValueError(f"the ranges of `int4.wide_tokens` are not in ascending order: {edges[1:]}")
+            raise ValueError(f"the ranges of `int4.int8_tokens` are not in ascending order: {edges[1:]}")
         if recipe.bundle.decode >= recipe.bundle.max_tokens:
             raise ValueError(
                 f"`bundle.decode` is {recipe.bundle.decode}, "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import tomllib
 import typing
 from collections.abc import Mapping
@@ -62,8 +63,10 @@ def parse(data: bytes, file: Path | str, kind: Kind) -> dict[str, Any]:
 def build(kind: Any, value: object, where: str) -> object:
     """`value` (from TOML) as an instance of type `kind`; `where` names it in errors.
 
+    A field of a dataclass whose key had another name once says so: `field(metadata={"was": "old_name"})`.
+
     Raises:
-        ValueError: a key is unknown or missing, or a value is of another kind, empty or out of range.
+        ValueError: a key is unknown, renamed or missing, or a value is of another kind, empty or out of range.
     """
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind):
@@ -105,15 +108,26 @@ def _expect(kind: type, value: object, where: str) -> Any:
 
 def _build_dataclass(kind: Any, value: object, where: str) -> object:
     table = dict(_expect(dict, value, where))
+    _check_keys(kind, table, where)
     types = typing.get_type_hints(kind)
     arguments = {}
     for field in dataclasses.fields(kind):
         if field.name in table:
-            arguments[field.name] = build(types[field.name], table.pop(field.name), f"{where}.{field.name}")
+            arguments[field.name] = build(types[field.name], table[field.name], f"{where}.{field.name}")
         elif field.default is dataclasses.MISSING:
             raise ValueError(f"`{where}.{field.name}` is missing")
         if field.default is dataclasses.MISSING and arguments[field.name] in ((), {}, ""):
             raise ValueError(f"`{where}.{field.name}` is empty")
-    if table:
-        raise ValueError(f"unknown key {', '.join(f'`{where}.{key}`' for key in sorted(table))}")
     return kind(**arguments)
+
+
+def _check_keys(kind: Any, table: Mapping[str, object], where: str) -> None:
+    """Refuse keys that `kind` hasn't: one that it had with its new name, another with the nearest there is."""
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    renamed = {old: name for name, field in fields.items() if (old := field.metadata.get("was"))}
+    for key in sorted(table.keys() - fields.keys()):
+        if key in renamed:
+            raise ValueError(f"`{where}.{key}` is now called `{renamed[key]}`")
+        nearest = difflib.get_close_matches(key, fields, n=1)
+        hint = f"; the nearest that there is: `{nearest[0]}`" if nearest else ""
+        raise ValueError(f"unknown key `{where}.{key}`{hint}")

@@ -16,7 +16,7 @@ TABLE = "embed_tokens.weight"
 def make(graph: Graph, int4: Int4, moments: gptq.Moments | None = None) -> None:
     """Give `graph`, its weights attached in float32, 4-bit ones, and 8-bit ones where the recipe says so."""
     rounding = prepare.smooth(graph, int4, moments)
-    if int4.wide_tokens:
-        row_ranges.cut(graph, TABLE, int4.wide_tokens)
+    if int4.int8_tokens:
+        row_ranges.cut(graph, TABLE, int4.int8_tokens)
     blockwise.make_mixed(graph, rows.keeper([*int4.keep_int8, *row_ranges.FINE]), rounding)
-    int8x2.take_two_rows(graph, rows.keeper(int4.two_rows))
+    int8x2.take_two_rows(graph, rows.keeper(int4.int8x2))

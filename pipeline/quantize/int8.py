@@ -13,6 +13,6 @@ from pipeline.tflite.graph import Graph
 def make(graph: Graph, int8: Int8, moments: gptq.Moments | None = None) -> None:
     """Make `graph`, its weights attached in float32, int8: weights now, activations while it runs."""
     rounding = prepare.smooth(graph, int8, moments)
-    groups.split_columns(graph, rows.keeper(int8.blocks), int8.block)
+    groups.split_columns(graph, rows.keeper(int8.groups), int8.group_size)
     rows.quantise_weights(graph, rows.keeper(int8.keep_float), rounding)
-    int8x2.take_two_rows(graph, rows.keeper(int8.two_rows))
+    int8x2.take_two_rows(graph, rows.keeper(int8.int8x2))

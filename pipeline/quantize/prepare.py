@@ -16,6 +16,6 @@ def smooth(graph: Graph, section: Int8 | Int4, moments: gptq.Moments | None) -> 
     Returns:
         What its weights are to be rounded by: GPTQ by `moments` where the section says so.
     """
-    moved = equalize.fold_scales(graph, section.fold) if section.fold else {}
+    moved = equalize.fold_scales(graph, section.equalize) if section.equalize else {}
     turned = rotate.rotate_inputs(graph, rows.keeper(section.rotate), section.rotation)
     return moments.rounding(moved, turned) if moments and section.gptq else rows.to_nearest

@@ -41,6 +41,10 @@ LOOKUP, LINEAR, PRODUCT = "EMBEDDING_LOOKUP", "FULLY_CONNECTED", "BATCH_MATMUL"
 # Versions that TFLite's version rules demand: per-channel int8 weights, int8 rows with float output.
 LINEAR_VERSION, LOOKUP_INT8_VERSION = 12, 3
 _SMALLEST_ROW = 2.0**-20
+HEAD = "head"
+"""What recipes call the product that gives the logits."""
+# In a graph whose output is that product itself, the converter names it by the output: `decode_logits_output`.
+_HEADS = "^head;|logits"
 
 Keep = Callable[[str], bool]
 Rounding = Callable[[str, int], gptq.Factors | None]
@@ -48,8 +52,11 @@ Rounding = Callable[[str, int], gptq.Factors | None]
 
 
 def keeper(patterns: Iterable[str]) -> Keep:
-    """A predicate over operator names (`layers.0.mlp.up_proj;1`): true where a pattern is found."""
-    compiled = [re.compile(pattern) for pattern in patterns]
+    """A predicate over operator names (`layers.0.mlp.up_proj;1`): true where a pattern is found.
+
+    The pattern `head` is the model's head, whatever a graph calls it.
+    """
+    compiled = [re.compile(_HEADS if pattern == HEAD else pattern) for pattern in patterns]
     return lambda name: any(pattern.search(name) for pattern in compiled)
 
 

@@ -144,22 +144,22 @@ class Bench:
             elif section:
                 int4.make(graph, section, self.moments)
             if section and section.gptq:
-                self._round_once(graph, section.fold)
+                self._round_once(graph, section.equalize)
             graph.prune()
             graph.write(self.scratch / f"{name}.tflite")
         return self.scratch / f"{name}.tflite"
 
-    def _round_once(self, graph: Graph, fold: float) -> None:
+    def _round_once(self, graph: Graph, strength: float) -> None:
         """Let weights that an earlier candidate has as well be those of its file: GPTQ takes most of the time.
 
-        A matrix is known by its name, its scales and `fold`: nothing else changes its values before they are rounded
-        without changing the largest of its rows.
+        A matrix is known by its name, its scales and the `strength` of equalization: nothing else changes its values
+        before they are rounded without changing the largest of its rows.
         """
         made: dict[Path, tuple[int, Blocks]] = {}
         for view in graph.each():
             for weight in _rounded(view):
                 buffer = int(view.main.tensors[weight].buffer)
-                made[self._home(view, weight, fold)] = buffer, graph.model.buffers[buffer].data
+                made[self._home(view, weight, strength)] = buffer, graph.model.buffers[buffer].data
         missing = {file: values for file, (_, values) in made.items() if not file.is_file()}
         with log.progress("rounding weights", sum(map(len, missing.values()))) as bar:
             for file, write in zip(missing, write_all([*missing.values()], bar), strict=True):
@@ -169,11 +169,11 @@ class Bench:
         for file, (buffer, values) in made.items():
             graph.model.buffers[buffer].data = Blocks.of(np.memmap(file, values.dtype, "r", shape=values.shape))
 
-    def _home(self, view: Graph, weight: int, fold: float) -> Path:
+    def _home(self, view: Graph, weight: int, strength: float) -> Path:
         """Where the rounded values of a weight are kept until tune ends."""
         scales = view.scales(weight) or view.block_scales(weight)
         values = scales.scale if scales else np.empty(0)
-        key = f"{view.name(weight)} {view.shape(weight)} {fold} {values.dtype}".encode() + values.tobytes()
+        key = f"{view.name(weight)} {view.shape(weight)} {strength} {values.dtype}".encode() + values.tobytes()
         return self.scratch / f"{hashlib.sha256(key).hexdigest()[:32]}.rounded"
 
     def record(self, candidate: Candidate, what: int | str) -> Path:

@@ -5,12 +5,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any, Literal
 
+from pipeline.quantize.rows import keeper
 from pipeline.search import rewrite
 from pipeline.search.groups import Group, Layer, patterns
 
@@ -62,25 +62,25 @@ class Space:
     parts: int
 
 
-FREE = (Knob(key="fold", values=(0.0, 0.7)), Knob(key="gptq", values=(False, True)))
+FREE = (Knob(key="equalize", values=(0.0, 0.7)), Knob(key="gptq", values=(False, True)))
 INT8 = Space(
     section="int8",
     knobs=(
-        Knob(key="two_rows", lessens={"activations": 1.0}, work=1.0),
+        Knob(key="int8x2", lessens={"activations": 1.0}, work=1.0),
         Knob(key="rotate", lessens={"activations": 0.6, "weights": 0.2}, work=0.1),
-        Knob(key="blocks", lessens={"weights": 0.65, "activations": 0.4}, size=0.03, work=0.3),
+        Knob(key="groups", lessens={"weights": 0.65, "activations": 0.4}, size=0.03, work=0.3),
         Knob(
             key="keep_float",
             lessens={"weights": 1.0, "activations": 1.0},
             size=3.0,
             work=2.0,
-            spares=("two_rows", "rotate", "blocks"),
+            spares=("int8x2", "rotate", "groups"),
             tables=True,
         ),
         *FREE,
     ),
     spare="keep_float",
-    quiet={"two_rows": ["."]},
+    quiet={"int8x2": ["."]},
     rows=(2, 1),
     unit={},
     most=1.08,
@@ -159,9 +159,10 @@ def priced(name: str, values: Mapping[str, Any], layers: Sequence[Layer], space:
     elements = sum({layer.weight: layer.elements for layer in layers}.values())
     products, size, work = sum(layer.products for layer in layers), 0.0, 0.0
     for knob in (knob for knob in space.knobs if not knob.values):
-        named = [layer for layer in layers if any(re.search(one, layer.name) for one in values[knob.key])]
-        size += knob.size * sum({layer.weight: layer.elements for layer in named}.values()) / elements
-        work += knob.work * sum(layer.products for layer in named) / products
+        chosen = keeper(values[knob.key])
+        own = [layer for layer in layers if chosen(layer.name)]
+        size += knob.size * sum({layer.weight: layer.elements for layer in own}.values()) / elements
+        work += knob.work * sum(layer.products for layer in own) / products
     return Candidate(name=name, values=dict(values), size=size, work=work)
 
 
@@ -169,7 +170,7 @@ def alone(group: Group, groups: Sequence[Group], first: Candidate, space: Space)
     """One `group` as plain as `first`, the others spared; one for each of `space.rows` that its input may take."""
     others = [each.name for each in groups if each is not group]
     spared = {**first.values, space.spare: list(patterns(others, groups))}
-    two = {"two_rows": list(patterns([group.name], groups))}
+    two = {"int8x2": list(patterns([group.name], groups))}
     return [
         Candidate(name=f"only {group.name}, two rows", values={**spared, **two})
         if rows == 2

@@ -10,9 +10,9 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from pipeline.quantize.rows import HEAD
+
 _LAYER = re.compile(r"layers\.(\d+)\.")
-_HEAD, _HEADS = "head", "^head;|logits"
-"""The head, and how it is found: one whose product is itself an output of the graph is named by that, `…_logits_…`."""
 _NUMBER = re.compile(r"\.\d+(?=\.|$)")
 
 
@@ -102,7 +102,7 @@ def _cut(numbers: Sequence[int], parts: int) -> list[tuple[int, ...]]:
 
 
 def patterns(chosen: Iterable[str], groups: Sequence[Group]) -> tuple[str, ...]:
-    """Regular expressions over operator names for the groups named `chosen`, as few as say it."""
+    """A recipe's patterns over operator names for the groups named `chosen`, as few as say it."""
     names = set(chosen)
     if names == {each.name for each in groups}:
         return (".",)
@@ -116,8 +116,8 @@ def patterns(chosen: Iterable[str], groups: Sequence[Group]) -> tuple[str, ...]:
 
 
 def _pattern(kind: str, numbers: Sequence[int]) -> str:
-    if kind == _HEAD:
-        return _HEADS
+    if kind == HEAD:
+        return HEAD
     first, *rest = kind.split("*")
     digits = rf"({'|'.join(map(str, numbers))})" if numbers else r"\d+"
     tail = [digits + re.escape(rest[0]), *(r"\d+" + re.escape(part) for part in rest[1:])] if rest else []

@@ -64,7 +64,8 @@ def _turn(a: tuple[float, float], b: tuple[float, float], c: tuple[float, float]
 def _height(corners: list[tuple[float, float]], cost: float) -> float:
     for (left, high), (right, low) in zip(corners, corners[1:], strict=False):
         if cost <= right:
-            return high + (low - high) * (max(cost, left) - left) / (right - left)
+            share = (max(cost, left) - left) / (right - left)
+            return high * (1 - share) + low * share  # exact in the corners, which lie on the hull
     return corners[-1][1]
 
 

@@ -30,6 +30,7 @@ from pipeline.judge.kv_cache import Recital
 from pipeline.judge.reference import Head, Reference
 from pipeline.models import architecture_for, build, gemma3n, transformer
 from pipeline.models.gemma3n import Gemma3nDecoder, TextConfig
+from pipeline.quantize import rows
 from pipeline.runtime.litert import StepModel
 from pipeline.tflite.graph import Graph
 
@@ -79,6 +80,13 @@ def test_every_gemma3_conversation_is_exact_in_pytorch(drawn: dict[str, Any], bu
 
 def exact_in_files(model: Any, folder: Path, seed: int, drawn: dict[str, Any]) -> None:
     sections = geometry.convert_decoder(geometry.save(model, folder / "checkpoint"), BUNDLE, folder)
+    views, head = Graph.read(sections / build.DECODER).each(), rows.keeper(["head"])
+    layers = [
+        [view.operator_name(operator) for operator in view.operators() if view.code(operator) == rows.LINEAR]
+        for view in views
+    ]
+    # recipes find it, in `decode` alone, whatever the converter calls it
+    assert sorted(sum(map(head, names)) for names in layers) == [*[0] * len(BUNDLE.prefill), 1]
     for xnnpack in (True, False):
         play = geometry.in_file(sections, xnnpack=xnnpack)
         result = geometry.compare_conversations(play, model, BUNDLE, seed)

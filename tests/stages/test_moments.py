@@ -22,7 +22,7 @@ from pipeline.quantize import gptq
 from pipeline.tflite.graph import Graph
 from tools import bench, bench_stages
 
-GPTQ = {"keep_float = []": "keep_float = []\ngptq = true", "wide_tokens =": "gptq = true\nwide_tokens ="}
+GPTQ = {"keep_float = []": "keep_float = []\ngptq = true", "int8_tokens =": "gptq = true\nint8_tokens ="}
 
 
 @pytest.fixture(scope="module")

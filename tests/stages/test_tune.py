@@ -109,13 +109,13 @@ def test_make_int8_takes_the_recipe_and_makes_what_was_measured(built: Line, tun
     recipe, told = tuned.root / "tune" / "recipe.toml", report(tuned)
     chosen = next(each for each in told["candidates"] if each["name"] == told["chosen"])
     loaded = load_recipe(recipe)
-    assert all(list(getattr(loaded.int8, key)) == chosen["values"][key] for key in ("two_rows", "rotate", "blocks"))
+    assert all(list(getattr(loaded.int8, key)) == chosen["values"][key] for key in ("int8x2", "rotate", "groups"))
     assert loaded.gates == load_recipe(tuned.recipe).gates
     assert tuned.run(int8.STAGE, "--graphs", "step", recipe=recipe) == 0
     made = manifest.read(tuned.root / "int8").output("step.tflite")
     assert made.size == pytest.approx(chosen["size"], rel=0.05)
     plain, graph = (Graph.read(root / "int8" / "step.tflite") for root in (built.root, tuned.root))
-    named = quantize.keeper(loaded.int8.two_rows)
+    named = quantize.keeper(loaded.int8.int8x2)
     products = [o for o in plain.operators() if plain.code(o) == "FULLY_CONNECTED" and named(plain.operator_name(o))]
     doubled = [o for o in graph.operators() if graph.operator_name(o).endswith(f";{ROWS}")]
     layers = [o for o in doubled if graph.code(o) == "FULLY_CONNECTED"]
@@ -153,7 +153,7 @@ def test_which_layers_stay_at_eight_bits_is_found_for_int4(tuned: Line) -> None:
     loaded = load_recipe(recipe)
     assert loaded.int4 and given.int4 and loaded.int8 == given.int8
     assert list(loaded.int4.keep_int8) == chosen["values"]["keep_int8"] != []
-    assert loaded.int4.wide_tokens == given.int4.wide_tokens
+    assert loaded.int4.int8_tokens == given.int4.int8_tokens
     assert tuned.run(int4.STAGE, "--graphs", "step", recipe=recipe) == 0
     made = manifest.read(tuned.root / "int4").output("step.tflite")
     assert made.size == pytest.approx(chosen["size"], rel=0.05)

@@ -93,9 +93,9 @@ def test_int4_in_bundles_without_a_word_on_how_it_is_made_is_refused(tmp_path: P
     table["bundle"]["precisions"] = ["fp32", "int4"]
     del table["int4"]
     assert "there is no `int4` section" in refused(tmp_path, table)
-    table["int4"] = {"keep_int8": ["layers"], "wide_tokens": [[0, 8], [9, 12]]}
+    table["int4"] = {"keep_int8": ["layers"], "int8_tokens": [[0, 8], [9, 12]]}
     loaded = load(tmp_path, table).int4
-    assert loaded is not None and loaded.keep_int8 == ("layers",) and loaded.wide_tokens == ((0, 8), (9, 12))
+    assert loaded is not None and loaded.keep_int8 == ("layers",) and loaded.int8_tokens == ((0, 8), (9, 12))
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_int4_in_bundles_without_a_word_on_how_it_is_made_is_refused(tmp_path: P
 )
 def test_ranges_of_tokens_that_are_none_are_refused(tmp_path: Path, ranges: object, said: str) -> None:
     table = copy.deepcopy(GOOD)
-    table["int4"] = {"wide_tokens": ranges}
+    table["int4"] = {"int8_tokens": ranges}
     assert said in refused(tmp_path, table)
 
 
@@ -164,6 +164,92 @@ def test_an_unknown_key_is_named(tmp_path: Path, place: Place, key: str) -> None
     table = copy.deepcopy(GOOD)
     parent_of(table, (*place, key))[key] = 1
     assert key in refused(tmp_path, table)
+
+
+@pytest.mark.parametrize(
+    ("section", "old", "value", "new"),
+    [
+        ("int8", "two_rows", ["."], "int8x2"),
+        ("int8", "two_tensors", ["."], "int8x2_static"),
+        ("int8", "fold", 0.7, "equalize"),
+        ("int8", "blocks", ["."], "groups"),
+        ("int8", "block", 64, "group_size"),
+        ("int4", "wide_tokens", [[0, 8]], "int8_tokens"),
+        ("int4", "two_rows", ["."], "int8x2"),
+        ("int4", "fold", 0.7, "equalize"),
+    ],
+)
+def test_a_key_of_old_is_refused_with_its_new_name(
+    tmp_path: Path, section: str, old: str, value: object, new: str
+) -> None:
+    table = copy.deepcopy(GOOD)
+    table[section][old] = value
+    assert f"`recipe.{section}.{old}` is now called `{new}`" in refused(tmp_path, table)
+    del table[section][old]
+    table[section][new] = value
+    load(tmp_path, table)
+
+
+@pytest.mark.parametrize(
+    ("place", "nearest"),
+    [
+        (("int8", "keepfloat"), "keep_float"),
+        (("int8", "int8_x2"), "int8x2"),
+        (("gates", "fp16", "xyz"), None),
+        (("grahps",), "graphs"),
+    ],
+)
+def test_the_key_that_is_nearest_to_an_unknown_one_is_named(tmp_path: Path, place: Place, nearest: str | None) -> None:
+    table = copy.deepcopy(GOOD)
+    parent_of(table, place)[place[-1]] = 1
+    what = refused(tmp_path, table)
+    assert f"unknown key `recipe.{'.'.join(map(str, place))}`" in what
+    assert what.endswith(f"the nearest that there is: `{nearest}`") if nearest else what.endswith("`")
+
+
+def test_a_misspelt_key_is_named_and_not_the_one_that_is_missing_for_it(tmp_path: Path) -> None:
+    table = copy.deepcopy(GOOD)
+    table["int8"]["schema"] = table["int8"].pop("scheme")
+    assert refused(tmp_path, table).endswith("unknown key `recipe.int8.schema`; the nearest that there is: `scheme`")
+
+
+SCHEME, SAMPLES = "scheme = 'dynamic'", "calibration_samples = 0x80"
+WAYS = {
+    "over several lines": [
+        "[int8]",
+        SCHEME,
+        SAMPLES,
+        "int8x2 = [",
+        '    "down_proj", # why',
+        "",
+        '    "head",',
+        "]",
+        r'rotate = ["a\\.b"]',
+    ],
+    "in single quotes": ["[int8]", SCHEME, SAMPLES, "int8x2 = ['down_proj', 'head']", r"rotate = ['a\.b']"],
+    "in three quotes": ["[int8]", SCHEME, SAMPLES, "int8x2 = ['''down_proj''', 'head']", r"rotate = ['''a\.b''']"],
+    "indented": [
+        "  [int8]",
+        f"\t{SCHEME}",
+        f"   {SAMPLES}",
+        '\tint8x2=["down_proj","head"]',
+        r'  rotate   =   ["a\\.b"]',
+    ],
+    "inline": [rf'int8 = {{ {SCHEME}, {SAMPLES}, int8x2 = ["down_proj", "head"], rotate = ["a\\.b"] }}'],
+    "dotted": [f"int8.{SCHEME}", f"int8.{SAMPLES}", 'int8.int8x2 = ["down_proj", "head"]', r"int8.'rotate' = ['a\.b']"],
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("end", ["\n", "\r\n"], ids=["lf", "crlf"])
+def test_toml_may_be_written_in_any_of_its_ways(tmp_path: Path, way: str, end: str) -> None:
+    others = [f"{key} = {as_toml(value)}" for key, value in GOOD.items() if key != "int8"]
+    file = tmp_path / "recipe.toml"
+    file.write_bytes(end.join([*others, *WAYS[way], ""]).encode())
+    loaded = recipe.load(file).int8
+    assert loaded == recipe.Int8(
+        scheme="dynamic", calibration_samples=128, int8x2=("down_proj", "head"), rotate=(r"a\.b",)
+    )
 
 
 @pytest.mark.parametrize(

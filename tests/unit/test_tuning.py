@@ -14,7 +14,7 @@ def candidate(name: str, cost: float, kld: float, **more: Any) -> dict[str, Any]
     interval = {"value": kld, "low": kld * 0.9, "high": kld * 1.1}
     return {
         "name": name,
-        "values": {"two_rows": []},
+        "values": {"int8x2": []},
         "shards": 8,
         "finalist": True,
         "size": 1_000_000,
@@ -45,9 +45,9 @@ def told(*more: dict[str, Any]) -> dict[str, Any]:
             {"name": "mlp", "elements": 1000, "weights": 1e-3, "activations": 2e-3},
             {"name": "not measured", "elements": 10, "weights": None, "activations": None},
         ],
-        "frontier": ["plain", "+ two_rows mlp"],
-        "chosen": "+ two_rows mlp",
-        "candidates": [candidate("plain", 0.0, 0.04), candidate("+ two_rows mlp", 0.2, 0.01), *more],
+        "frontier": ["plain", "+ int8x2 mlp"],
+        "chosen": "+ int8x2 mlp",
+        "candidates": [candidate("plain", 0.0, 0.04), candidate("+ int8x2 mlp", 0.2, 0.01), *more],
     }
 
 
@@ -74,7 +74,7 @@ def test_one_candidate_at_no_cost_can_be_drawn() -> None:
 
 def test_the_table_marks_the_chosen_one() -> None:
     rows = tuning.table(told(LATE, UNKNOWN))
-    assert [row for row in rows if row.startswith("→")] == [row for row in rows if "+ two_rows mlp" in row]
+    assert [row for row in rows if row.startswith("→")] == [row for row in rows if "+ int8x2 mlp" in row]
     assert sum("–" in row for row in rows if row.startswith("not measured")) == 1
     assert not any("never run" in row for row in rows)
 
