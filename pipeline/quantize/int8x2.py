@@ -1,14 +1,15 @@
 """A linear layer that takes its input as two int8 rows: the value, and what rounding it to int8 leaves over.
 
 Why: int8 activations cost far more than int8 weights where some channels are many times larger than the rest, as in
-Gemma 3. Of the 270M model, simulated on 656 positions of held-out text on 2026-11-24, mean KL(Hugging Face || int8) in
-nats: weights alone 0.0070, activations alone 0.035, both 0.041; with two rows 0.0070. Scales moved between neighbouring
-layers (SmoothQuant) got no further than 0.030, since they make the weights worse: 0.017 alone at alpha = 0.5.
+Gemma 3. Scales moved between neighbouring layers (SmoothQuant, arXiv 2211.10438) make the weights worse.
 
 How: XNNPACK quantises each row of a hybrid product's input by itself, with the step s = (max - min) / 255. Here the
-graph rounds x to multiples of that s first, a = round(x / s) * s, which the kernel then takes over exactly, and gives
-it x - a as a second row, whose step is some 255 times finer. The two results are added. The weights are read once for
-both rows, so a decoder, which waits for its weights, hardly notices; a prefill does these products twice.
+graph rounds x, float32 [..., 1, inputs], to multiples of that s first, a = round(x / s) * s, which the kernel then
+takes over exactly, and gives it x - a as a second row, [..., 2, inputs], whose step is some 255 times finer. The two
+results are added. The weights are read once for both rows, so a decoder, which waits for its weights, hardly notices; a
+prefill does these products twice.
+
+Result: Gemma 3 270M's int8 loses what its weights cost and no more, 0.0070 nats instead of 0.041; docs/experiments.md.
 """
 
 from __future__ import annotations

@@ -1,28 +1,26 @@
-"""From the fp32 step graph to fp16 and int8 files, and the proof that a file is what its name says.
+"""From the fp32 step graph to int8 files: weights with one scale per row.
 
-The graph is rewritten here and not by AEQ (ai-edge-quantizer 0.10.0), for two reasons. AEQ's `dynamic_wi8_afp32` of
-the shipped model's step graph has 0.290 of the fp32 bytes (2026-11-24), ours 0.275: it writes a zero point per row,
-ours are shared. And static quantisation needs what AEQ's policy does not say: which operators stay float was found by
-measurement (`static.py`), and ranges come from graphs whose shapes are chosen at run time (`calibrate.py`).
+A float matrix or table [rows, columns] becomes int8 [rows, columns] in −127 … 127 and scales float32 [rows], symmetric
+(Krishnamoorthi, arXiv 1806.08342, per channel). A row's scale is its peak over 127; the one with the least squared
+error gains too little to search for. Of 4-bit weights it is another matter, see `blockwise.py`.
+
+The graph is rewritten here and not by AEQ (ai-edge-quantizer 0.10.0), for two reasons. AEQ writes a zero point per row,
+ours are shared, so its files are larger. And static quantisation needs what AEQ's policy does not say: which operators
+stay float was found by measurement (`static.py`), and ranges come from graphs whose shapes are chosen at run time
+(`calibrate.py`).
 
 What stands in an int8 file:
 
-- Weights of linear layers and both tables: int8, symmetric, one scale per row (output channel or token), stored once.
-  A table is read by EMBEDDING_LOOKUP, whose kernel takes int8 rows with a scale each and gives float32, exactly, with
-  and without XNNPACK, in LiteRT 2.3.0 and TensorFlow 2.21. The tied head reads the very same tensor.
+- Weights of linear layers (a row is an output channel) and both tables (a row is a token), each stored once. A table is
+  read by EMBEDDING_LOOKUP, whose kernel takes int8 rows with a scale each and gives float32, exactly, with and without
+  XNNPACK, in LiteRT 2.3.0 and TensorFlow 2.21. The tied head reads the very same tensor.
 - `dynamic`: a linear layer takes float32 and quantises each token's activations while it runs, as one row or as two
-  (`residual.py`). Before weights are rounded, scales can be moved between neighbouring layers (`fold.py`), what layers
-  read can be rotated (`rotate.py`), and a layer can be made a sum of narrower ones, each with its own scale per row
-  (`blocks.py`).
-  A row's scale is its peak's. The one with the least squared error, as OCTAV's iteration finds it (arXiv 2206.06501),
-  leaves 0.989 of that error in Gemma 3 270M's matrices, 0.996 once they are rotated, and in none of them less than
-  0.97 (2026-11-29): too little to search for. Of 4-bit weights it is another matter, see `blockwise.py`.
+  (`int8x2.py`). Before weights are rounded, scales can be moved between neighbouring layers (`equalize.py`), what
+  layers read can be rotated (`rotate.py`), and a layer can be made a sum of narrower ones, each with its own scale per
+  row (`groups.py`).
 - `static`: matrix products take and give int8 (or int16) with ranges from calibration, see `static.py`.
 
-Speed (one thread, AVX2 without VNNI, CPU seconds, int8 over fp32): a model 2048 wide (236 M parameters) takes 0.67
-dynamic and 0.80 static at 128 tokens, 0.29 and 0.27 at one token. At 128 tokens narrow layers gain little, 0.85 dynamic
-at a width of 1024: XNNPACK's float32 product already runs at the peak of such a processor while its rows fit the cache,
-and without VNNI an int8 product is hardly faster.
+Result: the shipped model's int8 file has 0.275 of the fp32 bytes, AEQ's 0.290; docs/experiments.md.
 """
 
 from __future__ import annotations
