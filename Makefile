@@ -173,7 +173,7 @@ ROOMS_verify := bundling checkpoint core export judge models quantize report run
 ROOMS_publish := core release
 ROOMS_evaluate := checkpoint core judge reference report runtime tflite
 # Not stages: they look ahead, run a result, check and rebuild what is there, search for a better recipe.
-ROOMS_plan := checkpoint core export judge models quantize release runtime tflite
+ROOMS_plan := checkpoint core export judge models planning quantize release runtime tflite
 ROOMS_chat := core runtime
 ROOMS_check := core release
 ROOMS_inspection := bundling checkpoint core export judge models quantize runtime tflite
