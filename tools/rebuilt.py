@@ -18,7 +18,7 @@ from pipeline.core import log, manifest
 from pipeline.core.errors import IntegrityError
 from pipeline.core.stage import guard
 from pipeline.release.preflight import MODELS
-from pipeline.reproduce import where_different
+from pipeline.tflite.difference import where_different
 
 PAPERS = ("manifests", "provenance.json")
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pipeline.core import log
 from pipeline.core.errors import UsageError
+from pipeline.core.manifest import Manifest
 
 SHOWN = ("torch", "transformers", "litert-torch", "ai-edge-quantizer", "ai-edge-litert")
 RECORDED = (
@@ -67,3 +68,23 @@ def check(found: Mapping[str, str], lock: Path) -> None:
 def line(found: Mapping[str, str]) -> str:
     """One line for people, e.g. `python 3.11.7, torch 2.13.0, …`."""
     return ", ".join(f"{name} {found[name]}" for name in ("python", *SHOWN) if name in found)
+
+
+def require_same(finished: Mapping[str, Manifest], recipe_sha256: str, root: Path) -> None:
+    """Make sure that the `finished` stages in `root` were made under this recipe, with what is installed.
+
+    Raises:
+        UsageError: names what is different, or says that nothing is finished.
+    """
+    if "fetch" not in finished:
+        raise UsageError(f"{root} holds no finished stage", remedy="run `make` first, with the same MODEL_ID")
+    present = installed()
+    for name, made in finished.items():
+        if made.recipe_sha256 != recipe_sha256:
+            raise UsageError(f"stage {name} was made under another recipe", remedy="set RECIPE= to that one")
+        changed = [f"{tool} {version}" for tool, version in made.tools.items() if present.get(tool) != version]
+        if changed:
+            raise UsageError(
+                f"stage {name} was made with other versions: {', '.join(changed)}",
+                remedy="check out the commit in its manifest, and run `make setup`",
+            )

@@ -63,6 +63,18 @@ def sentence(row: Row) -> str:
     return said + (f"; tokens/s {timed}" if timed else "")
 
 
+def comment(told: Report) -> list[str]:
+    """What the written recipe says of itself."""
+    rows = {row["name"]: row for row in told["candidates"]}
+    tools = ", ".join(f"{name} {told['tools'][name]}" for name in ("ai-edge-litert",) if name in told["tools"])
+    lines = [f"{told['date']}, {told['model']}, {tools}; KLD against fp32 with its 95 % interval, on calibration text"]
+    for name in dict.fromkeys((told["candidates"][0]["name"], told["chosen"])):
+        row = rows.get(name, {})
+        if "kld" in row:
+            lines.append(f"{name}: {sentence(row)}")
+    return lines
+
+
 def _kld(value: float | None) -> str:
     return "–" if value is None else f"{value:.2e}"
 

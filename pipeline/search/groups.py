@@ -6,11 +6,14 @@ prepares an input is paid once for all that read it, and a matrix that is stored
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from pipeline.quantize import rows
 from pipeline.quantize.rows import HEAD
+from pipeline.tflite.graph import Graph
 
 _LAYER = re.compile(r"layers\.(\d+)\.")
 _NUMBER = re.compile(r"\.\d+(?=\.|$)")
@@ -122,3 +125,23 @@ def _pattern(kind: str, numbers: Sequence[int]) -> str:
     digits = rf"({'|'.join(map(str, numbers))})" if numbers else r"\d+"
     tail = [digits + re.escape(rest[0]), *(r"\d+" + re.escape(part) for part in rest[1:])] if rest else []
     return "^" + re.escape(first) + "".join(tail) + ";"
+
+
+def layers_of(graph: Graph) -> list[Layer]:
+    """Every operator of `graph` that the stages would give int8 weights."""
+    found = []
+    for operator in graph.operators():
+        code, weight = graph.code(operator), int(operator.inputs[1]) if len(operator.inputs) > 1 else -1
+        if code not in (rows.LINEAR, rows.LOOKUP) or weight < 0:
+            continue
+        elements = math.prod(graph.shape(weight))
+        found.append(
+            Layer(
+                name=graph.operator_name(operator),
+                reads=int(operator.inputs[0]) if code == rows.LINEAR else -1 - weight,
+                weight=weight,
+                elements=elements,
+                products=elements if code == rows.LINEAR else 0,
+            )
+        )
+    return found

@@ -18,16 +18,18 @@ from pipeline.core.recipe import load as load_recipe
 from pipeline.core.stage import DEFAULT_MODEL
 from pipeline.models import sizes
 from pipeline.models.gemma3n import ARCHITECTURE
+from pipeline.planning.model import Model, look
+from pipeline.planning.needs import NEEDS
 from tools.make_random_checkpoint import GEOMETRIES
 
 SHIPPED = PROJECT / DEFAULT_MODEL
 
 
-def planned(line: Line, *options: str) -> tuple[int, plan.Model]:
+def planned(line: Line, *options: str) -> tuple[int, Model]:
     """The exit code, and what the plan knows."""
     common = ["--model-id", str(line.model), "--artifacts", str(line.artifacts), "--recipe", str(line.recipe)]
-    parser = plan.parser()
-    return plan.main([*common, *options]), plan.look(parser.parse_args([*common, *options]), load_recipe(line.recipe))
+    given, recipe = plan.parser().parse_args([*common, *options]), load_recipe(line.recipe)
+    return plan.main([*common, *options]), look(given.model_id, given.revision, recipe, given.graphs or recipe.graphs)
 
 
 def test_sizes_are_those_of_the_files(built: Line) -> None:
@@ -41,7 +43,7 @@ def test_sizes_are_those_of_the_files(built: Line) -> None:
             assert model.files[name].bytes(precision) == pytest.approx(size, rel=0.05), f"{precision}/{name}"
     for stage in ("graph", "bundle", "golden"):
         made_size = sum(record.size for record in manifest.read(built.root / stage).outputs)
-        assert plan.NEEDS[stage](model).size == pytest.approx(made_size, rel=0.2), stage
+        assert NEEDS[stage](model).size == pytest.approx(made_size, rel=0.2), stage
 
 
 def test_a_configuration_that_leaves_keys_to_their_defaults_is_planned_too(judged: Line) -> None:

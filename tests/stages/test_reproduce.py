@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 from pipeline import reproduce
 from pipeline.core import manifest
 from pipeline.core.manifest import FileRecord
+from pipeline.tflite import difference
 from pipeline.tflite.graph import Graph
 
 Reproduce = Callable[..., tuple[int, str]]
@@ -95,12 +96,12 @@ def test_what_differs_is_named(built: Line, tmp_path: Path, again: Reproduce) ->
 
 def test_the_tensor_of_a_graph_is_named(built: Line, tmp_path: Path) -> None:
     ours, theirs = (built.copy(tmp_path / name, "fp32") for name in ("a", "b"))
-    assert reproduce.compare("fp32", ours.root, theirs.root) == 4
+    assert difference.compare("fp32", ours.root, theirs.root) == 4
     change(ours, "fp32/decoder.tflite", one_scale)
-    text = reproduce.where_different(ours.root / "fp32/decoder.tflite", theirs.root / "fp32/decoder.tflite")
+    text = difference.where_different(ours.root / "fp32/decoder.tflite", theirs.root / "fp32/decoder.tflite")
     assert text.startswith("tensor ") and "first at byte" in text
     with pytest.raises(reproduce.IntegrityError, match="fp32/decoder.tflite differs"):
-        reproduce.compare("fp32", ours.root, theirs.root)
+        difference.compare("fp32", ours.root, theirs.root)
 
 
 def test_other_versions_recipes_and_empty_folders_are_refused(built: Line, tmp_path: Path, again: Reproduce) -> None:

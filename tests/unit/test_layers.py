@@ -27,6 +27,7 @@ ALLOWED = {
     "judge": {"core", "checkpoint", "tflite", "runtime"},
     "report": {"core", "judge"},
     "bundling": {"core", "checkpoint", "tflite", "quantize", "models"},
+    "planning": {"core", "checkpoint", "quantize", "models", "judge", "release"},
     "search": {"core", "checkpoint", "tflite", "runtime", "quantize", "models", "judge"},
 }
 """The rooms that a room's files may import, beside their own; a stage may import all."""

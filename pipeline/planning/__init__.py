@@ -1,0 +1,1 @@
+"""Looking ahead: a checkpoint by its headers alone, and what each stage would make and need of it."""

@@ -1,0 +1,119 @@
+"""A checkpoint as its headers alone show it, here or on the Hub, and what is to be made of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pipeline.checkpoint import preflight
+from pipeline.checkpoint.reader import CONFIG
+from pipeline.core.errors import PublishError
+from pipeline.core.recipe import Graphs, Recipe
+from pipeline.judge import kv_cache
+from pipeline.models import architecture_for, expected, sizes
+from pipeline.models.sizes import Weights
+from pipeline.release.hub import Hub
+from pipeline.release.licence import Claim, claimed, resolve
+
+STEP = "step.tflite"
+"""As in models/build.py, which imports torch: a plan shall not wait for that."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """A checkpoint, and what is to be made of it.
+
+    `facts` as fetch records them; `download` the bytes to get (none of a local folder), `stored` those of its files;
+    `shapes` of its tensors; `multiplied` the parameters that each token is multiplied with; `files` what each precision
+    stores, by file.
+    """
+
+    facts: Mapping[str, Any]
+    where: str
+    licence: str
+    download: int
+    stored: int
+    text: Mapping[str, Any]
+    shapes: Mapping[str, tuple[int, ...]]
+    multiplied: int
+    files: Mapping[str, Weights]
+    recipe: Recipe
+    graphs: Graphs
+
+    def size(self, precision: str, *, sections: bool = False) -> int:
+        """Bytes of all files of a precision, or of the bundle's sections alone."""
+        return sum(held.bytes(precision) for name, held in self.files.items() if not sections or name != STEP)
+
+    @property
+    def bundles(self) -> Sequence[str]:
+        """Precisions that become bundles."""
+        return self.recipe.bundle.precisions if self.graphs != "step" else ()
+
+    @property
+    def table(self) -> tuple[int, int]:
+        """Tokens and width of the embedding table."""
+        tokens, width = self.shapes["embed_tokens.weight"]
+        return tokens, width
+
+    @property
+    def cache(self) -> int:
+        """Bytes of one KV cache in float32."""
+        return 0 if self.graphs == "step" else 4 * sizes.cached(self.shapes) * self.recipe.bundle.cache_length
+
+    @property
+    def conversation(self) -> int:
+        """Tokens of each conversation through the cache."""
+        script, _ = kv_cache.scripts(self.recipe.bundle, int(self.text.get("sliding_window") or 0))
+        return script.length
+
+
+def look(model_id: str, revision: str, recipe: Recipe, graphs: Graphs) -> Model:
+    """Read the headers of the checkpoint `model_id`, a folder or on the Hub at `revision`.
+
+    Raises:
+        FetchError, IntegrityError, UsageError: as fetch would.
+    """
+    source, kept, where = _source(model_id, revision)
+    chosen = preflight.plan(source, partial(expected, recipe))
+    config = source.json(CONFIG)
+    architecture = architecture_for(config)
+    stored = sum(source.sizes[name] for name in chosen.names)
+    return Model(
+        facts=chosen.facts,
+        where=where,
+        licence=_licence(source, Path(model_id).name, str(config["model_type"])),
+        download=0 if kept else stored,
+        stored=stored,
+        text=config.get("text_config", config),
+        shapes=architecture.tensors(config),
+        multiplied=sizes.multiplied(architecture, config),
+        files=sizes.of_files(architecture, config, len(recipe.bundle.prefill), graphs),
+        recipe=recipe,
+        graphs=graphs,
+    )
+
+
+def _source(model_id: str, revision: str) -> tuple[preflight.Source, bool, str]:
+    """Where the checkpoint lies, whether that is a folder here, and in words."""
+    folder = Path(model_id)
+    if folder.is_dir():
+        return preflight.Source.of_folder(folder), True, "local folder"
+    hub = Hub()
+    found = hub.resolve(model_id, revision)
+    sizes_ = {name: file.size for name, file in found.files.items() if "/" not in name}
+    where = f"{hub.endpoint}/{found.model_id}"
+    source = preflight.Source(where=where, sizes=sizes_, read=partial(hub.read, found), remote=True)
+    return source, False, f"{where} at {found.revision}, accessible"
+
+
+def _licence(source: preflight.Source, name: str, model_type: str) -> str:
+    """The licence, or why publish would refuse."""
+    size = source.sizes.get("README.md", 0)
+    said = claimed(source.read("README.md", 0, size).decode("utf-8", errors="replace") if size else "")
+    try:
+        return resolve(Claim(model=name, model_type=model_type, **vars(said))).name
+    except PublishError as error:
+        return f"none that publish accepts ({error})"

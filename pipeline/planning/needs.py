@@ -1,0 +1,154 @@
+"""What each stage makes and needs, by a checkpoint's sizes.
+
+Sizes follow from the configuration. Memory and time follow from constants that were measured with the random
+checkpoints of `tools/make_random_checkpoint.py` on two cores (AMD EPYC, 2026-11-24, `make bench`): they are right to a
+factor of two, which is what a plan is for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+from pipeline.core import memory
+from pipeline.judge import corpus
+from pipeline.models import sizes
+from pipeline.planning.model import STEP, Model
+from pipeline.quantize import gptq
+
+_GIB = 1 << 30
+_DOWNLOAD = 50e6
+"""Bytes per second of a download: a guess, nothing is measured beforehand."""
+_HASH = 0.8e9
+"""Bytes per second of reading and hashing a stage's inputs."""
+_WRITE = 0.35e9
+"""Bytes per second of writing a file of weights and hashing it, conversion included."""
+_FLOPS = 5e10
+"""Multiply-adds per second of a float32 forward in PyTorch on two cores, counted twice as is usual."""
+_READ = 1.5e9
+"""Parameters per second that golden lays out in float32 when it streams, and that a decoder reads per token."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Need:
+    """What a stage makes and takes: bytes of all its files, of scratch and of anonymous memory, and seconds."""
+
+    what: str
+    size: int
+    memory: float
+    seconds: float
+    scratch: int = 0
+
+
+def fetch(model: Model) -> Need:
+    """The download, and hashing it."""
+    seconds = model.download / _DOWNLOAD + model.stored / _HASH
+    return Need(what="checkpoint", size=model.download, memory=0.25 * _GIB, seconds=seconds)
+
+
+def golden(model: Model) -> Need:
+    """Forward passes in float32, in memory if that fits; greedy text and the cache read all weights per token."""
+    recipe, bundle = model.recipe, model.recipe.bundle
+    windows = max(1, recipe.corpus.positions // corpus.POSITIONS_PER_WINDOW)
+    kept = windows * corpus.POSITIONS_PER_WINDOW
+    tokens = 2 * windows * recipe.corpus.window  # some again, in another number of threads
+    steps = recipe.corpus.continuation
+    if model.graphs != "bundle":
+        shapes = recipe.shapes
+        tokens += max(shapes.batch) * sum(shapes.sequence) * len(shapes.padding)
+    if model.graphs != "step":
+        kept += 2 * (model.conversation + bundle.decode) + bundle.positions
+        tokens += 4 * model.conversation + bundle.positions
+        steps = max(steps, bundle.continuation) + bundle.decode
+    parameters = int(model.facts["parameters"])
+    streamed = memory.must_stream(parameters)
+    return Need(
+        what="Hugging Face in fp32, " + ("streamed" if streamed else "loaded"),
+        size=4 * kept * model.table[1],
+        memory=1.9 * _GIB if streamed else memory.of_reference(parameters),
+        seconds=2 * model.multiplied * tokens / _FLOPS + steps * model.multiplied / _READ,
+    )
+
+
+def moments(model: Model) -> Need:
+    """A forward pass over the calibration text; a square of each input's width, span by span."""
+    recipe = model.recipe
+    tokens = recipe.int8.calibration_samples * recipe.corpus.window
+    widths = {(name.rsplit(".", 2)[0], shape[1]) for name, shape in model.shapes.items() if len(shape) == 2}
+    size = sum(4 * width * gptq.span(width) for _, width in widths)
+    return Need(
+        what="second moments of what layers read",
+        size=size,
+        memory=1.9 * _GIB,
+        seconds=(2 * model.multiplied * tokens + 2 * tokens * size / 4) / _FLOPS + size / _WRITE,
+    )
+
+
+def graph(model: Model) -> Need:
+    """Export: a matter of layers and signatures, not of parameters."""
+    layers = sum(held.graph_layers for held in model.files.values())
+    size = sum(held.bytes("fp32") - 4 * held.elements for name, held in model.files.items() if held.graph_layers)
+    return Need(
+        what="graphs without matrices",
+        size=size,
+        memory=0.4 * _GIB + sizes.EXPORT_BYTES * layers,
+        seconds=15 + sizes.EXPORT_SECONDS * layers,
+    )
+
+
+def _filled(model: Model, precision: str, *, sections: bool = True) -> Need:
+    size = model.size(precision) if sections else model.files[STEP].bytes(precision)
+    seconds = 5 + (size + model.stored) / _WRITE
+    taken = 0.45 * _GIB + 2 * model.cache  # each file is run once, with a cache in and a cache out
+    return Need(what=" ".join(model.files if sections else [STEP]), size=size, memory=taken, seconds=seconds)
+
+
+def bundle(model: Model) -> Need:
+    """The sections in one file each."""
+    size = sum(model.size(precision, sections=True) for precision in model.bundles)
+    what = " ".join(f"{precision}.litertlm" for precision in model.bundles)
+    return Need(what=what, size=size, memory=0.3 * _GIB, seconds=5 + size / _WRITE)
+
+
+def verify(model: Model) -> Need:
+    """Each bundle speaks every position of the conversations and texts, then every prompt's continuation."""
+    settings = model.recipe.bundle
+    judged = 3 * settings.decode + settings.positions
+    decoders = [model.files["decoder.tflite"].bytes(precision) for precision in model.bundles]
+    spoken = judged + settings.prompts * settings.continuation
+    seconds = 30.0 + len(decoders) * 3 * 2 * model.multiplied * model.conversation / _FLOPS
+    seconds += sum(decoders) * (spoken / (4 * _READ) + 2 / _HASH)
+    if model.graphs != "bundle":
+        seconds += 2 * golden(model).seconds
+    taken = 0.7 * _GIB + 6.5 * model.cache
+    if model.graphs != "bundle":
+        taken += 4 * model.multiplied  # XNNPACK packs a step graph's weights into memory
+    logits = 4 * judged * model.table[0] * len(decoders)
+    return Need(
+        what="report.html", size=1 << 20, memory=taken, seconds=seconds, scratch=max(decoders, default=0) + logits
+    )
+
+
+def publish(model: Model) -> Need:
+    """Links to the files."""
+    size = sum(model.size(precision, sections=True) for precision in model.bundles)
+    return Need(what="the folder to upload, by hard links", size=1 << 20, memory=0.1 * _GIB, seconds=5 + size / _HASH)
+
+
+NEEDS: Mapping[str, Callable[[Model], Need]] = {
+    "fetch": fetch,
+    "golden": golden,
+    "moments": moments,
+    "graph": graph,
+    "fp32": partial(_filled, precision="fp32"),
+    "fp16": partial(_filled, precision="fp16"),
+    "int8": partial(_filled, precision="int8"),
+    "int4": partial(_filled, precision="int4"),
+    "int8-static": partial(_filled, precision="int8", sections=False),
+    "int8-static16": partial(_filled, precision="int8", sections=False),
+    "int8-dynamic": partial(_filled, precision="int8", sections=False),
+    "bundle": bundle,
+    "verify": verify,
+    "publish": publish,
+}

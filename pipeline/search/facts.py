@@ -1,0 +1,66 @@
+"""What a study found, as JSON: `report.json` of tune."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from typing import Any
+
+from pipeline.core import parallel, versions
+from pipeline.core.recipe import Recipe
+from pipeline.runtime import litert
+from pipeline.search import halving
+from pipeline.search.candidates import Candidate
+from pipeline.search.groups import Group
+from pipeline.search.study import Study
+
+SCHEMA = 1
+
+
+def report(study: Study, recipe: Recipe, model: str, minutes: float) -> dict[str, Any]:
+    """Everything that was measured of `model`, the name of its folder, in a search that was given `minutes`."""
+    bench, depth, chosen = study.bench, study.depth, study.chosen()
+    points = study.points(depth)
+    return {
+        "schema": SCHEMA,
+        "model": model,
+        "recipe": recipe.name,
+        "section": study.space.section,
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "tools": versions.installed(),
+        "processor": litert.processor(),
+        "threads": parallel.threads(),
+        "minutes": minutes,
+        "seconds": round(bench.clock.seconds - bench.clock.left()),
+        "complete": depth == bench.shards and bool(study.speeds),
+        "limits": {"size": study.limits[0], "speed": study.limits[1]},
+        "knobs": [asdict(knob) for knob in study.space.knobs],
+        "text": {"windows": len(bench.windows), "window": bench.windows.shape[1], "shards": bench.shards},
+        "groups": [_group_facts(study, each) for each in study.groups],
+        "frontier": halving.frontier(points),
+        "chosen": chosen.name,
+        "candidates": [_candidate_facts(study, each, depth) for each in study.tried],
+    }
+
+
+def _group_facts(study: Study, group: Group) -> dict[str, Any]:
+    found = study.contributions.get(group.name)
+    return {**asdict(group), "weights": found and found.weights, "activations": found and found.activations}
+
+
+def _candidate_facts(study: Study, each: Candidate, depth: int) -> dict[str, Any]:
+    shards = next((n for n in range(study.bench.shards, 0, -1) if study.bench.found(each, range(n))), 0)
+    measured = study.bench.found(each, range(shards))
+    facts = measured.facts() if measured else {}
+    return {
+        "name": each.name,
+        "values": dict(each.values),
+        "shards": shards,
+        "finalist": shards >= depth and bool(facts),
+        "size": measured and measured.size,
+        "relative_size": study.relative_size(each),
+        "speed": study.relative_speed(each),
+        "seconds": study.speeds.get(each.name),
+        "cost": study.cost(each),
+        **facts,
+    }

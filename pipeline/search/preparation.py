@@ -1,0 +1,89 @@
+"""Getting ready for a study: what it reads is checked, the graph that is measured on is exported, the text is cut."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from functools import partial
+from pathlib import Path
+
+from pipeline.checkpoint import chat
+from pipeline.checkpoint.reader import open_checkpoint
+from pipeline.core import manifest, versions
+from pipeline.core.recipe import PROJECT, Recipe
+from pipeline.judge import corpus
+from pipeline.judge.corpus import Tokens
+from pipeline.models import build
+from pipeline.quantize import gptq
+from pipeline.search.bench import WINDOWS, Bench, Clock
+from pipeline.search.candidates import Space
+
+SHARDS = 8
+"""Pieces of the text that measurements are of."""
+
+
+def open_bench(file: Path, recipe: Recipe, calibration: Path | None, root: Path, clock: Clock, space: Space) -> Bench:
+    """Check what is read, export the graph that is measured on, and cut the text.
+
+    Args:
+        file: the recipe's text, which a found one is written into.
+        recipe: what it says.
+        calibration: the user's own text, or none for the recipe's.
+        root: the model's folder, with fetch, graph and moments.
+        clock: the time that the study has.
+        space: what is searched.
+
+    Raises:
+        UsageError: a text can't be read.
+        IntegrityError: stages fetch, graph or moments are not finished, or were changed.
+    """
+    upstream = {name: manifest.read(root / name) for name in ("fetch", "graph", "moments")}
+    manifest.check([record for made in upstream.values() for record in made.outputs], root)
+    checkpoint = open_checkpoint(root / "fetch" / "checkpoint")
+    windows = _windows(calibration, recipe, root / "fetch" / "checkpoint")
+    folder = root / ".tune"
+    shutil.rmtree(folder / "scratch", ignore_errors=True)
+    (folder / "scratch").mkdir(parents=True)
+    source = _sources()
+    every = folder / f"every-{source[:16]}-{windows.shape[1]}.tflite"
+    if not every.is_file():
+        build.export_every(checkpoint, windows.shape[1], folder / "scratch" / every.name)
+        (folder / "scratch" / every.name).replace(every)
+    read = [record.sha256 for name in ("fetch", "moments") for record in upstream[name].outputs]
+    identity = [source, hashlib.sha256(windows.tobytes()).hexdigest(), read, versions.installed()]
+    return Bench(
+        checkpoint=checkpoint,
+        moments=gptq.Moments(root / "moments"),
+        every=every,
+        step=build.graph_files(upstream["graph"], root, "step")[build.STEP],
+        text=file.read_text(encoding="utf-8"),
+        windows=windows,
+        folder=folder,
+        clock=clock,
+        space=space,
+        identity=hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
+    )
+
+
+def _sources() -> str:
+    """What is measured changes with the code that makes it."""
+    rooms = ("checkpoint", "export", "models", "quantize", "tflite")
+    files = sorted(file for room in rooms for file in (PROJECT / "pipeline" / room).rglob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+def _windows(calibration: Path | None, recipe: Recipe, checkpoint: Path) -> Tokens:
+    """Windows of the calibration text, spread evenly: not of the text that verify judges on."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)
+    text = calibration or PROJECT / recipe.corpus.calibration
+    documents = corpus.read_documents(text, partial(chat.render, tokenizer, where=str(text)))
+    return corpus.pack_windows(
+        documents,
+        lambda document: tokenizer.encode(document, add_special_tokens=False),
+        bos=int(tokenizer.bos_token_id),
+        window=recipe.corpus.window,
+        limit=SHARDS * WINDOWS,
+    )
