@@ -22,7 +22,7 @@ def work(context: Context) -> Outcome:
     folder = context.root / "fetch" / "checkpoint"
     checkpoint = open_checkpoint(folder)
     architecture = architecture_for(checkpoint.config)
-    vocabulary = architecture.tensors(checkpoint.config)["embed_tokens.weight"][0]
+    vocabulary = architecture.tensors()["embed_tokens.weight"][0]
     tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     metadata = describe(
         folder,
@@ -32,7 +32,7 @@ def work(context: Context) -> Outcome:
         max_tokens=context.recipe.bundle.max_tokens,
     )
     tokenizer_text = tokenizer_json(tokenizer, vocabulary)
-    names = ("decoder", *(table.name for table in architecture.tables(checkpoint.config)))
+    names = ("decoder", *(table.name for table in architecture.tables()))
     facts: dict[str, Fact] = {}
     for precision in context.recipe.bundle.precisions:
         made, out = context.upstream[precision], context.folder / f"{precision}.litertlm"

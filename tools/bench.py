@@ -76,7 +76,7 @@ def make_checkpoint(folder: Path, layers: int, seed: int) -> Path:
     random = np.random.default_rng(seed)
     tensors = {
         f"model.{name}": _values(random, shape).astype(np.float16)
-        for name, shape in ARCHITECTURE.tensors(config).items()
+        for name, shape in ARCHITECTURE(config).tensors().items()
     }
     folder.mkdir(parents=True)
     save_file(tensors, folder / "model.safetensors")

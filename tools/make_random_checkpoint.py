@@ -74,7 +74,7 @@ Random weights of Gemma 3n geometry: they say nothing, and serve to measure memo
 
 def make(config: Mapping[str, Any], folder: Path, seed: int = 0) -> Path:
     """Write the checkpoint; returns `folder`."""
-    shapes = {f"model.{name}": shape for name, shape in ARCHITECTURE.tensors(config).items()}
+    shapes = {f"model.{name}": shape for name, shape in ARCHITECTURE(config).tensors().items()}
     shards = _split(shapes)
     folder.mkdir(parents=True)
     total = 2 * sum(map(math.prod, shapes.values()))

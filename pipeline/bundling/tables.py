@@ -137,7 +137,7 @@ def write_tables(
     Of 4-bit tables, those that `fine` names and those without whole blocks have 8 bits.
     """
     names, written = tensor_names(checkpoint), []
-    for table in architecture_for(checkpoint.config).tables(checkpoint.config):
+    for table in architecture_for(checkpoint.config).tables():
         source = tables.Source(tensor=names[table.tensor], scale=table.scale, shape=table.shape)
         file = folder / f"{table.name}.tflite"
         whole = checkpoint.tensors[source.tensor].shape[-1] % blockwise.BLOCK == 0

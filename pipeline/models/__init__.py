@@ -1,12 +1,12 @@
 """One file per architecture: graph modules, signatures, and how checkpoint tensors map to them.
 
-To add an architecture, write its file with an `ARCHITECTURE`, and a recipe that names its model types.
+To add an architecture: its file with an `ARCHITECTURE`, its model types in `MODELS`, and a recipe that names them
+(docs/adding-a-family.md).
 """
 
 from __future__ import annotations
 
 import importlib
-import pkgutil
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -15,62 +15,67 @@ from pipeline.core.errors import FetchError, UsageError
 from pipeline.core.recipe import PROJECT, Recipe, load
 
 RECIPES = PROJECT / "pipeline" / "recipes"
+MODELS: Mapping[str, str] = {
+    "gemma3": "gemma3",
+    "gemma3_text": "gemma3",
+    "gemma3n": "gemma3n",
+    "gemma3n_text": "gemma3n",
+}
+"""`model_type` of a checkpoint's config.json → the file here that handles it."""
 
 
 class Architecture(Protocol):
-    """What the stages need to know of a model family.
+    """What the stages need to know of a model: a family, bound to a checkpoint's configuration.
 
-    `model_types` are those of `config.json`, `runtime_type` is what LiteRT-LM calls the family. Every method raises
-    FetchError where the configuration asks for something that the graph modules don't do.
+    `runtime_type` is what LiteRT-LM calls the family.
     """
 
-    model_types: tuple[str, ...]
     runtime_type: str
 
-    def tensors(self, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        """Read a checkpoint's `config.json`.
+
+        Raises:
+            FetchError: it asks for something that the graph modules don't do.
+        """
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
         """Every tensor of the text model: canonical name → shape."""
 
-    def step(self, config: Mapping[str, Any], *, every: bool = False) -> Any:
+    def step(self, *, every: bool = False) -> Any:
         """The step graph (a `torch.nn.Module`, its text model `model`), its weights still to be assigned.
 
         With the logits of the last attended position, or of `every` one.
         """
 
-    def decoder(self, config: Mapping[str, Any], *, logits: bool) -> Any:
+    def decoder(self, *, logits: bool) -> Any:
         """The bundle's decoder graph with or without `logits` (as `step`), its weights still to be assigned."""
 
-    def decoder_inputs(self, config: Mapping[str, Any], tokens: int, length: int) -> dict[str, Any]:
+    def decoder_inputs(self, tokens: int, length: int) -> dict[str, Any]:
         """Examples of the decoder graph's inputs but `input_pos` and `mask`: `tokens` tokens, a cache of `length`."""
 
-    def tables(self, config: Mapping[str, Any]) -> tuple[Any, ...]:
+    def tables(self) -> tuple[Any, ...]:
         """The embedding tables (`transformer.Table`) that are sections of their own."""
 
-    def canonical(self, name: str, config: Mapping[str, Any]) -> str | None:
+    def canonical(self, name: str) -> str | None:
         """The canonical name of checkpoint tensor `name`, or None if the text model knowingly leaves it out."""
 
 
-def architectures() -> list[Architecture]:
-    """Every `ARCHITECTURE` in this folder, by file name."""
-    modules = (importlib.import_module(f"{__name__}.{found.name}") for found in pkgutil.iter_modules(__path__))
-    return [module.ARCHITECTURE for module in modules if hasattr(module, "ARCHITECTURE")]
-
-
 def architecture_for(config: Mapping[str, Any]) -> Architecture:
-    """The architecture of a checkpoint's `config.json`.
+    """The architecture of a checkpoint's `config.json`, bound to it.
 
     Raises:
-        FetchError: no file here handles that `model_type`; the message names the supported ones.
+        FetchError: no file here handles that `model_type` (the message names the supported ones), or the
+            configuration asks for something that its modules don't do.
     """
-    known = architectures()
-    model_type = config.get("model_type")
-    for architecture in known:
-        if model_type in architecture.model_types:
-            return architecture
-    supported = ", ".join(name for architecture in known for name in architecture.model_types)
-    raise FetchError(
-        f"model type {model_type!r} is not supported; supported: {supported}",
-        remedy="choose a checkpoint of a supported architecture",
-    )
+    model_type = str(config.get("model_type"))
+    if model_type not in MODELS:
+        raise FetchError(
+            f"model type {model_type!r} is not supported; supported: {', '.join(MODELS)}",
+            remedy="choose a checkpoint of a supported architecture, or add this one: docs/adding-a-family.md",
+        )
+    architecture: Architecture = importlib.import_module(f"{__name__}.{MODELS[model_type]}").ARCHITECTURE(config)
+    return architecture
 
 
 def expected(recipe: Recipe, config: Mapping[str, Any]) -> tuple[dict[str, tuple[int, ...]], Canonical]:
@@ -89,4 +94,4 @@ def expected(recipe: Recipe, config: Mapping[str, Any]) -> tuple[dict[str, tuple
             f"the checkpoint is of type {model_type}, recipe {recipe.name} is for {', '.join(recipe.model_types)}",
             remedy=f"say {names}" if names else f"write a recipe that has {model_type!r} among its model_types",
         )
-    return architecture.tensors(config), lambda name: architecture.canonical(name, config)
+    return architecture.tensors(), architecture.canonical

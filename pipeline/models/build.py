@@ -22,13 +22,9 @@ STEP, DECODER = "step.tflite", "decoder.tflite"
 
 def tensor_names(checkpoint: Checkpoint) -> dict[str, str]:
     """Canonical → checkpoint name of every tensor of the text model."""
-    architecture, config = architecture_for(checkpoint.config), checkpoint.config
-    return preflight.match(
-        checkpoint.tensors,
-        architecture.tensors(config),
-        lambda name: architecture.canonical(name, config),
-        str(checkpoint.folder),
-    )
+    architecture = architecture_for(checkpoint.config)
+    where = str(checkpoint.folder)
+    return preflight.match(checkpoint.tensors, architecture.tensors(), architecture.canonical, where)
 
 
 def export_step(checkpoint: Checkpoint, limits: StepLimits, out: Path) -> None:
@@ -36,7 +32,7 @@ def export_step(checkpoint: Checkpoint, limits: StepLimits, out: Path) -> None:
     shape = {0: ("batch", 1, limits.max_batch), 1: ("sequence", 1, limits.max_sequence)}
     inputs = {name: torch.ones((2, 128), dtype=torch.int32) for name in ("input_ids", "attention_mask")}
     with torch.device("meta"):
-        module = architecture_for(checkpoint.config).step(checkpoint.config)
+        module = architecture_for(checkpoint.config).step()
     dimensions = {name: shape for name in inputs}
     with log.waiting("exporting the step graph", _seconds(checkpoint, 1)):
         export([Signature("serving_default", module, _vectors(checkpoint), inputs, dimensions)], out)
@@ -46,7 +42,7 @@ def export_every(checkpoint: Checkpoint, window: int, out: Path) -> None:
     """Write the step graph with the logits of every position, for one row of `window` tokens; weights as there."""
     inputs = {name: torch.ones((1, window), dtype=torch.int32) for name in ("input_ids", "attention_mask")}
     with torch.device("meta"):
-        module = architecture_for(checkpoint.config).step(checkpoint.config, every=True)
+        module = architecture_for(checkpoint.config).step(every=True)
     with log.waiting("exporting the graph of every position", _seconds(checkpoint, 1)):
         export([Signature("serving_default", module, _vectors(checkpoint), inputs)], out)
 
@@ -59,16 +55,16 @@ def export_decoder(checkpoint: Checkpoint, bundle: Bundle, out: Path) -> None:
 
 
 def _seconds(checkpoint: Checkpoint, signatures: int) -> float:
-    shapes = architecture_for(checkpoint.config).tensors(checkpoint.config)
+    shapes = architecture_for(checkpoint.config).tensors()
     return sizes.EXPORT_SECONDS * sizes.layers(shapes) * signatures
 
 
 def _call(checkpoint: Checkpoint, bundle: Bundle, name: str, length: int) -> Signature:
-    architecture, config = architecture_for(checkpoint.config), checkpoint.config
+    architecture = architecture_for(checkpoint.config)
     with torch.device("meta"):
-        module = architecture.decoder(config, logits=name == "decode")
+        module = architecture.decoder(logits=name == "decode")
     inputs = {
-        **architecture.decoder_inputs(config, length, bundle.cache_length),
+        **architecture.decoder_inputs(length, bundle.cache_length),
         "input_pos": torch.arange(length, dtype=torch.int32),
         "mask": torch.zeros(1, 1, length, bundle.cache_length),
     }

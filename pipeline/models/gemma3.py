@@ -223,37 +223,39 @@ class Gemma3Decoder(DecoderGraph):
 
 
 class Gemma3:
-    """The `Architecture` of both Gemma 3 model types."""
+    """The `Architecture` of both Gemma 3 model types, bound to a checkpoint's configuration."""
 
-    model_types: tuple[str, ...] = ("gemma3_text", "gemma3")
     runtime_type = "gemma3"
     _prefixes = ("model.language_model.", "language_model.model.", "model.")
     _left_out = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")
 
-    def tensors(self, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self.text = TextConfig.from_config(config)
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
         """Every tensor of the text model: canonical name → shape."""
         with torch.device("meta"):
-            state = TextModel(TextConfig.from_config(config)).state_dict()
+            state = TextModel(self.text).state_dict()
         return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
-    def step(self, config: Mapping[str, Any], *, every: bool = False) -> Gemma3ForTFLite:
+    def step(self, *, every: bool = False) -> Gemma3ForTFLite:
         """The step graph, its weights still to be assigned."""
-        return Gemma3ForTFLite(TextConfig.from_config(config), every)
+        return Gemma3ForTFLite(self.text, every)
 
-    def decoder(self, config: Mapping[str, Any], *, logits: bool) -> Gemma3Decoder:
+    def decoder(self, *, logits: bool) -> Gemma3Decoder:
         """The decoder graph, its weights still to be assigned."""
-        return Gemma3Decoder(TextConfig.from_config(config), logits)
+        return Gemma3Decoder(self.text, logits)
 
-    def decoder_inputs(self, config: Mapping[str, Any], tokens: int, length: int) -> dict[str, Any]:
+    def decoder_inputs(self, tokens: int, length: int) -> dict[str, Any]:
         """Examples of what the decoder graph takes beside `input_pos` and `mask`, for `tokens` tokens."""
-        cache = cache_tensors(TextConfig.from_config(config), length)
+        cache = cache_tensors(self.text, length)
         return {"tokens": torch.zeros((1, tokens), dtype=torch.int32), "kv_cache": cache}
 
-    def tables(self, config: Mapping[str, Any]) -> tuple[Table, ...]:
+    def tables(self) -> tuple[Table, ...]:
         """None: the decoder looks tokens up itself."""
         return ()
 
-    def canonical(self, name: str, config: Mapping[str, Any]) -> str | None:
+    def canonical(self, name: str) -> str | None:
         """The text model's name of checkpoint tensor `name`; None for the vision tower."""
         if self._left_out.match(name):
             return None
@@ -263,4 +265,4 @@ class Gemma3:
         return name.removeprefix(prefix)
 
 
-ARCHITECTURE = Gemma3()
+ARCHITECTURE = Gemma3

@@ -409,53 +409,53 @@ class Gemma3nDecoder(DecoderGraph):
 
 
 class Gemma3n:
-    """The `Architecture` of both Gemma 3n model types."""
+    """The `Architecture` of both Gemma 3n model types, bound to a checkpoint's configuration."""
 
-    model_types: tuple[str, ...] = ("gemma3n", "gemma3n_text")
     runtime_type = "gemma3n"
     _prefixes = ("model.language_model.", "language_model.model.", "model.")
     _left_out = re.compile(r"(model\.)?(vision_tower|audio_tower|embed_vision|embed_audio)\.")
     _own_kv = re.compile(r"layers\.(\d+)\.self_attn\.(k_proj|v_proj|k_norm|v_norm)\.")
 
-    def tensors(self, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self.text = TextConfig.from_config(config)
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
         """Every tensor of the text model: canonical name → shape."""
         with torch.device("meta"):
-            state = TextModel(TextConfig.from_config(config)).state_dict()
+            state = TextModel(self.text).state_dict()
         return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
-    def step(self, config: Mapping[str, Any], *, every: bool = False) -> Gemma3nForTFLite:
+    def step(self, *, every: bool = False) -> Gemma3nForTFLite:
         """The step graph, its weights still to be assigned."""
-        return Gemma3nForTFLite(TextConfig.from_config(config), every)
+        return Gemma3nForTFLite(self.text, every)
 
-    def decoder(self, config: Mapping[str, Any], *, logits: bool) -> Gemma3nDecoder:
+    def decoder(self, *, logits: bool) -> Gemma3nDecoder:
         """The decoder graph, its weights still to be assigned."""
-        return Gemma3nDecoder(TextConfig.from_config(config), logits)
+        return Gemma3nDecoder(self.text, logits)
 
-    def decoder_inputs(self, config: Mapping[str, Any], tokens: int, length: int) -> dict[str, Any]:
+    def decoder_inputs(self, tokens: int, length: int) -> dict[str, Any]:
         """Examples of what the decoder graph takes beside `input_pos` and `mask`, for `tokens` tokens."""
-        text = TextConfig.from_config(config)
-        per_layer = (1, tokens, text.num_hidden_layers, text.hidden_size_per_layer_input)
+        per_layer = (1, tokens, self.text.num_hidden_layers, self.text.hidden_size_per_layer_input)
         return {
-            "embeddings": torch.zeros(1, tokens, text.hidden_size),
+            "embeddings": torch.zeros(1, tokens, self.text.hidden_size),
             "per_layer_embeddings": torch.zeros(per_layer),
-            "kv_cache": cache_tensors(text, length),
+            "kv_cache": cache_tensors(self.text, length),
         }
 
-    def tables(self, config: Mapping[str, Any]) -> tuple[Table, ...]:
+    def tables(self) -> tuple[Table, ...]:
         """The sections that LiteRT-LM looks tokens up in."""
-        text = TextConfig.from_config(config)
-        per_layer = (text.num_hidden_layers, text.hidden_size_per_layer_input)
+        per_layer = (self.text.num_hidden_layers, self.text.hidden_size_per_layer_input)
         return (
-            Table("embedder", "embed_tokens.weight", text.hidden_size**0.5, (text.hidden_size,)),
+            Table("embedder", "embed_tokens.weight", self.text.hidden_size**0.5, (self.text.hidden_size,)),
             Table(
                 "per_layer_embedder",
                 "embed_tokens_per_layer.weight",
-                text.hidden_size_per_layer_input**0.5,
+                self.text.hidden_size_per_layer_input**0.5,
                 per_layer,
             ),
         )
 
-    def canonical(self, name: str, config: Mapping[str, Any]) -> str | None:
+    def canonical(self, name: str) -> str | None:
         """The text model's name of checkpoint tensor `name`.
 
         None for the vision and audio towers, and keys and values of layers that share another layer's.
@@ -466,11 +466,9 @@ class Gemma3n:
             return HEAD
         prefix = next((p for p in self._prefixes if name.startswith(p)), "")
         own = name.removeprefix(prefix)
-        text = TextConfig.from_config(config)
         match = self._own_kv.match(own)
-        if match and int(match[1]) < text.num_hidden_layers and text.kv_source(int(match[1])) != int(match[1]):
-            return None
-        return own
+        layer = int(match[1]) if match else self.text.num_hidden_layers
+        return None if layer < self.text.num_hidden_layers and self.text.kv_source(layer) != layer else own
 
 
-ARCHITECTURE = Gemma3n()
+ARCHITECTURE = Gemma3n

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from pipeline.checkpoint import preflight
 from pipeline.core.recipe import Graphs
@@ -40,19 +39,16 @@ class Weights:
         return int(_BYTES[precision] * self.elements) + scales + 4 * self.vectors + _PER_LAYER * self.graph_layers
 
 
-def of_files(
-    architecture: Architecture, config: Mapping[str, Any], prefills: int, graphs: Graphs
-) -> dict[str, Weights]:
+def of_files(architecture: Architecture, prefills: int, graphs: Graphs) -> dict[str, Weights]:
     """The files that each precision has, by name, the bundle's sections among them.
 
     Args:
         architecture: the model's.
-        config: its configuration.
         prefills: how many prefill signatures the decoder has.
         graphs: which graphs are made.
     """
-    shapes = architecture.tensors(config)
-    tables = {table.tensor: table for table in architecture.tables(config)}
+    shapes = architecture.tensors()
+    tables = {table.tensor: table for table in architecture.tables()}
     count = layers(shapes)
     files = {}
     if graphs != "bundle":
@@ -76,10 +72,10 @@ def cached(shapes: Mapping[str, tuple[int, ...]]) -> int:
     return 2 * sum(shape[0] for name, shape in shapes.items() if name.endswith(".k_proj.weight"))
 
 
-def multiplied(architecture: Architecture, config: Mapping[str, Any]) -> int:
+def multiplied(architecture: Architecture) -> int:
     """Parameters that a token is multiplied with: all but those of tables where it is only looked up."""
-    shapes = architecture.tensors(config)
-    apart = {table.tensor for table in architecture.tables(config)} - {HEAD}
+    shapes = architecture.tensors()
+    apart = {table.tensor for table in architecture.tables()} - {HEAD}
     return sum(math.prod(shape) for name, shape in shapes.items() if name not in apart)
 
 

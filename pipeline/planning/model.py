@@ -88,9 +88,9 @@ def look(model_id: str, revision: str, recipe: Recipe, graphs: Graphs) -> Model:
         download=0 if kept else stored,
         stored=stored,
         text=config.get("text_config", config),
-        shapes=architecture.tensors(config),
-        multiplied=sizes.multiplied(architecture, config),
-        files=sizes.of_files(architecture, config, len(recipe.bundle.prefill), graphs),
+        shapes=architecture.tensors(),
+        multiplied=sizes.multiplied(architecture),
+        files=sizes.of_files(architecture, len(recipe.bundle.prefill), graphs),
         recipe=recipe,
         graphs=graphs,
     )

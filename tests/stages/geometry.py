@@ -254,7 +254,7 @@ def in_pytorch(
 
     In one thread: for operators as small as these, waiting for another one takes longer than the work.
     """
-    played = _played(EagerSections(architecture_for(config), config, state, bundle))
+    played = _played(EagerSections(architecture_for(config), state, bundle))
 
     def play(recital: Recital) -> Logits:
         threads = torch.get_num_threads()
@@ -279,24 +279,22 @@ def _played(sections: Sections) -> Callable[[Recital], Logits]:
 class EagerSections(Sections):
     """A decoder in PyTorch in place of an open file; what is fed to it is up to `Sections`."""
 
-    def __init__(
-        self, architecture: Architecture, config: dict[str, Any], state: Mapping[str, torch.Tensor], bundle: Bundle
-    ) -> None:
+    def __init__(self, architecture: Architecture, state: Mapping[str, torch.Tensor], bundle: Bundle) -> None:
         lengths = {f"prefill_{length}": length for length in bundle.prefill} | {"decode": 1}
         self.signatures = dict.fromkeys(lengths)
         self._mapped, self._runners, self._shapes = None, {}, {}
         for name, length in lengths.items():
-            module = architecture.decoder(config, logits=name == "decode").eval()
+            module = architecture.decoder(logits=name == "decode").eval()
             module.model.load_state_dict({key: state[key] for key in module.model.state_dict()})
             self._runners[name] = _runner(module)
-            inputs = architecture.decoder_inputs(config, length, bundle.cache_length)
+            inputs = architecture.decoder_inputs(length, bundle.cache_length)
             kept = {f"kv_cache_{key}": value for key, value in inputs.pop("kv_cache").items()}
             shapes = {key: tuple(value.shape) for key, value in {**inputs, **kept}.items()}
             self._shapes[name] = {"input_pos": (length,), "mask": (1, 1, length, bundle.cache_length), **shapes}
         keys = {"embedder": "embeddings", "per_layer_embedder": "per_layer_embeddings"}
         self._embedders = {
             keys[table.name]: _looked_up(state[table.tensor] * table.scale, table.shape)
-            for table in architecture.tables(config)
+            for table in architecture.tables()
         }
 
 

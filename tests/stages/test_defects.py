@@ -32,7 +32,7 @@ def weights(judged: Line) -> Weights:
     checkpoint = open_checkpoint(judged.root / "fetch" / "checkpoint")
     config = checkpoint.config
     names = preflight.match(
-        checkpoint.tensors, ARCHITECTURE.tensors(config), lambda name: ARCHITECTURE.canonical(name, config), "shipped"
+        checkpoint.tensors, ARCHITECTURE(config).tensors(), ARCHITECTURE(config).canonical, "shipped"
     )
     return {name: torch.from_numpy(checkpoint.read(stored)) for name, stored in names.items()}
 

@@ -48,7 +48,7 @@ def test_sizes_are_those_of_the_files(built: Line) -> None:
 
 def test_a_configuration_that_leaves_keys_to_their_defaults_is_planned_too(judged: Line) -> None:
     """As transformers reads it: 35 layers of which 20 have a cache, two heads of 256."""
-    shapes = ARCHITECTURE.tensors({"model_type": "gemma3n_text"})
+    shapes = ARCHITECTURE({"model_type": "gemma3n_text"}).tensors()
     assert sizes.layers(shapes) == 35 and sizes.cached(shapes) == 20 * 2 * 2 * 256
     _, model = planned(judged)
     own = model.text["num_hidden_layers"] - model.text["num_kv_shared_layers"]
@@ -81,7 +81,7 @@ def test_too_little_memory(
 def header(config: dict[str, object]) -> bytes:
     """Bytes before the first weight of a whole checkpoint in one file."""
     entries, start = {}, 0
-    for name, shape in ARCHITECTURE.tensors(config).items():
+    for name, shape in ARCHITECTURE(config).tensors().items():
         end = start + 2 * math.prod(shape)
         entries[f"model.{name}"] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [start, end]}
         start = end
@@ -94,7 +94,7 @@ def test_a_large_model_on_the_hub_is_planned_from_its_headers(
 ) -> None:
     config = GEOMETRIES["e2b"]
     start = header(config)
-    parameters = sum(math.prod(shape) for shape in ARCHITECTURE.tensors(config).values())
+    parameters = sum(math.prod(shape) for shape in ARCHITECTURE(config).tensors().values())
     server.add(
         "org/large",
         {
