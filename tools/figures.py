@@ -73,11 +73,11 @@ def headline(table: Table) -> list[str]:
 
 
 def times(table: Table) -> list[str]:
-    """How long README's two commands take."""
+    """How long README's two commands take, in minutes; the table has seconds."""
     told = []
     for row in table.rows:
-        cells = [f"{table.columns[name].text(value.value)} {name}" for name, value in row.values.items()]
-        told.append(f"- {row.name}: {', '.join(cells)}")
+        cells = [f"{value.value / 60:.1f} minutes {name}" for name, value in row.values.items()]
+        told.append(f"- {row.name}: {', '.join(cells)}.")
     return [*told, *(f"- {note}" for note in table.notes), "", *tables.origins(table)]
 
 

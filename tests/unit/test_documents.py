@@ -193,6 +193,12 @@ def test_the_house_counts_what_a_small_one_has(tmp_path: Path) -> None:
     assert found["biggest room, share of pipeline's lines"].of == "judge"
 
 
+def test_the_limits_of_the_house_are_told_to_those_who_change_it() -> None:
+    text = (PROJECT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    table = text.split("| figure | must | aim |\n|---|---|---|\n")[1].split("\n\n")[0]
+    assert table.splitlines() == [f"| {figure.name} | {figure.must} | {figure.aim} |" for figure in house.figures()]
+
+
 def test_the_house_of_the_project_has_no_circles_and_nothing_upward() -> None:
     found = {figure.name: figure.value for figure in house.figures()}
     assert found["rooms in a circle of imports"] == found["imports upward"] == 0
