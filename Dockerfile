@@ -34,7 +34,7 @@ RUN --mount=type=bind,source=locks,target=/locks \
 COPY locks/cpu.txt locks/cuda.txt /app/locks/
 COPY examples /app/examples
 COPY pipeline /app/pipeline
-COPY LICENSE* README.md /app/
+COPY LICENSE README.md /app/
 
 # Any user may run it and write nowhere but /tmp and the mounted folders. LOGNAME: some libraries ask for a name, and a
 # number given with --user has none.
@@ -50,6 +50,7 @@ ENV PATH=/opt/venv/bin:$PATH \
 ARG REVISION=
 LABEL org.opencontainers.image.title="hf-to-litert" \
       org.opencontainers.image.description="Gemma 3n and Gemma 3 checkpoints to verified LiteRT files" \
+      org.opencontainers.image.licenses="Apache-2.0" \
       org.opencontainers.image.revision="${REVISION}" \
       pipeline.lock="${LOCK}" \
       pipeline.lock.sha256="${LOCK_SHA256}"

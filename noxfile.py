@@ -146,6 +146,12 @@ def large(session: nox.Session) -> None:
 
 
 @nox.session(venv_backend="none", default=False)
+def house(session: nox.Session) -> None:
+    """Print the figures of the code's shape beside their limits: rooms, imports, types, names, comments."""
+    python(session, "-m", "tools.house")
+
+
+@nox.session(venv_backend="none", default=False)
 def image(session: nox.Session) -> None:
     """Build the container image, look into its layers, run the main job in it offline, compare files with the host's.
 

@@ -2,7 +2,8 @@
 
     make bench
 
-Two parts, both into `bench/bench.json`, which `tools/figures.py` puts into the README:
+Two parts. Their tables go to `bench/`, which `python -m tools.figures` writes into the documents; all that was seen
+goes to `bench/raw/bench.json`:
 
 * a random Gemma 3n with the layers of E2B: per stage seconds and peak memory, and the latency of int8 against fp32;
 * Gemma 3 270M as an int8 bundle in LiteRT-LM, beside the stock exporter's of the same checkpoint, cache and prefill.
@@ -36,7 +37,7 @@ from pipeline.core.recipe import PROJECT
 from pipeline.core.recipe import load as load_recipe
 from pipeline.models.gemma3n import ARCHITECTURE
 from pipeline.runtime.litert import StepModel, default_threads, processor
-from tools import bench_bundle, bench_stages
+from tools import bench_bundle, bench_stages, figures, tables
 
 STEP_STAGES = ("fetch", "graph", "fp32", "int8")
 BUNDLE_STAGES = ("fetch", "graph", "moments", "int8", "bundle")
@@ -193,7 +194,7 @@ def run(folder: Path, layers: int, rounds: int, bundle_rounds: int) -> dict[str,
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("bench"), help="where results go (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=tables.RAW, help="where all results go (default: %(default)s)")
     parser.add_argument(
         "--layers", type=int, default=3, help="layers of the random model (default: %(default)s, 236 M parameters)"
     )
@@ -209,4 +210,5 @@ if __name__ == "__main__":
     for length, taken in results["latency_ms"].items():
         ratio = taken["int8"] / taken["fp32"]
         log.line(f"S = {length}: fp32 {taken['fp32']:.1f} ms, int8 {taken['int8']:.1f} ms, ratio {ratio:.2f}")
-    log.line(f"written: {arguments.out / 'bench.json'}")
+    tables.write_all(figures.wide(results))
+    log.line(f"written: {arguments.out / 'bench.json'} and tables in bench/; now `python -m tools.figures`")

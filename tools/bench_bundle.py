@@ -1,6 +1,6 @@
 """Measure `.litertlm` bundles in the real LiteRT-LM runtime, against each other.
 
-    python -m tools.bench_bundle ours=a.litertlm stock=b.litertlm --rounds 5 --out bench/bundle.json
+    python -m tools.bench_bundle ours=a.litertlm stock=b.litertlm --rounds 5 --out bench/raw/bundle.json
 
 Per bundle: tokens per second of prefill and of decode, seconds to the first token and to load, peak memory. Each
 measurement is a process of its own, and the bundles come in turns, round after round, so that their ratios mean

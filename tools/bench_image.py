@@ -1,4 +1,4 @@
-"""Build the image, run the main job in it, look into its layers; time and size go to `bench/image.json`.
+"""Build the image, run the main job in it, look into its layers; time and size become a table in `bench/`.
 
     python -m tools.bench_image RESULTS
 
@@ -18,12 +18,11 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pipeline.core import log, manifest
+from pipeline.core import log
 from pipeline.core.recipe import PROJECT
-from tools import engine, image_scan
+from tools import engine, figures, image_scan, tables
 
 IMAGE = "hf-to-litert"
-FIGURES = PROJECT / "bench" / "image.json"
 LARGEST = 3.0e9
 """Bytes that the CPU image may have, as the engine counts them."""
 
@@ -65,8 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with engine.engine() as env:
             found = measure(env, arguments.results)
             faults = image_scan.scan(IMAGE, secret, env)
-    FIGURES.parent.mkdir(exist_ok=True)
-    manifest.write_atomically(FIGURES, manifest.dump_json(found))
+    tables.write_all(figures.image(found))
     faults += [f"it is larger than {log.human_bytes(LARGEST)}"] if float(found["size"]) > LARGEST else []
     for fault in faults:
         log.line(f"error: {IMAGE}: {fault}")

@@ -2,7 +2,7 @@
 
     python -m tools.bench_large e2b [e4b]        (nox -s large)
 
-Writes `bench/large.json` and `bench/large.png`, and fails if a limit is missed. The disk is checked first (E2B needs
+Writes a table and a picture into `bench/`, and fails if a limit is missed. The disk is checked first (E2B needs
 35 GB at once, E4B 48). The runs, per size: bf16 to the int8 bundle, and on through every stage up to publish; the same
 under a memory cgroup of 4 GiB, where this process may make one; bf16 to the fp32 sections. A checkpoint of 0.3 billion
 parameters goes first, so that growth shows.
@@ -23,9 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core import log, versions
-from pipeline.core.recipe import PROJECT
 from pipeline.runtime.litert import default_threads, processor
-from tools import bench_stages
+from tools import bench_stages, figures, tables
 from tools.bench_stages import GIB, together
 from tools.make_random_checkpoint import GEOMETRIES, make
 
@@ -127,17 +126,22 @@ def _row(what: str, value: float, must: float, aim: float) -> dict[str, Any]:
     return {"what": what, "value": value, "must": must, "aim": aim, "passed": value <= must}
 
 
-def _earlier(file: Path, about: Mapping[str, Any]) -> dict[str, Any]:
-    """Runs of an earlier call on the same machine with the same versions: a size takes long, and can be run alone."""
+def _earlier(file: Path, about: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Runs of an earlier call on the same machine with the same versions, and their dates.
+
+    A size takes long, and can be run alone.
+    """
     found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return dict(found["runs"]) if found and all(found[key] == value for key, value in about.items()) else {}
+    if not found or any(found[key] != value for key, value in about.items()):
+        return {}, {}
+    return dict(found["runs"]), dict(found["dates"])
 
 
 def main() -> int:
     """Run from the command line; 1 if a limit is missed, 10 if the disk is too small."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sizes", nargs="*", default=["e2b"], choices=("e2b", "e4b"), help="default: e2b")
-    parser.add_argument("--out", type=Path, default=PROJECT / "bench", help="where results go (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=tables.RAW, help="where all results go (default: %(default)s)")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     free, needed = shutil.disk_usage(arguments.out).free, max(DISK[size] for size in arguments.sizes)
@@ -145,20 +149,24 @@ def main() -> int:
         log.line(f"error: this needs {log.human_bytes(needed)} of disk at once, {log.human_bytes(free)} are free")
         return 10
     about = {"machine": {"cpu": processor(), "threads": default_threads()}, "versions": versions.installed()}
-    runs = _earlier(arguments.out / "large.json", about)
+    runs, dates = _earlier(arguments.out / "large.json", about)
+    today = time.strftime("%Y-%m-%d")
     with tempfile.TemporaryDirectory(dir=arguments.out) as scratch:
         for size in ("0.3b", *arguments.sizes):
-            runs |= measure(size, Path(scratch))
+            taken = measure(size, Path(scratch))
+            runs, dates = runs | taken, dates | dict.fromkeys(taken, today)
     sizes = dict.fromkeys(name.split()[0] for name in runs if not name.startswith("0.3b"))
     found = {
         "runs": runs,
+        "dates": dates,
         "limits": judge(runs),
         **about,
-        "date": time.strftime("%Y-%m-%d"),
+        "date": today,
         "command": f"nox -s large -- {' '.join(sizes)}",
     }
     (arguments.out / "large.json").write_text(json.dumps(found), encoding="utf-8")  # stages in their order
-    bench_stages.draw({name: runs[name] for name in SHOWN if name in runs}, arguments.out / "large.png")
+    tables.write_all(figures.large(found))
+    bench_stages.draw({name: runs[name] for name in SHOWN if name in runs}, tables.BENCH / "large.png")
     for name, stages in runs.items():
         log.line(f"\n{name}")
         for line in bench_stages.table(stages):

@@ -1,6 +1,6 @@
 """Measure the stages: seconds, memory over time, bytes to and from the disk.
 
-    python -m tools.bench_stages CHECKPOINT --stages fetch graph int8 bundle --graphs bundle --out bench/e2b.json
+    python -m tools.bench_stages CHECKPOINT --stages fetch graph int8 bundle --graphs bundle --out bench/raw/e2b.json
 
 Each stage is a process of its own, watched from outside. The picture beside the JSON has a panel per run: anonymous and
 resident memory over time, stage after stage.
@@ -125,7 +125,7 @@ def main() -> int:
     parser.add_argument("--stages", nargs="+", default=["fetch", "graph", "int8"], help="default: %(default)s")
     parser.add_argument("--graphs", choices=("step", "bundle", "all"), default="bundle", help="default: %(default)s")
     parser.add_argument("--recipe", type=Path, default=RECIPES / "gemma3n.toml")
-    parser.add_argument("--out", type=Path, default=Path("bench/stages.json"), help="default: %(default)s")
+    parser.add_argument("--out", type=Path, default=Path("bench/raw/stages.json"), help="default: %(default)s")
     arguments = parser.parse_args()
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=arguments.out.parent) as scratch:

@@ -1,29 +1,32 @@
-"""Write the measured figures into the README, from what `make`, `make bench` and `nox -s large image` leave.
+"""Write the measured figures into the documents: `docs/measured.md`, and README's one table and its times.
 
-    python -m tools.figures
+    python -m tools.figures                                    # from bench/*.json
+    python -m tools.figures --report artifacts/tiny-gemma3n/verify/report.json
 
-Reads `artifacts/tiny-gemma3n/verify/report.json` and `bench.json`, `large.json`, `image.json` and, if it is there,
-`rival.json` in `bench/`; replaces what stands between the two markers.
+`make bench` and `nox -s large rival image` leave their tables in `bench/`; with `--report` those of the shipped model
+are made of what `make` judged. A test holds the documents to these files, byte for byte.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from pipeline.core import log
 from pipeline.core.recipe import PROJECT
+from tools import tables
 from tools.bench_stages import together
+from tools.tables import Column, Measured, Row, Table, Value
 
 README = PROJECT / "README.md"
-REPORT = PROJECT / "artifacts" / "tiny-gemma3n" / "verify" / "report.json"
-BENCH = PROJECT / "bench" / "bench.json"
-LARGE = PROJECT / "bench" / "large.json"
-IMAGE = PROJECT / "bench" / "image.json"
-RIVAL = PROJECT / "bench" / "rival.json"
-PICTURE = LARGE.with_suffix(".png")
-BEGIN, END = "<!-- figures: written by tools/figures.py -->", "<!-- end of figures -->"
+PAGE = PROJECT / "docs" / "measured.md"
+HEADLINE, TIMES = "bundle_rival", "first_make"
+"""The tables that README shows: one as it is, one as a sentence."""
 NAMES = {
     "fp32": "fp32",
     "fp16": "fp16 weights",
@@ -31,189 +34,319 @@ NAMES = {
     "int8-static": "int8, full integer",
     "int8-static16": "int8, full integer, 16-bit activations",
 }
+INTRODUCTION = """# Measured
+
+<!-- Written by `python -m tools.figures` from bench/*.json. Edit those, or measure anew. -->
+
+Other work ran beside all of this at times: ratios within a table hold, times are upper bounds. KLD is the mean KL
+divergence in nats over the whole vocabulary; brackets hold 95 % intervals. What was tried on the way to the recipes
+stands in [experiments.md](experiments.md).
+"""
 
 
-def quality(report: dict[str, Any]) -> list[str]:
-    """The shipped model's files: size, and quality against what each is judged by."""
-    grid = [report["variants"]["fp32"]["grid"][kernels] for kernels in ("xnnpack", "builtin")]
-    rows = [
-        f"The shipped model, {report['parameters']:,} parameters; `make` on {report['date']}, "
-        f"{report['machine']['cores']} cores ({report['machine']['processor']}), torch {report['tools']['torch']}, "
-        f"transformers {report['tools']['transformers']}, LiteRT {report['tools']['ai-edge-litert']}. "
-        f"{report['positions']:,} held-out positions; fp32 is held against Hugging Face, "
-        "the others against our fp32 file.",
-        "",
-        "| file | size | of fp32 | KLD (95 %) | top-1 | perplexity | integer products | S = 1 | S = 128 | S = 1,024 |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+def documents(found: Mapping[str, Table], readme: str) -> dict[Path, str]:
+    """The documents with the figures of `found`, by path; `readme` is README's text so far.
+
+    Raises:
+        ValueError: README has not exactly one place for each of its two.
+    """
+    page = "\n".join([INTRODUCTION, *("\n".join(tables.section(table)) + "\n" for table in found.values())])
+    parts = {"headline": headline(found[HEADLINE]), "times": times(found[TIMES])}
+    for name, lines in parts.items():
+        readme = _replaced(readme, name, "\n".join(lines))
+    return {README: readme, PAGE: page}
+
+
+def _replaced(text: str, name: str, new: str) -> str:
+    """`text` with `new` between the markers of `name`."""
+    begin, end = f"<!-- {name}: written by `python -m tools.figures` -->\n", f"<!-- end of {name} -->"
+    before, begun, rest = text.partition(begin)
+    _, ended, after = rest.partition(end)
+    if not begun or not ended or begin in after:
+        raise ValueError(f"README.md has not one place for {name}")
+    return f"{before}{begin}{new}\n{end}{after}"
+
+
+def headline(table: Table) -> list[str]:
+    """README's table."""
+    return [f"{table.title}. {table.about}", "", *tables.markdown(table), "", *tables.origins(table)]
+
+
+def times(table: Table) -> list[str]:
+    """How long README's two commands take, in minutes; the table has seconds."""
+    told = []
+    for row in table.rows:
+        cells = [f"{value.value / 60:.1f} minutes {name}" for name, value in row.values.items()]
+        told.append(f"- {row.name}: {', '.join(cells)}.")
+    return [*told, *(f"- {note}" for note in table.notes), "", *tables.origins(table)]
+
+
+def _values(columns: Mapping[str, Column], numbers: Sequence[object]) -> dict[str, Value]:
+    """A row's values from numbers, in the order of the columns; None where there is none."""
+    values = {}
+    for name, number in zip(columns, numbers, strict=True):
+        if isinstance(number, Value):
+            values[name] = number
+        elif number is not None:
+            values[name] = Value(value=float(str(number)))
+    return values
+
+
+def _within(of: Mapping[str, float], factor: float = 1) -> Value:
+    """A figure with its interval, as the judge writes them."""
+    return Value(value=of["value"] * factor, low=of["low"] * factor, high=of["high"] * factor)
+
+
+def shipped(report: Mapping[str, Any]) -> dict[str, Table]:
+    """The shipped model's files, from verify's report: sizes, quality and speed; and fp32 over its shapes."""
+    measured = Measured(
+        date=report["date"],
+        command="`make`",
+        machine=f"{report['machine']['cores']} cores ({report['machine']['processor']})",
+        versions=f"torch {report['tools']['torch']}, transformers {report['tools']['transformers']}, "
+        f"LiteRT {report['tools']['ai-edge-litert']}",
+    )
+    columns = {
+        "size": Column(unit="MB", digits=".2f"),
+        "of fp32": Column(digits=".3f"),
+        "KLD": Column(unit="nats", digits=".1e"),
+        "top-1": Column(unit="%", digits=".2f"),
+        "perplexity": Column(digits=".2f"),
+        "integer products": Column(unit="%", digits=".1f"),
+        "S = 1": Column(unit="ms", digits=".2f"),
+        "S = 128": Column(unit="ms", digits=".1f"),
+        "S = 1,024": Column(unit="ms", digits=".0f"),
+    }
+    rows = []
     for name in report["order"]:
-        variant, speed = report["variants"][name], report["speed"][name]["xnnpack"]["latency"]
-        scores = variant["against_fp32"] or variant["against_reference"]
-        kld, share = scores["kld"], variant["integer_share"]
-        rows.append(
-            f"| {NAMES.get(name, name)} | {variant['size'] / 1e6:.2f} MB | {variant['size_ratio']:.3f} "
-            f"| {kld['value']:.1e} ({kld['low']:.1e} to {kld['high']:.1e}) | {scores['top1']['value']:.2%} "
-            f"| {scores['perplexity']:.2f} | {f'{share:.1%}' if share else '–'} "
-            f"| {1000 * speed['1']:.2f} ms | {1000 * speed['128']:.1f} ms | {1000 * speed['1024']:.0f} ms |"
-        )
-    worst = max(grid, key=lambda result: result["nmse"])
-    rows += [
-        "",
-        f"fp32 over {grid[0]['cases']} shapes (batch × sequence × padding; {grid[1]['cases']} of them also without "
-        f"XNNPACK): worst logits NMSE {worst['nmse']:.1e}, top-1 {min(result['top1'] for result in grid):.0%}; "
-        f"{report['variants']['fp32']['size_per_parameter']:.3f} bytes per parameter.",
-    ]
-    return rows
+        variant, latency = report["variants"][name], report["speed"][name]["xnnpack"]["latency"]
+        scores, share = variant["against_fp32"] or variant["against_reference"], variant["integer_share"]
+        numbers = [variant["size"] / 1e6, variant["size_ratio"], _within(scores["kld"]), 100 * scores["top1"]["value"]]
+        numbers += [scores["perplexity"], 100 * share if share else None]
+        numbers += [1000 * latency[length] for length in ("1", "128", "1024")]
+        rows.append(Row(name=NAMES.get(name, name), values=_values(columns, numbers)))
+    files = Table(
+        title="The shipped model's files",
+        about=f"{report['parameters']:,} parameters, {report['positions']:,} held-out positions. fp32 is held against "
+        "Hugging Face, the others against our fp32 file. S is the length of the step in tokens.",
+        place=2,
+        columns=columns,
+        measured=measured,
+        rows=tuple(rows),
+        notes=(
+            "The full-integer file costs time on a processor without VNNI; it is for accelerators that take nothing "
+            "else.",
+        ),
+    )
+    return {"shipped_files": files, "shipped_shapes": _shapes(report["variants"]["fp32"], measured)}
 
 
-def speed(bench: dict[str, Any]) -> list[str]:
-    """The larger random model: int8 against fp32, time and memory of the stages."""
+def _shapes(fp32: Mapping[str, Any], measured: Measured) -> Table:
+    columns = {
+        "shapes": Column(digits=".0f"),
+        "worst logits NMSE": Column(digits=".1e"),
+        "worst top-1": Column(unit="%", digits=".0f"),
+    }
     rows = [
-        "",
-        f"A random Gemma 3n with E2B's layer widths, {bench['layers']} layers, {bench['parameters'] / 1e6:.0f} M "
-        f"parameters; `{bench['command']}` on {bench['date']}, {bench['machine']['threads']} threads "
-        f"({bench['machine']['cpu']}). Both files timed in turns.",
-        "",
-        "| | " + " | ".join(f"S = {length}" for length in bench["latency_ms"]) + " |",
-        "|---|" + "---|" * len(bench["latency_ms"]),
+        Row(name=kernels, values=_values(columns, [grid["cases"], grid["nmse"], 100 * grid["top1"]]))
+        for kernels, grid in fp32["grid"].items()
     ]
-    for name in ("fp32", "int8"):
-        rows.append(
-            f"| {name} | " + " | ".join(f"{taken[name]:.1f} ms" for taken in bench["latency_ms"].values()) + " |"
-        )
-    ratios = [f"{taken['int8'] / taken['fp32']:.2f}" for taken in bench["latency_ms"].values()]
-    rows += ["| int8 / fp32 | " + " | ".join(ratios) + " |", ""]
-    stages = [
-        f"{name} {stage['seconds']:.0f} s and {stage['peak_anonymous'] / 2**30:.2f} GiB"
-        for name, stage in bench["stages"].items()
-    ]
-    rows.append(f"Stages on it, time and peak anonymous memory: {', '.join(stages)}.")
-    return rows
+    return Table(
+        title="The shipped model's fp32 step graph over many shapes",
+        about="Against Hugging Face in fp32; a shape is a batch, a sequence and a padding. XNNPACK is LiteRT's "
+        f"default, builtin its plain kernels. The file has {fp32['size_per_parameter']:.3f} bytes per parameter.",
+        place=3,
+        columns=columns,
+        measured=measured,
+        rows=tuple(rows),
+    )
 
 
-BUNDLE_COLUMNS = (
-    ("size", "size", 1e-6, ".1f", " MB"),
-    ("prefill", "prefill_tokens_per_s", 1.0, ".0f", " tok/s"),
-    ("decode", "decode_tokens_per_s", 1.0, ".1f", " tok/s"),
-    ("first token", "first_token_s", 1.0, ".2f", " s"),
-    ("load", "load_s", 1.0, ".2f", " s"),
-    ("peak anonymous", "peak_anonymous", 2**-30, ".2f", " GiB"),
-)
-"""Heading, name in `bench.json`, factor, format and unit of what is measured of a bundle."""
+def wide(bench: Mapping[str, Any]) -> dict[str, Table]:
+    """The larger random model of `make bench`: int8 against fp32, time and memory of the stages."""
+    measured = Measured(
+        date=bench["date"],
+        command=f"`{bench['command']}`",
+        machine=f"{bench['machine']['threads']} threads ({bench['machine']['cpu']})",
+    )
+    about = f"A random Gemma 3n with E2B's layer widths, {bench['layers']} layers, {bench['parameters'] / 1e6:.0f} M "
+    columns = {f"S = {length}": Column(unit="ms", digits=".1f") for length in bench["latency_ms"]}
+    rows = [
+        Row(name=name, values=_values(columns, [taken[name] for taken in bench["latency_ms"].values()]))
+        for name in ("fp32", "int8")
+    ]
+    speed = Table(
+        title="Speed of int8 against fp32 at E2B's layer widths",
+        about=f"{about}parameters; one step of S tokens, both files timed in turns.",
+        place=4,
+        columns=columns,
+        measured=measured,
+        rows=tuple(rows),
+        ratios=(("int8", "fp32"),),
+    )
+    columns = {"time": Column(unit="s", digits=".0f"), "peak anonymous memory": Column(unit="GiB", digits=".2f")}
+    stages = Table(
+        title="The stages at E2B's layer widths",
+        about=f"{about}parameters.",
+        place=5,
+        columns=columns,
+        measured=measured,
+        rows=tuple(
+            Row(name=name, values=_values(columns, [stage["seconds"], stage["peak_anonymous"] / 2**30]))
+            for name, stage in bench["stages"].items()
+        ),
+    )
+    return {"wide_speed": speed, "wide_stages": stages} | bundles(bench, measured)
+
+
+BUNDLE_COLUMNS = {
+    "size": ("size", 1e-6, Column(unit="MB", digits=".1f")),
+    "prefill": ("prefill_tokens_per_s", 1.0, Column(unit="tok/s", digits=".0f")),
+    "decode": ("decode_tokens_per_s", 1.0, Column(unit="tok/s", digits=".1f")),
+    "first token": ("first_token_s", 1.0, Column(unit="s", digits=".2f")),
+    "load": ("load_s", 1.0, Column(unit="s", digits=".2f")),
+    "peak anonymous": ("peak_anonymous", 2**-30, Column(unit="GiB", digits=".2f")),
+}
+"""Of what is measured of a bundle: its name in `make bench`'s results, factor, and how it is written."""
+BUILD_COLUMNS = {
+    "build": ("seconds", 1.0, Column(unit="s", digits=".0f")),
+    "build, peak anonymous": ("peak_anonymous", 2**-30, Column(unit="GiB", digits=".2f")),
+    "build, peak resident": ("peak_resident", 2**-30, Column(unit="GiB", digits=".2f")),
+}
+"""The same of building it."""
 WHO = {"ours": "this project", "stock": "litert-torch `export_hf`"}
 
 
-def bundles(bench: dict[str, Any]) -> list[str]:
+def bundles(bench: Mapping[str, Any], measured: Measured) -> dict[str, Table]:
     """Gemma 3 270M's int8 bundle in LiteRT-LM, beside the stock exporter's; nothing where it was not measured."""
     found = bench.get("bundle")
     if not found:
-        return []
-    rows = [
-        "",
-        f"Gemma 3 270M, {found['parameters'] / 1e6:.0f} M parameters, as an int8 bundle in LiteRT-LM "
-        f"{found['runtime']}, on the same machine: {found['prompt_tokens']} tokens in, {found['decode_tokens']} out, "
-        f"cache of {found['cache']:,}; medians of {found['rounds']} rounds in turns.",
-        "",
-        f"| | {' | '.join(heading for heading, *_ in BUNDLE_COLUMNS)} | build | its peak anonymous | resident |",
-        "|---|" + "---|" * (len(BUNDLE_COLUMNS) + 3),
-    ]
+        return {}
+    columns = {name: column for name, (_, _, column) in (BUNDLE_COLUMNS | BUILD_COLUMNS).items()}
+    rows = []
     for name, row in found["bundles"].items():
-        cells = [f"{row[key] * factor:{form}}{unit}" for _, key, factor, form, unit in BUNDLE_COLUMNS]
         build = found["builds"][name]
-        cells += [f"{build['seconds']:.0f} s"]
-        cells += [f"{build[key] / 2**30:.2f} GiB" for key in ("peak_anonymous", "peak_resident")]
-        rows.append(f"| {WHO[name]} | {' | '.join(cells)} |")
-    if "stock" in found["bundles"]:
-        ours, stock = (found["bundles"][name] | {"build": found["builds"][name]} for name in ("ours", "stock"))
-        cells = [f"{ours[key] / stock[key]:.2f}" for _, key, *_ in BUNDLE_COLUMNS]
-        cells += [
-            f"{ours['build'][key] / stock['build'][key]:.2f}" for key in ("seconds", "peak_anonymous", "peak_resident")
-        ]
-        rows.append(f"| ours / stock | {' | '.join(cells)} |")
-    return rows
+        numbers = [row[key] * factor for key, factor, _ in BUNDLE_COLUMNS.values()]
+        numbers += [build[key] * factor for key, factor, _ in BUILD_COLUMNS.values()]
+        rows.append(Row(name=WHO[name], values=_values(columns, numbers)))
+    table = Table(
+        title="Gemma 3 270M's int8 bundle beside the stock exporter's",
+        about=f"{found['parameters'] / 1e6:.0f} M parameters; {found['prompt_tokens']} tokens in, "
+        f"{found['decode_tokens']} out, cache of {found['cache']:,}; medians of {found['rounds']} rounds in turns. "
+        f"Both are built with the same signatures, a prefill of {found['prompt_tokens']} tokens and decode; ours "
+        "counts the calibration run that GPTQ needs.",
+        place=6,
+        columns=columns,
+        measured=replace(measured, versions=f"LiteRT-LM {found['runtime']}"),
+        rows=tuple(rows),
+        ratios=((WHO["ours"], WHO["stock"]),) if "stock" in found["bundles"] else (),
+    )
+    return {"bundle_stock": table}
 
 
-def rival(found: dict[str, Any]) -> list[str]:
+RIVALS = {"ours": "this project, int8", "llama.cpp": "llama.cpp, Q8_0"}
+
+
+def rival(found: Mapping[str, Any]) -> dict[str, Table]:
     """Gemma 3 270M's int8 bundle beside llama.cpp's Q8_0 of the same checkpoint."""
-    ours, theirs = found["files"]["ours"], found["files"]["llama.cpp"]
-    rows = [
-        "",
-        "The same bundle beside llama.cpp's Q8_0 of the same checkpoint (the source in llama-cpp-python "
-        f"{found['bindings']}, built for this processor); `nox -s rival` on {found['date']}, {found['threads']} "
-        f"threads ({found['cpu']}). Quality against Hugging Face in fp32 on {ours['positions']:,} positions of "
-        f"{ours['blocks']} held-out texts; speed with {found['prompt_tokens']} tokens in, {found['decode_tokens']} "
-        f"out, medians of {found['rounds']} rounds in turns.",
-        "",
-        "| | size | KLD (95 %) | top-1 (95 %) | perplexity ratio (95 %) | prefill | decode |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for name, row in (("this project, int8", ours), ("llama.cpp, Q8_0", theirs)):
-        cells = [f"{row['size'] / 1e6:.1f} MB"]
-        cells += [
-            _within(row[key], form) for key, form in (("kld", ".4f"), ("top1", ".1%"), ("perplexity_ratio", ".4f"))
-        ]
-        cells += [f"{row['prefill_tokens_per_s']:.0f} tok/s", f"{row['decode_tokens_per_s']:.1f} tok/s"]
-        rows.append(f"| {name} | {' | '.join(cells)} |")
-    ratios = [f"{ours['size'] / theirs['size']:.2f}", f"{ours['kld']['value'] / theirs['kld']['value']:.1f}", "", ""]
-    ratios += [f"{ours[key] / theirs[key]:.2f}" for key in ("prefill_tokens_per_s", "decode_tokens_per_s")]
-    return [*rows, f"| ours / llama.cpp | {' | '.join(ratios)} |"]
+    ours = found["files"]["ours"]
+    columns = {
+        "size": Column(unit="MB", digits=".1f"),
+        "KLD": Column(unit="nats", digits=".4f"),
+        "top-1": Column(unit="%", digits=".1f"),
+        "perplexity ratio": Column(digits=".4f"),
+        "prefill": Column(unit="tok/s", digits=".0f"),
+        "decode": Column(unit="tok/s", digits=".1f"),
+    }
+    rows = []
+    for key, name in RIVALS.items():
+        row = found["files"][key]
+        numbers = [row["size"] / 1e6, _within(row["kld"]), _within(row["top1"], 100), _within(row["perplexity_ratio"])]
+        numbers += [row["prefill_tokens_per_s"], row["decode_tokens_per_s"]]
+        rows.append(Row(name=name, values=_values(columns, numbers)))
+    table = Table(
+        title="Gemma 3 270M's int8 bundle beside llama.cpp's Q8_0 of the same checkpoint",
+        about=f"Quality against Hugging Face in fp32 on {ours['positions']:,} positions of {ours['blocks']} held-out "
+        f"texts, with 95 % intervals; speed with {found['prompt_tokens']} tokens in, {found['decode_tokens']} out, "
+        f"medians of {found['rounds']} rounds in turns.",
+        place=1,
+        columns=columns,
+        measured=Measured(
+            date=found["date"],
+            command="`nox -s rival`",
+            machine=f"{found['threads']} threads ({found['cpu']})",
+            versions=f"llama.cpp's source in llama-cpp-python {found['bindings']}, built for this processor",
+        ),
+        rows=tuple(rows),
+        ratios=((RIVALS["ours"], RIVALS["llama.cpp"]),),
+    )
+    return {HEADLINE: table}
 
 
-def _within(of: dict[str, float], form: str) -> str:
-    return f"{of['value']:{form}} ({of['low']:{form}} to {of['high']:{form}})"
-
-
-def large(found: dict[str, Any]) -> list[str]:
-    """True E2B and E4B size: what each run took, beside its limits."""
-    rows = [
-        "",
-        f"Random weights of true Gemma 3n E2B and E4B size, bf16; `{found['command']}` on {found['date']}, "
-        f"{found['machine']['threads']} threads ({found['machine']['cpu']}). Each stage is a process of its own; "
-        "memory is anonymous, of the largest.",
-        "",
-        "| run | stages | time | peak memory | written to disk | result |",
-        "|---|---|---|---|---|---|",
-    ]
+def large(found: Mapping[str, Any]) -> dict[str, Table]:
+    """True E2B and E4B size: what each run took."""
+    columns = {
+        "time": Column(unit="min", digits=".1f"),
+        "peak memory": Column(unit="GiB", digits=".2f"),
+        "written to disk": Column(unit="GB", digits=".1f"),
+        "result": Column(unit="GB", digits=".1f"),
+    }
+    measured = Measured(
+        date=found["date"],
+        command=f"`{found['command']}`",
+        machine=f"{found['machine']['threads']} threads ({found['machine']['cpu']})",
+    )
+    rows = []
     for name, stages in found["runs"].items():
         took = together(stages)
         size = sum(taken["size"] for stage, taken in stages.items() if stage != "fetch")
-        memory, written = took["peak_anonymous"] / 2**30, took["written"] / 1e9
-        rows.append(
-            f"| {name} | {', '.join(stages)} | {took['seconds'] / 60:.1f} min | {memory:.2f} GiB | {written:.1f} GB "
-            f"| {size / 1e9:.1f} GB |"
-        )
-    return [*rows, "", f"![memory over time, stage by stage]({PICTURE.relative_to(PROJECT)})"]
+        numbers = [took["seconds"] / 60, took["peak_anonymous"] / 2**30, took["written"] / 1e9, size / 1e9]
+        own = None if found["dates"][name] == found["date"] else replace(measured, date=found["dates"][name])
+        rows.append(Row(name=f"{name} ({', '.join(stages)})", values=_values(columns, numbers), measured=own))
+    table = Table(
+        title="Gemma 3n at E2B and E4B size",
+        about="Random weights of true size, bf16. Each stage is a process of its own; memory is anonymous, of the "
+        "largest. The picture is memory over time, stage by stage.",
+        place=7,
+        columns=columns,
+        measured=measured,
+        rows=tuple(rows),
+        picture="large.png",
+    )
+    return {"large": table}
 
 
-def image(found: dict[str, Any]) -> list[str]:
+def image(found: Mapping[str, Any]) -> dict[str, Table]:
     """The container image: how long it takes to build and to work in, and how large it is."""
-    return [
-        "",
-        f"The container image (CPU): {found['size'] / 1e9:.2f} GB, built in {found['build']:.0f} s; the main job in "
-        f"it, offline, in {found['job'] / 60:.1f} min; `nox -s image` on {found['date']}, {found['cores']} cores.",
-    ]
+    columns = {
+        "size": Column(unit="GB", digits=".2f"),
+        "built in": Column(unit="s", digits=".0f"),
+        "the main job in it, offline": Column(unit="min", digits=".1f"),
+    }
+    numbers = [found["size"] / 1e9, found["build"], found["job"] / 60]
+    table = Table(
+        title="The container image",
+        about="The CPU image, and `make publish` of the shipped model in it without a network.",
+        place=8,
+        columns=columns,
+        measured=Measured(date=found["date"], command="`nox -s image`", machine=f"{found['cores']} cores"),
+        rows=(Row(name="CPU image", values=_values(columns, numbers)),),
+    )
+    return {"image": table}
 
 
-def main() -> int:
-    """Replace the section; 2 if a file it needs is missing."""
-    for file, command in (
-        (REPORT, "make"),
-        (BENCH, "make bench"),
-        (LARGE, "nox -s large -- e2b e4b"),
-        (IMAGE, "nox -s image"),
-    ):
-        if not file.is_file():
-            log.line(f"error: {file.relative_to(PROJECT)} is missing; run `{command}` first")
-            return 2
-    found = (json.loads(file.read_text(encoding="utf-8")) for file in (REPORT, BENCH, LARGE, IMAGE))
-    report, bench, runs, container = found
-    beside = rival(json.loads(RIVAL.read_text(encoding="utf-8"))) if RIVAL.is_file() else []
-    text = README.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    parts = (quality(report), speed(bench), bundles(bench), beside, large(runs), image(container))
-    made = "\n".join([BEGIN, *(line for part in parts for line in part), END])
-    README.write_text(before + made + after, encoding="utf-8")
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the documents."""
+    parser = argparse.ArgumentParser(prog="python -m tools.figures", description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument(
+        "--report", type=Path, help="verify's report.json of the shipped model, to take its tables from"
+    )
+    arguments = parser.parse_args(argv)
+    if arguments.report:
+        tables.write_all(shipped(json.loads(arguments.report.read_text(encoding="utf-8"))))
+    for file, text in documents(tables.read_all(), README.read_text(encoding="utf-8")).items():
+        file.write_text(text, encoding="utf-8")
+        log.line(f"written: {file.relative_to(PROJECT)}")
     return 0
 
 

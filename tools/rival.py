@@ -5,8 +5,8 @@
 Both predict every token of the texts that verify judges bundles on, and are held against Hugging Face in fp32 by the
 judge's own metrics: ours through the `decode` signature, a token at a time, llama.cpp a text at once, as its own
 `perplexity` does. Then both read a prompt and decode, each time in a process of its own and in turns: ours in
-LiteRT-LM, llama.cpp in its library. llama.cpp runs with its defaults; the cache is as long as the bundle's. Writes
-`bench/rival.json`, which `tools/figures.py` puts into the README.
+LiteRT-LM, llama.cpp in its library. llama.cpp runs with its defaults; the cache is as long as the bundle's. The table
+goes to `bench/`, which `python -m tools.figures` writes into the documents.
 """
 
 from __future__ import annotations
@@ -34,9 +34,10 @@ from pipeline.judge.metrics import Summary
 from pipeline.judge.reference import Head, Reference
 from pipeline.runtime.litert import default_threads, processor
 from pipeline.runtime.sections import Conversation, Sections
+from tools import figures, tables
 from tools.bench_bundle import WORD, Work, measure_apart, medians
 
-OUT = PROJECT / "bench" / "rival.json"
+OUT = tables.RAW / "rival.json"
 Logits = NDArray[np.float32]
 _AT_ONCE = 8
 """Texts whose logits are on disk together: 1 GB of Gemma 3's."""
@@ -214,6 +215,7 @@ def main() -> int:
         parser.exit(1, f"{error}\nWhat it said is above.\n")
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    tables.write_all(figures.rival(found))
     for line in table(found):
         log.line(line)
     return 0

@@ -1,6 +1,6 @@
 """Every way the pipeline can end badly: one class per exit code, each with a message for the person who must act.
 
-The exit codes are a contract (see the README): scripts branch on them.
+The exit codes are a contract (see docs/files.md): scripts branch on them.
 """
 
 from __future__ import annotations
