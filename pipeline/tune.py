@@ -324,7 +324,8 @@ def work(arguments: argparse.Namespace) -> None:
                 limits=(arguments.size or space.most, arguments.speed),
             )
             try:
-                study.run()
+                with bench.moments:
+                    study.run()
             finally:  # also when it is interrupted
                 write(study, recipe, arguments, root / ("tune" if space.section == "int8" else f"tune-{space.section}"))
         finally:

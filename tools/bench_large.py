@@ -22,9 +22,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from pipeline.core import log, versions
+from pipeline.core import log, parallel, versions
 from pipeline.core.recipe import PROJECT
-from pipeline.runtime.litert import default_threads, processor
+from pipeline.runtime.litert import processor
 from tools import bench_stages
 from tools.bench_stages import GIB, together
 from tools.make_random_checkpoint import GEOMETRIES, make
@@ -144,7 +144,7 @@ def main() -> int:
     if free < needed:
         log.line(f"error: this needs {log.human_bytes(needed)} of disk at once, {log.human_bytes(free)} are free")
         return 10
-    about = {"machine": {"cpu": processor(), "threads": default_threads()}, "versions": versions.installed()}
+    about = {"machine": {"cpu": processor(), "threads": parallel.threads()}, "versions": versions.installed()}
     runs = _earlier(arguments.out / "large.json", about)
     with tempfile.TemporaryDirectory(dir=arguments.out) as scratch:
         for size in ("0.3b", *arguments.sizes):

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.core import parallel
 from pipeline.core.errors import IntegrityError
 
 SIGNATURE = "serving_default"
@@ -156,11 +157,6 @@ def standard_error(target: int) -> Iterator[None]:
         os.close(saved)
 
 
-def default_threads() -> int:
-    """The processors that this process may use, at most 8."""
-    return min(8, len(os.sched_getaffinity(0)))
-
-
 def processor() -> str:
     """The processor's name, from the kernel."""
     file = Path("/proc/cpuinfo")
@@ -175,7 +171,7 @@ class StepModel:
     Args:
         path: the `.tflite` file.
         xnnpack: whether the XNNPACK delegate runs what it can.
-        threads: how many threads run the kernels.
+        threads: how many threads run the kernels (default: `parallel.threads`).
         interpreter: how the file is opened.
 
     Raises:
@@ -187,7 +183,7 @@ class StepModel:
     ) -> None:
         started = time.perf_counter()
         try:
-            self._interpreter = interpreter(path, xnnpack=xnnpack, threads=threads or default_threads())
+            self._interpreter = interpreter(path, xnnpack=xnnpack, threads=threads or parallel.threads())
             self._interpreter.allocate_tensors()
         except (ValueError, RuntimeError) as error:
             raise IntegrityError(
@@ -297,7 +293,7 @@ def open_traced(file: Path) -> Any:
 
     return Interpreter(
         model_path=str(file),
-        num_threads=_threads(),
+        num_threads=parallel.threads(),
         experimental_op_resolver_type=OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES,
         experimental_preserve_all_tensors=True,
     )
@@ -313,9 +309,3 @@ def run(interpreter: Any, ids: Tokens) -> None:
     for name, detail in inputs.items():
         interpreter.set_tensor(detail["index"], values[name])
     interpreter.invoke()
-
-
-def _threads() -> int:
-    import os
-
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
