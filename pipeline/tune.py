@@ -38,7 +38,7 @@ from pipeline.core.errors import UsageError
 from pipeline.core.recipe import PROJECT, Recipe
 from pipeline.core.recipe import load as load_recipe
 from pipeline.core.recipe import parse as parse_recipe
-from pipeline.core.stage import common_parser, guard, locked, model_name
+from pipeline.core.stage import common_parser, guard, locked, made_again, model_name
 from pipeline.judge import corpus
 from pipeline.judge.corpus import Tokens
 from pipeline.models import build
@@ -53,6 +53,7 @@ from pipeline.search.groups import Group, Layer
 from pipeline.tflite.graph import Graph
 
 SCHEMA = 1
+_NEEDS = ("fetch", "graph", "moments")
 SHARDS = 8
 """Pieces of the text that measurements are of."""
 FINALISTS = 5
@@ -311,7 +312,7 @@ def work(arguments: argparse.Namespace) -> None:
     if space.section == "int8" and recipe.int8.scheme != "dynamic":
         raise UsageError("tune searches dynamic int8, the recipe's scheme is static", remedy='say scheme = "dynamic"')
     root = arguments.artifacts / model_name(arguments.model_id)
-    with locked(root, "tune"):
+    with locked(root, "tune"), made_again(root, _NEEDS):
         bench = _bench(arguments, recipe, root, clock, space)
         try:
             layers = _layers(Graph.read(bench.every))
@@ -338,7 +339,7 @@ def _plain(value: Any) -> Any:
 
 def _bench(arguments: argparse.Namespace, recipe: Recipe, root: Path, clock: Clock, space: Space) -> Bench:
     """Check what is read, export the graph that is measured on, and cut the text."""
-    upstream = {name: manifest.read(root / name) for name in ("fetch", "graph", "moments")}
+    upstream = {name: manifest.read(root / name) for name in _NEEDS}
     manifest.check([record for made in upstream.values() for record in made.outputs], root)
     checkpoint = open_checkpoint(root / "fetch" / "checkpoint")
     windows = _windows(arguments, recipe, root / "fetch" / "checkpoint")

@@ -66,9 +66,7 @@ class MappedModel:
                 options = Options(cpu_options=cpu)
                 self._model = CompiledModel.from_file(str(path), environment=_environment(), options=options)
         except RuntimeError as error:
-            raise IntegrityError(
-                f"{path} can't be loaded: {error}", remedy="remove its folder and run make again"
-            ) from error
+            raise IntegrityError(f"{path} can't be loaded: {error}", file=path) from error
 
     def get_signature_list(self) -> dict[str, dict[str, list[str]]]:
         """Names of inputs and outputs by signature."""
@@ -186,9 +184,7 @@ class StepModel:
             self._interpreter = interpreter(path, xnnpack=xnnpack, threads=threads or parallel.threads())
             self._interpreter.allocate_tensors()
         except (ValueError, RuntimeError) as error:
-            raise IntegrityError(
-                f"{path} can't be loaded: {error}", remedy="remove its folder and run make again"
-            ) from error
+            raise IntegrityError(f"{path} can't be loaded: {error}", file=path) from error
         self.load_seconds = time.perf_counter() - started
         self._inputs, self._output = self._bind(path)
         self._shape: tuple[int, ...] = ()
@@ -201,7 +197,7 @@ class StepModel:
             raise IntegrityError(
                 f"{path} is not a step graph: its signatures are {signatures}",
                 cause=f"expected {SIGNATURE} with inputs {' and '.join(INPUTS)} and output {OUTPUT}",
-                remedy="remove its folder and run make again",
+                file=path,
             )
         runner = self._interpreter.get_signature_runner(SIGNATURE)
         inputs = {name: int(detail["index"]) for name, detail in runner.get_input_details().items()}

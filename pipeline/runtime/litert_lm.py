@@ -311,7 +311,7 @@ def _open(path: Path, threads: int, cache: str) -> Any:
         raise IntegrityError(
             f"LiteRT-LM can't load {path}",
             cause=_complaint(attempt) or str(error),
-            remedy="remove the bundle's folder and run make again",
+            file=path,
         ) from error
 
 
