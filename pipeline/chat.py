@@ -54,7 +54,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--max-tokens", type=_positive, default=_MAX_TOKENS, help="longest answer, in tokens (default: %(default)s)"
     )
-    parser.add_argument("--threads", type=_positive, help="threads of the kernels (default: one per core, at most 8)")
+    parser.add_argument(
+        "--threads", type=_positive, help="threads of the kernels (default: OMP_NUM_THREADS, else one per core)"
+    )
     parser.add_argument("--cache", type=Path, help="folder for repacked weights: later starts are quicker")
     return parser.parse_args(argv)
 

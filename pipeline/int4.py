@@ -6,6 +6,7 @@ Only made for a recipe that has an `[int4]` section, and only when it is asked f
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 from pipeline.bundling import tables
@@ -26,8 +27,9 @@ def work(context: Context) -> Outcome:
     graphs = build.graph_files(context.upstream["graph"], context.root, context.graphs)
     facts: dict[str, Fact] = {"graphs": context.graphs}
     moments = gptq.Moments(context.root / "moments") if "moments" in context.upstream else None
-    for name, file in graphs.items():
-        facts[Path(name).stem] = dict(_write(checkpoint, file, context.folder / name, settings, moments))
+    with moments or nullcontext():
+        for name, file in graphs.items():
+            facts[Path(name).stem] = dict(_write(checkpoint, file, context.folder / name, settings, moments))
     if build.DECODER in graphs:
         tables.write_tables(checkpoint, "int4", context.folder, rows.keeper(settings.keep_int8))
     return Outcome(facts=facts)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -38,18 +39,19 @@ def work(context: Context) -> Outcome:
     scheme = _scheme(context.arguments, context.recipe)
     facts: dict[str, Fact] = {"graphs": context.graphs, "scheme": scheme}
     moments = gptq.Moments(context.root / "moments") if "moments" in context.upstream else None
-    if build.STEP in graphs:
-        graph = build.with_weights(checkpoint, graphs[build.STEP])
-        if scheme != "dynamic":
-            facts |= _make_static(context, graph, keep, scheme)
-        else:
+    with moments or nullcontext():
+        if build.STEP in graphs:
+            graph = build.with_weights(checkpoint, graphs[build.STEP])
+            if scheme != "dynamic":
+                facts |= _make_static(context, graph, keep, scheme)
+            else:
+                int8.make(graph, context.recipe.int8, moments)
+            facts["step"] = dict(_write(graph, context.folder / build.STEP, scheme))
+        if build.DECODER in graphs and not context.arguments.scheme:
+            graph = build.with_weights(checkpoint, graphs[build.DECODER])
             int8.make(graph, context.recipe.int8, moments)
-        facts["step"] = dict(_write(graph, context.folder / build.STEP, scheme))
-    if build.DECODER in graphs and not context.arguments.scheme:
-        graph = build.with_weights(checkpoint, graphs[build.DECODER])
-        int8.make(graph, context.recipe.int8, moments)
-        facts["decoder"] = dict(_write(graph, context.folder / build.DECODER, "dynamic"))
-        tables.write_tables(checkpoint, "int8", context.folder)
+            facts["decoder"] = dict(_write(graph, context.folder / build.DECODER, "dynamic"))
+            tables.write_tables(checkpoint, "int8", context.folder)
     return Outcome(facts=facts)
 
 

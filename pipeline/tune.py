@@ -30,13 +30,13 @@ from pipeline.core.graph import model_name
 from pipeline.core.recipe import Recipe
 from pipeline.core.recipe import load as load_recipe
 from pipeline.core.recipe import parse as parse_recipe
-from pipeline.core.stage import common_parser, guard, locked
+from pipeline.core.stage import common_parser, guard, locked, made_again
 from pipeline.report import tuning
 from pipeline.search import candidates, groups, rewrite
 from pipeline.search.bench import Clock
 from pipeline.search.candidates import SPACES
 from pipeline.search.facts import report
-from pipeline.search.preparation import open_bench
+from pipeline.search.preparation import NEEDS, open_bench
 from pipeline.search.study import Study
 from pipeline.tflite.graph import Graph
 
@@ -57,7 +57,7 @@ def work(arguments: argparse.Namespace) -> None:
     if space.section == "int8" and recipe.int8.scheme != "dynamic":
         raise UsageError("tune searches dynamic int8, the recipe's scheme is static", remedy='say scheme = "dynamic"')
     root = arguments.artifacts / model_name(arguments.model_id)
-    with locked(root, "tune"):
+    with locked(root, "tune"), made_again(root, NEEDS):
         bench = open_bench(arguments.recipe, recipe, arguments.calibration, root, clock, space)
         try:
             layers = groups.layers_of(Graph.read(bench.every))
@@ -70,7 +70,8 @@ def work(arguments: argparse.Namespace) -> None:
                 limits=(arguments.size or space.most, arguments.speed),
             )
             try:
-                study.run()
+                with bench.moments:
+                    study.run()
             finally:  # also when it is interrupted
                 write(study, recipe, arguments, root / ("tune" if space.section == "int8" else f"tune-{space.section}"))
         finally:

@@ -28,7 +28,7 @@ from typing import Any, cast
 from pipeline.bundling import constants
 from pipeline.bundling.template import CONVERSATIONS
 from pipeline.checkpoint import chat
-from pipeline.core import log, manifest, versions
+from pipeline.core import log, manifest, parallel, versions
 from pipeline.core.errors import UsageError, VerificationError
 from pipeline.core.manifest import Fact, Facts
 from pipeline.core.recipe import PROJECT
@@ -290,7 +290,7 @@ def _write_report(context: Context, judgement: Mapping[str, Any], verdicts: Sequ
             "system": platform.platform(),
             "processor": litert.processor(),
             "cores": os.cpu_count(),
-            "threads": litert.default_threads(),
+            "threads": parallel.threads(),
         },
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }

@@ -32,11 +32,11 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from pipeline.core import log, manifest, versions
+from pipeline.core import log, manifest, parallel, versions
 from pipeline.core.recipe import PROJECT
 from pipeline.core.recipe import load as load_recipe
 from pipeline.models.gemma3n import ARCHITECTURE
-from pipeline.runtime.litert import StepModel, default_threads, processor
+from pipeline.runtime.litert import StepModel, processor
 from tools import bench_bundle, bench_stages, figures, tables
 
 STEP_STAGES = ("fetch", "graph", "fp32", "int8")
@@ -148,7 +148,7 @@ def measure_bundles(folder: Path, rounds: int) -> dict[str, Any] | None:
         files["stock"] = made / "int8.litertlm"
         shown["the stock exporter"] = {"export_hf": builds["stock"]}
     bench_stages.draw(shown, folder.parent / "bundle.png")
-    work = bench_bundle.Work(prompt_tokens=TOKENS, decode_tokens=TOKENS, threads=default_threads())
+    work = bench_bundle.Work(prompt_tokens=TOKENS, decode_tokens=TOKENS, threads=parallel.threads())
     measured = bench_bundle.compare(files, work, rounds)
     for line in bench_bundle.table(measured):
         log.line(line)
@@ -185,7 +185,7 @@ def run(folder: Path, layers: int, rounds: int, bundle_rounds: int) -> dict[str,
     return {
         **measure_steps(folder, layers, rounds),
         "bundle": measure_bundles(folder, bundle_rounds),
-        "machine": {"cpu": processor(), "threads": default_threads()},
+        "machine": {"cpu": processor(), "threads": parallel.threads()},
         "versions": versions.installed(),
         "date": time.strftime("%Y-%m-%d"),
         "command": "make bench",

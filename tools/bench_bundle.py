@@ -28,8 +28,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pipeline.core import log
-from pipeline.runtime.litert import default_threads, processor
+from pipeline.core import log, parallel
+from pipeline.runtime.litert import processor
 from tools import watched
 
 WORD = " a"
@@ -178,7 +178,9 @@ def main() -> None:
     parser.add_argument("bundles", nargs="+", type=named_file, metavar="NAME=FILE", help="a bundle and what to call it")
     parser.add_argument("--prompt-tokens", type=int, default=128, help="default: %(default)s")
     parser.add_argument("--decode-tokens", type=int, default=128, help="default: %(default)s")
-    parser.add_argument("--threads", type=int, default=default_threads(), help="default: the processors there are")
+    parser.add_argument(
+        "--threads", type=int, default=parallel.threads(), help="default: OMP_NUM_THREADS, else one per core"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="measurements per bundle (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="the JSON file to write")
     arguments = parser.parse_args()

@@ -22,8 +22,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from pipeline.core import log, versions
-from pipeline.runtime.litert import default_threads, processor
+from pipeline.core import log, parallel, versions
+from pipeline.runtime.litert import processor
 from tools import bench_stages, figures, tables
 from tools.bench_stages import GIB, together
 from tools.make_random_checkpoint import GEOMETRIES, make
@@ -148,7 +148,7 @@ def main() -> int:
     if free < needed:
         log.line(f"error: this needs {log.human_bytes(needed)} of disk at once, {log.human_bytes(free)} are free")
         return 10
-    about = {"machine": {"cpu": processor(), "threads": default_threads()}, "versions": versions.installed()}
+    about = {"machine": {"cpu": processor(), "threads": parallel.threads()}, "versions": versions.installed()}
     runs, dates = _earlier(arguments.out / "large.json", about)
     today = time.strftime("%Y-%m-%d")
     with tempfile.TemporaryDirectory(dir=arguments.out) as scratch:

@@ -27,12 +27,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.core import log
+from pipeline.core import log, parallel
 from pipeline.core.recipe import PROJECT
 from pipeline.judge import metrics
 from pipeline.judge.metrics import Summary
 from pipeline.judge.reference import Head, Reference
-from pipeline.runtime.litert import default_threads, processor
+from pipeline.runtime.litert import processor
 from pipeline.runtime.sections import Conversation, Sections
 from tools import figures, tables
 from tools.bench_bundle import WORD, Work, measure_apart, medians
@@ -202,7 +202,9 @@ def main() -> int:
     parser.add_argument("--library", type=Path, required=True, help="the folder with libllama.so")
     parser.add_argument("--python", type=Path, required=True, help="a Python that has locks/rival.txt")
     parser.add_argument("--texts", type=int, help="judge only so many texts (default: all of the reference)")
-    parser.add_argument("--threads", type=int, default=default_threads(), help="default: the processors there are")
+    parser.add_argument(
+        "--threads", type=int, default=parallel.threads(), help="default: OMP_NUM_THREADS, else one per core"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="measurements of speed (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=OUT, help="the JSON file to write (default: %(default)s)")
     arguments = parser.parse_args()

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Make the Python environment from the hash-locked requirements: `setup.sh FOLDER cpu|cuda|auto`.
+# Make the Python environment from the hash-locked requirements: `setup.sh FOLDER cpu|cuda|auto|publish`.
 #
 # cpu     torch built for CPUs, from where pip is told to look: its own configuration, or TORCH_INDEX (a package index)
 # cuda    PyPI's build of torch, which brings the CUDA libraries and runs on CPUs as well
 # auto    cpu if pip finds that build, else cuda
+# publish what the upload needs; alone, since whatever is installed could run beside the right to publish
 #
 # PYTHON names the interpreter (default python3.11). FOLDER/.ready is written last; it holds what was installed.
 set -euo pipefail
@@ -33,9 +34,14 @@ check_machine() {
         "apt install python3.11-venv"
 }
 
+locks() { # the files that the environment of a lock is made from: tests and linters belong to all but one
+    echo "locks/$1.txt"
+    [[ "$1" == publish ]] || echo locks/dev.txt
+}
+
 fingerprint() { # of what would be installed
     printf 'lock %s\n' "$1"
-    sha256sum "locks/$1.txt" locks/dev.txt
+    locks "$1" | xargs sha256sum
 }
 
 find_lock() { # which lock `auto` means here
@@ -54,7 +60,9 @@ install() {
     local options=(--require-hashes --only-binary=:all: --disable-pip-version-check --no-input)
     [[ -z "${TORCH_INDEX:-}" ]] || options+=(--extra-index-url "$TORCH_INDEX")
     [[ -t 2 ]] || options+=(-qq)
-    "$folder/bin/pip" install "${options[@]}" -r "locks/$lock.txt" -r locks/dev.txt || die \
+    local file
+    while read -r file; do options+=(-r "$file"); done < <(locks "$lock")
+    "$folder/bin/pip" install "${options[@]}" || die \
         "pip could not install locks/$lock.txt" \
         "no network to the package index, a full disk, or an index that lacks a locked file (the lines above say which)" \
         "run the same command again: nothing half-made is used$([[ $lock != cpu ]] || echo '; or make setup LOCK=cuda')"
@@ -71,7 +79,7 @@ check_machine
 rm -rf "$folder"
 "$python" -m venv "$folder"
 [[ "$lock" != auto ]] || lock=$(find_lock)
-echo "setup: installing $(cat "locks/$lock.txt" locks/dev.txt | grep -c ==) locked packages ($lock) into $folder: one to five minutes" >&2
+echo "setup: installing $(locks "$lock" | xargs cat | grep -c ==) locked packages ($lock) into $folder: one to five minutes" >&2
 install
 fingerprint "$lock" >"$folder/.ready"
 echo "setup: done, $("$folder/bin/python" --version) in $folder" >&2

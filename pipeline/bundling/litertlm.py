@@ -87,7 +87,7 @@ def _check_models(models: Mapping[str, Path], model_type: str) -> None:
         if name not in models or not models[name].is_file():
             raise BundleError(
                 f"a {model_type} bundle needs the section {name}, which is missing",
-                remedy="remove the folder of that precision and run make again",
+                file=models.get(name),
             )
     for name, file in models.items():
         if name not in (*NEEDED[model_type], *OPTIONAL[model_type]):
@@ -97,7 +97,7 @@ def _check_models(models: Mapping[str, Path], model_type: str) -> None:
                 raise BundleError(
                     f"{file} is not a TFLite file",
                     cause="it was truncated or replaced after it was made",
-                    remedy="remove its folder and run make again",
+                    file=file,
                 )
 
 
@@ -207,8 +207,7 @@ def read_sections(bundle: Path) -> list[Section]:
         ]
     except Exception as error:  # flatbuffers raises whatever reading at a wrong offset leads to
         raise BundleError(
-            f"{bundle} has no readable bundle header: {type(error).__name__}: {error}",
-            remedy="remove its folder and run make again",
+            f"{bundle} has no readable bundle header: {type(error).__name__}: {error}", file=bundle
         ) from error
 
 

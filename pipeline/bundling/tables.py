@@ -125,7 +125,7 @@ def check(checkpoint: Checkpoint, source: Source, precision: Precision, file: Pa
             raise QuantiseError(
                 f"{file}: row {token} is {worst:.3g} off the checkpoint's",
                 cause="the file holds another table, or LiteRT reads it differently",
-                remedy="remove its folder and run make again",
+                file=file,
             )
 
 

@@ -5,6 +5,7 @@ The exit codes are a contract (see docs/files.md): scripts branch on them.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import ClassVar
 
 
@@ -15,15 +16,18 @@ class PipelineError(Exception):
         what: what happened, one sentence.
         cause: the likely cause, one sentence, or empty.
         remedy: the next command or action, or empty.
+        file: the file that is to blame. Whoever reads files of anybody's gives it in place of a remedy: what a stage
+            made can be removed and made again (`stage.made_again`), what a person brought can't.
     """
 
     exit_code: ClassVar[int] = 1
 
-    def __init__(self, what: str, *, cause: str = "", remedy: str = "") -> None:
+    def __init__(self, what: str, *, cause: str = "", remedy: str = "", file: Path | None = None) -> None:
         super().__init__(what)
         self.what = what
         self.cause = cause
         self.remedy = remedy
+        self.file = file
 
     def lines(self) -> list[str]:
         """The message as lines of text, in the order a reader needs them."""

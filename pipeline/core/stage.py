@@ -162,7 +162,7 @@ def _run(stage: Stage, arguments: argparse.Namespace) -> None:
         context = Context(
             arguments=arguments, model_id=arguments.model_id, root=root, folder=folder, recipe=recipe, upstream=upstream
         )
-        with _measure() as usage, _cleared_on_interrupt(folder):
+        with _measure() as usage, _cleared_on_interrupt(folder), made_again(root, (name, *needs)):
             outcome = stage.work(context)
         outputs = manifest.describe(_files(folder, stage.measured), root, known)
         known.keep()
@@ -202,6 +202,18 @@ def locked(root: Path, name: str) -> Iterator[None]:
                 remedy="wait for it to end, or set ARTIFACTS= to another folder",
             ) from None
         yield
+
+
+@contextmanager
+def made_again(root: Path, stages: Sequence[str]) -> Iterator[None]:
+    """Say what to do about a file that is to blame, if it is in the folder of one of `stages` below `root`."""
+    try:
+        yield
+    except PipelineError as error:
+        own = [root / name for name in stages if error.file and error.file.is_relative_to(root / name)]
+        if own and not error.remedy:
+            error.remedy = f"remove {own[0]} and run make again"
+        raise
 
 
 def _clear(folder: Path) -> Path:

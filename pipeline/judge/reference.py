@@ -62,7 +62,7 @@ class Head:
         raise IntegrityError(
             f"{folder} has none of the tensors {', '.join((*_HEADS, *_EMBEDDINGS))}",
             cause="the checkpoint was changed after it was fetched",
-            remedy="remove the fetch folder and run `make fetch` again",
+            file=folder,
         )
 
     @property
@@ -169,9 +169,7 @@ def _open(file: Path) -> Any:
     try:
         return safe_open(file, framework="numpy")
     except (SafetensorError, OSError) as error:
-        raise IntegrityError(
-            f"{file} can't be read: {error}", remedy="remove the golden folder and run `make golden` again"
-        ) from error
+        raise IntegrityError(f"{file} can't be read: {error}", file=file) from error
 
 
 def _load(file: Path) -> dict[str, Any]:

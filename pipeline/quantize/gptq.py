@@ -21,9 +21,10 @@ import json
 import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -114,13 +115,23 @@ def _round_span(rest: Array, steps: Array, upper: Array, low: int, high: int) ->
 
 
 class Moments:
-    """The second moments that stage `moments` left in a folder, by the name of the weight they are of."""
+    """The second moments that stage `moments` left in a folder, by the name of the weight they are of.
+
+    Within `with moments:` BLAS has one thread: rows are rounded in a thread per core already.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.files: dict[str, str] = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        threadpool_limits(1, "blas")  # rows are rounded in a thread per core already
         self._lock, self._kept = threading.Lock(), dict[_Key, tuple[threading.Lock, list[Factor]]]()
+        self._limits = ExitStack()
+
+    def __enter__(self) -> Self:
+        self._limits.enter_context(threadpool_limits(1, "blas"))
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._limits.close()
 
     def rounding(
         self, moved: Mapping[str, Array] | None = None, turned: Mapping[str, int] | None = None

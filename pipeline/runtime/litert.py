@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.core import parallel
 from pipeline.core.errors import IntegrityError
 
 SIGNATURE = "serving_default"
@@ -65,9 +66,7 @@ class MappedModel:
                 options = Options(cpu_options=cpu)
                 self._model = CompiledModel.from_file(str(path), environment=_environment(), options=options)
         except RuntimeError as error:
-            raise IntegrityError(
-                f"{path} can't be loaded: {error}", remedy="remove its folder and run make again"
-            ) from error
+            raise IntegrityError(f"{path} can't be loaded: {error}", file=path) from error
 
     def get_signature_list(self) -> dict[str, dict[str, list[str]]]:
         """Names of inputs and outputs by signature."""
@@ -156,11 +155,6 @@ def standard_error(target: int) -> Iterator[None]:
         os.close(saved)
 
 
-def default_threads() -> int:
-    """The processors that this process may use, at most 8."""
-    return min(8, len(os.sched_getaffinity(0)))
-
-
 def processor() -> str:
     """The processor's name, from the kernel."""
     file = Path("/proc/cpuinfo")
@@ -175,7 +169,7 @@ class StepModel:
     Args:
         path: the `.tflite` file.
         xnnpack: whether the XNNPACK delegate runs what it can.
-        threads: how many threads run the kernels.
+        threads: how many threads run the kernels (default: `parallel.threads`).
         interpreter: how the file is opened.
 
     Raises:
@@ -187,12 +181,10 @@ class StepModel:
     ) -> None:
         started = time.perf_counter()
         try:
-            self._interpreter = interpreter(path, xnnpack=xnnpack, threads=threads or default_threads())
+            self._interpreter = interpreter(path, xnnpack=xnnpack, threads=threads or parallel.threads())
             self._interpreter.allocate_tensors()
         except (ValueError, RuntimeError) as error:
-            raise IntegrityError(
-                f"{path} can't be loaded: {error}", remedy="remove its folder and run make again"
-            ) from error
+            raise IntegrityError(f"{path} can't be loaded: {error}", file=path) from error
         self.load_seconds = time.perf_counter() - started
         self._inputs, self._output = self._bind(path)
         self._shape: tuple[int, ...] = ()
@@ -205,7 +197,7 @@ class StepModel:
             raise IntegrityError(
                 f"{path} is not a step graph: its signatures are {signatures}",
                 cause=f"expected {SIGNATURE} with inputs {' and '.join(INPUTS)} and output {OUTPUT}",
-                remedy="remove its folder and run make again",
+                file=path,
             )
         runner = self._interpreter.get_signature_runner(SIGNATURE)
         inputs = {name: int(detail["index"]) for name, detail in runner.get_input_details().items()}
@@ -297,7 +289,7 @@ def open_traced(file: Path) -> Any:
 
     return Interpreter(
         model_path=str(file),
-        num_threads=_threads(),
+        num_threads=parallel.threads(),
         experimental_op_resolver_type=OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES,
         experimental_preserve_all_tensors=True,
     )
@@ -313,9 +305,3 @@ def run(interpreter: Any, ids: Tokens) -> None:
     for name, detail in inputs.items():
         interpreter.set_tensor(detail["index"], values[name])
     interpreter.invoke()
-
-
-def _threads() -> int:
-    import os
-
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)

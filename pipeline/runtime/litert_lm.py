@@ -16,8 +16,9 @@ from typing import Any, TypeAlias
 
 import litert_lm
 
+from pipeline.core import parallel
 from pipeline.core.errors import IntegrityError, UsageError
-from pipeline.runtime.litert import default_threads, standard_error
+from pipeline.runtime.litert import standard_error
 
 Message: TypeAlias = "Mapping[str, str]"
 """`role` (system, user or assistant) and `content`."""
@@ -50,7 +51,7 @@ class LmRuntime:
 
     Args:
         path: the `.litertlm` file.
-        threads: how many threads run the kernels.
+        threads: how many threads run the kernels (default: `parallel.threads`).
         cache: a folder for repacked weights, so that the next start is quicker; without it nothing is written.
 
     Raises:
@@ -65,7 +66,7 @@ class LmRuntime:
             cache.mkdir(parents=True, exist_ok=True)  # the runtime fails without a word if the folder is not there
         self._path = path
         started = time.perf_counter()
-        self._engine = _open(path, threads or default_threads(), str(cache or NO_CACHE))
+        self._engine = _open(path, threads or parallel.threads(), str(cache or NO_CACHE))
         self.load_seconds = time.perf_counter() - started
         self.start: int | None = self._engine.bos_token_id
         self.stop: tuple[tuple[int, ...], ...] = tuple(tuple(ids) for ids in self._engine.eos_token_ids)
@@ -310,7 +311,7 @@ def _open(path: Path, threads: int, cache: str) -> Any:
         raise IntegrityError(
             f"LiteRT-LM can't load {path}",
             cause=_complaint(attempt) or str(error),
-            remedy="remove the bundle's folder and run make again",
+            file=path,
         ) from error
 
 

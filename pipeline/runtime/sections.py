@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.core import log
+from pipeline.core import log, parallel
 from pipeline.core.errors import VerificationError
-from pipeline.runtime.litert import MappedModel, default_threads, litert
+from pipeline.runtime.litert import MappedModel, litert
 
 Cache = dict[str, Any]
 """A conversation's cache by input name: arrays, or LiteRT's buffers where the decoder is a `MappedModel`."""
@@ -76,11 +76,11 @@ class Sections:
         Args:
             folder: where they are.
             weights: the file for the decoder's weights as XNNPACK repacks them, which otherwise take memory.
-            threads: how many threads run the kernels.
+            threads: how many threads run the kernels (default: `parallel.threads`).
             xnnpack: whether the XNNPACK delegate runs what it can.
             decoder: an interpreter of the decoder, where that is open already.
         """
-        threads = threads or default_threads()
+        threads = threads or parallel.threads()
 
         def open_file(name: str) -> Any:
             return litert(folder / name, xnnpack=xnnpack, threads=threads)

@@ -22,6 +22,9 @@ from pipeline.search.candidates import Space
 SHARDS = 8
 """Pieces of the text that measurements are of."""
 
+NEEDS = ("fetch", "graph", "moments")
+"""The stages that a search reads."""
+
 
 def open_bench(file: Path, recipe: Recipe, calibration: Path | None, root: Path, clock: Clock, space: Space) -> Bench:
     """Check what is read, export the graph that is measured on, and cut the text.
@@ -38,7 +41,7 @@ def open_bench(file: Path, recipe: Recipe, calibration: Path | None, root: Path,
         UsageError: a text can't be read.
         IntegrityError: stages fetch, graph or moments are not finished, or were changed.
     """
-    upstream = {name: manifest.read(root / name) for name in ("fetch", "graph", "moments")}
+    upstream = {name: manifest.read(root / name) for name in NEEDS}
     manifest.check([record for made in upstream.values() for record in made.outputs], root)
     checkpoint = open_checkpoint(root / "fetch" / "checkpoint")
     windows = _windows(calibration, recipe, root / "fetch" / "checkpoint")

@@ -70,7 +70,7 @@ class Graph:
             stream.seek(offset)
             head = stream.read(8)
         if head[4:] != writer.IDENTIFIER:
-            raise IntegrityError(f"{file} is not a TFLite file", remedy="remove its folder and run make again")
+            raise IntegrityError(f"{file} is not a TFLite file", file=file)
         try:
             model = flatbuffer_utils.read_model_from_bytearray(
                 mmap_utils.get_file_contents(file, offset=offset, size=size)
@@ -80,9 +80,7 @@ class Graph:
                     buffer.data = np.frombuffer(buffer.data, np.uint8)
             return cls(model)
         except (struct.error, IndexError, ValueError, TypeError) as error:
-            raise IntegrityError(
-                f"{file} is damaged: {error}", cause="it was truncated", remedy="remove its folder and run make again"
-            ) from error
+            raise IntegrityError(f"{file} is damaged: {error}", cause="it was truncated", file=file) from error
 
     @classmethod
     def empty(cls) -> Graph:

@@ -114,6 +114,39 @@ def test_what_publishes_has_no_torch() -> None:
     assert not {"torch", "jax", "litert-torch", "transformers"} & pins("publish").keys()
 
 
+@pytest.mark.parametrize(("lock", "development"), [("publish", False), ("cpu", True), ("cuda", True)])
+def test_no_development_package_is_installed_where_something_may_be_published(
+    tmp_path: Path, lock: str, development: bool
+) -> None:
+    """Any package can run code at the start of Python, a `.pth` file's: beside the token none that is not needed."""
+    python, asked_for = tmp_path / "python", tmp_path / "asked"
+    python.write_text(
+        f"""#!/bin/sh
+if [ "$2" = venv ]; then
+    mkdir -p "$3/bin"
+    printf '#!/bin/sh\\necho "$@" >{asked_for}\\n' >"$3/bin/pip"
+    printf '#!/bin/sh\\necho Python 3.11\\n' >"$3/bin/python"
+    chmod +x "$3/bin/pip" "$3/bin/python"
+else
+    echo 3.11
+fi
+"""
+    )
+    python.chmod(0o755)
+    command = [PROJECT / "tools" / "setup.sh", tmp_path / "env", lock]
+    done = subprocess.run(command, env={**os.environ, "PYTHON": str(python)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    files = re.findall(r"-r (\S+)", asked_for.read_text())
+    assert files == [f"locks/{lock}.txt", *(["locks/dev.txt"] if development else [])]
+    count = sum(len(pins(Path(file).stem)) for file in files)
+    assert f"installing {count} locked packages" in done.stderr
+    ready = (tmp_path / "env" / ".ready").read_text()
+    assert ready.startswith(f"lock {lock}\n") and ("dev.txt" in ready) is development
+    asked_for.unlink()
+    again = subprocess.run(command, env={**os.environ, "PYTHON": str(python)}, capture_output=True, text=True)
+    assert again.returncode == 0 and not asked_for.exists()  # it is there already
+
+
 def dockerfile() -> str:
     return (PROJECT / "Dockerfile").read_text(encoding="utf-8")
 

@@ -215,3 +215,13 @@ def test_the_command_prints_a_table_or_json(exact: Path, tmp_path: Path, capsys:
     told = json.loads(capsys.readouterr().out)
     assert len(told["models"][0]["constants"]) == 2 < told["models"][0]["constants_in_all"]
     assert inspection.main([str(tmp_path)]) == 2
+
+
+@pytest.mark.parametrize("name", ["notes.tflite", "notes.bin"])
+def test_a_file_of_ones_own_is_refused_without_a_word_on_removing_its_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    (tmp_path / name).write_text("milk, eggs")
+    assert inspection.main([str(tmp_path / name)]) == 4
+    said = capsys.readouterr().err
+    assert str(tmp_path / name) in said and "remove" not in said

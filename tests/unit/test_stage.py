@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,6 +22,7 @@ from pipeline.core.errors import PipelineError
 from pipeline.core.recipe import PROJECT, Recipe
 from pipeline.core.recipe import load as load_recipe
 from pipeline.core.stage import Context, Outcome, Stage
+from pipeline.tflite.graph import Graph
 
 Work = Callable[[Context], Outcome]
 Run = Callable[..., int]
@@ -154,6 +157,37 @@ def test_each_error_has_its_exit_code_and_is_printed_whole(
     assert run(failing(kind("it broke", cause="rust", remedy="oil it"))) == kind.exit_code
     assert capsys.readouterr().err.endswith("error: it broke\n  cause: rust\n  do:    oil it\n")
     assert not (root / "first" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_only_a_file_that_a_stage_made_is_to_be_removed(
+    run: Run, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], inside: bool
+) -> None:
+    """Whoever reads a file can't know whose its folder is."""
+    assert run(FIRST) == 0
+    file = (root / "first" if inside else tmp_path / "mine") / "notes.tflite"
+
+    def work(context: Context) -> Outcome:
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("milk, eggs")
+        Graph.read(file)
+        return Outcome()
+
+    assert run(Stage(name="second", summary="reads", work=work, needs=("first",))) == 4
+    said = capsys.readouterr().err
+    assert f"error: {file} is not a TFLite file\n" in said
+    assert (f"do:    remove {root / 'first'} and run make again\n" in said) is inside
+    assert ("do:" in said) is inside
+
+
+def test_no_library_code_says_to_remove_a_folder() -> None:
+    """Only core knows what is a stage's own."""
+    for file in sorted((PROJECT / "pipeline").glob("*/*.py")):
+        if file.parent.name == "core":
+            continue
+        calls = (node for node in ast.walk(ast.parse(file.read_text("utf-8"))) if isinstance(node, ast.keyword))
+        told = [ast.unparse(node.value) for node in calls if node.arg == "remedy"]
+        assert not [text for text in told if re.search(r"\bremove\b.*\bfolder\b", text)], file
 
 
 def test_an_interrupt_ends_with_130_and_no_manifest(run: Run, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
