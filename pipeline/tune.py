@@ -353,7 +353,7 @@ def _bench(arguments: argparse.Namespace, recipe: Recipe, root: Path, clock: Clo
     identity = [source, hashlib.sha256(windows.tobytes()).hexdigest(), read, versions.installed()]
     return Bench(
         checkpoint=checkpoint,
-        moments=gptq.Moments(root / "moments"),
+        hessians=gptq.Hessians(root / "moments"),
         every=every,
         step=build.graph_files(upstream["graph"], root, "step")[build.STEP],
         text=arguments.recipe.read_text(encoding="utf-8"),

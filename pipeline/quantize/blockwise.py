@@ -9,7 +9,7 @@ What LiteRT 2.3.0 runs (found with small graphs in the real interpreter, 2026-11
 - Scales are float16 in the file. XNNPACK keeps them as bfloat16, which would cost a relative 2⁻⁹ of every block: so
   only scales are used that both types hold, and the two sets of kernels see the same weights.
 - One row of activations takes XNNPACK 0.4 of an int8 product's time (262,144 × 640, one thread: 4.0 ms and 10.6 ms),
-  two rows take more than int8's (39 ms and 18 ms): it has no kernel for two. So `two_rows` gives a 4-bit layer two
+  two rows take more than int8's (39 ms and 18 ms): it has no kernel for two. So `int8x2` gives a 4-bit layer two
   products of a row each.
 
 What 4 bits cost Gemma 3 270M, the weights alone, in mean KL(original || file) and perplexity (simulated on 313 to 618
@@ -47,9 +47,9 @@ are hardly ever used):
 the table, the last 12,000 with 8 bits too  0.027   92.2 %  +3.2 %, Tifinagh +3 %  213.0
 the table                                   0.029   92.0 %  +3.2 %, Tifinagh +5 %  209.5
 the table, gate and up                      0.086   85.6 %  +7.2 %, Tifinagh +7 %  188.5
-the same, scales folded by 0.35             0.077   85.2 %  +5.8 %, Tifinagh +0 %  188.5
-the same, scales folded by 0.7              0.076   86.8 %  +4.8 %, Tifinagh +2 %  188.5
-folded by 0.7, 8 bits in gate, up 0–2       0.055   88.3 %  +3.2 %, Tifinagh +1 %  192.0
+the same, equalized by 0.35                 0.077   85.2 %  +5.8 %, Tifinagh +0 %  188.5
+the same, equalized by 0.7                  0.076   86.8 %  +4.8 %, Tifinagh +2 %  188.5
+equalized by 0.7, 8 bits in gate, up 0–2    0.055   88.3 %  +3.2 %, Tifinagh +1 %  192.0
 ==========================================  ======  ======  ====================  =====
 
 Inputs rotated as well (`rotate.py`), what `make tune SECTION=int4` found on 2026-11-29: step graph, calibration text,
@@ -63,18 +63,18 @@ gate, up 0–5                                         0.060 (0.053 … 0.069)  
 and q, k, v 0–5 and 12–17, down 12–17                0.046 (0.040 … 0.053)  87.1 %  0.663
 and q, k, v 6–11, down 0–5                           0.038 (0.033 … 0.045)  89.3 %  0.685
 and o 0–11                                           0.035 (0.030 … 0.041)  89.1 %  0.698
-attention, down; folded                              0.047 (0.040 … 0.055)  88.1 %  0.691
+attention, down; equalized                           0.047 (0.040 … 0.055)  88.1 %  0.691
 everything                                           0.004 (0.004 … 0.005)  96.0 %  1.000
 ===================================================  =====================  ======  =====
 
 So the first layers stay at 8 bits, q, k, v all through, and down in the last third. With o up to layer 5 alone the
 bundle keeps 0.70 of int8's: that is Gemma 3's recipe. Through its cache, 5,488 positions, KL(Hugging Face || file),
-it has 0.042 (0.036 … 0.049), 88.6 % and a perplexity of +3.2 % (+2.0 % … +4.4 %). Folding gives nothing any more:
+it has 0.042 (0.036 … 0.049), 88.6 % and a perplexity of +3.2 % (+2.0 % … +4.4 %). Equalizing gives nothing any more:
 0.076 instead of 0.071 on 252 positions with nothing at 8 bits.
 
-Two rows or one: the bundle with attention and down at 8 bits, folded, on the same positions, and its tokens/s over the
-int8 bundle's (prefill and decode of 128 in LiteRT-LM, 5 rounds in turns). One row's error is lost beside that of the
-weights, so the recipe has one:
+Two rows or one: the bundle with attention and down at 8 bits, equalized, on the same positions, and its tokens/s over
+the int8 bundle's (prefill and decode of 128 in LiteRT-LM, 5 rounds in turns). One row's error is lost beside that of
+the weights, so the recipe has one:
 
 ===========  =====================  ======  =========================  ==========
 two rows in  KLD                    top-1   perplexity                 tokens/s
@@ -108,8 +108,8 @@ LARGEST_ERROR = 1 - 7 * _TRIED[-1] * (1 - 2**-9)
 _SMALLEST, _LARGEST = 2.0**-24, 65280.0
 
 
-def make_mixed(graph: Graph, wide: quantize.Keep, rounding: quantize.Rounding = quantize.to_nearest) -> None:
-    """4-bit tables and weights of linear layers; 8-bit ones, a scale per row, where `wide` names the operator.
+def quantise_weights(graph: Graph, keep_int8: quantize.Keep, rounding: quantize.Rounding = quantize.to_nearest) -> None:
+    """4-bit tables and weights of linear layers; 8-bit ones, a scale per row, where `keep_int8` names the operator.
 
     Rows that can't be cut into blocks have 8 bits too. Linear layers quantise their input while they run.
     """
@@ -124,7 +124,7 @@ def make_mixed(graph: Graph, wide: quantize.Keep, rounding: quantize.Rounding = 
             if view.type_of(weight) == "FLOAT32":
                 values = view.blocks(weight)
                 factors = rounding(view.name(weight), values.shape[-1])
-                if not wide(view.operator_name(operator)) and not values.shape[-1] % BLOCK:
+                if not keep_int8(view.operator_name(operator)) and not values.shape[-1] % BLOCK:
                     view.set_four_bits(weight, *quantise_blocks(values, factors))
                 else:
                     view.set_constant(weight, *quantize.quantise_rows(values, factors))
@@ -154,8 +154,8 @@ def best_scales(values: Array) -> NDArray[np.float16]:
     best, least = np.ones(peak.shape, np.float16), np.full(peak.shape, np.inf, np.float32)
     for share in _TRIED:
         scale = _storable(peak * np.float32(share))
-        wide = scale.astype(np.float32)[..., None]
-        error = np.square(_nearest(blocks, wide) * wide - blocks).sum(-1)
+        step = scale.astype(np.float32)[..., None]
+        error = np.square(_nearest(blocks, step) * step - blocks).sum(-1)
         closer = error < least
         best, least = np.where(closer, scale, best), np.where(closer, error, least)
     return best

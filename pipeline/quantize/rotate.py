@@ -8,7 +8,7 @@ computed: n multiply-adds per channel, in float, once for all layers that read x
 group for each block, the one operator that cuts channels up where batch and sequence are both unknown. A table that is
 the head as well holds rotated rows; those that are looked up are rotated back.
 
-Gemma 3 270M, int8, scales folded, GPTQ, blocks of 64 channels, LiteRT 2.3.0, on 2026-11-29; calibration text, KL(fp32
+Gemma 3 270M, int8, equalized, GPTQ, blocks of 64 channels, LiteRT 2.3.0, on 2026-11-29; calibration text, KL(fp32
 file || file) in nats with 95 % intervals, tokens/s of 128 tokens against the plain file:
 
 ============================================  =========  ===========================  ======  ========
@@ -16,19 +16,19 @@ all layers                                    positions  KLD                    
 ============================================  =========  ===========================  ======  ========
 one row                                           2,016  0.0452 (0.0358 … 0.0568)     88.7 %  0.92
 one row, rotated                                  2,016  0.0037 (0.0032 … 0.0044)     96.0 %  0.92
-two rows, head in blocks of 128                   2,016  0.0021 (0.0017 … 0.0026)     97.1 %  0.53
-two rows, rotated, head in blocks of 128            504  0.00059 (0.00046 … 0.00075)  97.6 %  0.48
+int8×2, head in groups of 128                     2,016  0.0021 (0.0017 … 0.0026)     97.1 %  0.53
+int8×2, rotated, head in groups of 128              504  0.00059 (0.00046 … 0.00075)  97.6 %  0.48
 ============================================  =========  ===========================  ======  ========
 
 With one row, blocks of 32 channels have 0.0044 instead of 0.0034 on 504 positions; with two, blocks of 128 have 0.0022
 on 756 where 64 have 0.0023, the head left as it was. A step of 128 tokens takes 1.00, 1.08 (64) and 1.17 (128) times as
 long as without, of one token 1.00, 1.07 and 1.09 times.
 
-The bundle, rotated, no blocks, through its cache, 5,488 positions, KL(Hugging Face || file); tokens/s in LiteRT-LM
+The bundle, rotated, no groups, through its cache, 5,488 positions, KL(Hugging Face || file); tokens/s in LiteRT-LM
 against the stock exporter's bundle, prefill and decode, 5 rounds in turns:
 
 =========================  ===========================  =======================  ===========================  ==========
-two rows in                KLD                          top-1                    perplexity ratio             tokens/s
+int8×2 in                  KLD                          top-1                    perplexity ratio             tokens/s
 =========================  ===========================  =======================  ===========================  ==========
 every layer                0.00093 (0.00080 … 0.00108)  97.9 % (97.4 … 98.3)     1.0005 (0.9988 … 1.0023)     0.97, 1.03
 down_proj and the head     0.0022 (0.0019 … 0.0026)     96.8 % (96.3 … 97.3)     1.0015 (0.9993 … 1.0037)     1.44, 1.16
@@ -57,20 +57,20 @@ def rotate_inputs(graph: Graph, chosen: Keep, size: int) -> dict[str, int]:
     Returns:
         `size` by the name of each matrix that was rotated.
     """
-    views, turned, others = graph.each(), dict[int, tuple[Graph, int]](), set[int]()
+    views, rotated, others = graph.each(), dict[int, tuple[Graph, int]](), set[int]()
     for view in views:
-        for operator in (each for each in view.operators() if view.code(each) == LINEAR):
+        for operator in (operator for operator in view.operators() if view.code(operator) == LINEAR):
             if _is_rotatable(view, operator, chosen, size):
-                turned[_buffer(view, operator)] = view, int(operator.inputs[1])
+                rotated[_buffer(view, operator)] = view, int(operator.inputs[1])
             else:
                 others.add(_buffer(view, operator))
-    turned = {buffer: place for buffer, place in turned.items() if buffer not in others}
+    rotated = {buffer: place for buffer, place in rotated.items() if buffer not in others}
     constants: dict[int, tuple[int, int]] = {}
     for view in views:
-        _Rotation(view, set(turned), size, constants).rewrite()
-    for view, tensor in turned.values():
+        _Rotation(view, set(rotated), size, constants).rewrite()
+    for view, tensor in rotated.values():
         view.set_constant(tensor, view.blocks(tensor).map(np.float32, lambda block, _: _columns(block, size)))
-    return {view.name(tensor): size for view, tensor in turned.values()}
+    return {view.name(tensor): size for view, tensor in rotated.values()}
 
 
 def _columns(block: Array, size: int) -> Array:
@@ -78,13 +78,13 @@ def _columns(block: Array, size: int) -> Array:
 
 
 def _is_rotatable(view: Graph, operator: Any, chosen: Keep, size: int) -> bool:
-    taken, weight = (int(tensor) for tensor in operator.inputs[:2])
+    x, weight = (int(tensor) for tensor in operator.inputs[:2])
     return (
         chosen(view.operator_name(operator))
         and view.is_constant(weight)
         and view.type_of(weight) == "FLOAT32"
         and not view.shape(weight)[-1] % size
-        and (len(view.shape(taken)) == 4 or view.shape(taken).count(-1) < 2)
+        and (len(view.shape(x)) == 4 or view.shape(x).count(-1) < 2)
     )
 
 
@@ -95,9 +95,9 @@ def _buffer(view: Graph, operator: Any) -> int:
 class _Rotation:
     """The rewriting of one signature; layers with the same input share what is made of it."""
 
-    def __init__(self, graph: Graph, turned: set[int], size: int, done: dict[int, tuple[int, int]]) -> None:
-        """`turned` are the buffers of the weights; by width, `done` has the buffers of a rotation's constants."""
-        self.graph, self.turned, self.size, self.done = graph, turned, size, done
+    def __init__(self, graph: Graph, rotated: set[int], size: int, done: dict[int, tuple[int, int]]) -> None:
+        """`rotated` are the buffers of the weights; by width, `done` has the buffers of a rotation's constants."""
+        self.graph, self.rotated, self.size, self.done = graph, rotated, size, done
         self.inputs: dict[int, int] = {}
 
     def rewrite(self) -> None:
@@ -105,26 +105,26 @@ class _Rotation:
 
     def _change(self, operator: Any) -> list[Any]:
         graph, code = self.graph, self.graph.code(operator)
-        if code not in (LINEAR, LOOKUP) or _buffer(graph, operator) not in self.turned:
+        if code not in (LINEAR, LOOKUP) or _buffer(graph, operator) not in self.rotated:
             return [operator]
         if code == LOOKUP:
-            return self._turn_back(operator)
-        taken = int(operator.inputs[0])
+            return self._rotate_back(operator)
+        x = int(operator.inputs[0])
         before = []
-        if taken not in self.inputs:
-            self.inputs[taken] = self._tensor(taken, "rotated", graph.shape(taken))
-            before = self._turn(taken, self.inputs[taken])
-        operator.inputs[0] = self.inputs[taken]
+        if x not in self.inputs:
+            self.inputs[x] = self._tensor(x, "rotated", graph.shape(x))
+            before = self._rotate(x, self.inputs[x])
+        operator.inputs[0] = self.inputs[x]
         return [*before, operator]
 
-    def _turn_back(self, lookup: Any) -> list[Any]:
+    def _rotate_back(self, lookup: Any) -> list[Any]:
         """`lookup`, and what makes the rows [tokens, channels] of the rotated ones: B is its own inverse."""
         rows = int(lookup.outputs[0])
-        found = self._tensor(rows, "found", self.graph.shape(rows))
-        lookup.outputs = [found]
-        return [lookup, *self._turn(found, rows)]
+        looked_up = self._tensor(rows, "found", self.graph.shape(rows))
+        lookup.outputs = [looked_up]
+        return [lookup, *self._rotate(looked_up, rows)]
 
-    def _turn(self, x: int, result: int) -> list[Any]:
+    def _rotate(self, x: int, result: int) -> list[Any]:
         """The operators that rotate `x` [..., channels]; four axes are [batch, sequence, 1, channels]."""
         graph, shape = self.graph, self.graph.shape(x)
         constants, settings = self._constants(shape[-1]), {"strideW": 1, "strideH": 1}
@@ -132,8 +132,8 @@ class _Rotation:
             return [graph.operator("CONV_2D", [x, *constants], [result], **settings)]
         rows = -1 if -1 in shape else math.prod(shape[:-1])
         before, after = (self._tensor(x, name, (1, rows, 1, shape[-1])) for name in ("wide", "turned"))
-        turn = graph.operator("CONV_2D", [before, *constants], [after], **settings)
-        return [self._reshape(x, before), turn, self._reshape(after, result)]
+        rotation = graph.operator("CONV_2D", [before, *constants], [after], **settings)
+        return [self._reshape(x, before), rotation, self._reshape(after, result)]
 
     def _reshape(self, x: int, result: int) -> Any:
         graph = self.graph
@@ -149,10 +149,10 @@ class _Rotation:
         if width not in self.done:
             basis = np.tile(hadamard(size), (width // size, 1)).reshape(width, 1, 1, size)
             self.done[width] = graph.add_buffer(basis), graph.add_buffer(np.zeros(width, np.float32))
-        made = [
+        tensors = [
             graph.add_tensor(f"hadamard;{width}{end}", "FLOAT32", shape)
             for end, shape in (("", (width, 1, 1, size)), (";bias", (width,)))
         ]
-        for tensor, buffer in zip(made, self.done[width], strict=True):
+        for tensor, buffer in zip(tensors, self.done[width], strict=True):
             graph.main.tensors[tensor].buffer = buffer
-        return made
+        return tensors

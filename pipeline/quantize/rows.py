@@ -11,9 +11,9 @@ What stands in an int8 file:
   A table is read by EMBEDDING_LOOKUP, whose kernel takes int8 rows with a scale each and gives float32, exactly, with
   and without XNNPACK, in LiteRT 2.3.0 and TensorFlow 2.21. The tied head reads the very same tensor.
 - `dynamic`: a linear layer takes float32 and quantises each token's activations while it runs, as one row or as two
-  (`residual.py`). Before weights are rounded, scales can be moved between neighbouring layers (`fold.py`), what layers
-  read can be rotated (`rotate.py`), and a layer can be made a sum of narrower ones, each with its own scale per row
-  (`blocks.py`).
+  (`int8x2.py`). Before weights are rounded, scales can be moved between neighbouring layers (`equalize.py`), what
+  layers read can be rotated (`rotate.py`), and a layer can be made a sum of narrower ones, each with its own scale per
+  row (`groups.py`).
   A row's scale is its peak's. The one with the least squared error, as OCTAV's iteration finds it (arXiv 2206.06501),
   leaves 0.989 of that error in Gemma 3 270M's matrices, 0.996 once they are rotated, and in none of them less than
   0.97 (2026-11-29): too little to search for. Of 4-bit weights it is another matter, see `blockwise.py`.
