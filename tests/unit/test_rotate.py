@@ -64,6 +64,7 @@ def rms(values: NDArray[np.floating]) -> float:
     return float(np.sqrt(np.square(values, dtype=np.float64).mean()))
 
 
+@settings(deadline=None)
 @given(st.integers(0, 9))
 def test_the_matrix_is_orthogonal_and_spreads_evenly(exponent: int) -> None:
     size = 2**exponent
