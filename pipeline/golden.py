@@ -267,7 +267,7 @@ def make_recital(reference: HuggingFace, documents: Sequence[str], recipe: Recip
         UsageError: the verification text is too short for them.
     """
     bundle, window = recipe.bundle, recipe.corpus.window
-    script, _ = kv_cache.scripts(bundle, reference.model.config.sliding_window)
+    script, _ = kv_cache.schedules(bundle, reference.model.config.sliding_window)
     length = script.length + 1  # the last token is only predicted
     tokens = corpus.pack_windows(documents, reference.tokenize, bos=reference.bos, window=length, limit=2)
     if len(tokens) < 2:

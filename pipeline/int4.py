@@ -26,20 +26,20 @@ def work(context: Context) -> Outcome:
     checkpoint = open_checkpoint(context.root / "fetch" / "checkpoint")
     graphs = build.graph_files(context.upstream["graph"], context.root, context.graphs)
     facts: dict[str, Fact] = {"graphs": context.graphs}
-    moments = gptq.Moments(context.root / "moments") if "moments" in context.upstream else None
-    with moments or nullcontext():
+    hessians = gptq.Hessians(context.root / "moments") if "moments" in context.upstream else None
+    with hessians or nullcontext():
         for name, file in graphs.items():
-            facts[Path(name).stem] = dict(_write(checkpoint, file, context.folder / name, settings, moments))
+            facts[Path(name).stem] = dict(_write(checkpoint, file, context.folder / name, settings, hessians))
     if build.DECODER in graphs:
         tables.write_tables(checkpoint, "int4", context.folder, rows.keeper(settings.keep_int8))
     return Outcome(facts=facts)
 
 
-def _write(checkpoint: Checkpoint, source: Path, file: Path, settings: Int4, moments: gptq.Moments | None) -> Facts:
+def _write(checkpoint: Checkpoint, source: Path, file: Path, settings: Int4, hessians: gptq.Hessians | None) -> Facts:
     """Write `file`, the graph `source` with its weights, and find out what stands in it."""
     log.step(f"{file.name}: 4-bit weights")
     graph = build.with_weights(checkpoint, source)
-    int4.make(graph, settings, moments)
+    int4.make_int4(graph, settings, hessians)
     graph.prune()
     graph.write(file)
     found = readback.read_back(file)

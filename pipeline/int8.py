@@ -38,18 +38,18 @@ def work(context: Context) -> Outcome:
     keep = rows.keeper(context.recipe.int8.keep_float)
     scheme = _scheme(context.arguments, context.recipe)
     facts: dict[str, Fact] = {"graphs": context.graphs, "scheme": scheme}
-    moments = gptq.Moments(context.root / "moments") if "moments" in context.upstream else None
-    with moments or nullcontext():
+    hessians = gptq.Hessians(context.root / "moments") if "moments" in context.upstream else None
+    with hessians or nullcontext():
         if build.STEP in graphs:
             graph = build.with_weights(checkpoint, graphs[build.STEP])
             if scheme != "dynamic":
                 facts |= _make_static(context, graph, keep, scheme)
             else:
-                int8.make(graph, context.recipe.int8, moments)
+                int8.make_int8(graph, context.recipe.int8, hessians)
             facts["step"] = dict(_write(graph, context.folder / build.STEP, scheme))
         if build.DECODER in graphs and not context.arguments.scheme:
             graph = build.with_weights(checkpoint, graphs[build.DECODER])
-            int8.make(graph, context.recipe.int8, moments)
+            int8.make_int8(graph, context.recipe.int8, hessians)
             facts["decoder"] = dict(_write(graph, context.folder / build.DECODER, "dynamic"))
             tables.write_tables(checkpoint, "int8", context.folder)
     return Outcome(facts=facts)
@@ -65,7 +65,7 @@ def _make_static(context: Context, graph: Graph, keep: rows.Keep, scheme: Scheme
     plan = partial(
         static.plan_static,
         keep=keep,
-        two_tensors=rows.keeper(settings.int8x2_static if bits == 8 else ()),
+        int8x2=rows.keeper(settings.int8x2_static if bits == 8 else ()),
         float_scores=settings.float_scores and bits == 8,
     )
     samples = _samples(context)
@@ -75,7 +75,7 @@ def _make_static(context: Context, graph: Graph, keep: rows.Keep, scheme: Scheme
     seen = calibrate.collect(fp32, plan(Graph.read(fp32)).wanted, samples)
     graph.prune()  # as the fp32 file was: tensors have the same places in both
     static.make_static(graph, plan(graph), seen, keep, bits)
-    int8x2.take_two_rows(graph, rows.keeper(settings.int8x2_static))
+    int8x2.split_inputs(graph, rows.keeper(settings.int8x2_static))
     return {"calibration_samples": len(samples), "calibration_tokens": tokens}
 
 

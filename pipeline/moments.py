@@ -1,9 +1,9 @@
-"""moments: the second moments of what each linear layer reads, on calibration text: what GPTQ rounds by.
+"""moments: the Hessian of each linear layer, second moments of what it reads on calibration text: what GPTQ rounds by.
 
 Hugging Face's model in fp32 reads windows of the calibration text. Of each linear layer's inputs x, H = Σ x xᵀ / |x|²
 over all tokens is kept: what Gemma's layers give is normalised per token, so an error counts by its share of the
 token's own result, and the few tokens with huge activations (the first of a text) do not outweigh all others. Layers
-that read the same tensor have one file; a layer wider than `gptq.SPAN` columns has moments of each span alone.
+that read the same tensor have one file; a layer wider than `gptq.SPAN` columns has the Hessian of each span alone.
 
 Made only for precisions that round by them. The model is streamed from its file and the sums stand in mapped files, so
 memory stays bounded.
@@ -29,8 +29,8 @@ from pipeline.quantize import gptq
 from pipeline.reference.model import HuggingFace
 
 
-class Sums:
-    """The sums so far, each in a mapped file in `folder`, and which weights each is of."""
+class HessianSums:
+    """The Hessians so far, each in a mapped file in `folder`, and which weights each is of."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -38,20 +38,22 @@ class Sums:
         self.mapped: dict[str, Any] = {}
         self._last: tuple[Any, str] = (None, "")
 
-    def listen(self, model: nn.Module) -> None:
+    def observe(self, model: nn.Module) -> None:
         """Add what every linear layer of `model` reads from now on."""
         for name, module in model.named_modules():
             if isinstance(module, nn.Linear):
-                module.register_forward_pre_hook(lambda _, given, name=name: self.hear(f"{name}.weight", given[0]))
+                module.register_forward_pre_hook(
+                    lambda _, inputs, name=name: self.add_inputs(f"{name}.weight", inputs[0])
+                )
 
-    def hear(self, weight: str, given: Tensor) -> None:
-        """Add `given` [..., columns] to the sum of `weight`; a tensor that several layers read is added once."""
-        if self._last[0] is given:  # q, k and v are called one after the other, as are gate and up
+    def add_inputs(self, weight: str, inputs: Tensor) -> None:
+        """Add `inputs` [..., columns] to the sum of `weight`; a tensor that several layers read is added once."""
+        if self._last[0] is inputs:  # q, k and v are called one after the other, as are gate and up
             self.files[weight] = self._last[1]
             return
         file = self.files.setdefault(weight, f"{weight}.npy")
-        self._last = (given, file)
-        self.add(file, given.detach().reshape(-1, given.shape[-1]).float())
+        self._last = (inputs, file)
+        self.add(file, inputs.detach().reshape(-1, inputs.shape[-1]).float())
 
     def add(self, file: str, rows: Tensor) -> None:
         """Add Σ x xᵀ / |x|² of `rows` [tokens, columns], span by span."""
@@ -86,11 +88,11 @@ def work(context: Context) -> Outcome:
         window=recipe.corpus.window,
         limit=recipe.int8.calibration_samples,
     )
-    sums = Sums(context.folder)
-    sums.listen(reference.model.model)
+    sums = HessianSums(context.folder)
+    sums.observe(reference.model.model)
     with log.progress("what layers read", windows.size, "tokens") as bar:
         states = reference.hidden(windows, np.ones_like(windows), bar)
-    sums.hear(sizes.HEAD, torch.from_numpy(states))
+    sums.add_inputs(sizes.HEAD, torch.from_numpy(states))
     sums.close()
     return Outcome(facts={"tokens": int(windows.size), "files": len({*sums.files.values()})})
 
@@ -101,7 +103,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 STAGE = Stage(
     name="moments",
-    summary="Keep the second moments of what linear layers read, which GPTQ rounds by.",
+    summary="Keep the Hessians of linear layers, which GPTQ rounds by.",
     work=work,
     add_arguments=_add_arguments,
 )

@@ -70,7 +70,7 @@ def work(arguments: argparse.Namespace) -> None:
                 limits=(arguments.size or space.most, arguments.speed),
             )
             try:
-                with bench.moments:
+                with bench.hessians:
                     study.run()
             finally:  # also when it is interrupted
                 write(study, recipe, arguments, root / ("tune" if space.section == "int8" else f"tune-{space.section}"))

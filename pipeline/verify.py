@@ -37,7 +37,7 @@ from pipeline.judge import bundles, corpus, gates, kv_cache, sqnr
 from pipeline.judge import steps as verdict
 from pipeline.judge.examine import Panel
 from pipeline.judge.gates import Check, Status
-from pipeline.judge.kv_cache import Recital
+from pipeline.judge.kv_cache import Trace
 from pipeline.judge.reference import Head, Reference
 from pipeline.judge.steps import BASELINE, Setting, Subject, Verdict
 from pipeline.report import verification
@@ -159,8 +159,8 @@ def _judge_bundles(context: Context, reference: Reference, tokenizer: Any) -> li
     recipe, golden = context.recipe, context.upstream["golden"].facts
     with tempfile.TemporaryDirectory(dir=context.folder) as scratch:
         setting = bundles.Setting(
-            recital=Recital(
-                scripts=kv_cache.scripts(recipe.bundle, _integer(golden["sliding_window"])), **reference.cache()
+            trace=Trace(
+                schedules=kv_cache.schedules(recipe.bundle, _integer(golden["sliding_window"])), **reference.cache()
             ),
             head=reference.head,
             tokenizer=tokenizer,

@@ -54,6 +54,6 @@ def _check() -> None:
 
 def _context(over: threading.Event) -> Context:
     """This thread's context for a worker, to which `over` is told as well."""
-    made = copy_context()
-    made.run(_given_up.set, (*_given_up.get(), over))
-    return made
+    context = copy_context()
+    context.run(_given_up.set, (*_given_up.get(), over))
+    return context

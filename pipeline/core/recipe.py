@@ -105,14 +105,14 @@ class Int8:
 
     scheme: Scheme
     calibration_samples: int
-    keep_float: tuple[str, ...] = ()
-    int8x2: tuple[str, ...] = field(default=(), metadata={"was": "two_rows"})
-    int8x2_static: tuple[str, ...] = field(default=(), metadata={"was": "two_tensors"})
+    keep_float: tuple[toml.Pattern, ...] = ()
+    int8x2: tuple[toml.Pattern, ...] = field(default=(), metadata={"was": "two_rows"})
+    int8x2_static: tuple[toml.Pattern, ...] = field(default=(), metadata={"was": "two_tensors"})
     float_scores: bool = False
     equalize: float = field(default=0.0, metadata={"was": "fold"})
-    groups: tuple[str, ...] = field(default=(), metadata={"was": "blocks"})
+    groups: tuple[toml.Pattern, ...] = field(default=(), metadata={"was": "blocks"})
     group_size: int = field(default=64, metadata={"was": "block"})
-    rotate: tuple[str, ...] = ()
+    rotate: tuple[toml.Pattern, ...] = ()
     rotation: int = 64
     gptq: bool = False
 
@@ -127,11 +127,11 @@ class Int4:
     (quantize/row_ranges.py). `int8x2`, `equalize`, `rotate`, `rotation` and `gptq` as in `Int8`.
     """
 
-    keep_int8: tuple[str, ...] = ()
+    keep_int8: tuple[toml.Pattern, ...] = ()
     int8_tokens: tuple[tuple[toml.Index, toml.Index], ...] = field(default=(), metadata={"was": "wide_tokens"})
-    int8x2: tuple[str, ...] = field(default=(), metadata={"was": "two_rows"})
+    int8x2: tuple[toml.Pattern, ...] = field(default=(), metadata={"was": "two_rows"})
     equalize: float = field(default=0.0, metadata={"was": "fold"})
-    rotate: tuple[str, ...] = ()
+    rotate: tuple[toml.Pattern, ...] = ()
     rotation: int = 64
     gptq: bool = False
 

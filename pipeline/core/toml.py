@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import tomllib
 import typing
 from collections.abc import Mapping
@@ -27,6 +28,8 @@ class Kind:
 
 Index = NewType("Index", int)
 """A whole number that may be 0."""
+Pattern = NewType("Pattern", str)
+"""A regular expression."""
 
 
 def read(file: Path, kind: Kind) -> bytes:
@@ -87,6 +90,8 @@ def build(kind: Any, value: object, where: str) -> object:
         return build(arguments[0], value, where)
     if kind is Index:
         return _build_number(int, value, where, least=0)
+    if kind is Pattern:
+        return _build_pattern(value, where)
     if kind in (int, float):
         return _build_number(kind, value, where, least=1 if kind is int else 0)
     return _expect(kind, value, where)
@@ -98,6 +103,14 @@ def _build_number(kind: type, value: object, where: str, least: int) -> object:
     if not least <= number < 2**63:
         raise ValueError(f"`{where}` is {value!r}, expected a finite number of at least {least}")
     return kind(number)
+
+
+def _build_pattern(value: object, where: str) -> object:
+    try:
+        re.compile(_expect(str, value, where))
+    except re.error as error:
+        raise ValueError(f"`{where}` is {value!r}, no regular expression: {error}") from error
+    return value
 
 
 def _expect(kind: type, value: object, where: str) -> Any:

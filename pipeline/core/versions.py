@@ -26,13 +26,13 @@ RECORDED = (
 
 def installed(packages: tuple[str, ...] = RECORDED) -> dict[str, str]:
     """Versions of `packages` that are installed, and Python's; a package that is absent is left out."""
-    found = {"python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     for package in packages:
         try:
-            found[package] = metadata.version(package)
+            versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def locked(lock: Path) -> dict[str, str]:
@@ -40,7 +40,7 @@ def locked(lock: Path) -> dict[str, str]:
     return dict(re.findall(r"^([a-z0-9-]+)==([^\s;\\]+)", lock.read_text(encoding="utf-8"), flags=re.MULTILINE))
 
 
-def check(found: Mapping[str, str], lock: Path) -> None:
+def check(versions: Mapping[str, str], lock: Path) -> None:
     """Make sure that what is installed is what the lock pins; local build tags such as `+cpu` don't count.
 
     Without the lock (the package was installed from a wheel, which carries none) a warning is all there can be.
@@ -54,7 +54,7 @@ def check(found: Mapping[str, str], lock: Path) -> None:
     pins = locked(lock)
     wrong = [
         f"{package} is {version.split('+')[0]}, the lock says {pins[package]}"
-        for package, version in found.items()
+        for package, version in versions.items()
         if package in pins and version.split("+")[0] != pins[package].split("+")[0]
     ]
     if wrong:
@@ -65,9 +65,9 @@ def check(found: Mapping[str, str], lock: Path) -> None:
         )
 
 
-def line(found: Mapping[str, str]) -> str:
+def line(versions: Mapping[str, str]) -> str:
     """One line for people, e.g. `python 3.11.7, torch 2.13.0, …`."""
-    return ", ".join(f"{name} {found[name]}" for name in ("python", *SHOWN) if name in found)
+    return ", ".join(f"{name} {versions[name]}" for name in ("python", *SHOWN) if name in versions)
 
 
 def require_same(finished: Mapping[str, Manifest], recipe_sha256: str, root: Path) -> None:

@@ -13,9 +13,9 @@ from pipeline.core.manifest import FileRecord
 from pipeline.core.recipe import Gate
 from pipeline.judge import gates, kv_cache, metrics, parity
 from pipeline.judge.gates import REFERENCE, Check, Figure
-from pipeline.judge.kv_cache import Logits, Recital
+from pipeline.judge.kv_cache import Logits, Trace
 from pipeline.judge.metrics import Divergence, Summary
-from pipeline.judge.parity import Speech, Tokenizer
+from pipeline.judge.parity import Parity, Tokenizer
 from pipeline.judge.reference import Floats, Greedy, Head
 from pipeline.runtime.litert_lm import Message
 
@@ -54,7 +54,7 @@ class Subject:
 class Setting:
     """What every bundle of one run is held against; `scratch` is a folder for what would take gigabytes of memory."""
 
-    recital: Recital
+    trace: Trace
     head: Head
     tokenizer: Tokenizer
     conversations: Sequence[Sequence[Message]]
@@ -74,12 +74,12 @@ class Verdict:
     checks: list[Check]
     against_reference: Summary
     against_cached: Summary | None
-    speech: Speech
+    parity: Parity
 
     @property
     def divergence(self) -> Divergence | None:
         """How long its greedy texts in LiteRT-LM are Hugging Face's."""
-        rows = self.speech.spoken
+        rows = self.parity.greedy
         return metrics.divergence([row.agree for row in rows], [row.tokens for row in rows])
 
     @property
@@ -89,7 +89,7 @@ class Verdict:
 
     def facts(self) -> dict[str, Any]:
         """The entry in the report."""
-        subject, heard = self.subject, self.speech
+        subject, result = self.subject, self.parity
         return {
             "file": subject.record.path,
             "sha256": subject.record.sha256,
@@ -101,17 +101,17 @@ class Verdict:
             "against_reference": asdict(self.against_reference),
             "against_cached": _facts(self.against_cached),
             "divergence": _facts(self.divergence),
-            "token_ids": asdict(heard.ids),
-            "prompts": asdict(heard.prompts),
+            "token_ids": asdict(result.ids),
+            "prompts": asdict(result.prompts),
             "greedy": {
-                "same": sum(row.same for row in heard.spoken),
-                "ties": sum(row.tie for row in heard.spoken),
-                "rows": [asdict(row) for row in heard.spoken],
+                "same": sum(row.same for row in result.greedy),
+                "ties": sum(row.tie for row in result.greedy),
+                "rows": [asdict(row) for row in result.greedy],
             },
-            "stop": asdict(heard.stop),
-            "stopped_at": heard.stopped_at,
-            "scored": heard.scored,
-            "score_error": heard.score_error,
+            "stop": asdict(result.stop),
+            "stopped_at": result.stopped_at,
+            "scored": result.scored,
+            "score_error": result.score_error,
         }
 
 
@@ -121,40 +121,40 @@ def judge(subject: Subject, setting: Setting) -> Verdict:
     Every bundle is held against Hugging Face. Whether fp32 is exact few positions tell, so it does not read the texts.
     """
     exact = subject.precision == BASELINE
-    recital = setting.recital.conversations() if exact else setting.recital
-    logits = kv_cache.play(subject.sections, recital, subject.name, setting.scratch)
+    trace = setting.trace.conversations() if exact else setting.trace
+    logits = kv_cache.replay(subject.sections, trace, subject.name, setting.scratch)
 
     def against_hidden(hidden: Floats) -> Summary:
         part = slice(len(hidden))
-        scores = setting.head.score(logits[part], hidden, recital.targets[part])
-        return metrics.summarise(scores, recital.blocks[part])
+        scores = setting.head.score(logits[part], hidden, trace.targets[part])
+        return metrics.summarise(scores, trace.blocks[part])
 
-    without, withal = recital.expected()
-    plain, cached = against_hidden(without), against_hidden(withal) if exact else None
-    heard = parity.listen(
+    without, with_cache = trace.expected()
+    plain, cached = against_hidden(without), against_hidden(with_cache) if exact else None
+    result = parity.compare(
         subject.path, setting.tokenizer, setting.conversations, setting.greedy, setting.stop, setting.scratch
     )
     figures = (
-        _exactness(plain, cached, recital)
+        _exactness(plain, cached, trace)
         if cached
-        else gates.quality("through the cache", plain, against=REFERENCE, detail=recital.described)
+        else gates.quality("through the cache", plain, against=REFERENCE, detail=trace.described)
     )
-    holds = [*_speech_checks(subject, heard, exact=exact), _finite(subject, logits)]
+    holds = [*_parity_checks(subject, result, exact=exact), _finite(subject, logits)]
     return Verdict(
         subject=subject,
         checks=gates.judge(subject.name, subject.gate, [*figures, *_sizes(subject)]) + holds,
         against_reference=plain,
         against_cached=cached,
-        speech=heard,
+        parity=result,
     )
 
 
-def _exactness(plain: Summary, cached: Summary, recital: Recital) -> list[Figure]:
+def _exactness(plain: Summary, cached: Summary, trace: Trace) -> list[Figure]:
     """fp32 against Hugging Face, without and with its own cache."""
     figures = []
     for summary, way, where in (
-        (plain, "without a cache", recital.described),
-        (cached, "with its cache", recital.conversed),
+        (plain, "without a cache", trace.described),
+        (cached, "with its cache", trace.conversation_positions),
     ):
         detail = f"{where}; against {REFERENCE} {way}"
         name = f"worst logits NMSE through the cache, {way}"
@@ -188,35 +188,40 @@ def _finite(subject: Subject, logits: Logits) -> Check:
     return gates.must_hold(subject.name, "positions with logits that are not finite", bad, f"{len(logits)} positions")
 
 
-def _speech_checks(subject: Subject, heard: Speech, *, exact: bool) -> list[Check]:
+def _parity_checks(subject: Subject, result: Parity, *, exact: bool) -> list[Check]:
     """What must hold in LiteRT-LM; text and scores equal Hugging Face's only if arithmetic does."""
     name = subject.name
     checks = [
-        gates.must_hold(name, "texts with other token ids in LiteRT-LM", heard.ids.wrong, _examples(heard.ids)),
+        gates.must_hold(name, "texts with other token ids in LiteRT-LM", result.ids.wrong, _examples(result.ids)),
         gates.must_hold(
-            name, "conversations rendered differently by LiteRT-LM", heard.prompts.wrong, _examples(heard.prompts)
+            name,
+            "conversations rendered differently by LiteRT-LM",
+            result.prompts.wrong,
+            _examples(result.prompts),
         ),
-        gates.must_hold(name, "stop tokens that LiteRT-LM does not know", heard.stop.wrong, _stops(heard)),
+        gates.must_hold(name, "stop tokens that LiteRT-LM does not know", result.stop.wrong, _stops(result)),
     ]
     if exact:
-        different = [row for row in heard.spoken if not row.same and not row.tie]
-        ties = sum(row.tie for row in heard.spoken)
-        detail = f"{len(heard.spoken)} prompts, {sum(row.tokens for row in heard.spoken)} tokens; {ties} part at a tie"
+        different = [row for row in result.greedy if not row.same and not row.tie]
+        ties = sum(row.tie for row in result.greedy)
+        detail = (
+            f"{len(result.greedy)} prompts, {sum(row.tokens for row in result.greedy)} tokens; {ties} part at a tie"
+        )
         checks.append(gates.must_hold(name, "greedy texts of LiteRT-LM that differ", len(different), detail))
-        off = 0 if heard.score_error is not None and heard.score_error <= SCORE_ERROR else 1  # NaN is off
-        detail = f"{heard.scored} texts scored; largest error {heard.score_error} nats, limit {SCORE_ERROR}"
+        off = 0 if result.score_error is not None and result.score_error <= SCORE_ERROR else 1  # NaN is off
+        detail = f"{result.scored} texts scored; largest error {result.score_error} nats, limit {SCORE_ERROR}"
         checks.append(gates.must_hold(name, "scores of LiteRT-LM that are off", off, detail))
     return checks
 
 
-def _stops(heard: Speech) -> str:
-    reached = ", ".join(map(str, heard.stopped_at)) or "none"
-    return f"{heard.stop.total} stop tokens; text ended where the reference's did at: {reached}"
+def _stops(result: Parity) -> str:
+    reached = ", ".join(map(str, result.stopped_at)) or "none"
+    return f"{result.stop.total} stop tokens; text ended where the reference's did at: {reached}"
 
 
 def _examples(tally: parity.Tally) -> str:
     return f"{tally.total} in all" + (f"; e.g. {'; '.join(tally.examples)}" if tally.examples else "")
 
 
-def _facts(found: Summary | Divergence | None) -> Mapping[str, Any] | None:
-    return asdict(found) if found else None
+def _facts(summary: Summary | Divergence | None) -> Mapping[str, Any] | None:
+    return asdict(summary) if summary else None

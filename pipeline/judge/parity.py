@@ -1,4 +1,4 @@
-"""Judging a whole bundle in LiteRT-LM: token ids, rendered prompts, greedy text, stop tokens, scores.
+"""Parity of a bundle in LiteRT-LM: token ids, rendered prompts, greedy text, stop tokens, scores.
 
 Everything is held against transformers: its tokenizer and template here, its greedy text and log-likelihoods as the
 golden stage stored them.
@@ -64,7 +64,7 @@ class Tally:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Spoken:
+class Continuation:
     """One prompt: the reference's text and the runtime's, the tokens they share, and whether they part at a tie."""
 
     prompt: str
@@ -77,12 +77,12 @@ class Spoken:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Speech:
+class Parity:
     """What was found about a bundle. `score_error` is the largest difference of a log-likelihood, in nats."""
 
     ids: Tally
     prompts: Tally
-    spoken: list[Spoken]
+    greedy: list[Continuation]
     stop: Tally
     stopped_at: list[int]
     scored: int
@@ -96,25 +96,25 @@ def texts() -> list[str]:
     return ["".join(drawn.choices(kinds, k=drawn.randint(1, 40))) for kinds in letters.values() for _ in range(_TEXTS)]
 
 
-def listen(
+def compare(
     bundle: Path,
     tokenizer: Tokenizer,
     conversations: Sequence[Sequence[Message]],
     rows: Sequence[Greedy],
     stop: set[int],
     scratch: Path | None = None,
-) -> Speech:
+) -> Parity:
     """Open `bundle` in LiteRT-LM and hold it against transformers; `scratch` is where its repacked weights may lie."""
     with tempfile.TemporaryDirectory(dir=scratch) as cache, LmRuntime(bundle, cache=Path(cache)) as runtime:
-        spoken = _speak(runtime, tokenizer, rows, stop, bundle.stem)
-        reached = {row.continuation_ids[-1] for row, heard in zip(rows, spoken, strict=True) if heard.same} & stop
+        greedy = _generate(runtime, tokenizer, rows, stop, bundle.stem)
+        reached = {row.continuation_ids[-1] for row, ours in zip(rows, greedy, strict=True) if ours.same} & stop
         declared = {ids[0] for ids in runtime.stop if len(ids) == 1}
         missing = sorted(stop - declared)
         errors = _score(runtime, tokenizer, rows, stop)
-        return Speech(
+        return Parity(
             ids=_tokenise(runtime, tokenizer),
             prompts=_render(runtime, tokenizer, conversations),
-            spoken=spoken,
+            greedy=greedy,
             stop=Tally(total=len(stop), wrong=len(missing), examples=[str(token) for token in missing]),
             stopped_at=sorted(reached),
             scored=len(errors),
@@ -143,23 +143,23 @@ def _tally(cases: Sequence[Any], holds: Callable[[Any], bool]) -> Tally:
     return Tally(total=len(cases), wrong=len(wrong), examples=[repr(case)[:200] for case in wrong[:_SHOWN]])
 
 
-def _speak(
+def _generate(
     runtime: LmRuntime, tokenizer: Tokenizer, rows: Sequence[Greedy], stop: set[int], label: str
-) -> list[Spoken]:
-    spoken = []
+) -> list[Continuation]:
+    continuations = []
     with log.progress(f"{label}: greedy text in LiteRT-LM", len(rows), "prompts") as bar:
         for row in rows:
             ids = row.continuation_ids
-            heard = runtime.greedy(row.prompt, len(ids))
+            generated = runtime.greedy(row.prompt, len(ids))
             words = ids[:-1] if ids and ids[-1] in stop else ids
             expected = str(tokenizer.decode(words))
-            same = heard.text == expected
-            agree = len(ids) if same else _common(heard.text, words, tokenizer)
-            spoken.append(
-                Spoken(
+            same = generated.text == expected
+            agree = len(ids) if same else _common(generated.text, words, tokenizer)
+            continuations.append(
+                Continuation(
                     prompt=row.prompt,
                     expected=expected,
-                    text=heard.text,
+                    text=generated.text,
                     tokens=len(ids),
                     agree=agree,
                     same=same,
@@ -167,7 +167,7 @@ def _speak(
                 )
             )
             bar.advance()
-    return spoken
+    return continuations
 
 
 def _common(text: str, ids: Sequence[int], tokenizer: Tokenizer) -> int:

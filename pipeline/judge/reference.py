@@ -144,7 +144,7 @@ class Reference:
                 yield name, ids, mask, hidden
 
     def cache(self) -> dict[str, NDArray[Any]]:
-        """What goes through the cache, as `judge.cache.Recital` calls it.
+        """What goes through the cache, as `judge.kv_cache.Trace` calls it.
 
         Of the conversations `tokens` [2, L + 1], `hidden` [2, L, H] and `cached` [2, D, H]; of the texts after them
         `texts` [N, T + 1] and `states` [N, T, H].

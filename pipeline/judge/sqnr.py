@@ -1,4 +1,4 @@
-"""Where a file leaves the one it was made from: signal-to-noise of every operator's result in two graphs.
+"""SQNR (signal to quantisation noise) of every operator's result: where a file leaves the one it was made from.
 
 Both run with the built-in kernels on the same tokens, step graphs at once and decoders token by token, each with its
 own cache. Each result is held against that of the operator of the same name. 20 dB is noise of a hundredth of the
@@ -39,7 +39,7 @@ _INTEGER = re.compile(r";int\d+$")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Heard:
+class OperatorSqnr:
     """One operator: its name and kind, the layer it is in, decibels of its result, and how many it lost.
 
     `drop` is the difference to its noisiest input, of which no more than 60 dB count. `leaves`: another layer reads it.
@@ -54,7 +54,7 @@ class Heard:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trace:
+class Comparison:
     """All operators that could be compared, in the order in which they run.
 
     `first` is the first operator below 20 dB whose noise goes all the way to the logits; None where the logits are
@@ -62,17 +62,17 @@ class Trace:
     """
 
     tokens: int
-    operators: tuple[Heard, ...]
-    first: Heard | None
-    steepest: Heard
+    operators: tuple[OperatorSqnr, ...]
+    first: OperatorSqnr | None
+    steepest: OperatorSqnr
 
-    def layers(self) -> dict[str, tuple[Heard, Heard]]:
+    def layers(self) -> dict[str, tuple[OperatorSqnr, OperatorSqnr]]:
         """Layer → the noisiest operator of those that other layers read, and of all."""
-        inside: dict[str, list[Heard]] = {}
+        inside: dict[str, list[OperatorSqnr]] = {}
         for operator in self.operators:
             inside.setdefault(operator.layer, []).append(operator)
         return {
-            layer: (_noisiest([each for each in own if each.leaves] or own[-1:]), _noisiest(own))
+            layer: (_noisiest([operator for operator in own if operator.leaves] or own[-1:]), _noisiest(own))
             for layer, own in inside.items()
         }
 
@@ -86,12 +86,12 @@ class Trace:
         return first if self.first == self.steepest else f"{first}; {steepest}"
 
     def facts(self) -> dict[str, Fact]:
-        """The trace as JSON; `curve` has the decibels of every operator."""
+        """The comparison as JSON; `curve` has the decibels of every operator."""
         rows: list[Fact] = [
             {"layer": layer, "decibels": out.decibels, "worst": _facts(worst)}
             for layer, (out, worst) in self.layers().items()
         ]
-        curve: list[Fact] = [[each.layer, each.decibels] for each in self.operators]
+        curve: list[Fact] = [[operator.layer, operator.decibels] for operator in self.operators]
         return {
             "tokens": self.tokens,
             "says": self.sentence(),
@@ -102,7 +102,7 @@ class Trace:
         }
 
 
-def trace(file: Path, reference: Path, samples: Sequence[Tokens]) -> Trace:
+def trace(file: Path, reference: Path, samples: Sequence[Tokens]) -> Comparison:
     """Run both step graphs on `samples` [L] each, and compare what every operator makes of them.
 
     Raises:
@@ -111,7 +111,7 @@ def trace(file: Path, reference: Path, samples: Sequence[Tokens]) -> Trace:
     return compare(StepGraph(file), StepGraph(reference), samples)
 
 
-def compare(ours: Running, theirs: Running, samples: Sequence[Tokens]) -> Trace:
+def compare(ours: Running, theirs: Running, samples: Sequence[Tokens]) -> Comparison:
     """Play `samples` [L] each on both, and compare what every operator makes of them.
 
     Raises:
@@ -130,7 +130,7 @@ def compare(ours: Running, theirs: Running, samples: Sequence[Tokens]) -> Trace:
                     noise[place] += error
                 bar.advance(read)
     levels = dict(zip(pairs, map(decibels, signal, noise), strict=True))
-    return _trace(theirs.graph, levels, sum(map(len, samples)))
+    return _comparison(theirs.graph, levels, sum(map(len, samples)))
 
 
 def decibels(signal: float, noise: float) -> float:
@@ -195,8 +195,8 @@ def _pairs(ours: Running, theirs: Running) -> dict[int, int]:
     """
     mine = ours.results()
     named = {name: tensor for (_, name), tensor in mine.items()}
-    found = {tensor: mine.get(key, named.get(key[1])) for key, tensor in theirs.results().items()}
-    return {tensor: other for tensor, other in found.items() if other is not None}
+    pairs = {tensor: mine.get(key, named.get(key[1])) for key, tensor in theirs.results().items()}
+    return {tensor: other for tensor, other in pairs.items() if other is not None}
 
 
 def _powers(reference: NDArray[np.float64], values: NDArray[np.float64]) -> tuple[float, float]:
@@ -207,11 +207,11 @@ def _powers(reference: NDArray[np.float64], values: NDArray[np.float64]) -> tupl
     return float((reference[open_] ** 2).sum()), float(((values - reference)[open_] ** 2).sum())
 
 
-def _trace(graph: Graph, levels: Mapping[int, float], tokens: int) -> Trace:
-    operators = {int(each.outputs[0]): each for each in graph.operators()}
+def _comparison(graph: Graph, levels: Mapping[int, float], tokens: int) -> Comparison:
+    operators = {int(operator.outputs[0]): operator for operator in graph.operators()}
     layers, read = _layers(graph), _read_elsewhere(graph)
-    heard = {
-        tensor: Heard(
+    compared = {
+        tensor: OperatorSqnr(
             name=graph.name(tensor),
             code=graph.code(operators[tensor]),
             layer=layers[tensor],
@@ -222,20 +222,20 @@ def _trace(graph: Graph, levels: Mapping[int, float], tokens: int) -> Trace:
         for tensor, level in levels.items()
     }
     noisy = _reaching(graph, levels)
-    first = next((operator for tensor, operator in heard.items() if tensor in noisy), None)
-    steepest = max(heard.values(), key=lambda each: each.drop)
-    return Trace(tokens=tokens, operators=tuple(heard.values()), first=first, steepest=steepest)
+    first = next((operator for tensor, operator in compared.items() if tensor in noisy), None)
+    steepest = max(compared.values(), key=lambda operator: operator.drop)
+    return Comparison(tokens=tokens, operators=tuple(compared.values()), first=first, steepest=steepest)
 
 
 def _layers(graph: Graph) -> dict[int, str]:
     """Each operator's layer by its first result; one between two layers counts to the one before."""
-    found, layer, last = dict[int, str](), _BEFORE, -1
+    layers, layer, last = dict[int, str](), _BEFORE, -1
     order = [int(operator.outputs[0]) for operator in graph.operators()]
     for place, tensor in enumerate(order):
         if named := _LAYER.search(graph.name(tensor)):
             layer, last = named[0].removeprefix("."), place
-        found[tensor] = layer
-    return found | dict.fromkeys(order[last + 1 :], _AFTER if last >= 0 else _BEFORE)
+        layers[tensor] = layer
+    return layers | dict.fromkeys(order[last + 1 :], _AFTER if last >= 0 else _BEFORE)
 
 
 def _read_elsewhere(graph: Graph) -> set[int]:
@@ -248,8 +248,8 @@ def _read_elsewhere(graph: Graph) -> set[int]:
     return read
 
 
-def _noisiest(operators: Sequence[Heard]) -> Heard:
-    return min(operators, key=lambda each: each.decibels)
+def _noisiest(operators: Sequence[OperatorSqnr]) -> OperatorSqnr:
+    return min(operators, key=lambda operator: operator.decibels)
 
 
 def _reaching(graph: Graph, levels: Mapping[int, float]) -> set[int]:
@@ -266,12 +266,12 @@ def _reaching(graph: Graph, levels: Mapping[int, float]) -> set[int]:
     return reached & levels.keys()
 
 
-def _named(operator: Heard) -> str:
+def _named(operator: OperatorSqnr) -> str:
     kind = f"{operator.name.rstrip(';')} ({operator.code.lower()})"
     return f"{kind} in {operator.layer}: {operator.decibels:.1f} dB, {operator.drop:.1f} dB below its inputs"
 
 
-def _facts(operator: Heard) -> dict[str, Fact]:
+def _facts(operator: OperatorSqnr) -> dict[str, Fact]:
     return {
         "name": operator.name,
         "code": operator.code,
@@ -281,10 +281,10 @@ def _facts(operator: Heard) -> dict[str, Fact]:
     }
 
 
-def table(found: Trace) -> list[list[str]]:
+def table(comparison: Comparison) -> list[list[str]]:
     """Rows for people: layer, decibels of the worst it hands on, its noisiest operator and that one's decibels."""
     rows = [["layer", "dB out", "noisiest operator", "kind", "dB"]]
-    for layer, (out, worst) in found.layers().items():
+    for layer, (out, worst) in comparison.layers().items():
         own = (worst.name.rstrip(";"), worst.code.lower(), f"{worst.decibels:.1f}")
         rows.append([layer, f"{out.decibels:.1f}", *own])
     return rows

@@ -66,8 +66,8 @@ class Model:
     @property
     def conversation(self) -> int:
         """Tokens of each conversation through the cache."""
-        script, _ = kv_cache.scripts(self.recipe.bundle, int(self.text.get("sliding_window") or 0))
-        return script.length
+        schedule, _ = kv_cache.schedules(self.recipe.bundle, int(self.text.get("sliding_window") or 0))
+        return schedule.length
 
 
 def look(model_id: str, revision: str, recipe: Recipe, graphs: Graphs) -> Model:

@@ -39,8 +39,8 @@ LARGEST_ERROR = 1 - 7 * _TRIED[-1] * (1 - 2**-9)
 _SMALLEST, _LARGEST = 2.0**-24, 65280.0
 
 
-def make_mixed(graph: Graph, wide: quantize.Keep, rounding: quantize.Rounding = quantize.to_nearest) -> None:
-    """4-bit tables and weights of linear layers; 8-bit ones, a scale per row, where `wide` names the operator.
+def quantise_weights(graph: Graph, keep_int8: quantize.Keep, rounding: quantize.Rounding = quantize.to_nearest) -> None:
+    """4-bit tables and weights of linear layers; 8-bit ones, a scale per row, where `keep_int8` names the operator.
 
     Rows that can't be cut into blocks have 8 bits too. Linear layers quantise their input while they run.
     """
@@ -55,7 +55,7 @@ def make_mixed(graph: Graph, wide: quantize.Keep, rounding: quantize.Rounding = 
             if view.type_of(weight) == "FLOAT32":
                 values = view.blocks(weight)
                 factors = rounding(view.name(weight), values.shape[-1])
-                if not wide(view.operator_name(operator)) and not values.shape[-1] % BLOCK:
+                if not keep_int8(view.operator_name(operator)) and not values.shape[-1] % BLOCK:
                     view.set_four_bits(weight, *quantise_blocks(values, factors))
                 else:
                     view.set_constant(weight, *quantize.quantise_rows(values, factors))
@@ -85,8 +85,8 @@ def best_scales(values: Array) -> NDArray[np.float16]:
     best, least = np.ones(peak.shape, np.float16), np.full(peak.shape, np.inf, np.float32)
     for share in _TRIED:
         scale = _storable(peak * np.float32(share))
-        wide = scale.astype(np.float32)[..., None]
-        error = np.square(_nearest(blocks, wide) * wide - blocks).sum(-1)
+        step = scale.astype(np.float32)[..., None]
+        error = np.square(_nearest(blocks, step) * step - blocks).sum(-1)
         closer = error < least
         best, least = np.where(closer, scale, best), np.where(closer, error, least)
     return best

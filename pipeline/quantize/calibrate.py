@@ -33,13 +33,13 @@ def make_samples(texts: Iterable[str], encode: Encode, bos: int, *, count: int, 
     Raises:
         QuantiseError: there are too few, or they are so alike that ranges from them would mean nothing.
     """
-    pieces = [piece for text in texts for piece in _windows(encode(text), bos, window)]
+    windows = [ids for text in texts for ids in _windows(encode(text), bos, window)]
     remedy = "calibrate with more, and real, text like what the model will see"
-    if len(pieces) < count:
+    if len(windows) < count:
         raise QuantiseError(
-            f"the calibration text gives {len(pieces)} samples, the recipe wants {count}", remedy=remedy
+            f"the calibration text gives {len(windows)} samples, the recipe wants {count}", remedy=remedy
         )
-    chosen = [pieces[i * len(pieces) // count] for i in range(count)]
+    chosen = [windows[i * len(windows) // count] for i in range(count)]
     effective = _effective_tokens(chosen)
     if effective < _FEWEST_EFFECTIVE_TOKENS:
         raise QuantiseError(

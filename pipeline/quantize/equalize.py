@@ -1,4 +1,4 @@
-"""Scales moved between neighbouring layers, so that int8 weights with one scale per row are closer: free at run time.
+"""Cross-layer equalization: scales moved between neighbouring layers, for closer int8 weights, free at run time.
 
 Cross-layer equalization (Nagel et al., arXiv 1906.04721), with a strength as in SmoothQuant (Xiao et al., arXiv
 2211.10438) but on the weights alone: column j is multiplied by rms(column j)^−strength. A linear layer's weights
@@ -37,7 +37,7 @@ _MOVES = ("RESHAPE", "SQUEEZE", "EXPAND_DIMS")
 Factors = NDArray[np.float32]
 
 
-def fold_scales(graph: Graph, strength: float) -> dict[str, Factors]:
+def equalize_columns(graph: Graph, strength: float) -> dict[str, Factors]:
     """Even out the columns of linear layers where what feeds them can take the factors, in every signature alike.
 
     Column j is multiplied by rms(column j)^(−strength), over all matrices that read it, rounded to a power of two and
@@ -50,10 +50,10 @@ def fold_scales(graph: Graph, strength: float) -> dict[str, Factors]:
     Returns:
         By the name of each matrix that was changed, what its columns were multiplied with.
     """
-    made = [(site, _factors(site, strength)) for site in _closed_sites(graph)]
-    for site, factors in made:
+    equalized = [(site, _factors(site, strength)) for site in _closed_sites(graph)]
+    for site, factors in equalized:
         _apply(site, factors)
-    return {use.view.name(use.tensor): factors for site, factors in made for use in site.matrices.values()}
+    return {use.view.name(use.tensor): factors for site, factors in equalized for use in site.matrices.values()}
 
 
 @dataclass(frozen=True)
@@ -147,11 +147,11 @@ class _Walk:
         groups: dict[int, list[_Use]] = {}
         for use in self.matrices():
             groups.setdefault(int(use.operator.inputs[0]), []).append(use)
-        return [self._site(taken, uses) for taken, uses in groups.items()]
+        return [self._site(x, uses) for x, uses in groups.items()]
 
-    def _site(self, taken: int, uses: list[_Use]) -> _Site:
-        feeder = self._feeder(taken)
-        alone = len(self.consumers[taken]) == len(uses) and taken not in self.results
+    def _site(self, x: int, uses: list[_Use]) -> _Site:
+        feeder = self._feeder(x)
+        alone = len(self.consumers[x]) == len(uses) and x not in self.results
         return _Site({use.buffer: use for use in uses}, [feeder] if feeder else [], alone and feeder is not None)
 
     def undoing(self, table: _Use) -> _Site:
@@ -159,8 +159,8 @@ class _Walk:
         rows = int(table.operator.outputs[0])
         while self._alone(rows) and self._same_channels(self.consumers[rows][0]) == rows:
             rows = int(self.consumers[rows][0].outputs[0])
-        found = self._constant_of(self.consumers[rows][0]) if self._alone(rows) else None
-        return _Site({}, [found] if found else [], found is not None)
+        scale = self._constant_of(self.consumers[rows][0]) if self._alone(rows) else None
+        return _Site({}, [scale] if scale else [], scale is not None)
 
     def _feeder(self, tensor: int) -> _Use | None:
         """The constant that the channels (last axis) of `tensor` are proportional to."""
@@ -172,22 +172,22 @@ class _Walk:
 
     def _same_channels(self, operator: Any) -> int:
         """The input of `operator` that its output's channels are proportional to, −1 if there is none."""
-        code, given = self.view.code(operator), self.view.shape(int(operator.outputs[0]))
+        code, result = self.view.code(operator), self.view.shape(int(operator.outputs[0]))
         if code == PRODUCT:
             return -1 if operator.builtinOptions.adjY else int(operator.inputs[1])
-        taken = int(operator.inputs[0]) if code in _MOVES else -1
-        return taken if taken >= 0 and self.view.shape(taken)[-1:] == given[-1:] else -1
+        moved = int(operator.inputs[0]) if code in _MOVES else -1
+        return moved if moved >= 0 and self.view.shape(moved)[-1:] == result[-1:] else -1
 
     def _factor(self, product: Any) -> _Use | None:
         """Of a product of two: its constant, or one factor's constant or rows."""
-        found = self._constant_of(product)
+        feeder = self._constant_of(product)
         makers = [self.producers.get(int(tensor)) for tensor in product.inputs if self._alone(int(tensor))]
         for maker in (maker for maker in makers if maker is not None and _is_plain(maker)):
-            if found is None and self.view.code(maker) == "MUL":
-                found = self._constant_of(maker)
-            if found is None and self._is_layer(maker) and not _has_bias(maker):
-                found = _Use(self.view, maker, 1)
-        return found
+            if feeder is None and self.view.code(maker) == "MUL":
+                feeder = self._constant_of(maker)
+            if feeder is None and self._is_layer(maker) and not _has_bias(maker):
+                feeder = _Use(self.view, maker, 1)
+        return feeder
 
     def _constant_of(self, operator: Any) -> _Use | None:
         """The constant of a product that has as many channels as a row of it, or is one number."""
@@ -255,11 +255,11 @@ def _change(use: _Use, change: Callable[[Array, int], Array]) -> None:
 
 def _divide(feeders: Iterable[_Use], factors: Factors) -> None:
     """Give each operator a constant of its own, once for all signatures: others may read the one it has."""
-    made: dict[int, int] = {}
+    divided: dict[int, int] = {}
     for use in feeders:
         view, values = use.view, use.view.constant(use.tensor) / factors
-        if use.buffer not in made:
-            made[use.buffer] = view.add_buffer(values)
+        if use.buffer not in divided:
+            divided[use.buffer] = view.add_buffer(values)
         tensor = view.add_tensor(f"{view.operator_name(use.operator)};folded", "FLOAT32", values.shape)
-        view.main.tensors[tensor].buffer = made[use.buffer]
+        view.main.tensors[tensor].buffer = divided[use.buffer]
         use.operator.inputs[use.place] = tensor

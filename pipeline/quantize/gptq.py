@@ -1,7 +1,7 @@
 """GPTQ: weights rounded one column after the other, each column's error taken up by those still to come.
 
-What counts is not how far a weight is from its integer but how far the layer's result is: for inputs x with second
-moments H = Σ x xᵀ the mean square of an error e of one row is e H eᵀ. Columns are rounded from left to right; the error
+What counts is not how far a weight is from its integer but how far the layer's result is: for inputs x with the Hessian
+H = Σ x xᵀ the mean square of an error e of one row is e H eᵀ. Columns are rounded from left to right; the error
 of one, over the diagonal of U, is subtracted from the rest along its row of U, where Uᵀ U = H⁻¹ with U upper triangular
 (Frantar et al., GPTQ, arXiv 2210.17323, equations 2 and 3, algorithm 1). Scales are set beforehand, as without it, so
 columns can be taken in any order: those with the largest inputs come first, whose errors all others can take up.
@@ -36,15 +36,16 @@ from pipeline.quantize.hadamard import rotate_blocks
 from pipeline.tflite.lazy import Array
 
 INDEX = "index.json"
-"""In the folder of moments: name of a weight → file."""
+"""In the folder of stage `moments`: name of a weight → file."""
 SPAN = 2048
 DAMPING = 0.01
 """Added to the diagonal of H, over its mean: the paper's value."""
 _CHUNK = 32
 _ROWS = 1024
 """Rows that are rounded together: 32 columns of them stay in a core's cache."""
-_BLOCK = re.compile(r";block_(\d+)$")
-_PIECE = re.compile(r";\w+$")
+# What quantize/groups.py and row_ranges.py put behind the name of a matrix that they cut up.
+_GROUP = re.compile(r";block_(\d+)$")
+_PART = re.compile(r";\w+$")
 
 
 @dataclass(frozen=True)
@@ -55,12 +56,12 @@ class Factor:
     upper: NDArray[np.float64]
 
     @classmethod
-    def of(cls, moments: Array, damping: float = DAMPING) -> Factor:
+    def of(cls, hessian: Array, damping: float = DAMPING) -> Factor:
         """From H [n, n], of which `damping` times the mean is added to the diagonal.
 
         Channels that are always zero count as the mean.
         """
-        wide = np.array(moments, np.float64)
+        wide = np.array(hessian, np.float64)
         diagonal = np.einsum("ii->i", wide)
         mean = float(diagonal.mean()) or 1.0
         diagonal[diagonal <= 0] = mean
@@ -91,39 +92,39 @@ def round_rows(values: Array, scale: Array, factors: Sequence[Factor], low: int,
 
 
 def _round_lot(values: Array, scale: Array, factors: Sequence[Factor], low: int, high: int) -> NDArray[np.int8]:
-    made, block, first = np.empty(values.shape[::-1], np.int8), values.shape[1] // scale.shape[1], 0
+    rounded, block, first = np.empty(values.shape[::-1], np.int8), values.shape[1] // scale.shape[1], 0
     for factor in factors:
         columns = first + factor.order
         rest, steps = values.T[columns].astype(np.float64), scale.T[columns // block].astype(np.float64)
-        made[columns] = _round_span(rest, steps, factor.upper, low, high)
+        rounded[columns] = _round_span(rest, steps, factor.upper, low, high)
         first += len(columns)
-    return made.T
+    return rounded.T
 
 
 def _round_span(rest: Array, steps: Array, upper: Array, low: int, high: int) -> Array:
     """Integers for `rest` [columns, rows], which is changed on the way; `steps` as many."""
-    made = np.empty(rest.shape)
+    rounded = np.empty(rest.shape)
     for start in range(0, len(rest), _CHUNK):
         stop = min(start + _CHUNK, len(rest))
         errors = np.empty((stop - start, rest.shape[1]))
         for column in range(start, stop):
-            whole = made[column] = np.clip(np.rint(rest[column] / steps[column]), low, high)
+            whole = rounded[column] = np.clip(np.rint(rest[column] / steps[column]), low, high)
             error = errors[column - start] = (rest[column] - whole * steps[column]) / upper[column, column]
             rest[column + 1 : stop] -= upper[column, column + 1 : stop, None] * error
         rest[stop:] -= upper[start:stop, stop:].T @ errors
-    return made
+    return rounded
 
 
-class Moments:
-    """The second moments that stage `moments` left in a folder, by the name of the weight they are of.
+class Hessians:
+    """H of what each layer reads, as stage `moments` left them in a folder, by the name of the layer's weight.
 
-    Within `with moments:` BLAS has one thread: rows are rounded in a thread per core already.
+    Within `with hessians:` BLAS has one thread: rows are rounded in a thread per core already.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.files: dict[str, str] = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        self._lock, self._kept = threading.Lock(), dict[_Key, tuple[threading.Lock, list[Factor]]]()
+        self._lock, self._cache = threading.Lock(), dict[_Key, tuple[threading.Lock, list[Factor]]]()
         self._limits = ExitStack()
 
     def __enter__(self) -> Self:
@@ -134,50 +135,52 @@ class Moments:
         self._limits.close()
 
     def rounding(
-        self, moved: Mapping[str, Array] | None = None, turned: Mapping[str, int] | None = None
+        self, column_factors: Mapping[str, Array] | None = None, rotated: Mapping[str, int] | None = None
     ) -> Callable[[str, int], Factors | None]:
-        """What rounds a matrix, by its name and how many columns it has; None where there are no moments of it.
+        """What rounds a matrix, by its name and how many columns it has; None where there is no Hessian of it.
 
-        Columns may be a block of a matrix (`…;block_2`), rows a piece of it (`…;fine_0`).
+        Columns may be a group of a matrix's (`…;block_2`, groups.py), rows a range of them (`…;fine_0`, row_ranges.py).
 
         Args:
-            moved: what the columns of a whole matrix were multiplied with, and its inputs divided by.
-            turned: the size of the blocks in which both were rotated then (convert/rotate.py).
+            column_factors: what the columns of a whole matrix were multiplied with, and its inputs divided by.
+            rotated: the size of the blocks in which both were rotated then (quantize/rotate.py).
         """
 
         def of(weight: str, columns: int) -> Factors | None:
-            block, whole = _BLOCK.search(weight), _PIECE.sub("", weight)
-            start, scaled = int(block[1]) * columns if block else 0, (moved or {}).get(whole)
+            group, whole = _GROUP.search(weight), _PART.sub("", weight)
+            start, factors = int(group[1]) * columns if group else 0, (column_factors or {}).get(whole)
             file = self.files.get(whole)
-            size = (turned or {}).get(whole, 1)
-            return (lambda: self._made(file, start, columns, scaled, size)) if file else None
+            size = (rotated or {}).get(whole, 1)
+            return (lambda: self._factors(file, start, columns, factors, size)) if file else None
 
         return of
 
-    def _made(self, file: str, start: int, columns: int, scaled: Array | None, turned: int) -> list[Factor]:
+    def _factors(self, file: str, start: int, columns: int, scaled: Array | None, rotation: int) -> list[Factor]:
         """Those of each span, made once for matrices that read the same and for rows that come in lots."""
-        key = (file, start, columns, turned, b"" if scaled is None else scaled.tobytes())
+        key = (file, start, columns, rotation, b"" if scaled is None else scaled.tobytes())
         with self._lock:
-            own, made = self._kept[key] = self._kept.pop(key, (threading.Lock(), []))
-            for old in list(self._kept)[: -parallel.threads()]:
-                del self._kept[old]
+            own, factors = self._cache[key] = self._cache.pop(key, (threading.Lock(), []))
+            for old in list(self._cache)[: -parallel.threads()]:
+                del self._cache[old]
         with own:
-            return made or self._spans(made, file, slice(start, start + columns), scaled, turned)
+            return factors or self._fill(factors, file, slice(start, start + columns), scaled, rotation)
 
-    def _spans(self, found: list[Factor], file: str, columns: slice, scaled: Array | None, turned: int) -> list[Factor]:
-        """`found`, filled."""
+    def _fill(
+        self, factors: list[Factor], file: str, columns: slice, scaled: Array | None, rotation: int
+    ) -> list[Factor]:
+        """`factors`, with that of each span of `columns`."""
         stored: NDArray[Any] = np.load(self.folder / file, mmap_mode="r")
         width = stored.shape[1]
         for place, whole in enumerate(stored):
             low, high = (min(max(edge - place * width, 0), width) for edge in (columns.start, columns.stop))
             if low < high:
-                first, last = low - low % turned, -(-high // turned) * turned  # whole blocks, of which a part is kept
+                first, last = low - low % rotation, -(-high // rotation) * rotation  # whole blocks; a part is kept
                 part = np.array(whole[first:last, first:last], np.float64)
                 if scaled is not None:
                     scale = scaled[place * width + first : place * width + last].astype(np.float64)
                     part /= scale[:, None] * scale
-                if turned > 1:
-                    part = rotate_blocks(rotate_blocks(part, turned).T, turned)
+                if rotation > 1:
+                    part = rotate_blocks(rotate_blocks(part, rotation).T, rotation)
                 kept = slice(low - first, high - first)
-                found.append(Factor.of(part[kept, kept]))
-        return found
+                factors.append(Factor.of(part[kept, kept]))
+        return factors

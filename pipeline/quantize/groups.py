@@ -22,32 +22,34 @@ from pipeline.quantize.rows import LINEAR, LOOKUP, Keep
 from pipeline.tflite.graph import Graph
 from pipeline.tflite.lazy import Array, Blocks
 
-# Rows of a matrix that are read at a time to cut a block out of them.
+# Rows of a matrix that are read at a time to cut a group of columns out of them.
 _ROWS = 4096
 
 
-def split_columns(graph: Graph, chosen: Keep, width: int) -> None:
-    """Make sums of layers `width` columns wide of the float32 layers that `chosen` names, in every signature.
+def split_columns(graph: Graph, chosen: Keep, group_size: int) -> None:
+    """Make sums of layers `group_size` columns wide of the float32 layers that `chosen` names, in every signature.
 
-    A matrix that is not a multiple of `width` wide stays whole.
+    A matrix that is not a multiple of `group_size` wide stays whole.
     """
-    parts: dict[int, list[int]] = {}
+    group_buffers: dict[int, list[int]] = {}
     views = graph.each()
     for view in views:
         for operator in view.operators():
             if view.code(operator) == LINEAR and chosen(view.operator_name(operator)):
-                _cut(view, int(operator.inputs[1]), width, parts)
+                _cut(view, int(operator.inputs[1]), group_size, group_buffers)
     for view in views:
-        _Splitting(view, parts).rewrite()
+        _Splitting(view, group_buffers).rewrite()
 
 
-def _cut(view: Graph, matrix: int, width: int, parts: dict[int, list[int]]) -> None:
-    """Make buffers of the blocks of `matrix`, once for all signatures."""
+def _cut(view: Graph, matrix: int, group_size: int, group_buffers: dict[int, list[int]]) -> None:
+    """Make a buffer of each group of the columns of `matrix`, once for all signatures."""
     if not view.is_constant(matrix) or view.type_of(matrix) != "FLOAT32":
         return
     buffer, values = int(view.main.tensors[matrix].buffer), view.blocks(matrix)
-    if buffer not in parts and values.shape[1] > width and not values.shape[1] % width:
-        parts[buffer] = [view.add_buffer(_columns(values, at, width)) for at in range(0, values.shape[1], width)]
+    columns = values.shape[1]
+    if buffer not in group_buffers and columns > group_size and not columns % group_size:
+        starts = range(0, columns, group_size)
+        group_buffers[buffer] = [view.add_buffer(_columns(values, start, group_size)) for start in starts]
 
 
 def _columns(values: Blocks, first: int, width: int) -> Blocks:
@@ -61,12 +63,12 @@ def _columns(values: Blocks, first: int, width: int) -> Blocks:
 
 
 class _Splitting:
-    """The rewriting of one signature; layers with the same input share its blocks."""
+    """The rewriting of one signature; layers with the same input share what it is cut into."""
 
-    def __init__(self, graph: Graph, parts: dict[int, list[int]]) -> None:
-        """`parts`: the buffers of the blocks by the buffer of their matrix."""
-        self.graph, self.parts = graph, parts
-        self.pieces: dict[tuple[int, int], list[int]] = {}
+    def __init__(self, graph: Graph, group_buffers: dict[int, list[int]]) -> None:
+        """`group_buffers`: those of the groups by the buffer of their matrix."""
+        self.graph, self.group_buffers = graph, group_buffers
+        self.inputs: dict[tuple[int, int], list[int]] = {}
         self.weights: dict[int, list[int]] = {}
 
     def rewrite(self) -> None:
@@ -75,57 +77,56 @@ class _Splitting:
     def _change(self, operator: Any) -> list[Any]:
         graph, code = self.graph, self.graph.code(operator)
         matrix = int(operator.inputs[1]) if code in (LINEAR, LOOKUP) else -1
-        if not graph.is_constant(matrix) or int(graph.main.tensors[matrix].buffer) not in self.parts:
+        if not graph.is_constant(matrix) or int(graph.main.tensors[matrix].buffer) not in self.group_buffers:
             return [operator]
-        blocks = self._blocks(matrix)
-        return self._sum(operator, blocks) if code == LINEAR else self._join(operator, blocks)
+        weights = self._groups(matrix)
+        return self._sum(operator, weights) if code == LINEAR else self._join(operator, weights)
 
-    def _blocks(self, matrix: int) -> list[int]:
-        """A tensor for each block of `matrix`."""
+    def _groups(self, matrix: int) -> list[int]:
+        """A tensor for each group of the columns of `matrix`."""
         graph = self.graph
         if matrix not in self.weights:
-            buffers = self.parts[int(graph.main.tensors[matrix].buffer)]
+            buffers = self.group_buffers[int(graph.main.tensors[matrix].buffer)]
             shape = (graph.shape(matrix)[0], graph.shape(matrix)[1] // len(buffers))
-            made = self._tensors(matrix, shape, len(buffers))
-            for tensor, buffer in zip(made, buffers, strict=True):
+            self.weights[matrix] = self._tensors(matrix, shape, len(buffers))
+            for tensor, buffer in zip(self.weights[matrix], buffers, strict=True):
                 graph.main.tensors[tensor].buffer = buffer
-            self.weights[matrix] = made
         return self.weights[matrix]
 
     def _sum(self, layer: Any, weights: list[int]) -> list[Any]:
-        """`layer` as the sum of one for each block; the first adds the bias, if there is any."""
-        graph, given, count = self.graph, int(layer.outputs[0]), len(weights)
-        shape = graph.shape(given)
-        before, pieces = self._split(int(layer.inputs[0]), count)
-        partial_sums, totals = self._tensors(given, shape, count), self._tensors(given, shape, count - 2, "sum")
+        """`layer` as the sum of one for each group; the first adds the bias, if there is any."""
+        graph, result, count = self.graph, int(layer.outputs[0]), len(weights)
+        shape = graph.shape(result)
+        before, inputs = self._split(int(layer.inputs[0]), count)
+        partial_sums, totals = self._tensors(result, shape, count), self._tensors(result, shape, count - 2, "sum")
         layers = [
-            graph.operator(LINEAR, [piece, weight, *(layer.inputs[2:] if not i else [-1])], [result], keepNumDims=True)
-            for i, (piece, weight, result) in enumerate(zip(pieces, weights, partial_sums, strict=True))
+            graph.operator(LINEAR, [x, weight, *(layer.inputs[2:] if not i else [-1])], [partial_sum], keepNumDims=True)
+            for i, (x, weight, partial_sum) in enumerate(zip(inputs, weights, partial_sums, strict=True))
         ]
-        lefts, results = [partial_sums[0], *totals], [*totals, given]
+        lefts, results = [partial_sums[0], *totals], [*totals, result]
         adds = [
-            graph.operator("ADD", [left, right], [result])
-            for left, right, result in zip(lefts, partial_sums[1:], results, strict=True)
+            graph.operator("ADD", [left, right], [total])
+            for left, right, total in zip(lefts, partial_sums[1:], results, strict=True)
         ]
         return [*before, *layers, *adds]
 
     def _split(self, x: int, count: int) -> tuple[list[Any], list[int]]:
-        """What cuts `x` [..., inputs] into `count` pieces, unless that is done already, and the pieces."""
-        if (x, count) in self.pieces:
-            return [], self.pieces[x, count]
+        """What cuts `x` [..., inputs] into `count` groups of channels, unless that is done already, and the groups."""
+        if (x, count) in self.inputs:
+            return [], self.inputs[x, count]
         graph, shape = self.graph, self.graph.shape(x)
-        pieces = self._tensors(x, (*shape[:-1], shape[-1] // count), count)
-        self.pieces[x, count] = pieces
+        groups = self._tensors(x, (*shape[:-1], shape[-1] // count), count)
+        self.inputs[x, count] = groups
         axis = graph.add_constant(np.array(len(shape) - 1, np.int32), f"{graph.name(x)};axis")
-        return [graph.operator("SPLIT", [axis, x], pieces, numSplits=count)], pieces
+        return [graph.operator("SPLIT", [axis, x], groups, numSplits=count)], groups
 
     def _join(self, lookup: Any, tables: list[int]) -> list[Any]:
-        """`lookup` in each block of its table, and the blocks of the rows side by side."""
+        """`lookup` in each group of its table, and the groups of the rows side by side."""
         graph, ids, rows = self.graph, int(lookup.inputs[0]), int(lookup.outputs[0])
         shape = graph.shape(rows)
-        found = self._tensors(rows, (*shape[:-1], shape[-1] // len(tables)), len(tables))
-        lookups = [graph.operator(LOOKUP, [ids, table], [one]) for table, one in zip(tables, found, strict=True)]
-        return [*lookups, graph.operator("CONCATENATION", found, [rows], axis=len(shape) - 1)]
+        groups = self._tensors(rows, (*shape[:-1], shape[-1] // len(tables)), len(tables))
+        lookups = [graph.operator(LOOKUP, [ids, table], [group]) for table, group in zip(tables, groups, strict=True)]
+        return [*lookups, graph.operator("CONCATENATION", groups, [rows], axis=len(shape) - 1)]
 
     def _tensors(self, of: int, shape: Sequence[int], count: int, kind: str = "block") -> list[int]:
         name = partial("{};{}_{}".format, self.graph.name(of), kind)

@@ -16,15 +16,15 @@ def hadamard(size: int) -> NDArray[np.float32]:
     """
     if size < 1 or size & (size - 1):
         raise ValueError(f"there is no Sylvester matrix of size {size}, which is no power of two")
-    made = np.ones((1, 1))
-    while len(made) < size:
-        made = np.block([[made, made], [made, -made]])
-    unit: NDArray[np.float32] = (made / np.sqrt(size)).astype(np.float32)
+    signs = np.ones((1, 1))
+    while len(signs) < size:
+        signs = np.block([[signs, signs], [signs, -signs]])
+    unit: NDArray[np.float32] = (signs / np.sqrt(size)).astype(np.float32)
     return unit
 
 
 def rotate_blocks(values: Array, size: int) -> NDArray[np.float64]:
     """Each row of `values` [..., columns], every `size` columns of it rotated by themselves."""
     blocks = values.reshape(*values.shape[:-1], -1, size).astype(np.float64)
-    turned: NDArray[np.float64] = (blocks @ hadamard(size).astype(np.float64)).reshape(values.shape)
-    return turned
+    rotated: NDArray[np.float64] = (blocks @ hadamard(size).astype(np.float64)).reshape(values.shape)
+    return rotated

@@ -13,10 +13,10 @@ TABLE = "embed_tokens.weight"
 """The table that is the head as well."""
 
 
-def make(graph: Graph, int4: Int4, moments: gptq.Moments | None = None) -> None:
+def make_int4(graph: Graph, int4: Int4, hessians: gptq.Hessians | None = None) -> None:
     """Give `graph`, its weights attached in float32, 4-bit ones, and 8-bit ones where the recipe says so."""
-    rounding = prepare.smooth(graph, int4, moments)
+    rounding = prepare.prepare(graph, int4, hessians)
     if int4.int8_tokens:
-        row_ranges.cut(graph, TABLE, int4.int8_tokens)
-    blockwise.make_mixed(graph, rows.keeper([*int4.keep_int8, *row_ranges.FINE]), rounding)
-    int8x2.take_two_rows(graph, rows.keeper(int4.int8x2))
+        row_ranges.split_rows(graph, TABLE, int4.int8_tokens)
+    blockwise.quantise_weights(graph, rows.keeper([*int4.keep_int8, *row_ranges.INT8]), rounding)
+    int8x2.split_inputs(graph, rows.keeper(int4.int8x2))

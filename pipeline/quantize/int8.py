@@ -10,9 +10,9 @@ from pipeline.quantize import gptq, groups, int8x2, prepare, rows
 from pipeline.tflite.graph import Graph
 
 
-def make(graph: Graph, int8: Int8, moments: gptq.Moments | None = None) -> None:
+def make_int8(graph: Graph, int8: Int8, hessians: gptq.Hessians | None = None) -> None:
     """Make `graph`, its weights attached in float32, int8: weights now, activations while it runs."""
-    rounding = prepare.smooth(graph, int8, moments)
+    rounding = prepare.prepare(graph, int8, hessians)
     groups.split_columns(graph, rows.keeper(int8.groups), int8.group_size)
     rows.quantise_weights(graph, rows.keeper(int8.keep_float), rounding)
-    int8x2.take_two_rows(graph, rows.keeper(int8.int8x2))
+    int8x2.split_inputs(graph, rows.keeper(int8.int8x2))

@@ -1,4 +1,4 @@
-"""A linear layer that takes its input as two int8 rows: the value, and what rounding it to int8 leaves over.
+"""int8×2: a linear layer takes its input in two int8 terms, the value and the remainder of rounding it, as two rows.
 
 Why: int8 activations cost far more than int8 weights where some channels are many times larger than the rest, as in
 Gemma 3. Scales moved between neighbouring layers (SmoothQuant, arXiv 2211.10438) make the weights worse.
@@ -26,22 +26,22 @@ _STEPS = 255.0
 _SMALLEST_STEP = 1e-30
 
 
-def take_two_rows(graph: Graph, chosen: Keep) -> None:
+def split_inputs(graph: Graph, chosen: Keep) -> None:
     """Give linear layers that `chosen` names their input as two rows, in every signature.
 
     A layer must see float32 [..., 1, inputs]: the rows stand on that axis, there in all graphs of this project.
     """
     for view in graph.each():
-        _TwoRows(view, chosen).rewrite()
+        _Int8x2(view, chosen).rewrite()
 
 
-class _TwoRows:
+class _Int8x2:
     """The rewriting of one signature; layers with the same input share its rows."""
 
     def __init__(self, graph: Graph, chosen: Keep) -> None:
         self.graph, self.chosen = graph, chosen
         self.rows: dict[int, int] = {}
-        self.parts: dict[int, list[int]] = {}
+        self.terms: dict[int, list[int]] = {}
         self.constants: dict[str, int] = {}
 
     def rewrite(self) -> None:
@@ -51,52 +51,51 @@ class _TwoRows:
         graph = self.graph
         if graph.code(operator) != LINEAR or not self.chosen(graph.operator_name(operator)):
             return [operator]
-        taken, given = int(operator.inputs[0]), int(operator.outputs[0])
-        shape = graph.shape(taken)
-        if len(shape) < 2 or shape[-2] != 1 or graph.type_of(taken) != "FLOAT32":
+        x, result = int(operator.inputs[0]), int(operator.outputs[0])
+        shape = graph.shape(x)
+        if len(shape) < 2 or shape[-2] != 1 or graph.type_of(x) != "FLOAT32":
             return [operator]
         weight = int(operator.inputs[1])
         if graph.is_constant(weight) and graph.type_of(weight) == "INT4":
-            return self._apart(operator, shape)
-        before = [] if taken in self.rows else self._split(taken, shape)
-        both = self._tensor(given, ROWS, (*graph.shape(given)[:-2], 2, graph.shape(given)[-1]))
+            return self._as_two_layers(operator, shape)
+        before = [] if x in self.rows else self._stack(x, shape)
+        products = self._tensor(result, ROWS, (*graph.shape(result)[:-2], 2, graph.shape(result)[-1]))
         bias = int(operator.inputs[2]) if len(operator.inputs) > 2 else -1
-        total = given if bias < 0 else self._tensor(given, "sum", graph.shape(given))
-        operator.inputs = [self.rows[taken], int(operator.inputs[1]), -1]
-        operator.outputs = [both]
+        total = result if bias < 0 else self._tensor(result, "sum", graph.shape(result))
+        operator.inputs = [self.rows[x], weight, -1]
+        operator.outputs = [products]
         operator.builtinOptions.asymmetricQuantizeInputs = True  # else the built-in kernels take another step
-        after = [graph.operator("SUM", [both, self._axis(len(shape) - 2)], [total], keepDims=True)]
+        after = [graph.operator("SUM", [products, self._axis(len(shape) - 2)], [total], keepDims=True)]
         if bias >= 0:  # added once, to the sum, and not to each row
-            after.append(graph.operator("ADD", [total, bias], [given]))
+            after.append(graph.operator("ADD", [total, bias], [result]))
         return [*before, operator, *after]
 
-    def _apart(self, operator: Any, shape: tuple[int, ...]) -> list[Any]:
-        """The layer once for each row, and the sum: of 4-bit weights XNNPACK has a fast kernel for one row alone."""
-        graph, taken, given = self.graph, int(operator.inputs[0]), int(operator.outputs[0])
-        before = [] if taken in self.parts else self._measure(taken, shape)
-        coarse, fine = self.parts[taken]
-        results = [self._tensor(given, name, graph.shape(given)) for name in ("coarse", "fine")]
+    def _as_two_layers(self, operator: Any, shape: tuple[int, ...]) -> list[Any]:
+        """The layer once for each term, and the sum: of 4-bit weights XNNPACK has a fast kernel for one row alone."""
+        graph, x, result = self.graph, int(operator.inputs[0]), int(operator.outputs[0])
+        before = [] if x in self.terms else self._split(x, shape)
+        value, remainder = self.terms[x]
+        products = [self._tensor(result, name, graph.shape(result)) for name in ("coarse", "fine")]
         keep = bool(operator.builtinOptions.keepNumDims)
-        second = graph.operator("FULLY_CONNECTED", [fine, int(operator.inputs[1]), -1], results[1:], keepNumDims=keep)
-        operator.inputs, operator.outputs = [coarse, *operator.inputs[1:]], results[:1]
+        second = graph.operator(LINEAR, [remainder, int(operator.inputs[1]), -1], products[1:], keepNumDims=keep)
+        operator.inputs, operator.outputs = [value, *operator.inputs[1:]], products[:1]
         for layer in (operator, second):
             layer.builtinOptions.asymmetricQuantizeInputs = True  # else the built-in kernels take another step
-        return [*before, operator, second, graph.operator("ADD", results, [given])]
+        return [*before, operator, second, graph.operator("ADD", products, [result])]
+
+    def _stack(self, x: int, shape: tuple[int, ...]) -> list[Any]:
+        """The operators that make [..., 2, inputs] of `x` [..., 1, inputs]."""
+        before = [] if x in self.terms else self._split(x, shape)
+        self.rows[x] = self._tensor(x, ROWS, (*shape[:-2], 2, shape[-1]))
+        return [*before, self.graph.operator("CONCATENATION", self.terms[x], [self.rows[x]], axis=len(shape) - 2)]
 
     def _split(self, x: int, shape: tuple[int, ...]) -> list[Any]:
-        """The operators that make [..., 2, inputs] of `x` [..., 1, inputs]."""
-        before = [] if x in self.parts else self._measure(x, shape)
-        self.rows[x] = self._tensor(x, ROWS, (*shape[:-2], 2, shape[-1]))
-        both = self.graph.operator("CONCATENATION", self.parts[x], [self.rows[x]], axis=len(shape) - 2)
-        return [*before, both]
-
-    def _measure(self, x: int, shape: tuple[int, ...]) -> list[Any]:
-        """The operators that make of `x` its value in the kernel's own steps, and what is left."""
-        graph, one = self.graph, (*shape[:-1], 1)
-        high, low, width = (self._tensor(x, name, one) for name in ("max", "min", "range"))
-        share, step = (self._tensor(x, name, one) for name in ("share", "step"))
-        counted, whole, coarse, rest = (self._tensor(x, name, shape) for name in ("steps", "whole", "coarse", "rest"))
-        self.parts[x] = [coarse, rest]
+        """The operators that make of `x` its value in the kernel's own steps, and the remainder."""
+        graph, per_row = self.graph, (*shape[:-1], 1)
+        high, low, width = (self._tensor(x, name, per_row) for name in ("max", "min", "range"))
+        share, step = (self._tensor(x, name, per_row) for name in ("share", "step"))
+        steps, whole, value, rest = (self._tensor(x, name, shape) for name in ("steps", "whole", "coarse", "rest"))
+        self.terms[x] = [value, rest]
         axis, scale = self._axis(len(shape) - 1), self._scalar("scale", 1 / _STEPS)
         least = self._scalar("least", _SMALLEST_STEP)
         return [
@@ -105,10 +104,10 @@ class _TwoRows:
             graph.operator("SUB", [high, low], [width]),
             graph.operator("MUL", [width, scale], [share]),
             graph.operator("ADD", [share, least], [step]),
-            graph.operator("DIV", [x, step], [counted]),
-            graph.operator("ROUND", [counted], [whole]),
-            graph.operator("MUL", [whole, step], [coarse]),
-            graph.operator("SUB", [x, coarse], [rest]),
+            graph.operator("DIV", [x, step], [steps]),
+            graph.operator("ROUND", [steps], [whole]),
+            graph.operator("MUL", [whole, step], [value]),
+            graph.operator("SUB", [x, value], [rest]),
         ]
 
     def _tensor(self, of: int, name: str, shape: tuple[int, ...]) -> int:
@@ -121,6 +120,6 @@ class _TwoRows:
         return self._constant(name, np.array([value], np.float32))
 
     def _constant(self, name: str, values: Any) -> int:
-        if name not in self.constants:
+        if name not in self.constants:  # names stand in the files, whose bytes are to stay
             self.constants[name] = self.graph.add_constant(values, f"two_rows;{name}")
         return self.constants[name]

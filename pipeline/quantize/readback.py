@@ -52,7 +52,7 @@ class Product:
 
     `integer`: activations are int8 or int16 in the file, and what they are multiplied by as well. `hybrid`: float32
     activations, quantised by the kernel, times int8 or 4-bit weights. `float`: the rest. A layer that is computed of
-    two int8 tensors (static.py) or two rows (residual.py) is one product: its remainder does not count.
+    two int8 tensors (static.py) or two rows (int8x2.py) is one product: its remainder does not count.
     """
 
     name: str
@@ -124,11 +124,11 @@ def _stored(graphs: Iterable[Graph]) -> tuple[int, int]:
 
 def _elements(graph: Graph) -> Counter[str]:
     """Element type → how many weights of it there are."""
-    found: Counter[str] = Counter()
+    elements: Counter[str] = Counter()
     for view, tensor in _constants(graph):
         if view.type_of(tensor) in _WEIGHTS:
-            found[view.type_of(tensor)] += math.prod(view.shape(tensor))
-    return found
+            elements[view.type_of(tensor)] += math.prod(view.shape(tensor))
+    return elements
 
 
 def _constants(graph: Graph) -> Iterator[tuple[Graph, int]]:
@@ -198,7 +198,7 @@ def _computes_in_float(graph: Graph, operator: Any) -> bool:
     return "FLOAT32" in types and not hybrid
 
 
-def check(found: ReadBack, target: Target, file: Path) -> Facts:
+def check(contents: ReadBack, target: Target, file: Path) -> Facts:
     """Make sure that a file is what it was to become, and return what the manifest says of it.
 
     `integer_share` counts a static file's products with integer activations only, a dynamic file's hybrid ones too.
@@ -208,17 +208,17 @@ def check(found: ReadBack, target: Target, file: Path) -> Facts:
         QuantiseError: too few weights have the type, a table is of another, or too few products are integer.
     """
     wanted = {"fp16": ("FLOAT16",), "int4": _NARROW}.get(target, ("INT8",))
-    share = sum(found.shares.get(kind, 0.0) for kind in wanted)
+    share = sum(contents.shares.get(kind, 0.0) for kind in wanted)
     kinds: tuple[Arithmetic, ...] = ("integer",) if target in _STATIC else ("integer", "hybrid")
-    integer, linear = found.share(*kinds), found.share(*kinds, weights_only=True)
+    integer, linear = contents.share(*kinds), contents.share(*kinds, weights_only=True)
     wrong = []
     if share < _LEAST_WEIGHTS:
-        types = ", ".join(f"{value:.1%} {kind.lower()}" for kind, value in sorted(found.shares.items()))
+        types = ", ".join(f"{value:.1%} {kind.lower()}" for kind, value in sorted(contents.shares.items()))
         wrong.append(f"its weights are {types}")
-    if target == "int4" and found.shares.get("INT4", 0.0) < _LEAST_FOUR_BITS:
-        wrong.append(f"only {found.shares.get('INT4', 0.0):.1%} of its weights have 4 bits")
-    if set(found.tables) - {*wanted}:
-        wrong.append(f"its embedding tables are {', '.join(sorted({t.lower() for t in found.tables}))}")
+    if target == "int4" and contents.shares.get("INT4", 0.0) < _LEAST_FOUR_BITS:
+        wrong.append(f"only {contents.shares.get('INT4', 0.0):.1%} of its weights have 4 bits")
+    if set(contents.tables) - {*wanted}:
+        wrong.append(f"its embedding tables are {', '.join(sorted({t.lower() for t in contents.tables}))}")
     if target != "fp16" and linear < _LEAST_INTEGER:
         wrong.append(f"only {linear:.1%} of the multiply-adds with its weights are integer")
     if wrong:
@@ -227,27 +227,27 @@ def check(found: ReadBack, target: Target, file: Path) -> Facts:
             cause="the graph has weights or products that the quantiser does not know, or the recipe keeps too much",
             remedy="compare its operators with those in pipeline/quantize/rows.py",
         )
-    return _facts(found, target, share, integer)
+    return _facts(contents, target, share, integer)
 
 
-def _facts(found: ReadBack, target: Target, share: float, integer: float) -> Facts:
+def _facts(contents: ReadBack, target: Target, share: float, integer: float) -> Facts:
     if target == "fp16":
-        return {"size": found.size, "weights_float16_share": round(share, 6)}
-    total = sum(product.multiply_adds for product in found.products)
+        return {"size": contents.size, "weights_float16_share": round(share, 6)}
+    total = sum(product.multiply_adds for product in contents.products)
     left = Counter[str]()
-    for product in found.products:
+    for product in contents.products:
         if product.arithmetic == "float" or (target in _STATIC and product.arithmetic == "hybrid"):
             left[product.name] += product.multiply_adds
     own = {"scheme": target, "weights_int8_share": round(share, 6)}
     if target == "int4":
-        shares = {f"weights_int{bits}_share": round(found.shares.get(f"INT{bits}", 0.0), 6) for bits in (4, 8)}
-        own = {**shares, "bits_per_weight": round(found.bits_per_weight, 4)}
+        shares = {f"weights_int{bits}_share": round(contents.shares.get(f"INT{bits}", 0.0), 6) for bits in (4, 8)}
+        own = {**shares, "bits_per_weight": round(contents.bits_per_weight, 4)}
     return {
         **own,
-        "size": found.size,
+        "size": contents.size,
         "integer_share": round(integer, 6),
         "multiply_adds": total,
-        "float_operators": dict(found.float_operators),
+        "float_operators": dict(contents.float_operators),
         "float_products": {name: round(count / total, 6) for name, count in left.most_common(_LISTED)},
     }
 
@@ -270,9 +270,8 @@ def round_trip(file: Path, error: type[PipelineError] = QuantiseError) -> None:
         for index, value in inputs.items():
             interpreter.set_tensor(index, value)
         interpreter.invoke()
-        if not all(
-            np.isfinite(interpreter.get_tensor(each["index"])).all() for each in interpreter.get_output_details()
-        ):
+        results = (interpreter.get_tensor(detail["index"]) for detail in interpreter.get_output_details())
+        if not all(np.isfinite(values).all() for values in results):
             raise error(f"{file} gives values that are not finite", cause="a range or a weight is out of bounds")
     except (RuntimeError, ValueError) as fault:
         raise error(

@@ -34,20 +34,20 @@ def rotate_inputs(graph: Graph, chosen: Keep, size: int) -> dict[str, int]:
     Returns:
         `size` by the name of each matrix that was rotated.
     """
-    views, turned, others = graph.each(), dict[int, tuple[Graph, int]](), set[int]()
+    views, rotated, others = graph.each(), dict[int, tuple[Graph, int]](), set[int]()
     for view in views:
-        for operator in (each for each in view.operators() if view.code(each) == LINEAR):
+        for operator in (operator for operator in view.operators() if view.code(operator) == LINEAR):
             if _is_rotatable(view, operator, chosen, size):
-                turned[_buffer(view, operator)] = view, int(operator.inputs[1])
+                rotated[_buffer(view, operator)] = view, int(operator.inputs[1])
             else:
                 others.add(_buffer(view, operator))
-    turned = {buffer: place for buffer, place in turned.items() if buffer not in others}
+    rotated = {buffer: place for buffer, place in rotated.items() if buffer not in others}
     constants: dict[int, tuple[int, int]] = {}
     for view in views:
-        _Rotation(view, set(turned), size, constants).rewrite()
-    for view, tensor in turned.values():
+        _Rotation(view, set(rotated), size, constants).rewrite()
+    for view, tensor in rotated.values():
         view.set_constant(tensor, view.blocks(tensor).map(np.float32, lambda block, _: _columns(block, size)))
-    return {view.name(tensor): size for view, tensor in turned.values()}
+    return {view.name(tensor): size for view, tensor in rotated.values()}
 
 
 def _columns(block: Array, size: int) -> Array:
@@ -55,13 +55,13 @@ def _columns(block: Array, size: int) -> Array:
 
 
 def _is_rotatable(view: Graph, operator: Any, chosen: Keep, size: int) -> bool:
-    taken, weight = (int(tensor) for tensor in operator.inputs[:2])
+    x, weight = (int(tensor) for tensor in operator.inputs[:2])
     return (
         chosen(view.operator_name(operator))
         and view.is_constant(weight)
         and view.type_of(weight) == "FLOAT32"
         and not view.shape(weight)[-1] % size
-        and (len(view.shape(taken)) == 4 or view.shape(taken).count(-1) < 2)
+        and (len(view.shape(x)) == 4 or view.shape(x).count(-1) < 2)
     )
 
 
@@ -72,9 +72,9 @@ def _buffer(view: Graph, operator: Any) -> int:
 class _Rotation:
     """The rewriting of one signature; layers with the same input share what is made of it."""
 
-    def __init__(self, graph: Graph, turned: set[int], size: int, done: dict[int, tuple[int, int]]) -> None:
-        """`turned` are the buffers of the weights; by width, `done` has the buffers of a rotation's constants."""
-        self.graph, self.turned, self.size, self.done = graph, turned, size, done
+    def __init__(self, graph: Graph, rotated: set[int], size: int, done: dict[int, tuple[int, int]]) -> None:
+        """`rotated` are the buffers of the weights; by width, `done` has the buffers of a rotation's constants."""
+        self.graph, self.rotated, self.size, self.done = graph, rotated, size, done
         self.inputs: dict[int, int] = {}
 
     def rewrite(self) -> None:
@@ -82,26 +82,26 @@ class _Rotation:
 
     def _change(self, operator: Any) -> list[Any]:
         graph, code = self.graph, self.graph.code(operator)
-        if code not in (LINEAR, LOOKUP) or _buffer(graph, operator) not in self.turned:
+        if code not in (LINEAR, LOOKUP) or _buffer(graph, operator) not in self.rotated:
             return [operator]
         if code == LOOKUP:
-            return self._turn_back(operator)
-        taken = int(operator.inputs[0])
+            return self._rotate_back(operator)
+        x = int(operator.inputs[0])
         before = []
-        if taken not in self.inputs:
-            self.inputs[taken] = self._tensor(taken, "rotated", graph.shape(taken))
-            before = self._turn(taken, self.inputs[taken])
-        operator.inputs[0] = self.inputs[taken]
+        if x not in self.inputs:
+            self.inputs[x] = self._tensor(x, "rotated", graph.shape(x))
+            before = self._rotate(x, self.inputs[x])
+        operator.inputs[0] = self.inputs[x]
         return [*before, operator]
 
-    def _turn_back(self, lookup: Any) -> list[Any]:
+    def _rotate_back(self, lookup: Any) -> list[Any]:
         """`lookup`, and what makes the rows [tokens, channels] of the rotated ones: B is its own inverse."""
         rows = int(lookup.outputs[0])
-        found = self._tensor(rows, "found", self.graph.shape(rows))
-        lookup.outputs = [found]
-        return [lookup, *self._turn(found, rows)]
+        looked_up = self._tensor(rows, "found", self.graph.shape(rows))
+        lookup.outputs = [looked_up]
+        return [lookup, *self._rotate(looked_up, rows)]
 
-    def _turn(self, x: int, result: int) -> list[Any]:
+    def _rotate(self, x: int, result: int) -> list[Any]:
         """The operators that rotate `x` [..., channels]; four axes are [batch, sequence, 1, channels]."""
         graph, shape = self.graph, self.graph.shape(x)
         constants, settings = self._constants(shape[-1]), {"strideW": 1, "strideH": 1}
@@ -109,8 +109,8 @@ class _Rotation:
             return [graph.operator("CONV_2D", [x, *constants], [result], **settings)]
         rows = -1 if -1 in shape else math.prod(shape[:-1])
         before, after = (self._tensor(x, name, (1, rows, 1, shape[-1])) for name in ("wide", "turned"))
-        turn = graph.operator("CONV_2D", [before, *constants], [after], **settings)
-        return [self._reshape(x, before), turn, self._reshape(after, result)]
+        rotation = graph.operator("CONV_2D", [before, *constants], [after], **settings)
+        return [self._reshape(x, before), rotation, self._reshape(after, result)]
 
     def _reshape(self, x: int, result: int) -> Any:
         graph = self.graph
@@ -126,10 +126,10 @@ class _Rotation:
         if width not in self.done:
             basis = np.tile(hadamard(size), (width // size, 1)).reshape(width, 1, 1, size)
             self.done[width] = graph.add_buffer(basis), graph.add_buffer(np.zeros(width, np.float32))
-        made = [
+        tensors = [
             graph.add_tensor(f"hadamard;{width}{end}", "FLOAT32", shape)
             for end, shape in (("", (width, 1, 1, size)), (";bias", (width,)))
         ]
-        for tensor, buffer in zip(made, self.done[width], strict=True):
+        for tensor, buffer in zip(tensors, self.done[width], strict=True):
             graph.main.tensors[tensor].buffer = buffer
-        return made
+        return tensors

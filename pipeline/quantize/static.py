@@ -9,7 +9,7 @@ one it adds up in 64, thirty times as slowly. So a layer gets a bias, of zeros, 
 around (`_wraps`); in Gemma 3 270M, some of the `down_proj`.
 
 With 8 bits one range must hold all channels of a tensor, and in Gemma 3 some channels are a hundred times the rest. A
-layer that the recipe's `two_tensors` names escapes from that on both sides:
+layer that the recipe's `int8x2_static` names escapes from that on both sides:
 
 - its input is two int8 tensors, the value and what rounding it leaves over, some 16 bits in all. The layer is computed
   of each, with the same weights, and the results are added: the static form of `int8x2.py`.
@@ -54,20 +54,20 @@ _DEVIATIONS = 6.0
 class Plan:
     """What becomes integer (places in `main.operators`), and the tensors whose ranges that needs.
 
-    `integer` operators take and give one integer tensor each; `doubled` linear layers take two and give float32.
+    `integer` operators take and give one integer tensor each; `int8x2` linear layers take two and give float32.
     """
 
     integer: frozenset[int]
-    doubled: frozenset[int]
+    int8x2: frozenset[int]
     wanted: tuple[int, ...]
 
 
-def plan_static(graph: Graph, keep: Keep, two_tensors: Keep = lambda _: False, *, float_scores: bool = False) -> Plan:
+def plan_static(graph: Graph, keep: Keep, int8x2: Keep = lambda _: False, *, float_scores: bool = False) -> Plan:
     """Choose the operators of the static scheme.
 
     Every matrix product becomes integer but the head, what picks its rows, and those that `keep` names; and so does
     what only moves values on the way into one. Everything else stays float32; see the measurements at `make_static`.
-    Linear layers that `two_tensors` names are doubled; with `float_scores` what a softmax reads is left in float too.
+    Linear layers that `int8x2` names take two tensors; with `float_scores` what a softmax reads is left in float too.
     """
     left, operators = _heads(graph) | (_scores(graph) if float_scores else set()), graph.main.operators
     products = {
@@ -75,19 +75,19 @@ def plan_static(graph: Graph, keep: Keep, two_tensors: Keep = lambda _: False, *
         for place, operator in enumerate(operators)
         if _is_product(graph, operator) and id(operator) not in left and not keep(graph.operator_name(operator))
     }
-    doubled = {
+    split = {
         place
         for place in products
-        if _is_plain(graph, operators[place]) and two_tensors(graph.operator_name(operators[place]))
+        if _is_plain(graph, operators[place]) and int8x2(graph.operator_name(operators[place]))
     }
-    moves = _moves_into(graph, products - doubled)
+    moves = _moves_into(graph, products - split)
     moved = {int(i) for place in moves for i in operators[place].outputs}
     wanted: dict[int, None] = {}
     for place in sorted(products | moves):
         wanted.update(dict.fromkeys(_activations(graph, operators[place])))
     return Plan(
-        integer=frozenset(products - doubled | moves),
-        doubled=frozenset(doubled),
+        integer=frozenset(products - split | moves),
+        int8x2=frozenset(split),
         wanted=tuple(tensor for tensor in wanted if tensor not in moved),
     )
 
@@ -113,7 +113,7 @@ def _scores(graph: Graph) -> set[int]:
 
 def _last_products(graph: Graph, tensors: Iterable[int]) -> list[Any]:
     """The products that `tensors` come from, without another product between."""
-    producers, found, waiting, seen = graph.producers(), list[Any](), list(tensors), set[int]()
+    producers, products, waiting, seen = graph.producers(), list[Any](), list(tensors), set[int]()
     while waiting:
         tensor = waiting.pop()
         operator = producers.get(tensor)
@@ -121,10 +121,10 @@ def _last_products(graph: Graph, tensors: Iterable[int]) -> list[Any]:
             continue
         seen.add(tensor)
         if _multiplies(graph, operator):
-            found.append(operator)
+            products.append(operator)
         else:
             waiting += [int(i) for i in operator.inputs if i >= 0]
-    return found
+    return products
 
 
 def _multiplies(graph: Graph, operator: Any) -> bool:
@@ -150,7 +150,7 @@ def _moves_into(graph: Graph, chosen: set[int]) -> set[int]:
     """Operators that only move values, all of whose readers are integer."""
     integer = {id(graph.main.operators[place]) for place in chosen}
     consumers, results = graph.consumers(), {int(i) for i in graph.main.outputs}
-    found: set[int] = set()
+    moves: set[int] = set()
     for place in reversed(range(len(graph.main.operators))):
         operator = graph.main.operators[place]
         output = int(operator.outputs[0])
@@ -159,8 +159,8 @@ def _moves_into(graph: Graph, chosen: set[int]) -> set[int]:
         readers = consumers.get(output, [])
         if readers and all(id(reader) in integer for reader in readers):
             integer.add(id(operator))
-            found.add(place)
-    return found
+            moves.add(place)
+    return moves
 
 
 def make_static(graph: Graph, plan: Plan, seen: Mapping[int, Statistics], keep: Keep, bits: Bits = 8) -> None:
@@ -187,7 +187,7 @@ class _Static:
         )
         operators, self.consumers = graph.main.operators, graph.consumers()
         self.integer = {id(operators[place]) for place in plan.integer}
-        self.doubled = {id(operators[place]) for place in plan.doubled}
+        self.int8x2 = {id(operators[place]) for place in plan.int8x2}
         self.results = {int(i) for i in graph.main.outputs}
         self.twins: dict[int, int] = {}
         self.pairs: dict[int, tuple[int, int]] = {}
@@ -199,20 +199,20 @@ class _Static:
         self.graph.rewrite(self._change)
 
     def _change(self, operator: Any) -> list[Any]:
-        if id(operator) in self.doubled:
-            return self._double(operator)
+        if id(operator) in self.int8x2:
+            return self._change_int8x2(operator)
         if id(operator) not in self.integer:
             return [operator]
-        given = int(operator.outputs[0])
-        new = [i for i in _activations(self.graph, operator) if i != given and i not in self.twins]
+        result = int(operator.outputs[0])
+        new = [i for i in _activations(self.graph, operator) if i != result and i not in self.twins]
         before = [self._quantise(i, self._twin(i)) for i in dict.fromkeys(new)]
         if self.graph.code(operator) == LINEAR:
             self._set_bias(operator)
         operator.inputs = [self.twins.get(int(i), int(i)) for i in operator.inputs]
-        operator.outputs = [self._twin(given)]
-        readers = self.consumers.get(given, [])
-        back = given in self.results or any(id(reader) not in self.integer for reader in readers)
-        return [*before, operator, *([self._dequantise(self._twin(given), given)] if back else [])]
+        operator.outputs = [self._twin(result)]
+        readers = self.consumers.get(result, [])
+        back = result in self.results or any(id(reader) not in self.integer for reader in readers)
+        return [*before, operator, *([self._dequantise(self._twin(result), result)] if back else [])]
 
     def _twin(self, tensor: int) -> int:
         """The integer counterpart of a float tensor."""
@@ -243,66 +243,66 @@ class _Static:
         values = np.zeros(unit.size) if bias < 0 else graph.constant(bias)
         if bias >= 0 or (self.bits == 16 and _wraps(graph, weight)):
             name = f"{graph.name(bias if bias >= 0 else weight)};bias;{np.dtype(kind).name}"
-            made = graph.add_constant(_steps(values, unit, kind), name, Scales.channels(unit))
-            operator.inputs = [*operator.inputs[:2], made]
+            constant = graph.add_constant(_steps(values, unit, kind), name, Scales.channels(unit))
+            operator.inputs = [*operator.inputs[:2], constant]
 
-    # --- doubled layers
+    # --- int8×2: layers of two tensors
 
-    def _double(self, operator: Any) -> list[Any]:
+    def _change_int8x2(self, operator: Any) -> list[Any]:
         """A linear layer of two int8 tensors, the value and the remainder, whose results are added in float32."""
-        taken, given = int(operator.inputs[0]), int(operator.outputs[0])
-        before = [] if taken in self.pairs else self._split(taken)
-        value, rest = self.pairs[taken]
-        peak = self.seen[given].peak
+        x, result = int(operator.inputs[0]), int(operator.outputs[0])
+        before = [] if x in self.pairs else self._split(x)
+        value, rest = self.pairs[x]
+        peak = self.seen[result].peak
         assert peak is not None
-        rounding = self.steps[taken] / np.sqrt(12)  # its standard deviation
+        rounding = self.steps[x] / np.sqrt(12)  # its standard deviation
         noise = _DEVIATIONS * rounding * _row_norms(self.graph, int(operator.inputs[1]))
         reach = np.hypot(peak, noise)  # the value alone is further from zero than with its remainder
-        parts = [self._part(operator, value, ";value", reach), self._part(operator, rest, REST, noise)]
-        halves = [int(part[-1].outputs[0]) for part in parts]
-        return [*before, *parts[0], *parts[1], self.graph.operator("ADD", halves, [given])]
+        layers = [self._layer(operator, value, ";value", reach), self._layer(operator, rest, REST, noise)]
+        terms = [int(layer[-1].outputs[0]) for layer in layers]
+        return [*before, *layers[0], *layers[1], self.graph.operator("ADD", terms, [result])]
 
-    def _split(self, taken: int) -> list[Any]:
-        """The operators that make two int8 tensors of `taken`: rounded to steps, and the rest in steps 254 times finer.
+    def _split(self, x: int) -> list[Any]:
+        """The operators that make two int8 tensors of `x`: rounded to steps, and the rest in steps 254 times finer.
 
         The range of the first has room beyond what calibration saw, for the second gives back what that costs.
         """
-        seen = self.seen[taken]
+        seen = self.seen[x]
         step = _ROOM * max(-seen.low, seen.high) / 127
-        self.steps[taken] = step
-        value, rest = (self._integer(taken, n, Scales.tensor(s)) for n, s in ((";value", step), (REST, step / 254)))
-        self.pairs[taken] = value, rest
-        whole, left = (self._float(taken, name) for name in (";whole", ";left"))
+        self.steps[x] = step
+        value, rest = (self._integer(x, n, Scales.tensor(s)) for n, s in ((";value", step), (REST, step / 254)))
+        self.pairs[x] = value, rest
+        whole, left = (self._float(x, name) for name in (";whole", ";left"))
         return [
-            self._quantise(taken, value),
+            self._quantise(x, value),
             self._dequantise(value, whole),
-            self.graph.operator("SUB", [taken, whole], [left]),
+            self.graph.operator("SUB", [x, whole], [left]),
             self._quantise(left, rest),
         ]
 
-    def _part(self, operator: Any, source: int, name: str, reach: Array) -> list[Any]:
+    def _layer(self, operator: Any, source: int, name: str, reach: Array) -> list[Any]:
         """`operator` of the int8 tensor `source`; channel c of the result is at most `reach`[c], up to its sign."""
-        graph, given = self.graph, int(operator.outputs[0])
+        graph, result = self.graph, int(operator.outputs[0])
         reach = np.maximum(reach, reach.max() * _SMALLEST_REACH + _NOTHING).astype(np.float32)
-        share = self._integer(given, name, Scales.tensor(1 / 127))
-        weight = self._divided(int(operator.inputs[1]), f"{graph.name(given)}{name}", reach)
-        factors = graph.add_constant(reach, f"{graph.name(given)}{name};reach")
-        small, made = self._float(given, f"{name};share"), self._float(given, f"{name};float")
+        share = self._integer(result, name, Scales.tensor(1 / 127))
+        weight = self._divided(int(operator.inputs[1]), f"{graph.name(result)}{name}", reach)
+        factors = graph.add_constant(reach, f"{graph.name(result)}{name};reach")
+        small, term = self._float(result, f"{name};share"), self._float(result, f"{name};float")
         return [
             graph.operator(LINEAR, [source, weight, -1], [share], keepNumDims=operator.builtinOptions.keepNumDims),
             self._dequantise(share, small),
-            graph.operator("MUL", [small, factors], [made]),
+            graph.operator("MUL", [small, factors], [term]),
         ]
 
     def _divided(self, weight: int, name: str, by: Array) -> int:
         """The same weights in another tensor, whose rows count as divided by `by`."""
         graph, scales = self.graph, self.graph.scales(weight)
         assert scales is not None
-        made = graph.add_tensor(
+        divided = graph.add_tensor(
             f"{graph.name(weight)};{name}", "INT8", graph.shape(weight), Scales.channels(scales.scale / by)
         )
-        graph.main.tensors[made].buffer = graph.main.tensors[weight].buffer
-        return made
+        graph.main.tensors[divided].buffer = graph.main.tensors[weight].buffer
+        return divided
 
 
 def _row_norms(graph: Graph, weight: int) -> NDArray[np.float64]:

@@ -90,7 +90,7 @@ class Bench:
     """Where candidates are built and measured. `identity` of all that a measurement depends on but the candidate."""
 
     checkpoint: Checkpoint
-    moments: gptq.Moments
+    hessians: gptq.Hessians
     every: Path
     step: Path
     text: str
@@ -140,9 +140,9 @@ class Bench:
             graph = build.with_weights(self.checkpoint, source)
             section = self.section(candidate) if candidate else None
             if isinstance(section, Int8):
-                int8.make(graph, section, self.moments)
+                int8.make_int8(graph, section, self.hessians)
             elif section:
-                int4.make(graph, section, self.moments)
+                int4.make_int4(graph, section, self.hessians)
             if section and section.gptq:
                 self._round_once(graph, section.equalize)
             graph.prune()

@@ -57,7 +57,7 @@ def open_bench(file: Path, recipe: Recipe, calibration: Path | None, root: Path,
     identity = [source, hashlib.sha256(windows.tobytes()).hexdigest(), read, versions.installed()]
     return Bench(
         checkpoint=checkpoint,
-        moments=gptq.Moments(root / "moments"),
+        hessians=gptq.Hessians(root / "moments"),
         every=every,
         step=build.graph_files(upstream["graph"], root, "step")[build.STEP],
         text=file.read_text(encoding="utf-8"),

@@ -148,21 +148,20 @@ class Graph:
 
     def scales(self, tensor: int) -> Scales | None:
         """How a tensor is quantised, None if it is not."""
-        found = self.main.tensors[tensor].quantization
-        if found is None or found.scale is None or not len(found.scale):
+        own = self.main.tensors[tensor].quantization
+        if own is None or own.scale is None or not len(own.scale):
             return None
-        zero = found.zeroPoint if found.zeroPoint is not None else np.zeros(len(found.scale))
-        return Scales(np.asarray(found.scale, np.float32), np.asarray(zero, np.int64), int(found.quantizedDimension))
+        zero = own.zeroPoint if own.zeroPoint is not None else np.zeros(len(own.scale))
+        return Scales(np.asarray(own.scale, np.float32), np.asarray(zero, np.int64), int(own.quantizedDimension))
 
     def block_scales(self, tensor: int) -> BlockScales | None:
         """How a matrix is quantised by blocks, None if it is not."""
-        found = _block_details(self.main.tensors[tensor])
-        return BlockScales(self.constant(found.scales).astype(np.float16), int(found.blockSize)) if found else None
+        blocks = _block_details(self.main.tensors[tensor])
+        return BlockScales(self.constant(blocks.scales).astype(np.float16), int(blocks.blockSize)) if blocks else None
 
     def holds_scales(self) -> set[int]:
         """The constants that are the scales of others."""
-        details = map(_block_details, self.main.tensors)
-        return {int(found.scales) for found in details if found}
+        return {int(blocks.scales) for blocks in map(_block_details, self.main.tensors) if blocks}
 
     def stored_bytes(self, tensor: int) -> int:
         """What a constant takes in the file, its scales included."""
@@ -252,28 +251,28 @@ class Graph:
 
     def add_signature(self, name: str, inputs: Mapping[str, int], outputs: Mapping[str, int]) -> None:
         """Let callers run this subgraph by `name`, with its tensors under the names given."""
-        made = _schema().SignatureDefT()
-        made.signatureKey, made.subgraphIndex = name, self.place
-        made.inputs, made.outputs = _ports(inputs), _ports(outputs)
-        self.model.signatureDefs = [*(self.model.signatureDefs or []), made]
+        signature = _schema().SignatureDefT()
+        signature.signatureKey, signature.subgraphIndex = name, self.place
+        signature.inputs, signature.outputs = _ports(inputs), _ports(outputs)
+        self.model.signatureDefs = [*(self.model.signatureDefs or []), signature]
 
     def operator(
         self, code: str, inputs: Sequence[int], outputs: Sequence[int], version: int = 1, **settings: int | bool
     ) -> Any:
         """A new operator, options default but for `settings`, not yet in the graph: put it into `main.operators`."""
         s = _schema()
-        made = s.OperatorT()
-        made.inputs, made.outputs = list(inputs), list(outputs)
-        made.opcodeIndex = self.opcode(code, version)
+        operator = s.OperatorT()
+        operator.inputs, operator.outputs = list(inputs), list(outputs)
+        operator.opcodeIndex = self.opcode(code, version)
         options = _OPTIONS.get(code)
         if options:
-            made.builtinOptions, made.builtinOptionsType = (
+            operator.builtinOptions, operator.builtinOptionsType = (
                 getattr(s, f"{options}T")(),
                 getattr(s.BuiltinOptions, options),
             )
         for name, value in settings.items():
-            setattr(made.builtinOptions, name, value)
-        return made
+            setattr(operator.builtinOptions, name, value)
+        return operator
 
     def opcode(self, code: str, version: int = 1) -> int:
         """The index of an operator code, added if the model lacks it; its version is raised if it is lower."""
@@ -323,15 +322,15 @@ class Graph:
         for operator in self.main.operators:
             used.update(int(i) for i in (*operator.inputs, *operator.outputs))
             operator.intermediates = None
-        used.update(int(found.scales) for i in used - {-1} if (found := _block_details(self.main.tensors[i])))
+        used.update(int(blocks.scales) for i in used - {-1} if (blocks := _block_details(self.main.tensors[i])))
         for tensor in self.main.tensors:
             if tensor.quantization is not None and tensor.quantization.scale is None and not _block_details(tensor):
                 tensor.quantization = None  # the converter writes empty ones
         order = sorted(used - {-1})
         place = {old: new for new, old in enumerate(order)} | {-1: -1}
         self.main.tensors = [self.main.tensors[old] for old in order]
-        for found in filter(None, map(_block_details, self.main.tensors)):
-            found.scales = place[int(found.scales)]
+        for blocks in filter(None, map(_block_details, self.main.tensors)):
+            blocks.scales = place[int(blocks.scales)]
         self.main.inputs = [place[int(i)] for i in self.main.inputs]
         self.main.outputs = [place[int(i)] for i in self.main.outputs]
         for operator in self.main.operators:
@@ -428,22 +427,23 @@ def _type_of(dtype: np.dtype[Any]) -> int:
 
 def _block_details(tensor: Any) -> Any:
     """What a tensor says of its blocks, None if it has none."""
-    found = tensor.quantization
+    own = tensor.quantization
     kind = _schema().QuantizationDetails.BlockwiseQuantization
-    return found.details if found is not None and found.detailsType == kind else None
+    return own.details if own is not None and own.detailsType == kind else None
 
 
 def _block_parameters(scales: int, block: int) -> Any:
     s = _schema()
-    made, details = s.QuantizationParametersT(), s.BlockwiseQuantizationT()
+    parameters, details = s.QuantizationParametersT(), s.BlockwiseQuantizationT()
     details.scales, details.zeroPoints, details.blockSize = scales, -1, block
-    made.detailsType, made.details, made.quantizedDimension = s.QuantizationDetails.BlockwiseQuantization, details, 0
-    return made
+    parameters.detailsType, parameters.details = s.QuantizationDetails.BlockwiseQuantization, details
+    parameters.quantizedDimension = 0
+    return parameters
 
 
 def _parameters(scales: Scales | None) -> Any:
     if scales is None:
         return None
-    made = _schema().QuantizationParametersT()
-    made.scale, made.zeroPoint, made.quantizedDimension = scales.scale, scales.zero_point, scales.axis
-    return made
+    parameters = _schema().QuantizationParametersT()
+    parameters.scale, parameters.zeroPoint, parameters.quantizedDimension = scales.scale, scales.zero_point, scales.axis
+    return parameters

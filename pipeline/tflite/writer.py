@@ -50,19 +50,19 @@ def _write_inline(model: Any, stream: BinaryIO, blobs: Sequence[Any], scratch: P
     for buffer in model.buffers:
         buffer.data = None
     room = len(_pack(model)) + sum(len(blob) + 2 * _ALIGNMENT for blob in blobs if blob is not None)
-    made = sum(len(blob) for blob in blobs if isinstance(blob, Blocks))
+    lazy = sum(len(blob) for blob in blobs if isinstance(blob, Blocks))
     with scratch.open("w+b") as file:
         scratch.unlink()
         for write in write_all([blob for blob in blobs if isinstance(blob, Blocks)], bar):
             write(file)
-        file.truncate(made + room)
+        file.truncate(lazy + room)
         # As a plain array: `Pack` writes anything else an element at a time.
-        whole = np.asarray(np.memmap(file, np.uint8, mode="r+", shape=(made + room,)))
+        whole = np.asarray(np.memmap(file, np.uint8, mode="r+", shape=(lazy + room,)))
         start = 0
         for buffer, blob in zip(model.buffers, blobs, strict=True):
             buffer.data = whole[start : start + len(blob)] if isinstance(blob, Blocks) else blob
             start += len(blob) if isinstance(blob, Blocks) else 0
-        stream.write(_pack(model, whole[made:]))
+        stream.write(_pack(model, whole[lazy:]))
 
 
 def _pack(model: Any, space: NDArray[np.uint8] | None = None) -> memoryview:
@@ -117,11 +117,12 @@ def write_all(constants: Sequence[Blocks], bar: log.Progress) -> Iterator[Callab
     Raises:
         IntegrityError: from the call, a constant has more or fewer bytes than its shape says.
     """
-    parts = ((place, part) for place, one in enumerate(constants) for part in one.parts())
+    parts = ((place, part) for place, constant in enumerate(constants) for part in constant.parts())
 
     def make(item: tuple[int, tuple[int, int]]) -> tuple[int, NDArray[np.uint8]]:
-        one = constants[item[0]]
-        return item[0], flat_bytes(one.rows(*item[1]).astype(one.dtype, copy=False))
+        place, part = item
+        rows = constants[place].rows(*part)
+        return place, flat_bytes(rows.astype(constants[place].dtype, copy=False))
 
     def write(blocks: Iterable[tuple[int, NDArray[np.uint8]]], size: int, stream: BinaryIO) -> None:
         written = 0

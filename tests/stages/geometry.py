@@ -17,7 +17,7 @@ from pipeline.bundling import tables
 from pipeline.checkpoint.reader import Checkpoint, open_checkpoint
 from pipeline.core.recipe import Bundle, StepLimits
 from pipeline.judge import kv_cache
-from pipeline.judge.kv_cache import Logits, Recital
+from pipeline.judge.kv_cache import Logits, Trace
 from pipeline.judge.metrics import compare, join
 from pipeline.models import Architecture, architecture_for, build
 from pipeline.runtime.sections import Sections
@@ -221,17 +221,17 @@ def convert_decoder(checkpoint: Path, bundle: Bundle, folder: Path) -> Path:
     return folder
 
 
-def compare_conversations(play: Callable[[Recital], Logits], expected: Model, bundle: Bundle, seed: int) -> Agreement:
-    """Hugging Face without a cache against `play`: two random conversations, as `cache.scripts` has them."""
-    scripts = kv_cache.scripts(bundle, expected.config.sliding_window)
-    tokens = np.random.default_rng(seed).integers(0, known_tokens(expected), (2, scripts[0].length), dtype=np.int32)
+def compare_conversations(play: Callable[[Trace], Logits], expected: Model, bundle: Bundle, seed: int) -> Agreement:
+    """Hugging Face without a cache against `play`: two random conversations, as `cache.schedules` has them."""
+    schedules = kv_cache.schedules(bundle, expected.config.sliding_window)
+    tokens = np.random.default_rng(seed).integers(0, known_tokens(expected), (2, schedules[0].length), dtype=np.int32)
     with torch.inference_mode():
         right = expected(input_ids=torch.from_numpy(tokens).long(), use_cache=False).logits.numpy()
     order = (0, 1, 0)
-    judged = [(row, int(position)) for row in order for position in scripts[row].judged]
+    judged = [(row, int(position)) for row in order for position in schedules[row].judged]
     nothing = np.empty((2, 0, 0), np.float32)
-    spoken = play(Recital(scripts=scripts, tokens=tokens, hidden=nothing, cached=nothing))
-    scores = compare(np.stack([right[row, position] for row, position in judged]), spoken)
+    logits = play(Trace(schedules=schedules, tokens=tokens, hidden=nothing, cached=nothing))
+    scores = compare(np.stack([right[row, position] for row, position in judged]), logits)
     worst = int(scores.nmse.argmax())
     row, position = judged[worst]
     return Agreement(
@@ -242,36 +242,34 @@ def compare_conversations(play: Callable[[Recital], Logits], expected: Model, bu
     )
 
 
-def in_file(folder: Path, *, xnnpack: bool = True) -> Callable[[Recital], Logits]:
+def in_file(folder: Path, *, xnnpack: bool = True) -> Callable[[Trace], Logits]:
     """How the sections in `folder` are played."""
     return _played(Sections(folder, xnnpack=xnnpack))
 
 
-def in_pytorch(
-    config: dict[str, Any], state: Mapping[str, torch.Tensor], bundle: Bundle
-) -> Callable[[Recital], Logits]:
+def in_pytorch(config: dict[str, Any], state: Mapping[str, torch.Tensor], bundle: Bundle) -> Callable[[Trace], Logits]:
     """How the decoder modules in PyTorch are played, with weights by canonical name.
 
     In one thread: for operators as small as these, waiting for another one takes longer than the work.
     """
     played = _played(EagerSections(architecture_for(config), state, bundle))
 
-    def play(recital: Recital) -> Logits:
+    def play(trace: Trace) -> Logits:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
-            return played(recital)
+            return played(trace)
         finally:
             torch.set_num_threads(threads)
 
     return play
 
 
-def _played(sections: Sections) -> Callable[[Recital], Logits]:
-    def play(recital: Recital) -> Logits:
+def _played(sections: Sections) -> Callable[[Trace], Logits]:
+    def play(trace: Trace) -> Logits:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(kv_cache, "Sections", lambda _folder: sections)
-            return kv_cache.play(Path(), recital, "odd")
+            return kv_cache.replay(Path(), trace, "odd")
 
     return play
 

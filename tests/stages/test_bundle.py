@@ -189,10 +189,10 @@ def rows(built: Line) -> list[Greedy]:
     return Reference(built.root / "golden", Head.of_checkpoint(built.root / "fetch" / "checkpoint", CAP)).greedy()
 
 
-def listen(built: Line, tokenizer: Any, rows: list[Greedy], stop: set[int]) -> parity.Speech:
+def compare(built: Line, tokenizer: Any, rows: list[Greedy], stop: set[int]) -> parity.Parity:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parity, "_TEXTS", 2)
-        return parity.listen(built.root / "bundle" / "fp32.litertlm", tokenizer, [], rows, stop)
+        return parity.compare(built.root / "bundle" / "fp32.litertlm", tokenizer, [], rows, stop)
 
 
 def test_text_that_parts_is_told_from_text_that_parts_at_a_tie(built: Line, tokenizer: Any, rows: list[Greedy]) -> None:
@@ -200,23 +200,23 @@ def test_text_that_parts_is_told_from_text_that_parts_at_a_tie(built: Line, toke
     other = next(token for token in range(100, 200) if token != row.continuation_ids[5])
     changed = replace(row, continuation_ids=[*row.continuation_ids[:5], other, *row.continuation_ids[6:]])
     even = replace(changed, margins=[0.0 if i == 5 else margin for i, margin in enumerate(row.margins)])
-    same, parted, tied = listen(built, tokenizer, [row, changed, even], {1, 6}).spoken
+    same, parted, tied = compare(built, tokenizer, [row, changed, even], {1, 6}).greedy
     assert same.same and same.agree == 12 and not same.tie
     assert not parted.same and parted.agree == 5 and not parted.tie
     assert not tied.same and tied.agree == 5 and tied.tie
 
 
 def test_scores_that_are_off_are_seen(built: Line, tokenizer: Any, rows: list[Greedy]) -> None:
-    right = listen(built, tokenizer, rows, {1, 6})
+    right = compare(built, tokenizer, rows, {1, 6})
     assert right.scored > 0 and right.score_error is not None and right.score_error < 1e-3
     shifted = [replace(row, log_likelihoods=[value - 0.01 for value in row.log_likelihoods]) for row in rows]
-    wrong = listen(built, tokenizer, shifted, {1, 6}).score_error
+    wrong = compare(built, tokenizer, shifted, {1, 6}).score_error
     assert wrong == pytest.approx(0.01, abs=1e-3)
 
 
 def test_a_stop_token_that_the_bundle_does_not_name_is_seen(built: Line, tokenizer: Any, rows: list[Greedy]) -> None:
-    assert listen(built, tokenizer, rows[:1], {1, 6}).stop.wrong == 0
-    found = listen(built, tokenizer, rows[:1], {1, 6, 9}).stop
+    assert compare(built, tokenizer, rows[:1], {1, 6}).stop.wrong == 0
+    found = compare(built, tokenizer, rows[:1], {1, 6, 9}).stop
     assert (found.total, found.wrong, found.examples) == (3, 1, ["9"])
 
 

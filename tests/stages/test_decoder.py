@@ -27,7 +27,7 @@ from pipeline.core.recipe import Bundle, load
 from pipeline.judge import gates
 from pipeline.judge import kv_cache as cache
 from pipeline.judge.gates import Check, Figure
-from pipeline.judge.kv_cache import Recital
+from pipeline.judge.kv_cache import Trace
 from pipeline.judge.reference import Head, Reference
 from pipeline.models import architecture_for, build, gemma3n, transformer
 from pipeline.models.gemma3n import Gemma3nDecoder, TextConfig
@@ -55,7 +55,7 @@ once = settings(  # a conversion takes many seconds: the same ones each time, dr
 )
 
 
-def in_pytorch(model: Any, bundle: Bundle) -> Callable[[Recital], cache.Logits]:
+def in_pytorch(model: Any, bundle: Bundle) -> Callable[[Trace], cache.Logits]:
     """Our modules with the weights of Hugging Face's `model`."""
     config = model.config.to_dict()
     architecture = architecture_for(config)
@@ -218,17 +218,17 @@ def judge(built: Line, weights: dict[str, torch.Tensor]) -> Judge:
     folder = built.root / "fetch" / "checkpoint"
     recipe, checkpoint = load(built.recipe), open_checkpoint(folder)
     reference = Reference(built.root / "golden", Head.of_checkpoint(folder, CAP))
-    scripts = cache.scripts(recipe.bundle, checkpoint.config["sliding_window"])
-    recital = Recital(scripts=scripts, **reference.cache())
-    conversations = Recital(scripts, recital.tokens, recital.hidden, recital.cached)
+    schedules = cache.schedules(recipe.bundle, checkpoint.config["sliding_window"])
+    trace = Trace(schedules=schedules, **reference.cache())
+    conversations = Trace(schedules, trace.tokens, trace.hidden, trace.cached)
 
     def run(changed: dict[str, torch.Tensor] | None = None) -> list[Check]:
         play = geometry.in_pytorch(checkpoint.config, weights | (changed or {}), recipe.bundle)
         worst = [check for check in checks(play, conversations) if check.name == "nmse"]
-        return worst if red(worst) else checks(play, recital)
+        return worst if red(worst) else checks(play, trace)
 
-    def checks(play: Callable[[Recital], cache.Logits], recital: Recital) -> list[Check]:
-        scores = reference.head.score(play(recital), recital.expected()[0])
+    def checks(play: Callable[[Trace], cache.Logits], trace: Trace) -> list[Check]:
+        scores = reference.head.score(play(trace), trace.expected()[0])
         values = {"nmse": scores.nmse.max(), "kld": scores.kld.mean(), "top1": scores.top1.mean()}
         figures = [Figure(metric=name, name=name, value=float(value)) for name, value in values.items()]
         judged = gates.judge("bundle-fp32", recipe.gates["bundle-fp32"], figures)

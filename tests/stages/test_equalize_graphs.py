@@ -35,7 +35,7 @@ def test_every_group_is_folded_and_logits_stay_the_same(tmp_path: Path) -> None:
     results = []
     for strength in (0.0, 1.0):
         graph = build.with_weights(checkpoint, tmp_path / "bare")
-        groups = len({id(factors) for factors in equalize.fold_scales(graph, strength).values()})
+        groups = len({id(factors) for factors in equalize.equalize_columns(graph, strength).values()})
         graph.prune()
         graph.write(tmp_path / "step.tflite")
         results.append(step(tmp_path / "step.tflite"))

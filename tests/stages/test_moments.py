@@ -70,8 +70,8 @@ def test_sums_are_of_what_is_read_each_row_over_its_norm(tmp_path: Path) -> None
     """Independently, in float64; a wide layer has spans of its own."""
     torch.manual_seed(3)
     model = nn.Sequential(nn.Linear(6, 2 * gptq.SPAN, bias=False), nn.Linear(2 * gptq.SPAN, 3))
-    sums = moments.Sums(tmp_path)
-    sums.listen(model)
+    sums = moments.HessianSums(tmp_path)
+    sums.observe(model)
     batches = [torch.randn(2, 5, 6), torch.zeros(1, 2, 6), torch.randn(1, 4, 6)]
     for batch in batches:
         model(batch)

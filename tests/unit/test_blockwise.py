@@ -139,7 +139,7 @@ def written(graph: Graph, file: Path) -> Graph:
 @KERNELS
 def test_a_tied_table_with_four_bits_computes_what_numpy_computes(tmp_path: Path, plain: bool) -> None:
     graph, file = tied(), tmp_path / "four.tflite"
-    blockwise.make_mixed(graph, NOTHING)
+    blockwise.quantise_weights(graph, NOTHING)
     written(graph, file)
     table = real(TABLE)
     # four bits are some 0.1 off the original; the kernels break a tie of rounding differently
@@ -149,7 +149,7 @@ def test_a_tied_table_with_four_bits_computes_what_numpy_computes(tmp_path: Path
 @KERNELS
 def test_a_named_table_has_eight_bits(tmp_path: Path, plain: bool) -> None:
     graph, plainly = tied(), tied()
-    blockwise.make_mixed(graph, quantize.keeper(["looked"]))
+    blockwise.quantise_weights(graph, quantize.keeper(["looked"]))
     quantize.quantise_weights(plainly, lambda _: False)
     for each, name in ((graph, "mixed"), (plainly, "int8")):
         written(each, tmp_path / name)
@@ -158,7 +158,7 @@ def test_a_named_table_has_eight_bits(tmp_path: Path, plain: bool) -> None:
 
 def test_rows_that_are_no_whole_blocks_have_eight_bits(tmp_path: Path) -> None:
     graph = tied(TABLE[:, :40])
-    blockwise.make_mixed(graph, NOTHING)
+    blockwise.quantise_weights(graph, NOTHING)
     assert set(written(graph, tmp_path / "odd").bytes_by_type()) == {"INT8"}
 
 
@@ -172,7 +172,7 @@ def test_rows_that_are_no_whole_blocks_have_eight_bits(tmp_path: Path) -> None:
 )
 def test_a_table_in_pieces_is_the_same_table(tmp_path: Path, plain: bool, fine: list[tuple[int, int]]) -> None:
     graph, file = tied(), tmp_path / "pieces.tflite"
-    row_ranges.cut(graph, "table", fine)
+    row_ranges.split_rows(graph, "table", fine)
     read = written(graph, file)
     assert read.bytes_by_type()["FLOAT32"] == TABLE.nbytes
     np.testing.assert_allclose(run(file, IDS, plain=plain), TABLE[IDS] @ TABLE.T, rtol=1e-4, atol=1e-4)
@@ -181,8 +181,8 @@ def test_a_table_in_pieces_is_the_same_table(tmp_path: Path, plain: bool, fine: 
 @KERNELS
 def test_pieces_have_the_bits_that_they_are_given(tmp_path: Path, plain: bool) -> None:
     graph, file = tied(), tmp_path / "pieces.tflite"
-    row_ranges.cut(graph, "table", [(0, 13), (40, 50)])
-    blockwise.make_mixed(graph, quantize.keeper(row_ranges.FINE))
+    row_ranges.split_rows(graph, "table", [(0, 13), (40, 50)])
+    blockwise.quantise_weights(graph, quantize.keeper(row_ranges.INT8))
     written(graph, file)
     table = real(TABLE)
     fine = [*range(13), *range(40, 50)]
@@ -196,7 +196,7 @@ def test_pieces_have_the_bits_that_they_are_given(tmp_path: Path, plain: bool) -
 
 def test_bits_per_weight_count_every_scale(tmp_path: Path) -> None:
     graph, file = tied(), tmp_path / "four.tflite"
-    blockwise.make_mixed(graph, NOTHING)
+    blockwise.quantise_weights(graph, NOTHING)
     read = written(graph, file)
     four = int(next(iter(read.operators())).inputs[1])
     assert read.stored_bytes(four) == TABLE.size // 2 + 2 * TABLE.size // BLOCK
@@ -212,7 +212,7 @@ def test_two_signatures_share_values_and_scales(tmp_path: Path) -> None:
     graph.model.subgraphs.append(copy.deepcopy(graph.main))
     twin = Graph(graph.model, 1)
     twin.add_signature("two", {"ids": twin.main.inputs[0]}, {"result": twin.main.outputs[0]})
-    blockwise.make_mixed(graph, NOTHING)
+    blockwise.quantise_weights(graph, NOTHING)
     file = tmp_path / "two.tflite"
     read = written(graph, file)
     assert read.bytes_by_type() == {"FLOAT16": 2 * TABLE.size // BLOCK, "INT4": TABLE.size // 2}

@@ -87,11 +87,11 @@ def twice(model: Model) -> Graph:
 def test_the_float_model_stays_the_same_to_the_bit(
     tmp_path_factory: pytest.TempPathFactory, seed: int, strength: float, spread: float
 ) -> None:
-    folder, folded = tmp_path_factory.mktemp("fold"), twice(Model(seed, spread))
+    folder, equalized = tmp_path_factory.mktemp("equalized"), twice(Model(seed, spread))
     plain = logits(Model(seed, spread).graph, folder / "plain")
-    assert set(equalize.fold_scales(folded, strength)) == {"gate", "up", "down", "table"}
+    assert set(equalize.equalize_columns(equalized, strength)) == {"gate", "up", "down", "table"}
     for signature in ("one", "two"):
-        np.testing.assert_array_equal(logits(folded, folder / "folded", signature), plain)
+        np.testing.assert_array_equal(logits(equalized, folder / "equalized", signature), plain)
 
 
 def matrices(file: Path) -> dict[str, Floats]:
@@ -103,9 +103,9 @@ def matrices(file: Path) -> dict[str, Floats]:
 
 def test_columns_become_alike_in_each_group_of_matrices(tmp_path: Path) -> None:
     model = Model()
-    equalize.fold_scales(model.graph, 1.0)
-    logits(model.graph, tmp_path / "folded")
-    found = matrices(tmp_path / "folded")
+    equalize.equalize_columns(model.graph, 1.0)
+    logits(model.graph, tmp_path / "equalized")
+    found = matrices(tmp_path / "equalized")
     for group in (["gate", "up"], ["down"], ["table"]):
         undone = [found[name] if name != "up" else up_rows_undone(found) for name in group]
         sizes = np.sqrt(np.square(np.concatenate(undone)).mean(axis=0))
@@ -123,7 +123,7 @@ def test_int8_weights_come_closer(tmp_path: Path) -> None:
     exact, errors = logits(Model().graph, tmp_path / "float"), []
     for strength in (0.0, 0.9):
         graph = Model().graph
-        equalize.fold_scales(graph, strength)
+        equalize.equalize_columns(graph, strength)
         rounded(graph)
         errors.append(float(np.square(logits(graph, tmp_path / "int8") - exact).mean()))
     assert errors[1] < errors[0] / 2
@@ -145,5 +145,5 @@ def test_what_others_read_as_well_is_left_alone(where: str, tmp_path: Path) -> N
     read = {"up": model.up, "rows": int(model.operators[0].outputs[0]), "head": int(model.operators[-1].inputs[0])}
     model.graph.main.outputs = [model.logits, read[where]]
     plain = logits(copy.deepcopy(model.graph), tmp_path / "plain")
-    assert len({factors.tobytes() for factors in equalize.fold_scales(model.graph, 1.0).values()}) == 2
-    np.testing.assert_array_equal(logits(model.graph, tmp_path / "folded"), plain)
+    assert len({factors.tobytes() for factors in equalize.equalize_columns(model.graph, 1.0).values()}) == 2
+    np.testing.assert_array_equal(logits(model.graph, tmp_path / "equalized"), plain)

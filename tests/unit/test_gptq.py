@@ -1,4 +1,4 @@
-"""GPTQ: against a plain computation by the paper's equations, and what it gains; moments by name, block and fold."""
+"""GPTQ: against a plain computation by the paper's equations, and what it gains; Hessians by name and group."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Floats = NDArray[np.float32]
 RANDOM = np.random.default_rng(7)
 
 
-def moments(columns: int, seed: int = 0, spread: float = 1.0) -> NDArray[np.float64]:
+def hessian(columns: int, seed: int = 0, spread: float = 1.0) -> NDArray[np.float64]:
     """H of random inputs whose channels differ in size and depend on each other."""
     random = np.random.default_rng(seed)
     x = random.standard_normal((4 * columns, columns)) @ random.standard_normal((columns, columns))
@@ -61,7 +61,7 @@ def plainly(values: Floats, scale: Floats, h: NDArray[np.float64], high: int) ->
 @settings(deadline=None, max_examples=20)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 80), st.integers(1, 9), st.sampled_from([7, 127]))
 def test_it_is_what_the_equations_say(seed: int, columns: int, rows: int, high: int) -> None:
-    h, values = moments(columns, seed), matrix(rows, columns, seed)
+    h, values = hessian(columns, seed), matrix(rows, columns, seed)
     scale = scale_of(values, high)
     made = gptq.round_rows(values, scale, [gptq.Factor.of(h)], -high, high)
     assert (made != plainly(values, scale, h, high)).mean() <= 0.001  # a value between two integers may fall either way
@@ -69,7 +69,7 @@ def test_it_is_what_the_equations_say(seed: int, columns: int, rows: int, high: 
 
 @pytest.mark.parametrize("high", [7, 127])
 def test_results_are_closer_than_with_the_nearest_integers(high: int) -> None:
-    h, values = moments(96), matrix(200, 96)
+    h, values = hessian(96), matrix(200, 96)
     scale = scale_of(values, high)
     made = gptq.round_rows(values, scale, [gptq.Factor.of(h)], -high, high)
     assert error(made, scale, values, h) < 0.5 * error(nearest(values, scale, high), scale, values, h)
@@ -82,7 +82,7 @@ def test_inputs_that_do_not_depend_on_each_other_give_the_nearest_integers() -> 
 
 
 def test_a_channel_that_is_always_zero_and_an_input_that_never_came_are_no_harm() -> None:
-    h, values = moments(20), matrix(8, 20)
+    h, values = hessian(20), matrix(8, 20)
     h[3] = h[:, 3] = 0
     scale = scale_of(values)
     for one in (h, np.zeros((20, 20))):
@@ -91,7 +91,7 @@ def test_a_channel_that_is_always_zero_and_an_input_that_never_came_are_no_harm(
 
 
 def test_spans_are_rounded_each_by_itself() -> None:
-    parts = [moments(24, 1), moments(24, 2)]
+    parts = [hessian(24, 1), hessian(24, 2)]
     values = matrix(1100, 48)  # in two lots of rows
     scale = scale_of(values)
     made = gptq.round_rows(values, scale, [gptq.Factor.of(part) for part in parts], -127, 127)
@@ -106,23 +106,23 @@ def test_a_wide_matrix_has_spans_of_a_bounded_width(columns: int, width: int) ->
     assert gptq.span(columns) == width
 
 
-# --- moments in files
+# --- Hessians in files
 
 
-def stored(folder: Path, **named: NDArray[np.float64]) -> gptq.Moments:
+def stored(folder: Path, **named: NDArray[np.float64]) -> gptq.Hessians:
     for name, h in named.items():
         np.save(folder / f"{name}.npy", h.astype(np.float32)[None] if h.ndim == 2 else h.astype(np.float32))
     (folder / gptq.INDEX).write_text(json.dumps({f"{name}.weight": f"{name}.npy" for name in named}))
-    return gptq.Moments(folder)
+    return gptq.Hessians(folder)
 
 
-def test_a_weight_without_moments_is_rounded_to_the_nearest(tmp_path: Path) -> None:
-    rounding = stored(tmp_path, q=moments(8)).rounding()
+def test_a_weight_without_a_hessian_is_rounded_to_the_nearest(tmp_path: Path) -> None:
+    rounding = stored(tmp_path, q=hessian(8)).rounding()
     assert rounding("k.weight", 8) is None and quantize.to_nearest("q.weight", 8) is None
 
 
-def test_pieces_of_rows_have_the_moments_of_all_and_blocks_of_columns_their_own(tmp_path: Path) -> None:
-    h = moments(12)
+def test_ranges_of_rows_have_the_hessian_of_all_and_groups_of_columns_their_own(tmp_path: Path) -> None:
+    h = hessian(12)
     rounding = stored(tmp_path, q=h).rounding()
     for name, columns in (
         ("q.weight", slice(0, 12)),
@@ -136,25 +136,25 @@ def test_pieces_of_rows_have_the_moments_of_all_and_blocks_of_columns_their_own(
 
 
 def test_columns_of_several_spans_are_cut_where_the_spans_are(tmp_path: Path) -> None:
-    parts = np.stack([moments(8, 1), moments(8, 2)])
+    parts = np.stack([hessian(8, 1), hessian(8, 2)])
     made = stored(tmp_path, q=parts).rounding()("q.weight;block_1", 12)  # columns 12 to 24, of 16: four are left
     assert made is not None and [len(one.order) for one in made()] == [4]
 
 
-def test_what_was_folded_into_the_columns_is_taken_off_the_moments(tmp_path: Path) -> None:
-    h, values, factors = moments(16), matrix(40, 16), np.exp2(np.arange(16) % 5 - 2).astype(np.float32)
+def test_what_columns_were_multiplied_with_is_taken_off_the_hessian(tmp_path: Path) -> None:
+    h, values, factors = hessian(16), matrix(40, 16), np.exp2(np.arange(16) % 5 - 2).astype(np.float32)
     made = stored(tmp_path, q=h).rounding({"q.weight": factors})("q.weight", 16)
     assert made is not None
-    folded = values * factors
-    scale = scale_of(folded)
-    rounded = gptq.round_rows(folded, scale, made(), -127, 127)
-    off = (rounded * scale - folded) / factors
-    plain = (nearest(folded, scale) * scale - folded) / factors
+    equalized = values * factors
+    scale = scale_of(equalized)
+    rounded = gptq.round_rows(equalized, scale, made(), -127, 127)
+    off = (rounded * scale - equalized) / factors
+    plain = (nearest(equalized, scale) * scale - equalized) / factors
     assert np.einsum("ij,jk,ik->", off, h, off) < 0.6 * np.einsum("ij,jk,ik->", plain, h, plain)
 
 
 def test_int8_rows_and_4_bit_blocks_are_rounded_by_it(tmp_path: Path) -> None:
-    h, values = moments(64), matrix(50, 64)
+    h, values = hessian(64), matrix(50, 64)
     factors = stored(tmp_path, q=h).rounding()("q.weight", 64)
     assert factors is not None
     whole, scales = quantize.quantise_rows(Blocks.of(values), factors)

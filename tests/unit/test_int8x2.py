@@ -51,9 +51,9 @@ def expected(file: Path, x: Floats) -> Floats:
     return total.astype(np.float32)
 
 
-def two_rows(pattern: str = ".") -> Graph:
+def split(pattern: str = ".") -> Graph:
     graph = layers()
-    int8x2.take_two_rows(graph, rows.keeper([pattern]))
+    int8x2.split_inputs(graph, rows.keeper([pattern]))
     return graph
 
 
@@ -70,7 +70,7 @@ def error(made: Floats, wanted: Floats) -> float:
 
 @pytest.mark.parametrize("plain", [False, True], ids=["xnnpack", "plain"])
 def test_two_rows_bring_an_outlying_channel_a_hundred_times_closer(tmp_path: Path, plain: bool) -> None:
-    one, two, x = layers(), two_rows(), outliers()
+    one, two, x = layers(), split(), outliers()
     one.write(tmp_path / "one")
     two.write(tmp_path / "two")
     wanted = expected(tmp_path / "one", x)
@@ -83,7 +83,7 @@ def test_two_rows_bring_an_outlying_channel_a_hundred_times_closer(tmp_path: Pat
 def test_any_row_is_exact_to_some_sixteen_bits(
     tmp_path_factory: pytest.TempPathFactory, seed: int, size: float, positive: bool
 ) -> None:
-    graph, x = two_rows(), outliers(seed) * np.float32(size)
+    graph, x = split(), outliers(seed) * np.float32(size)
     x = np.abs(x) if positive else x  # all of one sign: the kernel's range then begins at zero
     file = tmp_path_factory.mktemp("any") / "two"
     graph.write(file)
@@ -91,7 +91,7 @@ def test_any_row_is_exact_to_some_sixteen_bits(
 
 
 def test_a_row_of_zeros_gives_zeros(tmp_path: Path) -> None:
-    two_rows().write(tmp_path / "two")
+    split().write(tmp_path / "two")
     x = outliers()
     x[0, 1] = 0
     made = run(tmp_path / "two", x)
@@ -101,23 +101,23 @@ def test_a_row_of_zeros_gives_zeros(tmp_path: Path) -> None:
 @pytest.mark.parametrize("plain", [False, True], ids=["xnnpack", "plain"])
 def test_a_bias_is_added_once(tmp_path: Path, plain: bool) -> None:
     graph, x = layers(bias=7.0), outliers()
-    int8x2.take_two_rows(graph, rows.keeper(["."]))
+    int8x2.split_inputs(graph, rows.keeper(["."]))
     graph.write(tmp_path / "two")
     assert error(run(tmp_path / "two", x, plain=plain), expected(tmp_path / "two", x) + 14) < 1e-4
 
 
 def test_layers_with_the_same_input_share_its_rows() -> None:
-    codes = [graph.code(operator) for graph in [two_rows()] for operator in graph.operators()]
+    codes = [graph.code(operator) for graph in [split()] for operator in graph.operators()]
     assert codes.count("CONCATENATION") == 1 and codes.count("SUM") == 2
 
 
 def test_only_named_layers_change() -> None:
-    graph = two_rows("^q")
+    graph = split("^q")
     assert [graph.code(operator) for operator in graph.operators()].count("SUM") == 1
 
 
 def test_a_layer_without_a_spare_axis_is_left_alone() -> None:
     graph = layers(inner=2)
     before = [graph.code(operator) for operator in graph.operators()]
-    int8x2.take_two_rows(graph, rows.keeper(["."]))
+    int8x2.split_inputs(graph, rows.keeper(["."]))
     assert [graph.code(operator) for operator in graph.operators()] == before

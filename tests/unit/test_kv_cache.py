@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pipeline.core.recipe import PROJECT, Bundle, load
 from pipeline.core.stage import DEFAULT_RECIPE
 from pipeline.judge import kv_cache
-from pipeline.judge.kv_cache import Recital, Script
+from pipeline.judge.kv_cache import Schedule, Trace
 
 
 def bundle(prefill: tuple[int, ...], decode: int = 64, length: int = 100_000) -> Bundle:
@@ -23,19 +23,19 @@ def bundle(prefill: tuple[int, ...], decode: int = 64, length: int = 100_000) ->
 lengths = st.lists(st.integers(1, 300), min_size=1, max_size=3).map(tuple)
 
 
-def before_the_end(script: Script) -> int:
+def before_the_end(schedule: Schedule) -> int:
     """Tokens before the last run of `decode`."""
-    assert script.calls[-1][0] == "decode"
-    return script.length - script.calls[-1][1]
+    assert schedule.calls[-1][0] == "decode"
+    return schedule.length - schedule.calls[-1][1]
 
 
 @given(lengths, st.integers(1, 600), st.integers(1, 128))
 def test_conversations_cross_the_window_twice_and_the_longest_prefill(
     prefill: tuple[int, ...], window: int, decode: int
 ) -> None:
-    for script in kv_cache.scripts(bundle(prefill, decode), window):
-        assert before_the_end(script) > max(2 * window, max(prefill))
-        assert script.calls[-1] == ("decode", decode)
+    for schedule in kv_cache.schedules(bundle(prefill, decode), window):
+        assert before_the_end(schedule) > max(2 * window, max(prefill))
+        assert schedule.calls[-1] == ("decode", decode)
 
 
 @given(lengths, st.integers(1, 600), st.integers(1, 128), st.integers(2, 400))
@@ -44,13 +44,13 @@ def test_conversations_are_equally_long_and_fit_into_the_cache(
 ) -> None:
     """Also into a short one: `room` is what a conversation can have beside the tokens that are decoded at its end."""
     short = bundle(prefill, decode, length=max(prefill) - 1 + decode + room)
-    first, second = kv_cache.scripts(short, window)
+    first, second = kv_cache.schedules(short, window)
     assert first.length == second.length <= short.max_tokens
-    for script in (first, second):
-        assert all(count > 0 for _, count in script.calls)
-        assert all(count <= max(prefill) for kind, count in script.calls if kind == "prefill")
+    for schedule in (first, second):
+        assert all(count > 0 for _, count in schedule.calls)
+        assert all(count <= max(prefill) for kind, count in schedule.calls if kind == "prefill")
         start = 0
-        for kind, count in script.calls:  # each prefill is padded to a signature that holds it, and is written whole
+        for kind, count in schedule.calls:  # each prefill is padded to a signature that holds it, and is written whole
             taken = min(length for length in prefill if length >= count) if kind == "prefill" else 1
             assert start + (taken if kind == "prefill" else count) <= short.cache_length
             start += count
@@ -58,50 +58,50 @@ def test_conversations_are_equally_long_and_fit_into_the_cache(
 
 @given(lengths, st.integers(1, 600))
 def test_chunks_are_uneven(prefill: tuple[int, ...], window: int) -> None:
-    for script in kv_cache.scripts(bundle(prefill), window):
-        sizes = [count for kind, count in script.calls if kind == "prefill"]
+    for schedule in kv_cache.schedules(bundle(prefill), window):
+        sizes = [count for kind, count in schedule.calls if kind == "prefill"]
         assert sizes[0] == max(prefill)
         assert len(set(sizes)) > 1 or max(prefill) == 1
 
 
 def test_the_second_conversation_decodes_first() -> None:
-    first, second = kv_cache.scripts(bundle((32, 128)), 16)
+    first, second = kv_cache.schedules(bundle((32, 128)), 16)
     assert first.calls[0][0] == "prefill" and second.calls[0][0] == "decode"
 
 
 def test_judged_positions_are_those_that_are_decoded() -> None:
-    script = Script((("decode", 2), ("prefill", 5), ("prefill", 1), ("decode", 3)))
-    assert script.length == 11
-    assert script.judged.tolist() == [0, 1, 8, 9, 10]
+    schedule = Schedule((("decode", 2), ("prefill", 5), ("prefill", 1), ("decode", 3)))
+    assert schedule.length == 11
+    assert schedule.judged.tolist() == [0, 1, 8, 9, 10]
 
 
 def test_what_is_expected_follows_the_order_of_playing() -> None:
     """First conversation, second, first again; with a cache only where the reference has one."""
-    scripts = (Script((("prefill", 3), ("decode", 2))), Script((("decode", 2), ("prefill", 1), ("decode", 2))))
+    schedules = (Schedule((("prefill", 3), ("decode", 2))), Schedule((("decode", 2), ("prefill", 1), ("decode", 2))))
     hidden = np.arange(10, dtype=np.float32).reshape(2, 5, 1)
     cached = 100 + np.arange(4, dtype=np.float32).reshape(2, 2, 1)
     tokens = np.arange(12, dtype=np.int32).reshape(2, 6)
-    recital = Recital(scripts=scripts, tokens=tokens, hidden=hidden, cached=cached)
-    without, withal = recital.expected()
+    trace = Trace(schedules=schedules, tokens=tokens, hidden=hidden, cached=cached)
+    without, with_cache = trace.expected()
     assert without.ravel().tolist() == [3, 4, 5, 6, 8, 9, 3, 4]
-    assert withal.ravel().tolist() == [100, 101, 5, 6, 102, 103, 100, 101]
-    assert recital.targets.tolist() == [4, 5, 7, 8, 10, 11, 4, 5]
-    assert recital.described == "8 decoded positions: 3–4, 0–1 and 3–4, 3–4 of 3 conversations"
+    assert with_cache.ravel().tolist() == [100, 101, 5, 6, 102, 103, 100, 101]
+    assert trace.targets.tolist() == [4, 5, 7, 8, 10, 11, 4, 5]
+    assert trace.described == "8 decoded positions: 3–4, 0–1 and 3–4, 3–4 of 3 conversations"
 
 
 def test_texts_follow_the_conversations_each_a_block_of_its_own() -> None:
-    scripts = (Script((("prefill", 3), ("decode", 2))), Script((("decode", 2), ("prefill", 1), ("decode", 2))))
+    schedules = (Schedule((("prefill", 3), ("decode", 2))), Schedule((("decode", 2), ("prefill", 1), ("decode", 2))))
     hidden, cached = np.zeros((2, 5, 1), np.float32), np.zeros((2, 2, 1), np.float32)
     texts = np.arange(100, 108, dtype=np.int32).reshape(2, 4)
     states = np.arange(6, dtype=np.float32).reshape(2, 3, 1) + 1
     tokens = np.arange(12, dtype=np.int32).reshape(2, 6)
-    recital = Recital(scripts=scripts, tokens=tokens, hidden=hidden, cached=cached, texts=texts, states=states)
-    without, withal = recital.expected()
-    assert without.ravel().tolist() == [0] * 8 + [1, 2, 3, 4, 5, 6] and len(withal) == 8
-    assert recital.targets[8:].tolist() == [101, 102, 103, 105, 106, 107]
-    first, second = np.split(recital.blocks[8:], 2)
-    assert len(set(first)) == len(set(second)) == 1 and len({*first, *second, *recital.blocks[:8]}) == 4
-    assert recital.described == recital.conversed + ", and 6 in 2 texts of 3 tokens"
+    trace = Trace(schedules=schedules, tokens=tokens, hidden=hidden, cached=cached, texts=texts, states=states)
+    without, with_cache = trace.expected()
+    assert without.ravel().tolist() == [0] * 8 + [1, 2, 3, 4, 5, 6] and len(with_cache) == 8
+    assert trace.targets[8:].tolist() == [101, 102, 103, 105, 106, 107]
+    first, second = np.split(trace.blocks[8:], 2)
+    assert len(set(first)) == len(set(second)) == 1 and len({*first, *second, *trace.blocks[:8]}) == 4
+    assert trace.described == trace.conversation_positions + ", and 6 in 2 texts of 3 tokens"
 
 
 @given(st.integers(0, 10_000), st.integers(2, 512))
@@ -130,21 +130,21 @@ class Talking:
 def test_texts_are_decoded_from_their_first_token_to_the_last_but_one(monkeypatch: pytest.MonkeyPatch) -> None:
     talking = Talking()
     monkeypatch.setattr(kv_cache, "Sections", lambda _folder: talking)
-    scripts = (Script((("prefill", 3), ("decode", 2))), Script((("decode", 2), ("prefill", 1), ("decode", 2))))
+    schedules = (Schedule((("prefill", 3), ("decode", 2))), Schedule((("decode", 2), ("prefill", 1), ("decode", 2))))
     texts = np.arange(100, 108, dtype=np.int32).reshape(2, 4)
     tokens = np.arange(12, dtype=np.int32).reshape(2, 6)
     nothing = np.zeros((2, 5, 1), np.float32)
-    recital = Recital(scripts=scripts, tokens=tokens, hidden=nothing, cached=nothing, texts=texts)
-    spoken = kv_cache.play(Path(), recital, "talking")
-    assert spoken.tolist()[:8] == [[3, 3], [4, 4], [6, 0], [7, 1], [9, 3], [10, 4], [3, 3], [4, 4]]
-    assert spoken.tolist()[8:] == [[100, 0], [101, 1], [102, 2], [104, 0], [105, 1], [106, 2]]
-    assert len(spoken) == len(recital.targets) == len(recital.blocks)
+    trace = Trace(schedules=schedules, tokens=tokens, hidden=nothing, cached=nothing, texts=texts)
+    logits = kv_cache.replay(Path(), trace, "talking")
+    assert logits.tolist()[:8] == [[3, 3], [4, 4], [6, 0], [7, 1], [9, 3], [10, 4], [3, 3], [4, 4]]
+    assert logits.tolist()[8:] == [[100, 0], [101, 1], [102, 2], [104, 0], [105, 1], [106, 2]]
+    assert len(logits) == len(trace.targets) == len(trace.blocks)
 
 
 def test_a_conversation_that_is_played_twice_is_no_second_sample() -> None:
-    scripts = (Script((("prefill", 8), ("decode", 40))), Script((("decode", 17), ("prefill", 1), ("decode", 30))))
-    recital = Recital(scripts, np.zeros((2, 49), np.int32), np.zeros((2, 48, 1)), np.zeros((2, 30, 1)))
-    first, second, again = np.split(recital.blocks, [40, 40 + 47])
+    schedules = (Schedule((("prefill", 8), ("decode", 40))), Schedule((("decode", 17), ("prefill", 1), ("decode", 30))))
+    trace = Trace(schedules, np.zeros((2, 49), np.int32), np.zeros((2, 48, 1)), np.zeros((2, 30, 1)))
+    first, second, again = np.split(trace.blocks, [40, 40 + 47])
     assert np.array_equal(first, again) and not set(first) & set(second)
     assert np.bincount(first).tolist() == [8, 16, 16] and len(set(second)) == 3
 
@@ -154,5 +154,5 @@ def test_a_conversation_that_is_played_twice_is_no_second_sample() -> None:
 def test_the_shipped_recipes_decode_at_least_64_tokens_past_it_all(file: Path, window: int) -> None:
     wanted = load(file).bundle
     assert wanted.decode >= 64 and wanted.prompts >= 16 and wanted.continuation >= 64
-    for script in kv_cache.scripts(wanted, window):
-        assert before_the_end(script) > max(2 * window, max(wanted.prefill))
+    for schedule in kv_cache.schedules(wanted, window):
+        assert before_the_end(schedule) > max(2 * window, max(wanted.prefill))

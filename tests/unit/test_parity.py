@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from pipeline.core.manifest import FileRecord
 from pipeline.core.recipe import PROJECT
 from pipeline.judge import bundles, parity
-from pipeline.judge.parity import ALPHABETS, Speech, Spoken, Tally
+from pipeline.judge.parity import ALPHABETS, Continuation, Parity, Tally
 
 BACKEND = Tokenizer.from_file(str(PROJECT / "examples" / "tiny-gemma3n" / "tokenizer.json"))
 
@@ -86,10 +86,10 @@ def test_agreement_is_the_tokens_that_the_text_begins_with(text: str) -> None:
 
 RIGHT = Tally(total=9, wrong=0, examples=[])
 WRONG = Tally(total=9, wrong=2, examples=["'a'", "'b'"])
-SAME = Spoken(prompt="p", expected="a b", text="a b", tokens=2, agree=2, same=True, tie=False)
+SAME = Continuation(prompt="p", expected="a b", text="a b", tokens=2, agree=2, same=True, tie=False)
 TIED = replace(SAME, text="a c", agree=1, same=False, tie=True)
 PARTED = replace(TIED, tie=False)
-HEARD = Speech(ids=RIGHT, prompts=RIGHT, spoken=[SAME, TIED], stop=RIGHT, stopped_at=[6], scored=4, score_error=1e-5)
+FOUND = Parity(ids=RIGHT, prompts=RIGHT, greedy=[SAME, TIED], stop=RIGHT, stopped_at=[6], scored=4, score_error=1e-5)
 SUBJECT = bundles.Subject(
     precision="fp32",
     path=Path("x"),
@@ -102,12 +102,12 @@ SUBJECT = bundles.Subject(
 )
 
 
-def failed(heard: Speech, *, exact: bool = True) -> list[str]:
-    return [check.name for check in bundles._speech_checks(SUBJECT, heard, exact=exact) if not check.passed]
+def failed(found: Parity, *, exact: bool = True) -> list[str]:
+    return [check.name for check in bundles._parity_checks(SUBJECT, found, exact=exact) if not check.passed]
 
 
 def test_what_is_as_transformers_says_passes_and_a_tie_may_part() -> None:
-    assert failed(HEARD) == []
+    assert failed(FOUND) == []
 
 
 @pytest.mark.parametrize(
@@ -116,16 +116,16 @@ def test_what_is_as_transformers_says_passes_and_a_tie_may_part() -> None:
         ({"ids": WRONG}, "texts with other token ids in LiteRT-LM"),
         ({"prompts": WRONG}, "conversations rendered differently by LiteRT-LM"),
         ({"stop": WRONG}, "stop tokens that LiteRT-LM does not know"),
-        ({"spoken": [SAME, PARTED]}, "greedy texts of LiteRT-LM that differ"),
+        ({"greedy": [SAME, PARTED]}, "greedy texts of LiteRT-LM that differ"),
         ({"score_error": 1.1 * bundles.SCORE_ERROR}, "scores of LiteRT-LM that are off"),
         ({"score_error": None, "scored": 0}, "scores of LiteRT-LM that are off"),
         ({"score_error": float("nan")}, "scores of LiteRT-LM that are off"),
     ],
 )
 def test_what_is_not_fails(change: dict[str, Any], name: str) -> None:
-    assert failed(replace(HEARD, **change)) == [name]
+    assert failed(replace(FOUND, **change)) == [name]
 
 
 def test_text_and_scores_of_a_quantised_bundle_may_differ_but_nothing_else() -> None:
-    assert failed(replace(HEARD, spoken=[PARTED], score_error=9.0), exact=False) == []
-    assert len(failed(replace(HEARD, ids=WRONG, prompts=WRONG, stop=WRONG), exact=False)) == 3
+    assert failed(replace(FOUND, greedy=[PARTED], score_error=9.0), exact=False) == []
+    assert len(failed(replace(FOUND, ids=WRONG, prompts=WRONG, stop=WRONG), exact=False)) == 3

@@ -113,6 +113,19 @@ def test_ranges_of_tokens_that_are_none_are_refused(tmp_path: Path, ranges: obje
     assert said in refused(tmp_path, table)
 
 
+@pytest.mark.parametrize(
+    ("section", "key"),
+    [*(("int8", key) for key in ("keep_float", "int8x2", "int8x2_static", "groups", "rotate")), ("int4", "keep_int8")],
+)
+@pytest.mark.parametrize("pattern", ["(", "*", "[a", "(?P<x", "\\"])
+def test_a_pattern_that_is_no_regular_expression_is_refused(
+    tmp_path: Path, section: str, key: str, pattern: str
+) -> None:
+    table = copy.deepcopy(GOOD)
+    table[section][key] = ["down_proj", pattern]
+    assert f"`recipe.{section}.{key}[1]` is {pattern!r}, no regular expression" in refused(tmp_path, table)
+
+
 @pytest.mark.parametrize(("section", "size"), [("int8", 3), ("int8", 96), ("int4", 24)])
 def test_a_rotation_of_no_power_of_two_is_refused(tmp_path: Path, section: str, size: int) -> None:
     table = copy.deepcopy(GOOD)

@@ -64,6 +64,7 @@ def rms(values: NDArray[np.floating]) -> float:
     return float(np.sqrt(np.square(values, dtype=np.float64).mean()))
 
 
+@settings(deadline=None)
 @given(st.integers(0, 9))
 def test_the_matrix_is_orthogonal_and_spreads_evenly(exponent: int) -> None:
     size = 2**exponent
@@ -99,7 +100,7 @@ def test_an_outlying_channel_costs_less(tmp_path: Path, plain: bool) -> None:
     for name, graph in (("one", one), ("turned", turned), ("both", both)):
         quantize.quantise_weights(graph, lambda _: False)
         if graph is both:
-            int8x2.take_two_rows(graph, lambda _: True)
+            int8x2.split_inputs(graph, lambda _: True)
         graph.write(tmp_path / name)
         seen = x if graph is one else rotate_blocks(x, 64)
         found.append(rms(run(tmp_path / name, x, plain=plain) - seen @ stored(tmp_path / name).T))
@@ -183,17 +184,17 @@ def test_what_can_not_be_rotated_is_left_alone(why: str) -> None:
 def test_both_schemes_rotate_as_their_section_says() -> None:
     for rotate_, count in (((), 0), (("^q",), 1)):
         eight, four = layers(), layers()
-        int8.make(eight, Int8(scheme="dynamic", calibration_samples=1, rotate=rotate_, rotation=16))
-        int4.make(four, Int4(rotate=rotate_, rotation=16))
+        int8.make_int8(eight, Int8(scheme="dynamic", calibration_samples=1, rotate=rotate_, rotation=16))
+        int4.make_int4(four, Int4(rotate=rotate_, rotation=16))
         assert [codes(graph).count("CONV_2D") for graph in (eight, four)] == [count] * 2
 
 
-def test_moments_are_rotated_with_what_they_are_of(tmp_path: Path) -> None:
+def test_hessians_are_rotated_with_what_they_are_of(tmp_path: Path) -> None:
     x = np.random.default_rng(4).standard_normal((500, 32)) * np.exp(np.arange(32) % 7)
     factors = np.exp2(np.arange(32) % 3).astype(np.float32)
     np.save(tmp_path / "q.npy", (x.T @ x).astype(np.float32)[None])
     (tmp_path / gptq.INDEX).write_text('{"q.weight": "q.npy"}')
-    rounding = gptq.Moments(tmp_path).rounding({"q.weight": factors}, {"q.weight": 16})
+    rounding = gptq.Hessians(tmp_path).rounding({"q.weight": factors}, {"q.weight": 16})
     turned = rotate_blocks(x / factors, 16)
     for name, columns in (("q.weight", slice(0, 32)), ("q.weight;block_3", slice(24, 32))):
         made, wanted = (

@@ -85,7 +85,7 @@ def decibels(result: Floats, wanted: NDArray[np.float64]) -> NDArray[np.float64]
 
 
 @KERNELS
-def test_two_tensors_and_a_range_per_channel_keep_every_channel_near(tmp_path: Path, plain: bool) -> None:
+def test_int8x2_and_a_range_per_channel_keep_every_channel_near(tmp_path: Path, plain: bool) -> None:
     x = text()
     for name, twice in (("one", False), ("two", True)):
         made(tmp_path / name, x, UNEVEN, twice=twice)
@@ -103,7 +103,7 @@ def test_sixteen_bits_keep_all_but_what_the_weights_lost(tmp_path: Path, plain: 
 
 @settings(deadline=None, max_examples=15)
 @given(st.integers(0, 2**32 - 1), st.floats(1, 1e4), st.floats(1e-3, 1e3))
-def test_any_outlier_leaves_a_doubled_layer_its_channels(
+def test_any_outlier_leaves_an_int8x2_layer_its_channels(
     tmp_path_factory: pytest.TempPathFactory, seed: int, outlier: float, size: float
 ) -> None:
     x, file = text(outlier, seed) * np.float32(size), tmp_path_factory.mktemp("any") / "two"
@@ -156,7 +156,7 @@ def test_a_bias_is_added_in_both_widths(tmp_path: Path) -> None:
         wanted = x @ rounded(WEIGHTS).T + bias
         seen = {taken: statistics(x), given_: statistics(wanted.astype(np.float32))}
         plan = static.plan_static(graph, never, lambda _: True)
-        assert not plan.doubled, "a layer with a bias is not doubled"
+        assert not plan.int8x2, "a layer with a bias takes one tensor"
         static.make_static(graph, plan, seen, head, bits)
         graph.write(tmp_path / str(bits))
         assert np.abs(run(tmp_path / str(bits), x) - wanted).max() < 700 / 2**bits * 3
@@ -183,8 +183,8 @@ def test_the_head_and_what_picks_its_rows_stay_float() -> None:
     graph = picking()
     assert static.plan_static(graph, never).integer == {0}
     assert static.plan_static(graph, lambda name: name == "layer").integer == set()
-    doubled = static.plan_static(graph, never, lambda name: name == "layer")
-    assert not doubled.integer and doubled.doubled == {0}
+    split = static.plan_static(graph, never, lambda name: name == "layer")
+    assert not split.integer and split.int8x2 == {0}
 
 
 def test_what_a_softmax_reads_can_stay_float() -> None:
@@ -214,6 +214,6 @@ def test_products_are_counted_once_in_every_width(tmp_path: Path, bits: static.B
     ]
 
 
-def test_both_halves_of_a_doubled_layer_read_the_same_weights(tmp_path: Path) -> None:
+def test_both_terms_of_an_int8x2_layer_read_the_same_weights(tmp_path: Path) -> None:
     sizes = [made(tmp_path / "file", text(), WEIGHTS, twice=twice).bytes_by_type()["INT8"] for twice in (False, True)]
     assert sizes == [WEIGHTS.size, WEIGHTS.size]
