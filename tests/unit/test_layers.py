@@ -24,7 +24,11 @@ ALLOWED = {
     "models": {"core", "checkpoint", "tflite", "export"},
     "judge": {"core", "checkpoint", "tflite", "runtime"},
     "reference": {"core", "checkpoint", "judge"},
+<<<<<<< Updated upstream
     "report": {"core", "judge"},
+=======
+    "report": {"core", "runtime", "judge"},
+>>>>>>> Stashed changes
     "bundling": {"core", "checkpoint", "tflite", "quantize", "models"},
     "planning": {"core", "checkpoint", "quantize", "models", "judge", "release"},
     "search": {"core", "checkpoint", "tflite", "runtime", "quantize", "models", "judge"},
