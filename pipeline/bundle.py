@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
 
 from pipeline.bundling import litertlm
 from pipeline.bundling.metadata import describe, tokenizer_json
+from pipeline.checkpoint import chat
 from pipeline.checkpoint.reader import open_checkpoint
 from pipeline.core import log
 from pipeline.core.manifest import Fact
@@ -17,13 +17,11 @@ from pipeline.quantize import readback
 
 def work(context: Context) -> Outcome:
     """Write a bundle per precision of the recipe."""
-    from transformers import AutoTokenizer
-
     folder = context.root / "fetch" / "checkpoint"
     checkpoint = open_checkpoint(folder)
     architecture = architecture_for(checkpoint.config)
     vocabulary = architecture.tensors()["embed_tokens.weight"][0]
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = chat.open_tokenizer(folder)
     metadata = describe(
         folder,
         tokenizer,

@@ -14,8 +14,7 @@ import argparse
 import hashlib
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +22,10 @@ from pipeline.core import log, manifest, memory, versions
 from pipeline.core.errors import UsageError
 from pipeline.core.stage import Context, Outcome, Stage, main
 from pipeline.judge import tasks
-from pipeline.judge.tasks import ORIGINAL, TITLES, Answers, Item
+from pipeline.judge.tasks import ORIGINAL, Item
 from pipeline.reference.model import HuggingFace
 from pipeline.report import verification as pages
+from pipeline.report.tasks import summary
 
 SCHEMA = 1
 _AT_ONCE = 8
@@ -53,8 +53,8 @@ def work(context: Context) -> Outcome:
         "task": {"file": file.name, "sha256": hashlib.sha256(file.read_bytes()).hexdigest(), "prompts": len(items)},
         "tokens": count,
         "sacrebleu": tasks.signatures(),
-        **_figures(texts, items),
-        "rows": _rows(texts, items),
+        **tasks.figures(texts, items),
+        "rows": tasks.rows(texts, items),
     }
     manifest.write_atomically(context.folder / "report.json", manifest.dump_json(report))
     manifest.write_atomically(context.folder / "report.html", pages.render_task(report))
@@ -94,61 +94,6 @@ def _bundle(file: Path, items: Sequence[Item], count: int, scratch: Path, *, tem
                 said.append(runtime.greedy(prompt, count).text)
                 bar.advance()
     return said
-
-
-def _figures(texts: Mapping[str, Sequence[str]], items: Sequence[Item]) -> dict[str, Any]:
-    """Scores of every model, and each bundle's beside the original's."""
-    found: dict[str, Answers] = {name: tasks.answers(said, items) for name, said in texts.items()}
-    original = found[ORIGINAL]
-    return {
-        "scores": {
-            name: {metric: asdict(value) for metric, value in tasks.scored(each).items()}
-            for name, each in found.items()
-        },
-        "against_original": {
-            name: {
-                **{metric: asdict(value) for metric, value in tasks.compared(each, original).items()},
-                "identical": sum(map(str.__eq__, texts[name], texts[ORIGINAL])) / len(items),
-            }
-            for name, each in found.items()
-            if name != ORIGINAL
-        },
-    }
-
-
-def _rows(texts: Mapping[str, Sequence[str]], items: Sequence[Item]) -> list[dict[str, Any]]:
-    return [
-        {
-            "messages": [dict(message) for message in item.messages],
-            "references": list(item.references),
-            "answers": {name: said[place] for name, said in texts.items()},
-        }
-        for place, item in enumerate(items)
-    ]
-
-
-def summary(report: Mapping[str, Any]) -> list[str]:
-    """The figures for people: a table, and a sentence for each bundle."""
-    prompts = report["task"]["prompts"]
-    rows = [["", *TITLES.values()]]
-    for name, scores in report["scores"].items():
-        cells = [f"{one['value']:.1f} ({one['low']:.1f} to {one['high']:.1f})" for one in _ordered(scores)]
-        rows.append([name, *cells])
-    lines = [f"{report['model']} on {report['task']['file']}: {prompts} prompts, points of 100 (95 % interval)", ""]
-    lines += [*log.align(rows), ""]
-    for name, found in report["against_original"].items():
-        titles = zip(_ordered(found), TITLES.values(), strict=True)
-        within = ", ".join(f"{one['within']:.1f} points in {title}" for one, title in titles)
-        lines.append(f"{name} is within {within} of the original (95 %).")
-        lines.append(f"  {found['identical']:.0%} of its answers are the original's to the last character.")
-    if prompts < tasks.FEWEST:
-        lines.append(f"Only {prompts} prompts: take the intervals as rough, and give at least {tasks.FEWEST}.")
-    return lines
-
-
-def _ordered(figures: Mapping[str, Any]) -> list[Any]:
-    """The figures of each metric in the order of the table."""
-    return [figures[metric] for metric in TITLES]
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:

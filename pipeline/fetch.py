@@ -16,15 +16,15 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from pipeline.checkpoint.preflight import Plan, Source, plan
+from pipeline.checkpoint.preflight import Source, plan
 from pipeline.core import log
-from pipeline.core.errors import ResourceError, UsageError
-from pipeline.core.manifest import Facts, describe, dump_json
+from pipeline.core.errors import UsageError
+from pipeline.core.manifest import describe, dump_json
 from pipeline.core.recipe import PROJECT
 from pipeline.core.stage import Context, Outcome, Stage, main
 from pipeline.models import expected
-from pipeline.release import licence
-from pipeline.release.hub import Hub, Repository
+from pipeline.release import download, licence
+from pipeline.release.hub import Hub
 
 DOWNLOADS = ".download"
 
@@ -52,7 +52,7 @@ def _from_folder(context: Context, target: Path) -> Outcome:
         (target / name).symlink_to(os.path.relpath(file, target.resolve()) if inside else file)
     records = [vars(record) for record in describe((target / name for name in chosen.names), target)]
     revision = hashlib.sha256(dump_json(records).encode()).hexdigest()
-    return Outcome(model=folder.name, revision=revision, facts={**chosen.facts, **_card(target)})
+    return Outcome(model=folder.name, revision=revision, facts={**chosen.facts, **licence.read_card(target)})
 
 
 def _from_hub(context: Context, revision: str, target: Path) -> Outcome:
@@ -66,25 +66,12 @@ def _from_hub(context: Context, revision: str, target: Path) -> Outcome:
     chosen = plan(source, partial(expected, context.recipe))
     waiting = context.root / DOWNLOADS / repository.revision
     _drop_other_commits(waiting)
-    _check_disk(chosen, repository, waiting, context.root)
+    download.check_disk(chosen.names, repository, waiting, context.root)
     for name in chosen.names:
         _place(hub.download(repository, name, waiting), target / name)
     plan(dataclasses.replace(Source.of_folder(target), where=where), partial(expected, context.recipe))
-    facts = {**chosen.facts, **_card(target, hub)}
+    facts = {**chosen.facts, **licence.read_card(target, hub.card)}
     return Outcome(model=repository.model_id, revision=repository.revision, facts=facts)
-
-
-def _check_disk(chosen: Plan, repository: Repository, waiting: Path, root: Path) -> None:
-    """Refuse what does not fit on the disk."""
-    there = sum(file.stat().st_size for file in waiting.iterdir()) if waiting.is_dir() else 0
-    needed = sum(repository.files[name].size for name in chosen.names) - there
-    free = shutil.disk_usage(root).free
-    log.step(f"to download: {log.human_bytes(needed)}; free on the disk: {log.human_bytes(free)}")
-    if needed > free:
-        raise ResourceError(
-            f"the checkpoint needs {log.human_bytes(needed)}, the disk has {log.human_bytes(free)} left",
-            remedy="free some space, or set ARTIFACTS= to a folder on another disk",
-        )
 
 
 def _drop_other_commits(waiting: Path) -> None:
@@ -100,20 +87,6 @@ def _place(file: Path, target: Path) -> None:
         target.hardlink_to(file)
     except OSError:  # a file system without hard links: a kill from here on costs this file
         file.replace(target)
-
-
-def _card(folder: Path, hub: Hub | None = None) -> Facts:
-    """What the checkpoint's own card says of its licence and base models, and what `hub` says of theirs."""
-    file = folder / "README.md"
-    said = licence.claimed(file.read_text(encoding="utf-8", errors="replace") if file.is_file() else "")
-    lineage = licence.trace(said.base_models, hub.card) if hub else ()
-    if strangers := [one.model for one in lineage if not one.known]:
-        log.warn(f"not to be seen on the Hub, so that nobody knows their terms: {', '.join(strangers)}")
-    return {
-        "licence": said.licence,
-        "base_models": list(said.base_models),
-        "lineage": [{**vars(one), "base_models": list(one.base_models)} for one in lineage],
-    }
 
 
 def _tidy(context: Context) -> None:

@@ -12,11 +12,9 @@ same tokens, and the signal-to-noise ratio of every operator's result says where
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,7 @@ from pipeline.core import log, manifest
 from pipeline.core.errors import UsageError
 from pipeline.core.stage import guard
 from pipeline.judge import sqnr
+from pipeline.report.inspection import text
 from pipeline.runtime import litert
 from pipeline.runtime.sections import DECODER, Conversation, Sections
 from pipeline.tflite.graph import Graph
@@ -34,7 +33,6 @@ _WINDOWS, _LONGEST = 4, 64
 _SPOKEN = 1
 """Samples that decoders read: each token is a run of its own, and all its results are compared."""
 _SEED = 20251124
-_NUMBER = re.compile(r"_\d+$")
 
 
 def describe(file: Path, against: Path | None, biggest: int) -> dict[str, Any]:
@@ -96,81 +94,6 @@ def _samples(file: Path, vocabulary: int) -> tuple[str, list[Any]]:
         return f"the verification text in {stored.parent.name}", list(windows[:_WINDOWS, :_LONGEST])
     drawn = np.random.default_rng(_SEED).integers(0, vocabulary, size=(_WINDOWS, _LONGEST), dtype=np.int32)
     return "random tokens, for there is no golden folder beside the file's", list(drawn)
-
-
-def text(told: dict[str, Any]) -> Iterator[str]:
-    """The same for people, line by line."""
-    yield f"{told['file']}: {log.human_bytes(told['size'])}"
-    if told["sections"]:
-        yield ""
-        yield from log.align(
-            [("section", "model", "offset", "size")]
-            + [
-                (each["kind"], each["model_type"], str(each["offset"]), log.human_bytes(each["size"]))
-                for each in told["sections"]
-            ]
-        )
-    if told["metadata"]:
-        yield ""
-        yield from log.align([("metadata", ""), *((key, _short(value)) for key, value in told["metadata"].items())])
-    for model in told["models"]:
-        yield ""
-        yield from _model(model)
-    if "against" in told:
-        yield ""
-        yield from _against(told["against"])
-
-
-def _model(model: dict[str, Any]) -> Iterator[str]:
-    yield f"model {model['name']}: {log.human_bytes(model['size'])}, {model['bits_per_weight']:.2f} bits per weight"
-    rows = [["weights", "elements", "bytes", "bits each"]]
-    for kind, (elements, size, bits) in model["weights"].items():
-        rows.append([kind.lower(), f"{elements:,}", log.human_bytes(size), f"{bits:.2f}"])
-    yield from log.align(rows)
-    for signature in model["signatures"]:
-        yield ""
-        yield from _signature(signature)
-    yield ""
-    rows = [["biggest constants", "type", "shape", "size", "bits each"]]
-    for each in model["constants"]:
-        shape = " × ".join(map(str, each["shape"]))
-        size = log.human_bytes(each["size"])
-        rows.append([each["name"][-70:], each["type"].lower(), shape, size, f"{each['bits']:.2f}"])
-    yield from log.align(rows)
-    if model["metadata"]:
-        yield f"metadata: {', '.join(model['metadata'])}"
-
-
-def _signature(signature: dict[str, Any]) -> Iterator[str]:
-    counted = ", ".join(f"{count} {kind}" for kind, count in signature["products"].items())
-    operators = signature["operators"]
-    yield f"signature {signature['name'] or '(none)'}: {sum(operators.values())} operators; products: {counted}"
-    yield "  " + ", ".join(f"{kind.lower()} {count}" for kind, count in operators.items())
-    told = [row for way in ("inputs", "outputs") for row in _ports(way, signature[way])]
-    yield from log.align(told) if told else ()
-
-
-def _ports(way: str, ports: Sequence[dict[str, Any]]) -> Iterator[tuple[str, ...]]:
-    """A row per input or output; those of all layers, such as a cache, are one."""
-
-    def kind(port: dict[str, Any]) -> tuple[str, ...]:
-        shape = ", ".join("any" if size < 0 else str(size) for size in port["shape"])
-        return _NUMBER.sub("_#", port["name"]), port["type"].lower(), f"[{shape}]"
-
-    for (name, *rest), alike in groupby(ports, key=kind):
-        count = len(list(alike))
-        yield (f"  {way[:-1]}", name, *rest, f"× {count}" if count > 1 else "")
-
-
-def _against(found: dict[str, Any]) -> Iterator[str]:
-    yield f"against {found['file']}, signal to noise on {found['tokens']} tokens ({found['text']}):"
-    yield from log.align(found["table"])
-    yield found["says"]
-
-
-def _short(value: Any) -> str:
-    words = " ".join(str(value).split())
-    return words if len(words) <= 100 else f"{words[:97]}…"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

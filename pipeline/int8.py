@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import cast, get_args
 
 from pipeline.bundling import tables
 from pipeline.checkpoint import chat
@@ -23,7 +23,7 @@ from pipeline.core.recipe import PROJECT, Recipe, Scheme
 from pipeline.core.stage import Context, Outcome, Stage, main
 from pipeline.judge import corpus
 from pipeline.models import build
-from pipeline.quantize import calibrate, gptq, int8, int8x2, readback, rows, static
+from pipeline.quantize import calibrate, gptq, int8, readback
 from pipeline.runtime import litert
 from pipeline.tflite.graph import Graph
 
@@ -35,7 +35,6 @@ def work(context: Context) -> Outcome:
     """
     checkpoint = open_checkpoint(context.root / "fetch" / "checkpoint")
     graphs = build.graph_files(context.upstream["graph"], context.root, context.graphs)
-    keep = rows.keeper(context.recipe.int8.keep_float)
     scheme = _scheme(context.arguments, context.recipe)
     facts: dict[str, Fact] = {"graphs": context.graphs, "scheme": scheme}
     hessians = gptq.Hessians(context.root / "moments") if "moments" in context.upstream else None
@@ -43,7 +42,9 @@ def work(context: Context) -> Outcome:
         if build.STEP in graphs:
             graph = build.with_weights(checkpoint, graphs[build.STEP])
             if scheme != "dynamic":
-                facts |= _make_static(context, graph, keep, scheme)
+                samples, fp32 = _samples(context), context.root / context.upstream["fp32"].output(build.STEP).path
+                int8.make_static(graph, context.recipe.int8, scheme, fp32, samples)
+                facts |= {"calibration_samples": len(samples), "calibration_tokens": sum(map(len, samples))}
             else:
                 int8.make_int8(graph, context.recipe.int8, hessians)
             facts["step"] = dict(_write(graph, context.folder / build.STEP, scheme))
@@ -53,30 +54,6 @@ def work(context: Context) -> Outcome:
             facts["decoder"] = dict(_write(graph, context.folder / build.DECODER, "dynamic"))
             tables.write_tables(checkpoint, "int8", context.folder)
     return Outcome(facts=facts)
-
-
-def _make_static(context: Context, graph: Graph, keep: rows.Keep, scheme: Scheme) -> Facts:
-    """Quantise the step graph's activations as well, with the ranges that the fp32 file shows on real text.
-
-    The head, which stays dynamic, takes two rows where others take two tensors.
-    """
-    settings = context.recipe.int8
-    bits: static.Bits = 16 if scheme == "static16" else 8
-    plan = partial(
-        static.plan_static,
-        keep=keep,
-        int8x2=rows.keeper(settings.int8x2_static if bits == 8 else ()),
-        float_scores=settings.float_scores and bits == 8,
-    )
-    samples = _samples(context)
-    tokens = sum(map(len, samples))
-    log.step(f"run fp32 on {len(samples)} samples of {tokens} tokens for the ranges")
-    fp32 = context.root / context.upstream["fp32"].output(build.STEP).path
-    seen = calibrate.collect(fp32, plan(Graph.read(fp32)).wanted, samples)
-    graph.prune()  # as the fp32 file was: tensors have the same places in both
-    static.make_static(graph, plan(graph), seen, keep, bits)
-    int8x2.split_inputs(graph, rows.keeper(settings.int8x2_static))
-    return {"calibration_samples": len(samples), "calibration_tokens": tokens}
 
 
 def _write(graph: Graph, file: Path, scheme: Scheme) -> Facts:
@@ -96,9 +73,8 @@ def _write(graph: Graph, file: Path, scheme: Scheme) -> Facts:
 
 def _samples(context: Context) -> list[litert.Tokens]:
     """The calibration text as token windows of the corpus's window length."""
-    tokenizer = _tokenizer(context.root / "fetch" / "checkpoint")
+    tokenizer = chat.open_tokenizer(context.root / "fetch" / "checkpoint")
     text: Path = context.arguments.calibration or PROJECT / context.recipe.corpus.calibration
-
     return calibrate.make_samples(
         corpus.read_texts(text, partial(chat.render, tokenizer, where=str(text))),
         lambda document: cast("Sequence[int]", tokenizer.encode(document, add_special_tokens=False)),
@@ -106,12 +82,6 @@ def _samples(context: Context) -> list[litert.Tokens]:
         count=context.recipe.int8.calibration_samples,
         window=context.recipe.corpus.window,
     )
-
-
-def _tokenizer(checkpoint: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -12,20 +12,17 @@ Without a `--tag`, it is named after the checkpoint's revision and the recipe: `
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
-from pipeline.core import log, manifest
+from pipeline.core import log
 from pipeline.core.errors import UsageError
 from pipeline.core.stage import guard, source
-from pipeline.release import preflight, upload
+from pipeline.release import preflight, receipt, upload
 from pipeline.release.hub import Hub, Repository
-from pipeline.release.upload import Diff, Target
+from pipeline.release.upload import Target
 
 _REPO = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 _TAG = re.compile(r"\w[\w.-]*", re.ASCII)
@@ -55,7 +52,7 @@ def run(folder: Path, repo: str, *, tag: str = "", parent: str = "", confirmed: 
     head = target.head()
     if published and published.revision != head.revision:
         log.warn(f"{repo} holds these files at tag {target.tag}; its main branch has moved on to {head.revision}")
-    if published and confirmed and _receipt(folder) == _said(target, published.revision):
+    if published and confirmed and receipt.read(folder) == receipt.said(target, published.revision):
         log.line(f"{repo} holds these files at commit {published.revision}, tag {target.tag}: nothing to do")
     elif confirmed:
         _publish(target, published, parent or head.revision)
@@ -69,26 +66,9 @@ def _publish(target: Target, published: Repository | None, parent: str) -> None:
     log.step(f"{target.repo} at commit {published.revision}: reading every file back")
     target.check(published)
     target.mark(published.revision)
-    receipt = {**_said(target, published.revision), "date": datetime.now(UTC).isoformat(timespec="seconds")}
-    manifest.write_atomically(target.folder / preflight.RECEIPT, manifest.dump_json(receipt))
+    receipt.write(target, published.revision)
     log.line(f"published: {target.hub.endpoint}/{target.repo}/tree/{target.tag}")
     log.line(f"receipt:   {target.folder / preflight.RECEIPT}")
-
-
-def _said(target: Target, commit: str) -> dict[str, Any]:
-    """The receipt without its date."""
-    sums = {name: record.sha256 for name, record in target.files.items()}
-    return {"repository": target.repo, "commit": commit, "tag": target.tag, "files": sums}
-
-
-def _receipt(folder: Path) -> dict[str, Any]:
-    """The receipt in `folder` without its date, or nothing if there is none that can be read."""
-    try:
-        found: dict[str, Any] = json.loads((folder / preflight.RECEIPT).read_text(encoding="utf-8"))
-        del found["date"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
-    return found
 
 
 def _show(target: Target, there: Repository) -> None:
@@ -98,17 +78,13 @@ def _show(target: Target, there: Repository) -> None:
         for name in names:
             size = target.files[name].size if name in target.files else there.files[name].size
             log.line(f"  {mark} {log.human_bytes(size):>9}  {name}")
-    log.line(f"{target.repo}: parent commit {there.revision}, tag {target.tag}; {_counted(diff)}")
+    log.line(f"{target.repo}: parent commit {there.revision}, tag {target.tag}; {diff.counts}")
     if diff.empty:
         log.line("dry run: the repository holds these files already")
     else:
         size = sum(target.files[name].size for name in (*diff.added, *diff.changed))
         log.line(f"dry run: would send {log.human_bytes(size)}; nothing was sent. To upload, the same command and")
         log.line(f"  CONFIRM=yes PARENT={there.revision}")
-
-
-def _counted(diff: Diff) -> str:
-    return ", ".join(f"{len(names)} {kind}" for kind, names in vars(diff).items())
 
 
 def _check_names(repo: str, tag: str) -> None:

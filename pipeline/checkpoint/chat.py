@@ -1,11 +1,19 @@
-"""A conversation as one text, by the model's own chat template."""
+"""A model's own tokenizer, and a conversation as one text by its chat template."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from pipeline.core.errors import UsageError
+
+
+def open_tokenizer(checkpoint: Path) -> Any:
+    """The tokenizer in the folder `checkpoint`, one of transformers'."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)
 
 
 def render(tokenizer: Any, messages: Sequence[Mapping[str, str]], *, prompt: bool = False, where: str = "") -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -154,3 +154,34 @@ def compared(found: Answers, original: Answers) -> dict[str, Comparison]:
         difference = estimate(found.value(metric) - original.value(metric), drawn)
         told[metric] = Comparison(difference, max(abs(difference.low), abs(difference.high)))
     return told
+
+
+def figures(texts: Mapping[str, Sequence[str]], items: Sequence[Item]) -> dict[str, Any]:
+    """Scores of every model, and each bundle's beside the original's."""
+    found: dict[str, Answers] = {name: answers(said, items) for name, said in texts.items()}
+    original = found[ORIGINAL]
+    return {
+        "scores": {
+            name: {metric: asdict(value) for metric, value in scored(each).items()} for name, each in found.items()
+        },
+        "against_original": {
+            name: {
+                **{metric: asdict(value) for metric, value in compared(each, original).items()},
+                "identical": sum(map(str.__eq__, texts[name], texts[ORIGINAL])) / len(items),
+            }
+            for name, each in found.items()
+            if name != ORIGINAL
+        },
+    }
+
+
+def rows(texts: Mapping[str, Sequence[str]], items: Sequence[Item]) -> list[dict[str, Any]]:
+    """Every prompt with its references and what each model said."""
+    return [
+        {
+            "messages": [dict(message) for message in item.messages],
+            "references": list(item.references),
+            "answers": {name: said[place] for name, said in texts.items()},
+        }
+        for place, item in enumerate(items)
+    ]

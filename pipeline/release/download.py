@@ -1,13 +1,18 @@
-"""A published folder by its name: one that is here, or `owner/name@revision`, which is downloaded first."""
+"""Downloads from the Hub: whether the disk has room for one, and a published folder by its name.
+
+The folder is one that is here, or `owner/name@revision`, which is downloaded first.
+"""
 
 from __future__ import annotations
 
 import re
+import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from pipeline.core import log
-from pipeline.core.errors import UsageError
-from pipeline.release.hub import Hub
+from pipeline.core.errors import ResourceError, UsageError
+from pipeline.release.hub import Hub, Repository
 from pipeline.release.upload import KEPT
 
 _ON_HUB = re.compile(r"([\w.-]+/[\w.-]+)@([\w./-]+)", re.ASCII)
@@ -35,3 +40,20 @@ def obtain(files: str, downloads: Path) -> Path:
     for name in sorted(repository.files.keys() - KEPT):
         hub.download(repository, name, folder)
     return folder
+
+
+def check_disk(names: Iterable[str], repository: Repository, waiting: Path, root: Path) -> None:
+    """Refuse files, by name, that do not fit on the disk of `root` beside what is in `waiting` already.
+
+    Raises:
+        ResourceError: says how much is missing.
+    """
+    there = sum(file.stat().st_size for file in waiting.iterdir()) if waiting.is_dir() else 0
+    needed = sum(repository.files[name].size for name in names) - there
+    free = shutil.disk_usage(root).free
+    log.step(f"to download: {log.human_bytes(needed)}; free on the disk: {log.human_bytes(free)}")
+    if needed > free:
+        raise ResourceError(
+            f"the checkpoint needs {log.human_bytes(needed)}, the disk has {log.human_bytes(free)} left",
+            remedy="free some space, or set ARTIFACTS= to a folder on another disk",
+        )

@@ -21,6 +21,7 @@ from huggingface_hub import ModelCard
 
 from pipeline.core import log
 from pipeline.core.errors import PublishError, UsageError
+from pipeline.core.manifest import Facts
 
 GEMMA = "gemma"
 FROM_SCRATCH = "trained-from-scratch"
@@ -125,6 +126,20 @@ def trace(bases: Sequence[str], read: Callable[[str], Mapping[str, Any] | None])
         )
         waiting += said.base_models
     return tuple(found.values())
+
+
+def read_card(folder: Path, read: Callable[[str], Mapping[str, Any] | None] | None = None) -> Facts:
+    """What the checkpoint's own card says of its licence and base models, and what theirs say, which `read` gets."""
+    file = folder / "README.md"
+    said = claimed(file.read_text(encoding="utf-8", errors="replace") if file.is_file() else "")
+    lineage = trace(said.base_models, read) if read else ()
+    if strangers := [one.model for one in lineage if not one.known]:
+        log.warn(f"not to be seen on the Hub, so that nobody knows their terms: {', '.join(strangers)}")
+    return {
+        "licence": said.licence,
+        "base_models": list(said.base_models),
+        "lineage": [{**vars(one), "base_models": list(one.base_models)} for one in lineage],
+    }
 
 
 def _said(data: Mapping[str, Any]) -> Said:

@@ -69,6 +69,11 @@ class Diff:
         """Whether there is nothing to commit."""
         return not (self.added or self.changed or self.removed)
 
+    @property
+    def counts(self) -> str:
+        """How many files of each kind, in words."""
+        return ", ".join(f"{len(names)} {kind}" for kind, names in vars(self).items())
+
 
 @dataclass(frozen=True, kw_only=True)
 class Target:

@@ -78,9 +78,7 @@ def _sources() -> str:
 
 def _windows(calibration: Path | None, recipe: Recipe, checkpoint: Path) -> Tokens:
     """Windows of the calibration text, spread evenly: not of the text that verify judges on."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)
+    tokenizer = chat.open_tokenizer(checkpoint)
     text = calibration or PROJECT / recipe.corpus.calibration
     documents = corpus.read_documents(text, partial(chat.render, tokenizer, where=str(text)))
     return corpus.pack_windows(

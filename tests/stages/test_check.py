@@ -20,7 +20,7 @@ from pipeline import check, publish, sign
 from pipeline.core.errors import IntegrityError, PublishError, UsageError
 from pipeline.core.manifest import dump_json
 from pipeline.core.recipe import PROJECT
-from pipeline.release import provenance, signing
+from pipeline.release import audit, provenance, signing
 from pipeline.release.signing import Trust
 
 MEASURED = {"report.html", "report.json"}
@@ -154,7 +154,7 @@ def test_any_change_is_found_without_a_key(signed: Path, scratch: Path, data: st
     folder = copied(signed, scratch)
     said = changed_by(data, folder)
     with pytest.raises(IntegrityError) as caught:
-        check.check(folder)
+        audit.check(folder)
     assert caught.value.what, said
 
 
@@ -171,7 +171,7 @@ def test_a_rewritten_checksum_hides_only_what_was_measured(signed: Path, scratch
     reseal(folder)
     if contents(folder, {"SHA256SUMS", "provenance.json"} | MEASURED) != before:
         with pytest.raises(IntegrityError):
-            check.check(folder)
+            audit.check(folder)
 
 
 @settings(deadline=None, max_examples=SIGNED_CHANGES)
@@ -209,9 +209,9 @@ def test_a_report_that_fits_all_papers_but_not_the_signature(
     folder = copied(signed, tmp_path)
     (folder / "report.html").write_text("<title>better</title>", encoding="utf-8")
     reseal(folder)
-    check.check(folder)
+    audit.check(folder)
     with pytest.raises(IntegrityError, match="signature"):
-        check.check(folder, Trust(public_key=str(keys / "own.pub")), signer)
+        audit.check(folder, Trust(public_key=str(keys / "own.pub")), signer)
 
 
 def test_without_a_signature_a_key_is_not_satisfied(
@@ -229,7 +229,7 @@ def test_what_the_runner_leaves_is_not_part_of_it(signed: Path, keys: Path, sign
     folder = copied(signed, tmp_path)
     for name in signing.RUNNERS:
         (folder / name).write_text("{}", encoding="utf-8")
-    check.check(folder, Trust(public_key=str(keys / "own.pub")), signer)
+    audit.check(folder, Trust(public_key=str(keys / "own.pub")), signer)
 
 
 def test_no_word_of_the_key_is_in_the_folder_or_the_manifest(line: Line, signed: Path, keys: Path) -> None:
@@ -252,7 +252,7 @@ def test_signing_again_changes_nothing_and_another_key_signs_anew(
     assert sign.main([str(folder), "--by", "key", "--signer", signer]) == 0
     after = contents(folder)
     assert {name for name in before if before[name] != after[name]} == {"model.sig", "SHA256SUMS"}
-    check.check(folder, Trust(public_key=str(keys / "other.pub")), signer)
+    audit.check(folder, Trust(public_key=str(keys / "other.pub")), signer)
 
 
 def test_what_a_killed_signing_left_is_signed_anew(
@@ -265,7 +265,7 @@ def test_what_a_killed_signing_left_is_signed_anew(
     (folder / "SHA256SUMS").write_text(unlisted, encoding="utf-8")
     monkeypatch.setenv("SIGN_KEY", str(keys / "own.pem"))
     signing.sign(folder, "key", signer)
-    check.check(folder, Trust(public_key=str(keys / "own.pub")), signer)
+    audit.check(folder, Trust(public_key=str(keys / "own.pub")), signer)
 
 
 def test_a_folder_with_a_changed_file_is_not_signed(
@@ -318,7 +318,7 @@ def test_a_python_without_model_signing_is_a_matter_of_usage(signed: Path, keys:
 )
 def test_half_a_signer_is_none(signed: Path, trust: Trust) -> None:
     with pytest.raises(UsageError):
-        check.check(signed, trust)
+        audit.check(signed, trust)
 
 
 def forged(folder: Path, name: str, text: str) -> None:
@@ -342,11 +342,11 @@ def test_checksums_do_not_lead_outside_the_folder(signed: Path, tmp_path: Path, 
     with (folder / "SHA256SUMS").open("a", encoding="utf-8") as stream:
         stream.write(f"{'0' * 64}  {path}\n")
     with pytest.raises(IntegrityError, match="no checksum"):
-        check.check(folder)
+        audit.check(folder)
 
 
 def test_a_link_to_elsewhere_is_not_overlooked(signed: Path, tmp_path: Path) -> None:
     folder = copied(signed, tmp_path)
     os.symlink(tmp_path, folder / "more")
     with pytest.raises(IntegrityError, match="not listed"):
-        check.check(folder)
+        audit.check(folder)

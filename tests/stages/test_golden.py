@@ -16,13 +16,14 @@ from safetensors.torch import load_file, save_file
 from transformers import Gemma3nForCausalLM
 
 from pipeline import fetch, golden
-from pipeline.core import manifest
+from pipeline.core import manifest, memory
 from pipeline.core.errors import IntegrityError, UsageError
 from pipeline.core.recipe import PROJECT
 from pipeline.core.stage import DEFAULT_MODEL
 from pipeline.judge import metrics
 from pipeline.judge.reference import Head, Reference
 from pipeline.reference import streaming
+from pipeline.reference.golden import DEVICE_NMSE, choose_device, is_streamed
 from pipeline.reference.model import HuggingFace
 
 POSITIONS = int(SMALL["positions = 2048"].split()[-1])
@@ -154,12 +155,12 @@ def test_a_streamed_matrix_is_in_memory_while_its_module_runs_and_not_after() ->
 
 
 def test_weights_that_do_not_fit_are_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(golden.memory, "available", lambda: 10_000_000_000)
-    assert not golden._streamed("auto", "cpu", 1_000_000_000)
-    assert golden._streamed("auto", "cpu", 2_500_000_000)
-    assert not golden._streamed("loaded", "cpu", 2_500_000_000)
+    monkeypatch.setattr(memory, "available", lambda: 10_000_000_000)
+    assert not is_streamed("auto", "cpu", 1_000_000_000)
+    assert is_streamed("auto", "cpu", 2_500_000_000)
+    assert not is_streamed("loaded", "cpu", 2_500_000_000)
     with pytest.raises(UsageError, match="on the CPU only"):
-        golden._streamed("streamed", "cuda", 1)
+        is_streamed("streamed", "cuda", 1)
 
 
 def changed_checkpoint(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> Path:
@@ -243,10 +244,10 @@ def test_a_missing_gpu_is_said_and_not_worked_around(
 def test_a_gpu_gives_the_same_numbers_within_tolerance() -> None:
     ids = np.arange(4, 260, dtype=np.int32).reshape(2, 128)
     hidden = [
-        HuggingFace.load(SHIPPED, golden.choose_device(device)).hidden(ids, np.ones_like(ids)).astype(np.float64)
+        HuggingFace.load(SHIPPED, choose_device(device)).hidden(ids, np.ones_like(ids)).astype(np.float64)
         for device in ("cpu", "cuda")
     ]
-    assert ((hidden[1] - hidden[0]) ** 2).sum() / (hidden[0] ** 2).sum() < golden._DEVICE_NMSE
+    assert ((hidden[1] - hidden[0]) ** 2).sum() / (hidden[0] ** 2).sum() < DEVICE_NMSE
 
 
 def test_the_small_recipe_changes_only_how_much_is_judged() -> None:

@@ -25,6 +25,7 @@ from pipeline.core.errors import VerificationError
 from pipeline.core.recipe import PROJECT
 from pipeline.core.stage import Context, Outcome, Stage
 from pipeline.release import provenance
+from pipeline.release.preflight import MODELS
 
 CARD = """---
 license: {licence}
@@ -471,7 +472,7 @@ def test_provenance_names_every_model_file_and_what_it_was_made_from(ready: Line
     assert ready.publish() == 0
     said = json.loads((ready.folder / "provenance.json").read_text(encoding="utf-8"))
     sums = provenance.read_sums(ready.folder)
-    models = {name: digest for name, digest in sums.items() if name.endswith(check.MODELS)}
+    models = {name: digest for name, digest in sums.items() if name.endswith(MODELS)}
     papers = sums.keys() - models.keys() - {"provenance.json", "report.json", "report.html"}
     assert provenance.subjects(ready.folder) == (models, {name: sums[name] for name in papers})
     assert len(models) == 5 and "manifests/verify.json" in papers

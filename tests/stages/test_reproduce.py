@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from pipeline import reproduce
 from pipeline.core import manifest
+from pipeline.core.errors import IntegrityError
 from pipeline.core.manifest import FileRecord
 from pipeline.tflite import difference
 from pipeline.tflite.graph import Graph
@@ -100,7 +101,7 @@ def test_the_tensor_of_a_graph_is_named(built: Line, tmp_path: Path) -> None:
     change(ours, "fp32/decoder.tflite", one_scale)
     text = difference.where_different(ours.root / "fp32/decoder.tflite", theirs.root / "fp32/decoder.tflite")
     assert text.startswith("tensor ") and "first at byte" in text
-    with pytest.raises(reproduce.IntegrityError, match="fp32/decoder.tflite differs"):
+    with pytest.raises(IntegrityError, match="fp32/decoder.tflite differs"):
         difference.compare("fp32", ours.root, theirs.root)
 
 

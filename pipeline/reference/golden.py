@@ -1,0 +1,230 @@
+"""What the reference says: of the corpus, the shape grid, the conversations, and of itself run in another way.
+
+It takes tokens, conversations and metrics from the judge, so that both speak of the same positions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
+
+from pipeline.core import log, memory
+from pipeline.core.errors import ResourceError, UsageError, VerificationError
+from pipeline.core.manifest import Facts
+from pipeline.core.recipe import Bundle, Corpus, Graphs, Recipe, Shapes
+from pipeline.judge import corpus, kv_cache, metrics
+from pipeline.judge.corpus import Tokens
+from pipeline.judge.metrics import Summary
+from pipeline.judge.reference import Head
+from pipeline.reference.model import HuggingFace
+
+Floats = NDArray[np.float32]
+_LOADED = 3e8
+"""Parameters per second that are read and widened, roughly."""
+NOT_MEASURED: Facts = {"not_measured": "not measured: the model does not fit into memory and is streamed in float32"}
+DEVICE_NMSE = 1e-8
+_FLOOR_POSITIONS = 256
+_SCORED = 16
+"""Positions whose logits are held at a time: 34 MB each way with 262,400 tokens."""
+
+
+def choose_device(wanted: str) -> str:
+    """`cuda` or `cpu` for `auto`, else what is asked for.
+
+    Raises:
+        ResourceError: cuda is asked for and there is none.
+    """
+    available = torch.cuda.is_available()
+    if wanted == "cuda" and not available:
+        raise ResourceError("there is no usable CUDA device", remedy="use DEVICE=cpu, or install the CUDA lock")
+    if wanted == "cpu" or not available:
+        return "cpu"
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")
+    return "cuda"
+
+
+def load(checkpoint: Path, device: str, parameters: int, *, streamed: bool) -> HuggingFace:
+    """Hugging Face's model in fp32, and what it waits for said."""
+    log.step(f"the reference runs in fp32 on {device}" + (", a matrix at a time" if streamed else ""))
+    with log.waiting("opening the checkpoint", 3 + (0 if streamed else parameters / _LOADED)):
+        return HuggingFace.load(checkpoint, device, streamed=streamed)
+
+
+def make_corpus(reference: HuggingFace, windows: Tokens, count: int, file: Path) -> Floats:
+    """Compute the hidden states of `windows`, store those at `count` positions, and return all, float32 [N, L, H]."""
+    with log.progress("reference on the corpus", windows.size, "tokens") as bar:
+        hidden = reference.hidden(windows, np.ones_like(windows), bar)
+    judged = corpus.spread_positions(len(windows), windows.shape[1], count)
+    kept = {"input_ids": windows, "hidden": hidden[judged.window, judged.length - 1]}
+    save_file({**kept, "window": judged.window, "length": judged.length}, file)
+    return hidden
+
+
+def make_shapes(reference: HuggingFace, shapes: Shapes, file: Path) -> int:
+    """Compute and store the shape grid: per case ids, mask and the hidden state [B, H] of each row's last token."""
+    rows = max(shapes.batch)
+    vocabulary = reference.model.config.vocab_size
+    families: dict[tuple[int, str], tuple[corpus.Batch, Floats]] = {}
+    total = rows * sum(shapes.sequence) * len(shapes.padding)
+    with log.progress("reference on the shape grid", total, "tokens") as bar:
+        for sequence in shapes.sequence:
+            for padding in shapes.padding:
+                family = corpus.shape_family(
+                    rows, sequence, padding, vocabulary=vocabulary, bos=reference.bos, pad=reference.pad
+                )
+                hidden = reference.hidden(family.input_ids, family.attention_mask, bar)
+                last = sequence - 1 - family.attention_mask[:, ::-1].argmax(axis=1)
+                families[sequence, padding] = family, hidden[np.arange(rows), last]
+    tensors: dict[str, NDArray[Any]] = {}
+    cases = list(corpus.shape_cases(shapes.batch, shapes.sequence, shapes.padding))
+    for case in cases:
+        family, hidden = families[case.sequence, case.padding]
+        chosen = list(case.rows)
+        tensors[f"{case.name}.input_ids"] = family.input_ids[chosen]
+        tensors[f"{case.name}.attention_mask"] = family.attention_mask[chosen]
+        tensors[f"{case.name}.hidden"] = hidden[chosen]
+    save_file(tensors, file)
+    return len(cases)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A few windows [N, L] with their hidden states [N, L, H], on which the reference is held against itself."""
+
+    windows: Tokens
+    hidden: Floats
+    head: Head
+
+    def against(self, other: Floats) -> Summary:
+        """How far `other` [N, L, H] leads from the hidden states, at places spread over the windows."""
+        places = corpus.spread_positions(len(self.windows), self.windows.shape[1], _FLOOR_POSITIONS)
+        targets = self.windows[places.window, places.length]
+        pair = [hidden[places.window, places.length - 1] for hidden in (self.hidden, other)]
+        lots = (slice(start, start + _SCORED) for start in range(0, len(places), _SCORED))
+        scores = [
+            metrics.compare(self.head.logits(pair[0][lot]), self.head.logits(pair[1][lot]), targets[lot])
+            for lot in lots
+        ]
+        return metrics.summarise(metrics.join(scores), places.window)
+
+
+def threads_floor(reference: HuggingFace, sample: Sample) -> Facts:
+    """How far the reference is from itself: a few windows again with another number of threads, or on the CPU.
+
+    A file's distance below this is noise of the reference.
+
+    Raises:
+        VerificationError: a GPU's hidden states differ from the CPU's by more than the tolerance.
+    """
+    device, threads = reference.device, torch.get_num_threads()
+    other = 2 if device == "cpu" and threads == 1 else 1
+    again = _elsewhere(reference, sample.windows, threads if device == "cuda" else other)
+    error = (again.astype(np.float64) - sample.hidden) ** 2
+    nmse = float(error.sum() / (sample.hidden.astype(np.float64) ** 2).sum())
+    if nmse > DEVICE_NMSE:
+        raise VerificationError(
+            f"the reference differs from itself: NMSE {nmse:.1e} of hidden states, limit {DEVICE_NMSE:.0e}",
+            cause=f"{device} with {threads} threads does not compute in full fp32",
+            remedy="run `make golden DEVICE=cpu`",
+        )
+    against = "CPU" if device == "cuda" else f"{other} instead of {threads} threads"
+    return {"against": against, "nmse": nmse, **asdict(sample.against(again))}
+
+
+def bfloat16_floor(checkpoint: Path, sample: Sample) -> Facts:
+    """How far the reference is from itself in bfloat16, which checkpoints are published and served in.
+
+    Its layers, that is: the head is computed in float64 here as everywhere.
+    """
+    rounded = HuggingFace.load(checkpoint, "cpu", dtype=torch.bfloat16)
+    with log.progress("reference in bfloat16", sample.windows.size, "tokens") as bar:
+        hidden = rounded.hidden(sample.windows, np.ones_like(sample.windows), bar)
+    return {"against": "bfloat16 instead of float32", **asdict(sample.against(hidden))}
+
+
+def _elsewhere(reference: HuggingFace, windows: Tokens, threads: int) -> Floats:
+    """The hidden states of `windows` again, on the CPU in so many threads."""
+    before, place = torch.get_num_threads(), reference.device
+    torch.set_num_threads(threads)
+    if place != "cpu":
+        reference.model.to("cpu")
+    try:
+        return dataclasses.replace(reference, device="cpu").hidden(windows, np.ones_like(windows))
+    finally:
+        torch.set_num_threads(before)
+        if place != "cpu":
+            reference.model.to(place)
+
+
+def is_streamed(wanted: str, device: str, parameters: int) -> bool:
+    """Whether the weights stay in their file: as asked for, else if they do not fit into memory in float32.
+
+    Raises:
+        UsageError: they are to be streamed to a GPU.
+    """
+    if device != "cpu":
+        if wanted == "streamed":
+            raise UsageError("weights are streamed on the CPU only", remedy="leave out --weights, or use DEVICE=cpu")
+        return False
+    return wanted == "streamed" or (wanted == "auto" and memory.must_stream(parameters))
+
+
+def make_greedy(
+    reference: HuggingFace, openings: Sequence[str], recipe: Recipe, graphs: Graphs
+) -> list[dict[str, Any]]:
+    """As many continuations, and as long, as step graph and bundles are held against.
+
+    Every fourth prompt of a bundle is the same beginning as a chat turn, so that answers end at a stop token.
+    """
+    wanted: list[Corpus | Bundle] = [recipe.corpus] if graphs != "bundle" else []
+    wanted += [recipe.bundle] if graphs != "step" else []
+    prompts = corpus.pick_prompts(openings, max(each.prompts for each in wanted))
+    if graphs != "step" and reference.tokenizer.chat_template:
+        prompts[3::4] = [reference.as_turn(prompt) for prompt in prompts[3::4]]
+    count = max(each.continuation for each in wanted)
+    with log.progress("greedy continuations", len(prompts) * count, "tokens") as bar:
+        return reference.continue_greedily(prompts, count, bar)
+
+
+def make_recital(reference: HuggingFace, documents: Sequence[str], recipe: Recipe, folder: Path) -> Facts:
+    """Compute and store what the reference says of the conversations and texts that go through the cache.
+
+    Raises:
+        UsageError: the verification text is too short for them.
+    """
+    bundle, window = recipe.bundle, recipe.corpus.window
+    schedule, _ = kv_cache.schedules(bundle, reference.model.config.sliding_window)
+    length = schedule.length + 1  # the last token is only predicted
+    tokens = corpus.pack_windows(documents, reference.tokenize, bos=reference.bos, window=length, limit=2)
+    if len(tokens) < 2:
+        raise UsageError(
+            f"the verification text is too short for two conversations of {schedule.length} tokens",
+            remedy="give more text, or lower bundle.decode in the recipe",
+        )
+    count, texts = kv_cache.texts(bundle, window), np.empty((0, window), np.int32)
+    with log.progress("reference through the cache", 2 * tokens.size + count * window, "tokens") as bar:
+        read = tokens[:, :-1]
+        made: dict[str, NDArray[Any]] = {
+            "tokens": tokens,
+            "hidden": reference.hidden(read, np.ones_like(read), bar),
+            "cached": reference.hidden_cached(read, bundle.decode, bar),
+        }
+        if count:
+            texts = corpus.pack_windows(documents, reference.tokenize, bos=reference.bos, window=window, limit=count)
+            told = texts[:, :-1]
+            made |= {"texts": texts, "states": reference.hidden(told, np.ones_like(told), bar)}
+    save_file(made, folder / "cache.safetensors")
+    return {
+        "sliding_window": reference.model.config.sliding_window,
+        "conversation": schedule.length,
+        "texts": len(texts),
+    }

@@ -1,0 +1,102 @@
+"""What is published: the model files, the checkpoint that they come from and its terms, and how they were built."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+from pipeline.core.manifest import Manifest
+from pipeline.core.stage import Context
+from pipeline.release import licence
+from pipeline.release.card import Build, Product, Subject
+from pipeline.release.licence import Ancestor, Claim
+
+PRECISIONS = {"fp32": "float32", "fp16": "float16", "int8": "int8", "int4": "int4"}
+STEP = "step.tflite"
+
+
+def products_of(context: Context) -> list[Product]:
+    """Bundles of the recipe's precisions, and step graphs in three and in int4 if the recipe names it, as wanted."""
+    found: list[Product] = []
+    if context.graphs != "step":
+        found += [_bundle(context, precision) for precision in context.recipe.bundle.precisions]
+    if context.graphs != "bundle":
+        named = [name for name in PRECISIONS if name != "int4" or name in context.recipe.bundle.precisions]
+        found += [_step(context, precision) for precision in named]
+    return found
+
+
+def _bundle(context: Context, precision: str) -> Product:
+    scheme = ", dynamic" if precision in ("int8", "int4") else ""
+    return _product(
+        context,
+        variant=f"bundle-{precision}",
+        source=f"bundle/{precision}.litertlm",
+        precision=f"{PRECISIONS[precision]}{scheme}, bundle for LiteRT-LM",
+    )
+
+
+def _step(context: Context, precision: str) -> Product:
+    scheme = {"int8": f", {context.recipe.int8.scheme}", "int4": ", dynamic"}.get(precision, "")
+    return _product(
+        context,
+        variant=precision,
+        source=f"{precision}/{STEP}",
+        precision=f"{PRECISIONS[precision]}{scheme}, step graph",
+    )
+
+
+def _product(context: Context, variant: str, source: str, precision: str) -> Product:
+    file = context.root / source
+    return Product(
+        variant=variant,
+        source=source,
+        file=f"{context.root.name}_{variant.removeprefix('bundle-')}{file.suffix}",
+        precision=precision,
+        size=file.stat().st_size,
+    )
+
+
+def subject_of(fetched: Manifest) -> Subject:
+    """The checkpoint, as fetch found it."""
+    return Subject(
+        model=fetched.model,
+        revision=fetched.revision,
+        base_models=licence.texts(fetched.facts["base_models"]),
+        lineage=tuple(one.model for one in _lineage(fetched)),
+        model_type=str(fetched.facts["model_type"]),
+    )
+
+
+def _lineage(fetched: Manifest) -> tuple[Ancestor, ...]:
+    rows = cast("list[dict[str, Any]]", fetched.facts["lineage"])
+    return tuple(Ancestor(**{**row, "base_models": licence.texts(row["base_models"])}) for row in rows)
+
+
+def claim_of(fetched: Manifest, source: Mapping[str, Any]) -> Claim:
+    """What the checkpoint says of its terms; `source` is what its own card begins with."""
+    return Claim(
+        model=fetched.model,
+        model_type=str(fetched.facts["model_type"]),
+        licence=str(fetched.facts["licence"]),
+        base_models=licence.texts(fetched.facts["base_models"]),
+        tags=licence.texts(source.get("tags")),
+        lineage=_lineage(fetched),
+    )
+
+
+def build_of(context: Context) -> Build:
+    """How the files were made: recipe, commit and tools, and the changes in words."""
+    made, recipe = context.upstream["verify"], context.recipe
+    return Build(
+        recipe=recipe.name,
+        recipe_sha256=recipe.sha256,
+        max_batch=recipe.step.max_batch,
+        max_sequence=recipe.step.max_sequence,
+        max_tokens=recipe.bundle.max_tokens,
+        commit=made.source.commit + (" with local changes" if made.source.commit and made.source.dirty else ""),
+        tools=made.tools,
+        changes="the text model was rebuilt as graphs of LiteRT operators, and its weights were stored as float32, as "
+        f"float16, and as int8 (one symmetric scale per output channel, {recipe.int8.scheme} activations)"
+        + (", and as int4 (a scale per 32 weights; some with 8 bits)." if "int4" in recipe.bundle.precisions else "."),
+    )

@@ -1,0 +1,87 @@
+"""What is in a file, and where it leaves another, for a terminal."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import Any
+
+from pipeline.core import log
+
+_NUMBER = re.compile(r"_\d+$")
+
+
+def text(told: dict[str, Any]) -> Iterator[str]:
+    """What inspect found, `told` as it is in JSON, line by line."""
+    yield f"{told['file']}: {log.human_bytes(told['size'])}"
+    if told["sections"]:
+        yield ""
+        yield from log.align(
+            [("section", "model", "offset", "size")]
+            + [
+                (each["kind"], each["model_type"], str(each["offset"]), log.human_bytes(each["size"]))
+                for each in told["sections"]
+            ]
+        )
+    if told["metadata"]:
+        yield ""
+        yield from log.align([("metadata", ""), *((key, _short(value)) for key, value in told["metadata"].items())])
+    for model in told["models"]:
+        yield ""
+        yield from _model(model)
+    if "against" in told:
+        yield ""
+        yield from _against(told["against"])
+
+
+def _model(model: dict[str, Any]) -> Iterator[str]:
+    yield f"model {model['name']}: {log.human_bytes(model['size'])}, {model['bits_per_weight']:.2f} bits per weight"
+    rows = [["weights", "elements", "bytes", "bits each"]]
+    for kind, (elements, size, bits) in model["weights"].items():
+        rows.append([kind.lower(), f"{elements:,}", log.human_bytes(size), f"{bits:.2f}"])
+    yield from log.align(rows)
+    for signature in model["signatures"]:
+        yield ""
+        yield from _signature(signature)
+    yield ""
+    rows = [["biggest constants", "type", "shape", "size", "bits each"]]
+    for each in model["constants"]:
+        shape = " × ".join(map(str, each["shape"]))
+        size = log.human_bytes(each["size"])
+        rows.append([each["name"][-70:], each["type"].lower(), shape, size, f"{each['bits']:.2f}"])
+    yield from log.align(rows)
+    if model["metadata"]:
+        yield f"metadata: {', '.join(model['metadata'])}"
+
+
+def _signature(signature: dict[str, Any]) -> Iterator[str]:
+    counted = ", ".join(f"{count} {kind}" for kind, count in signature["products"].items())
+    operators = signature["operators"]
+    yield f"signature {signature['name'] or '(none)'}: {sum(operators.values())} operators; products: {counted}"
+    yield "  " + ", ".join(f"{kind.lower()} {count}" for kind, count in operators.items())
+    told = [row for way in ("inputs", "outputs") for row in _ports(way, signature[way])]
+    yield from log.align(told) if told else ()
+
+
+def _ports(way: str, ports: Sequence[dict[str, Any]]) -> Iterator[tuple[str, ...]]:
+    """A row per input or output; those of all layers, such as a cache, are one."""
+
+    def kind(port: dict[str, Any]) -> tuple[str, ...]:
+        shape = ", ".join("any" if size < 0 else str(size) for size in port["shape"])
+        return _NUMBER.sub("_#", port["name"]), port["type"].lower(), f"[{shape}]"
+
+    for (name, *rest), alike in groupby(ports, key=kind):
+        count = len(list(alike))
+        yield (f"  {way[:-1]}", name, *rest, f"× {count}" if count > 1 else "")
+
+
+def _against(found: dict[str, Any]) -> Iterator[str]:
+    yield f"against {found['file']}, signal to noise on {found['tokens']} tokens ({found['text']}):"
+    yield from log.align(found["table"])
+    yield found["says"]
+
+
+def _short(value: Any) -> str:
+    words = " ".join(str(value).split())
+    return words if len(words) <= 100 else f"{words[:97]}…"

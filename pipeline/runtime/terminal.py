@@ -1,0 +1,111 @@
+"""A conversation with a bundle at the terminal: what is typed goes in, what is answered comes out, piece by piece."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from types import FrameType
+
+from pipeline.core import log
+from pipeline.core.errors import UsageError
+from pipeline.runtime.litert_lm import Dialogue, Speed
+
+_HELP = "/reset begins a new conversation, /quit or Ctrl-D leaves, Ctrl-C stops an answer"
+
+
+def talk(dialogue: Dialogue) -> None:
+    """Read, answer, repeat, until the input ends or `/quit`."""
+    with suppress(ImportError):
+        import readline  # noqa: F401  # gives input() history and editing
+    log.line(_HELP)
+    spoken: list[Speed] = []
+    for text in _inputs():
+        if text == "/reset":
+            dialogue.reset()
+            log.line("a new conversation")
+        elif text.startswith("/"):
+            log.line(f"unknown command {text}: {_HELP}")
+        elif text:
+            spoken += _try_turn(dialogue, text)
+    report(_total(spoken))
+
+
+def _inputs() -> Iterator[str]:
+    """What is typed, line by line; Ctrl-C throws a half-typed line away."""
+    while True:
+        try:
+            text = input("> " if sys.stdin.isatty() else "").strip()
+        except KeyboardInterrupt:
+            log.line()
+            continue
+        except EOFError:
+            return
+        if text == "/quit":
+            return
+        yield text
+
+
+def _try_turn(dialogue: Dialogue, text: str) -> list[Speed]:
+    """One turn; what a person can mend, such as a full context, does not end the conversation."""
+    try:
+        turn(dialogue, text)
+    except UsageError as error:
+        for line in error.lines():
+            log.line(line)
+        log.line("  do:    /reset")
+        return []
+    speed = dialogue.speed()
+    return [speed] if speed else []
+
+
+def turn(dialogue: Dialogue, text: str) -> None:
+    """Stream the answer to `text`."""
+    with _on_interrupt(dialogue.cancel):
+        for piece in dialogue.answer(text):
+            log.answer(piece)
+        log.answer("\n")
+
+
+@contextmanager
+def _on_interrupt(action: Callable[[], None]) -> Iterator[None]:
+    """Let Ctrl-C call `action` instead of raising."""
+
+    def handle(_signal: int, _frame: FrameType | None) -> None:
+        action()
+
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _total(spoken: Sequence[Speed]) -> Speed | None:
+    """All turns together: tokens added up, rates over the whole time, the first turn's time to its first token."""
+    if not spoken:
+        return None
+    prefill, decode = (sum(getattr(speed, f"{phase}_tokens") for speed in spoken) for phase in ("prefill", "decode"))
+    return Speed(
+        prefill_tokens=prefill,
+        prefill_per_second=_rate(prefill, [(speed.prefill_tokens, speed.prefill_per_second) for speed in spoken]),
+        decode_tokens=decode,
+        decode_per_second=_rate(decode, [(speed.decode_tokens, speed.decode_per_second) for speed in spoken]),
+        first_token=spoken[0].first_token,
+    )
+
+
+def _rate(total: int, parts: Sequence[tuple[int, float]]) -> float:
+    seconds = sum(tokens / rate for tokens, rate in parts if rate)
+    return total / seconds if seconds else 0.0
+
+
+def report(speed: Speed | None) -> None:
+    """Say how fast that was, if anything was said."""
+    if speed:
+        log.line(
+            f"prefill {speed.prefill_tokens} tokens at {speed.prefill_per_second:.0f}/s, "
+            f"decode {speed.decode_tokens} at {speed.decode_per_second:.1f}/s, "
+            f"first token after {speed.first_token * 1000:.0f} ms"
+        )
