@@ -224,19 +224,33 @@ class ShapeCase:
 
 
 def shape_cases(batch: Sequence[int], sequence: Sequence[int], padding: Sequence[Padding]) -> Iterator[ShapeCase]:
-    """The grid batch × sequence × padding.
+    """The grid batch × sequence × padding, as far as attention is not larger than in one row of the longest sequence.
 
-    The rows of one (sequence, padding) family are shared: the largest batch takes all, the smaller ones take rows in
+    So every batch, sequence and padding is met, each sequence and each batch with every padding, and no run takes more
+    memory or time than the longest row: beyond it a run only grows. The shortest sequence is met by every batch.
+
+    The rows of one (sequence, padding) family are shared: its largest batch takes all, the smaller ones take rows in
     turn. The reference is then computed once per row, and each file still meets every batch size.
     """
-    family = max(batch)
+    most = min(batch) * max(sequence) ** 2
     for length in sequence:
+        sizes = [size for size in batch if size * length**2 <= most or length == min(sequence)]
+        family = max(sizes)
         for side in padding:
             start = 0
-            for size in batch:
+            for size in sizes:
                 rows = tuple((start + i) % family for i in range(size))
                 start += size
                 yield ShapeCase(f"b{size}_s{length}_{side}", length, side, rows)
+
+
+def family_rows(cases: Iterable[ShapeCase]) -> dict[tuple[int, Padding], int]:
+    """How many rows of each family (sequence, padding) the `cases` take: the first ones."""
+    rows: dict[tuple[int, Padding], int] = {}
+    for case in cases:
+        family = case.sequence, case.padding
+        rows[family] = max(rows.get(family, 0), 1 + max(case.rows))
+    return rows
 
 
 def shape_family(count: int, sequence: int, padding: Padding, *, vocabulary: int, bos: int, pad: int) -> Batch:
