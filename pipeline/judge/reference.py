@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,12 +80,20 @@ class Head:
         logits = np.empty((len(wide), rows))
         for start in range(0, rows, step):
             logits[:, start : start + step] = wide @ _widen(self.weight[start : start + step]).T
-        return logits if self.cap is None else np.tanh(logits / self.cap) * self.cap
+        if self.cap is not None:  # in place: logits of a large vocabulary are large
+            logits /= self.cap
+            np.tanh(logits, out=logits)
+            logits *= self.cap
+        return logits
+
+    @property
+    def rows(self) -> int:
+        """How many positions are scored together."""
+        return max(1, _LOGITS // self.vocabulary)
 
     def score(self, logits: NDArray[Any], hidden: NDArray[Any], targets: Tokens | None = None) -> Scores:
         """`logits` [n, V] of a file scored against those of the reference's hidden states [n, H], lot by lot."""
-        rows = max(1, _LOGITS // self.vocabulary)
-        lots = (slice(start, start + rows) for start in range(0, len(logits), rows))
+        lots = (slice(start, start + self.rows) for start in range(0, len(logits), self.rows))
         return metrics.join(
             [
                 metrics.compare(self.logits(hidden[lot]), logits[lot], None if targets is None else targets[lot])
@@ -124,6 +132,10 @@ class Greedy:
     log_likelihoods: list[float]
 
 
+ShapeData: TypeAlias = tuple[str, Tokens, Tokens, Floats]
+"""A shape case: name, input_ids and attention_mask int32 [B, S], hidden float32 [B, H]."""
+
+
 @dataclass(frozen=True)
 class Reference:
     """What the golden stage stored in `folder`, and the head that turns its hidden states into logits."""
@@ -136,8 +148,8 @@ class Reference:
         tensors = _load(self.folder / "corpus.safetensors")
         return tensors["input_ids"], Positions(tensors["window"], tensors["length"]), tensors["hidden"]
 
-    def shapes(self) -> Iterator[tuple[str, Tokens, Tokens, Floats]]:
-        """Per shape case: name, input_ids and attention_mask int32 [B, S], hidden float32 [B, H]."""
+    def shapes(self) -> Iterator[ShapeData]:
+        """The shape cases, those of one shape one after another, short ones first."""
         file = self.folder / "shapes.safetensors"
         with _open(file) as tensors:
             names = {key.rsplit(".", 1)[0] for key in tensors.keys()}  # noqa: SIM118 - not a mapping

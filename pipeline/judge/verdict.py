@@ -5,12 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.core import parallel
 from pipeline.core.manifest import Fact, FileRecord
 from pipeline.core.recipe import Gate
-from pipeline.judge import examine, gates, metrics, plots
+from pipeline.judge import examine, gates, metrics, plots, runtime
 from pipeline.judge.examine import GridResult, Logits, Panel
 from pipeline.judge.gates import Check, Figure
 from pipeline.judge.metrics import Divergence, Scores, Summary
@@ -22,10 +27,10 @@ BASELINE = "fp32"
 KERNELS = {"xnnpack": "XNNPACK", "builtin": "built-in kernels"}
 _BUILTIN_PART, _BUILTIN_LEAST = 4, 512
 """The built-in kernels are slow: without XNNPACK every fourth batch is judged, of a small corpus 512 positions."""
-_GRID_LIMITS = {"xnnpack": math.inf, "builtin": 2**22}
+_GRID_LIMITS = {"xnnpack": math.inf, "builtin": 2**20}
 """Largest batch × sequence² on the shape grid. Attention in the built-in kernels takes ten times XNNPACK's time (one
-row of 2048 tokens of the shipped model: 7.6 s against 0.7 s of processor time), so there the longest sequences run at
-small batches only: 2048 tokens at batch 1, 1024 at batch 1 to 3."""
+row of 2048 tokens of the shipped model: 6.6 s against 0.5 s of processor time), so there 1024 tokens run at batch 1
+only, 300 at all; the fp32 file runs the longest sequence too, once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,30 +107,41 @@ class Verdict:
         }
 
 
+@dataclass(frozen=True, kw_only=True)
+class Played:
+    """What a file gave with one kind of kernels: logits [n, V] of `part`, the positions `chosen` [n] of the panel.
+
+    The fp32 file is held against the whole shape `grid`, the others run at its corners: `unsound`. None is what was not
+    asked for. `continuations` are XNNPACK's alone.
+    """
+
+    part: Panel
+    chosen: NDArray[np.int64]
+    logits: Logits | None
+    continuations: list[list[int]]
+    grid: GridResult | None
+    unsound: Check | None
+
+
 def judge_file(subject: Subject, setting: Setting, baseline: Verdict | None) -> Verdict:
-    """Run the file on everything that its limits need; `baseline` is the fp32 file's verdict, None for itself."""
-    models = {kernels: StepModel(subject.path, xnnpack=kernels == "xnnpack") for kernels in KERNELS}
+    """Run the file on everything that its limits need; `baseline` is the fp32 file's verdict, None for itself.
+
+    Both kinds of kernels run side by side and share the cores: the graph has long stretches that one core alone can
+    run, and threads that wait for each other take processor time as well.
+    """
+    played = dict(zip(KERNELS, parallel.ordered(partial(_play, subject, setting, baseline), KERNELS), strict=True))
+    logits, continuations = played["xnnpack"].logits, played["xnnpack"].continuations
+    assert logits is not None
     panel = setting.panel
-    logits = examine.run_positions(models["xnnpack"], panel, subject.name, setting.scratch / subject.name)
     scores = examine.against_reference(logits, panel)
     summary = metrics.summarise(scores, panel.positions.window)
-    continuations = examine.greedy(
-        models["xnnpack"], setting.reference, setting.prompts, setting.continuation, setting.stop
-    )
-    grids: dict[str, GridResult] = {}
+    grids = {kernels: each.grid for kernels, each in played.items() if each.grid}
     if baseline is None:
-        grids = {
-            kernels: examine.run_grid(
-                model, setting.reference, f"{subject.name}, {KERNELS[kernels]}", _GRID_LIMITS[kernels]
-            )
-            for kernels, model in models.items()
-        }
-        figures, holds, own = _converter_figures(summary, grids), [], None
+        figures, own = _converter_figures(summary, grids), None
     else:
-        scores = examine.against_file(logits, baseline.logits, panel)
-        own = metrics.summarise(scores, panel.positions.window)
-        builtin = _builtin_summary(models["builtin"], subject, setting, baseline)
-        figures, holds = _quantiser_figures(own, builtin), _soundness(subject, models, setting.reference)
+        scores, own = _against_baseline(played["xnnpack"], baseline)
+        figures = _quantiser_figures(own, _against_baseline(played["builtin"], baseline)[1])
+    holds = [each.unsound for each in played.values() if each.unsound]
     checks = gates.judge(subject.name, subject.gate, [*figures, *_file_figures(subject)]) + holds
     return Verdict(
         subject=subject,
@@ -140,23 +156,43 @@ def judge_file(subject: Subject, setting: Setting, baseline: Verdict | None) -> 
     )
 
 
+def _play(subject: Subject, setting: Setting, baseline: Verdict | None, kernels: str) -> Played:
+    """Run the file with one kind of kernels; the slow ones on a part of the positions, and for fp32 on none."""
+    model = StepModel(
+        subject.path, xnnpack=kernels == "xnnpack", threads=max(1, runtime.default_threads() // len(KERNELS))
+    )
+    label, reference, panel = f"{subject.name}, {KERNELS[kernels]}", setting.reference, setting.panel
+    every = 1 if kernels == "xnnpack" else max(1, min(_BUILTIN_PART, len(panel.positions) // _BUILTIN_LEAST))
+    part, chosen = panel.part(every) if every > 1 else (panel, np.arange(len(panel.positions)))
+    logits, continuations = None, list[list[int]]()
+    if kernels == "xnnpack" or baseline:
+        logits = examine.run_positions(model, part, label, setting.scratch / f"{subject.name}-{kernels}")
+    if kernels == "xnnpack":
+        continuations = examine.greedy(model, reference, setting.prompts, setting.continuation, setting.stop)
+    most = _GRID_LIMITS[kernels]
+    return Played(
+        part=part,
+        chosen=chosen,
+        logits=logits,
+        continuations=continuations,
+        grid=None if baseline else examine.run_grid(model, reference, label, most),
+        unsound=_soundness(subject, model, reference, kernels) if baseline else None,
+    )
+
+
+def _against_baseline(played: Played, baseline: Verdict) -> tuple[Scores, Summary]:
+    """The file with one kind of kernels against the fp32 file with XNNPACK."""
+    assert played.logits is not None
+    scores = examine.against_file(played.logits, baseline.logits, played.part, played.chosen)
+    return scores, metrics.summarise(scores, played.part.positions.window)
+
+
 def _divergence(continuations: Sequence[Sequence[int]], setting: Setting) -> Divergence | None:
     """How long the file's greedy texts are Hugging Face's."""
     rows = setting.reference.greedy()[: setting.prompts]
     expected = [row.continuation_ids[: setting.continuation] for row in rows]
     agree = [examine.agreement(ours, theirs) for ours, theirs in zip(continuations, expected, strict=True)]
     return metrics.divergence(agree, [len(ids) for ids in expected])
-
-
-def _builtin_summary(model: StepModel, subject: Subject, setting: Setting, baseline: Verdict) -> Summary:
-    """The file without XNNPACK against the fp32 file, on a part of the positions."""
-    every = max(1, min(_BUILTIN_PART, len(setting.panel.positions) // _BUILTIN_LEAST))
-    part, chosen = setting.panel.part(every)
-    logits = examine.run_positions(
-        model, part, f"{subject.name}, {KERNELS['builtin']}", setting.scratch / f"{subject.name}-builtin"
-    )
-    scores: Scores = examine.against_file(logits, baseline.logits[chosen], part)
-    return metrics.summarise(scores, part.positions.window)
 
 
 def _converter_figures(summary: Summary, grids: Mapping[str, GridResult]) -> list[Figure]:
@@ -220,18 +256,12 @@ def _file_figures(subject: Subject) -> list[Figure]:
     ]
 
 
-def _soundness(subject: Subject, models: Mapping[str, StepModel], reference: Reference) -> list[Check]:
+def _soundness(subject: Subject, model: StepModel, reference: Reference, kernels: str) -> Check:
     """The file runs at the corners of the shape grid and gives finite numbers there."""
-    checks = []
-    for kernels, model in models.items():
-        bad, names = examine.count_unsound(model, reference, _GRID_LIMITS[kernels])
-        name = f"shapes with logits that are not finite, {KERNELS[kernels]}"
-        checks.append(
-            gates.must_hold(
-                subject.name, name, bad, f"{len(names)} shapes, the corners of the grid: {', '.join(names)}"
-            )
-        )
-    return checks
+    bad, names = examine.count_unsound(model, reference, _GRID_LIMITS[kernels])
+    name = f"shapes with logits that are not finite, {KERNELS[kernels]}"
+    detail = f"{len(names)} shapes, the corners of the grid: {', '.join(names)}"
+    return gates.must_hold(subject.name, name, bad, detail)
 
 
 def greedy_rows(
