@@ -31,7 +31,7 @@ _REMEDY = 'each line must be JSON such as {"text": "one document"} or {"messages
 
 POSITIONS_PER_WINDOW = 16
 """How many positions of one window are judged. Neighbours share their context and so say less than distant ones."""
-_LENGTH_STEP = 8
+LENGTH_STEP = 8
 """Prefixes are padded up to a multiple of this, so that a runtime re-plans its memory for few shapes."""
 _GOLDEN_RATIO = (5**0.5 - 1) / 2
 _PROMPT_WORDS = 6
@@ -188,7 +188,7 @@ def prefix_batches(windows: Tokens, positions: Positions, size: int, pad: int) -
     and keeps the number of different shapes small. Shapes come in ascending order.
     """
     order = np.argsort(positions.length, kind="stable")
-    rounded = -(-positions.length[order] // _LENGTH_STEP) * _LENGTH_STEP
+    rounded = -(-positions.length[order] // LENGTH_STEP) * LENGTH_STEP
     padded = np.minimum(rounded, windows.shape[1])
     batches: list[Batch] = []
     for width in np.unique(padded):

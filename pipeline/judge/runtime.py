@@ -18,8 +18,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.core import parallel
 from pipeline.core.errors import IntegrityError
-from pipeline.judge.corpus import Tokens
+from pipeline.judge.corpus import LENGTH_STEP, Tokens
 
 SIGNATURE = "serving_default"
 INPUTS, OUTPUT = ("attention_mask", "input_ids"), "logits"
@@ -213,7 +214,12 @@ class StepModel:
         return inputs, int(runner.get_output_details()[OUTPUT]["index"])
 
     def logits(self, input_ids: Tokens, attention_mask: Tokens) -> NDArray[np.float32]:
-        """Next-token logits float32 [B, V] after each row's last attended token; inputs int32 [B, S]."""
+        """Next-token logits float32 [B, V] after each row's last attended token; inputs int32 [B, S].
+
+        Raises:
+            CancelledError: in a thread whose work is given up.
+        """
+        parallel.check()
         if input_ids.shape != self._shape:
             for index in self._inputs.values():
                 self._interpreter.resize_tensor_input(index, list(input_ids.shape))
@@ -226,11 +232,16 @@ class StepModel:
         return logits
 
     def continue_greedily(self, prompt: Sequence[int], count: int, stop: Sequence[int]) -> list[int]:
-        """The next tokens after `prompt`, each the most likely one, up to `count` or a token in `stop` (included)."""
+        """The next tokens after `prompt`, each the most likely one, up to `count` or a token in `stop` (included).
+
+        Padded to a multiple of 8 tokens: to plan another shape takes longer than to run a short one.
+        """
         tokens = list(prompt)
         while len(tokens) < len(prompt) + count:
-            ids = np.array([tokens], dtype=np.int32)
-            tokens.append(int(self.logits(ids, np.ones_like(ids))[0].argmax()))
+            ids = np.zeros((1, -(-len(tokens) // LENGTH_STEP) * LENGTH_STEP), dtype=np.int32)
+            ids[0, : len(tokens)] = tokens
+            mask = (np.arange(ids.shape[1]) < len(tokens)).astype(np.int32)[None]
+            tokens.append(int(self.logits(ids, mask)[0].argmax()))
             if tokens[-1] in stop:
                 break
         return tokens[len(prompt) :]
