@@ -65,9 +65,9 @@ def run_positions(model: StepModel, panel: Panel, label: str, scratch: Path) -> 
     return logits
 
 
-def against_reference(logits: Logits, panel: Panel) -> Scores:
-    """`logits` [n, V] scored against Hugging Face's, which are computed from the hidden states chunk by chunk."""
-    return panel.head.score(logits, panel.hidden, panel.targets)
+def against_reference(files: Sequence[Logits], panel: Panel) -> list[Scores]:
+    """Each file's logits [n, V] scored against Hugging Face's, which are computed from the hidden states lot by lot."""
+    return panel.head.score_each(files, panel.hidden, panel.targets)
 
 
 def against_file(logits: Logits, other: Logits, panel: Panel, chosen: NDArray[np.int64]) -> Scores:

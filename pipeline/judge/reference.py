@@ -7,7 +7,7 @@ follow exactly as `softcap(hidden @ head.T)`, here in float64.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -93,13 +93,19 @@ class Head:
 
     def score(self, logits: NDArray[Any], hidden: NDArray[Any], targets: Tokens | None = None) -> Scores:
         """`logits` [n, V] of a file scored against those of the reference's hidden states [n, H], lot by lot."""
-        lots = (slice(start, start + self.rows) for start in range(0, len(logits), self.rows))
-        return metrics.join(
-            [
-                metrics.compare(self.logits(hidden[lot]), logits[lot], None if targets is None else targets[lot])
-                for lot in lots
-            ]
-        )
+        return self.score_each([logits], hidden, targets)[0]
+
+    def score_each(
+        self, files: Sequence[NDArray[Any]], hidden: NDArray[Any], targets: Tokens | None = None
+    ) -> list[Scores]:
+        """The same of several files: the reference's logits are computed once for all of them."""
+        parts: list[list[Scores]] = [[] for _ in files]
+        for start in range(0, len(hidden), self.rows):
+            lot = slice(start, start + self.rows)
+            expected, next_tokens = self.logits(hidden[lot]), None if targets is None else targets[lot]
+            for part, logits in zip(parts, files, strict=True):
+                part.append(metrics.compare(expected, logits[lot], next_tokens))
+        return [metrics.join(part) for part in parts]
 
 
 def _widen(weight: NDArray[Any]) -> Doubles:

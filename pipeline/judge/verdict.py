@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.core import parallel
+from pipeline.core import log, parallel
 from pipeline.core.manifest import Fact, FileRecord
 from pipeline.core.recipe import Gate
 from pipeline.judge import examine, gates, metrics, plots, runtime
@@ -112,29 +112,46 @@ class Played:
     """What a file gave with one kind of kernels: logits [n, V] of `part`, the positions `chosen` [n] of the panel.
 
     The fp32 file is held against the whole shape `grid`, the others run at its corners: `unsound`. None is what was not
-    asked for. `continuations` are XNNPACK's alone.
+    asked for; the fp32 file has no logits of the built-in kernels. `continuations` are XNNPACK's alone.
     """
 
     part: Panel
     chosen: NDArray[np.int64]
-    logits: Logits | None
+    logits: Logits
     continuations: list[list[int]]
     grid: GridResult | None
     unsound: Check | None
 
 
-def judge_file(subject: Subject, setting: Setting, baseline: Verdict | None) -> Verdict:
-    """Run the file on everything that its limits need; `baseline` is the fp32 file's verdict, None for itself.
+def judge_files(subjects: Sequence[Subject], setting: Setting) -> list[Verdict]:
+    """Run each file on everything that its limits need, and judge it; the first is the fp32 file, the others' measure.
 
-    Both kinds of kernels run side by side and share the cores: the graph has long stretches that one core alone can
-    run, and threads that wait for each other take processor time as well.
+    All are scored at the end together, for which the reference's logits are computed once.
     """
-    played = dict(zip(KERNELS, parallel.ordered(partial(_play, subject, setting, baseline), KERNELS), strict=True))
+    played = [_run(subject, setting) for subject in subjects]
+    scores = examine.against_reference([each["xnnpack"].logits for each in played], setting.panel)
+    verdicts: list[Verdict] = []
+    for subject, found, exact in zip(subjects, played, scores, strict=True):
+        verdicts.append(_judge(subject, setting, found, exact, verdicts[0] if verdicts else None))
+    return verdicts
+
+
+def _run(subject: Subject, setting: Setting) -> Mapping[str, Played]:
+    """Both kinds of kernels side by side, which share the cores.
+
+    The graph has long stretches that one core alone can run, and threads that wait for each other take processor time
+    as well.
+    """
+    log.step(f"judging {subject.name} ({log.human_bytes(subject.record.size)})")
+    return dict(zip(KERNELS, parallel.ordered(partial(_play, subject, setting), KERNELS), strict=True))
+
+
+def _judge(
+    subject: Subject, setting: Setting, played: Mapping[str, Played], scores: Scores, baseline: Verdict | None
+) -> Verdict:
+    """What follows from the runs and the `scores` against the reference; `baseline` is None for the fp32 file."""
     logits, continuations = played["xnnpack"].logits, played["xnnpack"].continuations
-    assert logits is not None
-    panel = setting.panel
-    scores = examine.against_reference(logits, panel)
-    summary = metrics.summarise(scores, panel.positions.window)
+    summary = metrics.summarise(scores, setting.panel.positions.window)
     grids = {kernels: each.grid for kernels, each in played.items() if each.grid}
     if baseline is None:
         figures, own = _converter_figures(summary, grids), None
@@ -156,33 +173,31 @@ def judge_file(subject: Subject, setting: Setting, baseline: Verdict | None) -> 
     )
 
 
-def _play(subject: Subject, setting: Setting, baseline: Verdict | None, kernels: str) -> Played:
+def _play(subject: Subject, setting: Setting, kernels: str) -> Played:
     """Run the file with one kind of kernels; the slow ones on a part of the positions, and for fp32 on none."""
-    model = StepModel(
-        subject.path, xnnpack=kernels == "xnnpack", threads=max(1, runtime.default_threads() // len(KERNELS))
-    )
+    exact, delegated = subject.name == BASELINE, kernels == "xnnpack"
+    model = StepModel(subject.path, xnnpack=delegated, threads=max(1, runtime.default_threads() // len(KERNELS)))
     label, reference, panel = f"{subject.name}, {KERNELS[kernels]}", setting.reference, setting.panel
-    every = 1 if kernels == "xnnpack" else max(1, min(_BUILTIN_PART, len(panel.positions) // _BUILTIN_LEAST))
-    part, chosen = panel.part(every) if every > 1 else (panel, np.arange(len(panel.positions)))
-    logits, continuations = None, list[list[int]]()
-    if kernels == "xnnpack" or baseline:
+    part, chosen, continuations = panel, np.arange(len(panel.positions)), list[list[int]]()
+    if not delegated:
+        part, chosen = panel.part(max(1, min(_BUILTIN_PART, len(panel.positions) // _BUILTIN_LEAST)))
+    logits: Logits = np.empty((0, panel.head.vocabulary), np.float32)
+    if delegated or not exact:
         logits = examine.run_positions(model, part, label, setting.scratch / f"{subject.name}-{kernels}")
-    if kernels == "xnnpack":
+    if delegated:
         continuations = examine.greedy(model, reference, setting.prompts, setting.continuation, setting.stop)
-    most = _GRID_LIMITS[kernels]
     return Played(
         part=part,
         chosen=chosen,
         logits=logits,
         continuations=continuations,
-        grid=None if baseline else examine.run_grid(model, reference, label, most),
-        unsound=_soundness(subject, model, reference, kernels) if baseline else None,
+        grid=examine.run_grid(model, reference, label, _GRID_LIMITS[kernels]) if exact else None,
+        unsound=None if exact else _soundness(subject, model, reference, kernels),
     )
 
 
 def _against_baseline(played: Played, baseline: Verdict) -> tuple[Scores, Summary]:
     """The file with one kind of kernels against the fp32 file with XNNPACK."""
-    assert played.logits is not None
     scores = examine.against_file(played.logits, baseline.logits, played.part, played.chosen)
     return scores, metrics.summarise(scores, played.part.positions.window)
 
