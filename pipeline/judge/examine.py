@@ -159,11 +159,9 @@ def count_unsound(model: StepModel, reference: Reference, most: float = math.inf
     Corners are the shortest and the longest sequence of the smallest and of the largest batch, one padding each, as far
     as batch × sequence² is at most `most`: enough for a quantised file, whose numbers the corpus judges.
     """
-    shapes = {
-        ids.shape: (name, ids, mask)
-        for name, ids, mask, _ in reference.shapes()
-        if ids.shape[0] * ids.shape[1] ** 2 <= most
-    }
+    every = {ids.shape: (name, ids, mask) for name, ids, mask, _ in reference.shapes()}
+    most = max(most, min(batch * length**2 for batch, length in every))  # of a grid of long sequences one runs
+    shapes = {shape: case for shape, case in every.items() if shape[0] * shape[1] ** 2 <= most}
     batches = {batch for batch, _ in shapes}
     corners = []
     for batch in sorted({min(batches), max(batches)}):

@@ -107,3 +107,5 @@ def test_corners_are_the_ends_of_the_smallest_and_the_largest_batch() -> None:
     less = Model((3, 8), math.nan)
     bad, _ = examine.count_unsound(cast(StepModel, less), GRID, 8**2)
     assert [shape for shape, _ in less.ran] == [(1, 1), (1, 8), (3, 1)] and bad == 0
+    least = Model((1, 1), math.nan)
+    assert examine.count_unsound(cast(StepModel, least), GRID, 0)[0] == 1 and len(least.ran) == 1
