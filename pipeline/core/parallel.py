@@ -34,7 +34,7 @@ def ordered(work: Callable[[Part], Result], parts: Iterable[Part]) -> Iterator[R
         waiting: deque[Future[Result]] = deque()
         try:
             for part in parts:
-                _check()
+                check()
                 waiting.append(pool.submit(_context(over).run, work, part))
                 if len(waiting) > count:
                     yield waiting.popleft().result()
@@ -46,8 +46,12 @@ def ordered(work: Callable[[Part], Result], parts: Iterable[Part]) -> Iterator[R
                 future.cancel()
 
 
-def _check() -> None:
-    """Stop here if what this thread works on is given up."""
+def check() -> None:
+    """Stop here if what this thread works on is given up: for long parts that are not cut up by `ordered` in turn.
+
+    Raises:
+        CancelledError: it is.
+    """
     if any(event.is_set() for event in _given_up.get()):
         raise CancelledError
 

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from pipeline.checkpoint import chat
 from pipeline.core.errors import UsageError
 from pipeline.core.recipe import Padding
+from pipeline.runtime.litert import LENGTH_STEP
 
 Tokens = NDArray[np.int32]
 Tokenize = Callable[[str], Sequence[int]]
@@ -31,8 +32,6 @@ _REMEDY = 'each line must be JSON such as {"text": "one document"} or {"messages
 
 POSITIONS_PER_WINDOW = 16
 """How many positions of one window are judged. Neighbours share their context and so say less than distant ones."""
-_LENGTH_STEP = 8
-"""Prefixes are padded up to a multiple of this, so that a runtime re-plans its memory for few shapes."""
 _GOLDEN_RATIO = (5**0.5 - 1) / 2
 _PROMPT_WORDS = 6
 _PROMPT_CHARACTERS = 48
@@ -188,7 +187,7 @@ def prefix_batches(windows: Tokens, positions: Positions, size: int, pad: int) -
     and keeps the number of different shapes small. Shapes come in ascending order.
     """
     order = np.argsort(positions.length, kind="stable")
-    rounded = -(-positions.length[order] // _LENGTH_STEP) * _LENGTH_STEP
+    rounded = -(-positions.length[order] // LENGTH_STEP) * LENGTH_STEP
     padded = np.minimum(rounded, windows.shape[1])
     batches: list[Batch] = []
     for width in np.unique(padded):
@@ -224,19 +223,33 @@ class ShapeCase:
 
 
 def shape_cases(batch: Sequence[int], sequence: Sequence[int], padding: Sequence[Padding]) -> Iterator[ShapeCase]:
-    """The grid batch × sequence × padding.
+    """The grid batch × sequence × padding, as far as attention is not larger than in one row of the longest sequence.
 
-    The rows of one (sequence, padding) family are shared: the largest batch takes all, the smaller ones take rows in
+    So every batch, sequence and padding is met, each sequence and each batch with every padding, and no run takes more
+    memory or time than the longest row: beyond it a run only grows. The shortest sequence is met by every batch.
+
+    The rows of one (sequence, padding) family are shared: its largest batch takes all, the smaller ones take rows in
     turn. The reference is then computed once per row, and each file still meets every batch size.
     """
-    family = max(batch)
+    most = min(batch) * max(sequence) ** 2
     for length in sequence:
+        sizes = [size for size in batch if size * length**2 <= most or length == min(sequence)]
+        family = max(sizes)
         for side in padding:
             start = 0
-            for size in batch:
+            for size in sizes:
                 rows = tuple((start + i) % family for i in range(size))
                 start += size
                 yield ShapeCase(f"b{size}_s{length}_{side}", length, side, rows)
+
+
+def family_rows(cases: Iterable[ShapeCase]) -> dict[tuple[int, Padding], int]:
+    """How many rows of each family (sequence, padding) the `cases` take: the first ones."""
+    rows: dict[tuple[int, Padding], int] = {}
+    for case in cases:
+        family = case.sequence, case.padding
+        rows[family] = max(rows.get(family, 0), 1 + max(case.rows))
+    return rows
 
 
 def shape_family(count: int, sequence: int, padding: Padding, *, vocabulary: int, bos: int, pad: int) -> Batch:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from pipeline.core import log
 from pipeline.judge import corpus, metrics
 from pipeline.judge.metrics import Scores
-from pipeline.judge.reference import Floats, Head, Reference
+from pipeline.judge.reference import Floats, Head, Reference, ShapeData
 from pipeline.runtime.litert import StepModel
 
 Logits = NDArray[np.float32]
@@ -65,14 +65,18 @@ def run_positions(model: StepModel, panel: Panel, label: str, scratch: Path) -> 
     return logits
 
 
-def against_reference(logits: Logits, panel: Panel) -> Scores:
-    """`logits` [n, V] scored against Hugging Face's, which are computed from the hidden states chunk by chunk."""
-    return panel.head.score(logits, panel.hidden, panel.targets)
+def against_reference(files: Sequence[Logits], panel: Panel) -> list[Scores]:
+    """Each file's logits [n, V] scored against Hugging Face's, which are computed from the hidden states lot by lot."""
+    return panel.head.score_each(files, panel.hidden, panel.targets)
 
 
-def against_file(logits: Logits, other: Logits, panel: Panel) -> Scores:
-    """`logits` [n, V] scored against those of another file, `other`."""
-    return metrics.compare(other, logits, panel.targets)
+def against_file(logits: Logits, other: Logits, panel: Panel, chosen: NDArray[np.int64]) -> Scores:
+    """`logits` [n, V] of `panel` scored against another file's, of which they are the positions `chosen` [n].
+
+    Lot by lot: both are memory maps, and a copy of all would be gigabytes.
+    """
+    lots = (slice(start, start + panel.head.rows) for start in range(0, len(logits), panel.head.rows))
+    return metrics.join([metrics.compare(other[chosen[lot]], logits[lot], panel.targets[lot]) for lot in lots])
 
 
 @dataclass(frozen=True)
@@ -93,20 +97,24 @@ class GridResult:
 
 
 def run_grid(model: StepModel, reference: Reference, label: str, most: float = math.inf) -> GridResult:
-    """Run the file on the cases of the shape grid whose batch × sequence² is at most `most`."""
-    cases = [case for case in reference.shapes() if case[1].shape[0] * case[1].shape[1] ** 2 <= most]
-    parts, names = [], []
-    with log.progress(f"{label}: shape grid", sum(ids.size for _, ids, _, _ in cases), "tokens") as bar:
-        for name, ids, mask, hidden in cases:
-            parts.append(metrics.compare(reference.head.logits(hidden), model.logits(ids, mask)))
-            names += [f"{name}, row {row}" for row in range(len(ids))]
-            bar.advance(ids.size)
+    """Run the file on the shape grid; with a limit `most` on batch × sequence² only on what `_thinned` leaves of it."""
+    every = list(reference.shapes())
+    cases = every if math.isinf(most) else _thinned(every, most)
+    parts = []
+    with log.progress(f"{label}: shape grid", sum(case[1].size for case in cases), "tokens") as bar:
+        for lot in _lots(cases, reference.head.rows):
+            logits = []
+            for _, ids, mask, _ in lot:
+                logits.append(model.logits(ids, mask))
+                bar.advance(ids.size)
+            parts.append(reference.head.score(np.concatenate(logits), np.concatenate([case[3] for case in lot])))
     scores = metrics.join(parts)
+    names = [f"{name}, row {row}" for name, ids, _, _ in cases for row in range(len(ids))]
     nmse = scores.nmse
     worst = int(np.argmax(np.where(np.isfinite(nmse), nmse, math.inf)))
     return GridResult(
         cases=len(cases),
-        all_cases=sum(1 for _ in reference.shapes()),
+        all_cases=len(every),
         rows=len(nmse),
         nmse=float(nmse[worst]),
         where=names[worst],
@@ -116,21 +124,49 @@ def run_grid(model: StepModel, reference: Reference, label: str, most: float = m
     )
 
 
+def _lots(cases: Sequence[ShapeData], rows: int) -> Iterator[list[ShapeData]]:
+    """The cases in their order, `rows` rows or a few more together: the head is widened anew for each lot."""
+    lot: list[ShapeData] = []
+    for case in cases:
+        lot.append(case)
+        if sum(len(each[1]) for each in lot) >= rows:
+            yield lot
+            lot = []
+    if lot:
+        yield lot
+
+
+def _thinned(cases: Sequence[ShapeData], most: float) -> list[ShapeData]:
+    """Each shape once, with paddings in turn, and of those beyond `most` only one row of the longest sequence.
+
+    A padding changes what a kernel is given, not which kernel runs or how: with paddings in turn each still meets
+    every length that several batches have, and every batch.
+    """
+    shapes: dict[tuple[int, ...], list[ShapeData]] = {}
+    for case in cases:
+        shapes.setdefault(case[1].shape, []).append(case)
+    batches, lengths = (sorted(set(sizes)) for sizes in zip(*shapes, strict=True))
+    return [
+        same[(batches.index(batch) + lengths.index(length)) % len(same)]
+        for (batch, length), same in shapes.items()
+        if batch * length**2 <= most or (batch, length) == (batches[0], lengths[-1])
+    ]
+
+
 def count_unsound(model: StepModel, reference: Reference, most: float = math.inf) -> tuple[int, list[str]]:
     """How many corner cases of the shape grid give a logit that is not finite, and the names of the cases that ran.
 
-    Corners are the smallest and largest batch at the shortest and longest sequence, one padding each, as far as batch ×
-    sequence² is at most `most`: enough for a quantised file, whose numbers the corpus judges.
+    Corners are the shortest and the longest sequence of the smallest and of the largest batch, one padding each, as far
+    as batch × sequence² is at most `most`: enough for a quantised file, whose numbers the corpus judges.
     """
-    shapes = {ids.shape: (name, ids, mask) for name, ids, mask, _ in reference.shapes()}
-    batches, lengths = {batch for batch, _ in shapes}, {length for _, length in shapes}
-    corners = [
-        case
-        for (batch, length), case in shapes.items()
-        if batch in (min(batches), max(batches))
-        and length in (min(lengths), max(lengths))
-        and batch * length**2 <= most
-    ]
+    every = {ids.shape: (name, ids, mask) for name, ids, mask, _ in reference.shapes()}
+    most = max(most, min(batch * length**2 for batch, length in every))  # of a grid of long sequences one runs
+    shapes = {shape: case for shape, case in every.items() if shape[0] * shape[1] ** 2 <= most}
+    batches = {batch for batch, _ in shapes}
+    corners = []
+    for batch in sorted({min(batches), max(batches)}):
+        lengths = {length for size, length in shapes if size == batch}
+        corners += [shapes[batch, length] for length in sorted({min(lengths), max(lengths)})]
     bad = sum(not np.isfinite(model.logits(ids, mask)).all() for _, ids, mask in corners)
     return bad, [name for name, _, _ in corners]
 

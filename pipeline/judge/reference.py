@@ -7,10 +7,10 @@ follow exactly as `softcap(hidden @ head.T)`, here in float64.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -78,18 +78,32 @@ class Head:
         logits = np.empty((len(wide), rows))
         for start in range(0, rows, step):
             logits[:, start : start + step] = wide @ _widen(self.weight[start : start + step]).T
-        return logits if self.cap is None else np.tanh(logits / self.cap) * self.cap
+        if self.cap is not None:  # in place: logits of a large vocabulary are large
+            logits /= self.cap
+            np.tanh(logits, out=logits)
+            logits *= self.cap
+        return logits
+
+    @property
+    def rows(self) -> int:
+        """How many positions are scored together."""
+        return max(1, _LOGITS // self.vocabulary)
 
     def score(self, logits: NDArray[Any], hidden: NDArray[Any], targets: Tokens | None = None) -> Scores:
         """`logits` [n, V] of a file scored against those of the reference's hidden states [n, H], lot by lot."""
-        rows = max(1, _LOGITS // self.vocabulary)
-        lots = (slice(start, start + rows) for start in range(0, len(logits), rows))
-        return metrics.join(
-            [
-                metrics.compare(self.logits(hidden[lot]), logits[lot], None if targets is None else targets[lot])
-                for lot in lots
-            ]
-        )
+        return self.score_each([logits], hidden, targets)[0]
+
+    def score_each(
+        self, files: Sequence[NDArray[Any]], hidden: NDArray[Any], targets: Tokens | None = None
+    ) -> list[Scores]:
+        """The same of several files: the reference's logits are computed once for all of them."""
+        parts: list[list[Scores]] = [[] for _ in files]
+        for start in range(0, len(hidden), self.rows):
+            lot = slice(start, start + self.rows)
+            expected, next_tokens = self.logits(hidden[lot]), None if targets is None else targets[lot]
+            for part, logits in zip(parts, files, strict=True):
+                part.append(metrics.compare(expected, logits[lot], next_tokens))
+        return [metrics.join(part) for part in parts]
 
 
 def _widen(weight: NDArray[Any]) -> Doubles:
@@ -122,6 +136,10 @@ class Greedy:
     log_likelihoods: list[float]
 
 
+ShapeData: TypeAlias = tuple[str, Tokens, Tokens, Floats]
+"""A shape case: name, input_ids and attention_mask int32 [B, S], hidden float32 [B, H]."""
+
+
 @dataclass(frozen=True)
 class Reference:
     """What the golden stage stored in `folder`, and the head that turns its hidden states into logits."""
@@ -134,8 +152,8 @@ class Reference:
         tensors = _load(self.folder / "corpus.safetensors")
         return tensors["input_ids"], Positions(tensors["window"], tensors["length"]), tensors["hidden"]
 
-    def shapes(self) -> Iterator[tuple[str, Tokens, Tokens, Floats]]:
-        """Per shape case: name, input_ids and attention_mask int32 [B, S], hidden float32 [B, H]."""
+    def shapes(self) -> Iterator[ShapeData]:
+        """The shape cases, those of one shape one after another, short ones first."""
         file = self.folder / "shapes.safetensors"
         with _open(file) as tensors:
             names = {key.rsplit(".", 1)[0] for key in tensors.keys()}  # noqa: SIM118 - not a mapping

@@ -5,9 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.core import log, parallel
 from pipeline.core.manifest import Fact, FileRecord
 from pipeline.core.recipe import Gate
 from pipeline.judge import examine, gates, metrics
@@ -21,10 +26,10 @@ BASELINE = "fp32"
 KERNELS = {"xnnpack": "XNNPACK", "builtin": "built-in kernels"}
 _BUILTIN_PART, _BUILTIN_LEAST = 4, 512
 """The built-in kernels are slow: without XNNPACK every fourth batch is judged, of a small corpus 512 positions."""
-_GRID_LIMITS = {"xnnpack": math.inf, "builtin": 2**22}
+_GRID_LIMITS = {"xnnpack": math.inf, "builtin": 2**20}
 """Largest batch × sequence² on the shape grid. Attention in the built-in kernels takes ten times XNNPACK's time (one
-row of 2048 tokens of the shipped model: 7.6 s against 0.7 s of processor time), so there the longest sequences run at
-small batches only: 2048 tokens at batch 1, 1024 at batch 1 to 3."""
+row of 2048 tokens of the shipped model: 6.6 s against 0.5 s of processor time), so there 1024 tokens run at batch 1
+only, 300 at all; the fp32 file runs the longest sequence too, once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,30 +106,58 @@ class Verdict:
         }
 
 
-def judge_file(subject: Subject, setting: Setting, baseline: Verdict | None) -> Verdict:
-    """Run the file on everything that its limits need; `baseline` is the fp32 file's verdict, None for itself."""
-    models = {kernels: StepModel(subject.path, xnnpack=kernels == "xnnpack") for kernels in KERNELS}
-    panel = setting.panel
-    logits = examine.run_positions(models["xnnpack"], panel, subject.name, setting.scratch / subject.name)
-    scores = examine.against_reference(logits, panel)
-    summary = metrics.summarise(scores, panel.positions.window)
-    continuations = examine.greedy(
-        models["xnnpack"], setting.reference, setting.prompts, setting.continuation, setting.stop
-    )
-    grids: dict[str, GridResult] = {}
+@dataclass(frozen=True, kw_only=True)
+class Played:
+    """What a file gave with one kind of kernels: logits [n, V] of `part`, the positions `chosen` [n] of the panel.
+
+    The fp32 file is held against the whole shape `grid`, the others run at its corners: `unsound`. None is what was not
+    asked for; the fp32 file has no logits of the built-in kernels. `continuations` are XNNPACK's alone.
+    """
+
+    part: Panel
+    chosen: NDArray[np.int64]
+    logits: Logits
+    continuations: list[list[int]]
+    grid: GridResult | None
+    unsound: Check | None
+
+
+def judge_files(subjects: Sequence[Subject], setting: Setting) -> list[Verdict]:
+    """Run each file on everything that its limits need, and judge it; the first is the fp32 file, the others' measure.
+
+    All are scored at the end together, for which the reference's logits are computed once.
+    """
+    played = [_run(subject, setting) for subject in subjects]
+    scores = examine.against_reference([each["xnnpack"].logits for each in played], setting.panel)
+    verdicts: list[Verdict] = []
+    for subject, found, exact in zip(subjects, played, scores, strict=True):
+        verdicts.append(_judge(subject, setting, found, exact, verdicts[0] if verdicts else None))
+    return verdicts
+
+
+def _run(subject: Subject, setting: Setting) -> Mapping[str, Played]:
+    """Both kinds of kernels side by side, which share the cores.
+
+    The graph has long stretches that one core alone can run, and threads that wait for each other take processor time
+    as well.
+    """
+    log.step(f"judging {subject.name} ({log.human_bytes(subject.record.size)})")
+    return dict(zip(KERNELS, parallel.ordered(partial(_play, subject, setting), KERNELS), strict=True))
+
+
+def _judge(
+    subject: Subject, setting: Setting, played: Mapping[str, Played], scores: Scores, baseline: Verdict | None
+) -> Verdict:
+    """What follows from the runs and the `scores` against the reference; `baseline` is None for the fp32 file."""
+    logits, continuations = played["xnnpack"].logits, played["xnnpack"].continuations
+    summary = metrics.summarise(scores, setting.panel.positions.window)
+    grids = {kernels: each.grid for kernels, each in played.items() if each.grid}
     if baseline is None:
-        grids = {
-            kernels: examine.run_grid(
-                model, setting.reference, f"{subject.name}, {KERNELS[kernels]}", _GRID_LIMITS[kernels]
-            )
-            for kernels, model in models.items()
-        }
-        figures, holds, own = _converter_figures(summary, grids), [], None
+        figures, own = _converter_figures(summary, grids), None
     else:
-        scores = examine.against_file(logits, baseline.logits, panel)
-        own = metrics.summarise(scores, panel.positions.window)
-        builtin = _builtin_summary(models["builtin"], subject, setting, baseline)
-        figures, holds = _quantiser_figures(own, builtin), _soundness(subject, models, setting.reference)
+        scores, own = _against_baseline(played["xnnpack"], baseline)
+        figures = _quantiser_figures(own, _against_baseline(played["builtin"], baseline)[1])
+    holds = [each.unsound for each in played.values() if each.unsound]
     checks = gates.judge(subject.name, subject.gate, [*figures, *_file_figures(subject)]) + holds
     return Verdict(
         subject=subject,
@@ -139,23 +172,41 @@ def judge_file(subject: Subject, setting: Setting, baseline: Verdict | None) -> 
     )
 
 
+def _play(subject: Subject, setting: Setting, kernels: str) -> Played:
+    """Run the file with one kind of kernels; the slow ones on a part of the positions, and for fp32 on none."""
+    exact, delegated = subject.name == BASELINE, kernels == "xnnpack"
+    model = StepModel(subject.path, xnnpack=delegated, threads=max(1, parallel.threads() // len(KERNELS)))
+    label, reference, panel = f"{subject.name}, {KERNELS[kernels]}", setting.reference, setting.panel
+    part, chosen, continuations = panel, np.arange(len(panel.positions)), list[list[int]]()
+    if not delegated:
+        part, chosen = panel.part(max(1, min(_BUILTIN_PART, len(panel.positions) // _BUILTIN_LEAST)))
+    logits: Logits = np.empty((0, panel.head.vocabulary), np.float32)
+    if delegated or not exact:
+        logits = examine.run_positions(model, part, label, setting.scratch / f"{subject.name}-{kernels}")
+    if delegated:
+        continuations = examine.greedy(model, reference, setting.prompts, setting.continuation, setting.stop)
+    return Played(
+        part=part,
+        chosen=chosen,
+        logits=logits,
+        continuations=continuations,
+        grid=examine.run_grid(model, reference, label, _GRID_LIMITS[kernels]) if exact else None,
+        unsound=None if exact else _soundness(subject, model, reference, kernels),
+    )
+
+
+def _against_baseline(played: Played, baseline: Verdict) -> tuple[Scores, Summary]:
+    """The file with one kind of kernels against the fp32 file with XNNPACK."""
+    scores = examine.against_file(played.logits, baseline.logits, played.part, played.chosen)
+    return scores, metrics.summarise(scores, played.part.positions.window)
+
+
 def _divergence(continuations: Sequence[Sequence[int]], setting: Setting) -> Divergence | None:
     """How long the file's greedy texts are Hugging Face's."""
     rows = setting.reference.greedy()[: setting.prompts]
     expected = [row.continuation_ids[: setting.continuation] for row in rows]
     agree = [examine.agreement(ours, theirs) for ours, theirs in zip(continuations, expected, strict=True)]
     return metrics.divergence(agree, [len(ids) for ids in expected])
-
-
-def _builtin_summary(model: StepModel, subject: Subject, setting: Setting, baseline: Verdict) -> Summary:
-    """The file without XNNPACK against the fp32 file, on a part of the positions."""
-    every = max(1, min(_BUILTIN_PART, len(setting.panel.positions) // _BUILTIN_LEAST))
-    part, chosen = setting.panel.part(every)
-    logits = examine.run_positions(
-        model, part, f"{subject.name}, {KERNELS['builtin']}", setting.scratch / f"{subject.name}-builtin"
-    )
-    scores: Scores = examine.against_file(logits, baseline.logits[chosen], part)
-    return metrics.summarise(scores, part.positions.window)
 
 
 def _converter_figures(summary: Summary, grids: Mapping[str, GridResult]) -> list[Figure]:
@@ -219,18 +270,12 @@ def _file_figures(subject: Subject) -> list[Figure]:
     ]
 
 
-def _soundness(subject: Subject, models: Mapping[str, StepModel], reference: Reference) -> list[Check]:
+def _soundness(subject: Subject, model: StepModel, reference: Reference, kernels: str) -> Check:
     """The file runs at the corners of the shape grid and gives finite numbers there."""
-    checks = []
-    for kernels, model in models.items():
-        bad, names = examine.count_unsound(model, reference, _GRID_LIMITS[kernels])
-        name = f"shapes with logits that are not finite, {KERNELS[kernels]}"
-        checks.append(
-            gates.must_hold(
-                subject.name, name, bad, f"{len(names)} shapes, the corners of the grid: {', '.join(names)}"
-            )
-        )
-    return checks
+    bad, names = examine.count_unsound(model, reference, _GRID_LIMITS[kernels])
+    name = f"shapes with logits that are not finite, {KERNELS[kernels]}"
+    detail = f"{len(names)} shapes, the corners of the grid: {', '.join(names)}"
+    return gates.must_hold(subject.name, name, bad, detail)
 
 
 def greedy_rows(

@@ -43,7 +43,7 @@ def judge_steps(context: Context, reference: Reference, tokenizer: Any) -> tuple
             stop=_integers(golden["stop"]),
             scratch=Path(scratch),
         )
-        verdicts = _judge_all(subjects, setting)
+        verdicts = verdict.judge_files(subjects, setting)
     decode: Callable[[list[int]], str] = lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True))  # noqa: E731
     rows = verdict.greedy_rows(reference, verdicts, setting, decode)
     return verdicts, {
@@ -143,14 +143,6 @@ def _subject(context: Context, name: str) -> Subject:
         parameters=parameters if isinstance(parameters, int) else None,
         baseline_size=context.upstream[BASELINE].output(STEP).size,
     )
-
-
-def _judge_all(subjects: Sequence[Subject], setting: Setting) -> list[Verdict]:
-    verdicts: list[Verdict] = []
-    for subject in subjects:
-        log.step(f"judging {subject.name} ({log.human_bytes(subject.record.size)})")
-        verdicts.append(verdict.judge_file(subject, setting, verdicts[0] if verdicts else None))
-    return verdicts
 
 
 def integer(value: Fact) -> int:

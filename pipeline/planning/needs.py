@@ -56,7 +56,8 @@ def golden(model: Model) -> Need:
     steps = recipe.corpus.continuation
     if model.graphs != "bundle":
         shapes = recipe.shapes
-        tokens += max(shapes.batch) * sum(shapes.sequence) * len(shapes.padding)
+        rows = corpus.family_rows(corpus.shape_cases(shapes.batch, shapes.sequence, shapes.padding))
+        tokens += sum(count * sequence for (sequence, _), count in rows.items())
     if model.graphs != "step":
         kept += 2 * (model.conversation + bundle.decode) + bundle.positions
         tokens += 4 * model.conversation + bundle.positions

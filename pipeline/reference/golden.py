@@ -73,25 +73,25 @@ def make_shapes(reference: HuggingFace, shapes: Shapes, file: Path) -> int:
     """Compute and store the shape grid: per case ids, mask and the hidden state [B, H] of each row's last token."""
     rows = max(shapes.batch)
     vocabulary = reference.model.config.vocab_size
-    families: dict[tuple[int, str], tuple[corpus.Batch, Floats]] = {}
-    total = rows * sum(shapes.sequence) * len(shapes.padding)
-    with log.progress("reference on the shape grid", total, "tokens") as bar:
-        for sequence in shapes.sequence:
-            for padding in shapes.padding:
-                family = corpus.shape_family(
-                    rows, sequence, padding, vocabulary=vocabulary, bos=reference.bos, pad=reference.pad
-                )
-                hidden = reference.hidden(family.input_ids, family.attention_mask, bar)
-                last = sequence - 1 - family.attention_mask[:, ::-1].argmax(axis=1)
-                families[sequence, padding] = family, hidden[np.arange(rows), last]
-    tensors: dict[str, NDArray[Any]] = {}
     cases = list(corpus.shape_cases(shapes.batch, shapes.sequence, shapes.padding))
+    taken = corpus.family_rows(cases)
+    families: dict[tuple[int, str], tuple[Tokens, Tokens, Floats]] = {}
+    total = sum(count * sequence for (sequence, _), count in taken.items())
+    with log.progress("reference on the shape grid", total, "tokens") as bar:
+        for (sequence, padding), count in taken.items():
+            family = corpus.shape_family(
+                rows, sequence, padding, vocabulary=vocabulary, bos=reference.bos, pad=reference.pad
+            )
+            ids, mask = family.input_ids[:count], family.attention_mask[:count]
+            last = sequence - 1 - mask[:, ::-1].argmax(axis=1)
+            families[sequence, padding] = ids, mask, reference.hidden(ids, mask, bar)[np.arange(count), last]
+    tensors: dict[str, NDArray[Any]] = {}
     for case in cases:
-        family, hidden = families[case.sequence, case.padding]
         chosen = list(case.rows)
-        tensors[f"{case.name}.input_ids"] = family.input_ids[chosen]
-        tensors[f"{case.name}.attention_mask"] = family.attention_mask[chosen]
-        tensors[f"{case.name}.hidden"] = hidden[chosen]
+        for part, values in zip(
+            ("input_ids", "attention_mask", "hidden"), families[case.sequence, case.padding], strict=True
+        ):
+            tensors[f"{case.name}.{part}"] = values[chosen]
     save_file(tensors, file)
     return len(cases)
 

@@ -72,7 +72,7 @@ def test_a_soft_cap_that_the_configuration_does_not_name_is_the_models(
 
 def test_padded_shapes_give_the_logits_of_the_tokens_alone(reference: Reference, plain: Gemma3nForCausalLM) -> None:
     cases = list(reference.shapes())
-    assert len(cases) == 2 * 3 * 3
+    assert len(cases) == (2 * 3 - 1) * 3  # three rows of 40 tokens have more attention than one row
     for name, ids, mask, hidden in cases:
         assert ids.shape == mask.shape and name.startswith(f"b{ids.shape[0]}_s{ids.shape[1]}_")
         logits = reference.head.logits(hidden)

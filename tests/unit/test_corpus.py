@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -148,10 +149,28 @@ def test_both_sides_are_padded_and_shapes_are_few() -> None:
 PADDINGS: tuple[Padding, ...] = ("none", "left", "right")
 
 
-def test_the_shape_grid_is_whole_and_every_row_of_a_family_is_used() -> None:
-    cases = list(corpus.shape_cases((1, 2, 3, 8), (1, 17), PADDINGS))
-    assert len(cases) == len({case.name for case in cases}) == 4 * 2 * 3
+BATCHES, SEQUENCES = (1, 2, 3, 8), (1, 16, 17, 128, 300, 1024, 2048)
+
+
+def test_the_shape_grid_meets_every_size_with_every_padding_up_to_one_longest_row() -> None:
+    cases = list(corpus.shape_cases(BATCHES, SEQUENCES, PADDINGS))
+    assert len(cases) == len({case.name for case in cases}) == (5 * 4 + 3 + 1) * 3
     assert cases[0].name == "b1_s1_none"
+    assert {(case.sequence, case.padding) for case in cases} == set(product(SEQUENCES, PADDINGS))
+    assert {(len(case.rows), case.padding) for case in cases} == set(product(BATCHES, PADDINGS))
+    assert {(len(case.rows), case.sequence) for case in cases} == {
+        (batch, sequence) for batch, sequence in product(BATCHES, SEQUENCES) if batch * sequence**2 <= 2048**2
+    }
+
+
+def test_a_lone_long_sequence_has_every_batch() -> None:
+    assert [case.name for case in corpus.shape_cases((1, 8), (2048,), ("left",))] == ["b1_s2048_left", "b8_s2048_left"]
+
+
+def test_a_family_is_as_large_as_its_largest_batch_and_small_batches_take_rows_in_turn() -> None:
+    cases = list(corpus.shape_cases(BATCHES, SEQUENCES, PADDINGS))
+    rows = corpus.family_rows(cases)
+    assert [rows[sequence, "left"] for sequence in SEQUENCES] == [8, 8, 8, 8, 8, 3, 1]
     small = [row for case in cases if case.sequence == 17 and case.padding == "left" for row in case.rows[:3]]
     assert len(set(small)) > 3
 

@@ -45,3 +45,23 @@ def test_parts_of_parts_end_when_the_whole_is_given_up(why: type[BaseException])
     with pytest.raises(why):
         list(parallel.ordered(lambda part: list(parallel.ordered(small, part)), parts()))
     assert 0 < len(done) < 100
+
+
+def test_a_long_part_ends_where_it_asks() -> None:
+    done, begun = [], threading.Event()
+
+    def long(part: int) -> None:
+        for step in range(1000):
+            parallel.check()
+            begun.set()
+            time.sleep(0.01)
+            done.append((part, step))
+
+    def parts() -> Iterator[int]:
+        yield 0
+        begun.wait()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        list(parallel.ordered(long, parts()))
+    assert len(done) < 100
