@@ -54,7 +54,9 @@ def types(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def unit(session: nox.Session) -> None:
-    """Tests without torch: seconds."""
+    """Tests without torch: seconds. Before them, that every test there is can be found by a plain `pytest`."""
+    if not session.posargs:
+        python(session, "-m", "pytest", "--collect-only", "-qq")
     python(session, "-m", "pytest", "tests/unit", *session.posargs)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_publish import STAGES, Line, reseal
+from release_line import STAGES, Line, reseal
 
 from pipeline import check, publish, sign
 from pipeline.core.errors import IntegrityError, PublishError, UsageError

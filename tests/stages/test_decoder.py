@@ -15,10 +15,10 @@ import geometry
 import numpy as np
 import pytest
 import torch
-from conftest import CAP, Line
 from geometry import BUNDLE
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from line import CAP, Line
 from transformers import Gemma3ForCausalLM, Gemma3nForCausalLM
 
 from pipeline.convert.checkpoint import open_checkpoint

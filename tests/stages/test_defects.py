@@ -9,7 +9,7 @@ from pathlib import Path
 import geometry
 import pytest
 import torch
-from conftest import CAP, Line
+from line import CAP, Line
 
 from pipeline.convert import intake
 from pipeline.convert.checkpoint import open_checkpoint

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import Line, changed_model, lasting, small_recipe
+from line import Line, changed_model, lasting, small_recipe
 from safetensors.torch import load_file, save_file
 
 from pipeline import fetch, graph

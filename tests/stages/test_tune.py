@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Line
+from line import Line
 
 from pipeline import int4, int8, moments
 from pipeline.convert import quantize

@@ -24,7 +24,7 @@ from typing import Any
 import httpx2
 import pytest
 from hub_server import PART, Fault, HubServer, Repo
-from test_publish import STAGES, Line
+from release_line import STAGES, Line
 
 from pipeline import check
 from pipeline import upload as script

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import CAP, Line, lasting, small_recipe
+from line import CAP, Line, lasting, small_recipe
 from transformers import AutoTokenizer
 
 from pipeline import bundle as packing

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from test_flatbuffer import run
+from running import run
 
 from pipeline.convert import blockwise, contents, pieces, quantize, readback
 from pipeline.convert.blockwise import BLOCK

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from test_flatbuffer import run
+from running import run
 
 from pipeline.convert import dynamic, gptq, mixed, quantize, residual, rotate
 from pipeline.convert.flatbuffer import Graph
