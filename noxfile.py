@@ -82,6 +82,13 @@ def faults(session: nox.Session) -> None:
 
 
 @nox.session(venv_backend="none", default=False)
+def drawn(session: nox.Session) -> None:
+    """The tests over drawn cases, with other cases than the last time; elsewhere they are the same in every run."""
+    command = (str(BIN / "python"), "-m", "pytest", "tests/unit", "tests/stages", "-m", "hypothesis")
+    session.run(*command, *session.posargs, external=True, env={"DRAWN_ANEW": "1"})
+
+
+@nox.session(venv_backend="none", default=False)
 def models(session: nox.Session) -> None:
     """Bigger models, one test or file at will: `nox -s models -- -k NAME`."""
     python(session, "-m", "pytest", "tests/models", "--ignore=tests/models/test_tensorflow.py", *session.posargs)

@@ -65,7 +65,7 @@ def in_pytorch(model: Any, bundle: Bundle) -> Callable[[Recital], cache.Logits]:
 def test_every_gemma3n_conversation_is_exact_in_pytorch(drawn: dict[str, Any], bundle: Bundle, seed: int) -> None:
     model = geometry.reference(drawn, seed)
     result = geometry.compare_conversations(in_pytorch(model, bundle), model, bundle, seed)
-    assert result.nmse <= 1e-6 and result.top1 == 1, (result, drawn)  # the gate: drawn anew each time
+    assert result.nmse <= 1e-6 and result.top1 == 1, (result, drawn)  # the gate of the recipe
 
 
 @quickly
