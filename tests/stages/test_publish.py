@@ -25,21 +25,37 @@ from pipeline.core.stage import Context
 from pipeline.release import provenance
 
 
-@pytest.fixture
-def line(tmp_path: Path) -> Line:
-    """Everything before verify, with other bytes in each variant."""
-    made = Line(tmp_path)
+@pytest.fixture(scope="module")
+def unverified(tmp_path_factory: pytest.TempPathFactory) -> Line:
+    """Everything before verify, with other bytes in each variant; to be copied."""
+    made = Line(tmp_path_factory.mktemp("unverified"))
     made.fetch()
     for name in STAGES:
         made.variant(name, name.encode() * (400 if name == "fp32" else 100))
     return made
 
 
+@pytest.fixture(scope="module")
+def verified(unverified: Line, tmp_path_factory: pytest.TempPathFactory) -> Line:
+    """The same after verify; to be copied."""
+    made = Line(tmp_path_factory.mktemp("verified"))
+    shutil.copytree(unverified.root, made.root)
+    assert made.verify() == 0
+    return made
+
+
 @pytest.fixture
-def ready(line: Line) -> Line:
+def line(unverified: Line, tmp_path: Path) -> Line:
+    """Everything before verify."""
+    shutil.copytree(unverified.root, Line(tmp_path).root)
+    return Line(tmp_path)
+
+
+@pytest.fixture
+def ready(verified: Line, tmp_path: Path) -> Line:
     """Everything before publish."""
-    assert line.verify() == 0
-    return line
+    shutil.copytree(verified.root, Line(tmp_path).root)
+    return Line(tmp_path)
 
 
 def names(folder: Path) -> list[str]:
