@@ -14,7 +14,7 @@ from line import Line, shared
 from pipeline import bundle, fetch, fp16, fp32, golden, graph, int8
 from pipeline.release import hub
 
-LONG = ("bundle", "decoder", "tune", "interrupted", "step", "out_of_core", "upload", "verify")
+LONG = ("bundle", "decoder", "tune", "verify", "interrupted", "step", "out_of_core", "check", "upload")
 """Files that take longest, by what follows `test_`."""
 
 
