@@ -448,22 +448,22 @@ WAITED_FOR = [
     ("read storage", "429"),
 ]
 REFUSED = [
-    ("refs", "401"),
-    ("look", "403"),
-    ("card", "409"),
-    ("preupload", "400"),
-    ("batch", "412"),
-    ("send", "403"),
-    ("send a part", "401"),
-    ("complete", "400"),
-    ("verify", "409"),
-    ("commit", "403"),
-    ("commit", "409"),
-    ("commit", "412"),
-    ("tag", "401"),
-    ("tag", "409"),
-    ("read", "403"),
-    ("read storage", "412"),
+    ("refs", "401", "the Hub refuses the token"),
+    ("look", "403", "the token may not read org/model"),
+    ("card", "409", "answers with status 409"),
+    ("preupload", "400", "answers with status 400"),
+    ("batch", "412", "answers with status 412"),
+    ("send", "403", ": not with"),  # storage's own words
+    ("send a part", "401", ": not with"),  # storage's own words
+    ("complete", "400", "answers with status 400"),
+    ("verify", "409", "answers with status 409"),
+    ("commit", "403", "the token may not write to org/model"),
+    ("commit", "409", "org/model has moved on"),
+    ("commit", "412", "org/model has moved on"),
+    ("tag", "401", "the Hub refuses the token"),
+    ("tag", "409", "answers with status 409"),
+    ("read", "403", "the token may not read org/model"),
+    ("read storage", "412", "answers with status 412"),
 ]
 ENDLESS = [
     ("refs", "503", 9),
@@ -486,8 +486,8 @@ ENDLESS = [
 
 
 def test_every_point_and_kind_of_fault_is_tried() -> None:
-    assert {point for point, _ in WAITED_FOR} == {point for point, _ in REFUSED} == POINTS.keys()
-    assert {kind for _, kind in WAITED_FOR} == PASSING.keys() and {kind for _, kind in REFUSED} == LASTING.keys()
+    assert {point for point, _ in WAITED_FOR} == {point for point, _, _ in REFUSED} == POINTS.keys()
+    assert {kind for _, kind in WAITED_FOR} == PASSING.keys() and {kind for _, kind, _ in REFUSED} == LASTING.keys()
     assert {point for point, _, _ in ENDLESS} == POINTS.keys()
 
 
@@ -503,13 +503,13 @@ def test_what_passes_is_waited_for(world: World, pauses: list[float], point: str
     assert kind != "429" or any(pause >= 7 for pause in pauses), "as long as the server asks"
 
 
-@pytest.mark.parametrize(("point", "kind"), REFUSED)
-def test_what_is_refused_ends_the_run_and_the_next_one_goes_on(world: World, point: str, kind: str) -> None:
+@pytest.mark.parametrize(("point", "kind", "said"), REFUSED)
+def test_what_is_refused_ends_the_run_and_the_next_one_goes_on(world: World, point: str, kind: str, said: str) -> None:
     method, path = POINTS[point]
     files = world.files
     world.server.faults.append(Fault(path, method, **LASTING[kind]))
     code = world.confirmed()
-    assert code == 9 and "\n  do:    " in world.text
+    assert code == 9 and said in world.text and "\n  do:    " in world.text
     world.sound(files)
     assert world.confirmed() == 0
     world.published()
