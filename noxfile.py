@@ -54,7 +54,9 @@ def types(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def unit(session: nox.Session) -> None:
-    """Tests without torch: seconds."""
+    """Tests without torch: seconds. Before them, that every test there is can be found by a plain `pytest`."""
+    if not session.posargs:
+        python(session, "-m", "pytest", "--collect-only", "-qq")
     python(session, "-m", "pytest", "tests/unit", *session.posargs)
 
 
@@ -77,6 +79,13 @@ def faults(session: nox.Session) -> None:
     files = ("tests/stages/test_upload.py", "tests/stages/test_check.py")
     command = (str(BIN / "python"), "-m", "pytest", *files, "-k", "random or finds_every_change")
     session.run(*command, external=True, env={"UPLOAD_SCHEDULES": count, "SIGNED_CHANGES": "100"})
+
+
+@nox.session(venv_backend="none", default=False)
+def drawn(session: nox.Session) -> None:
+    """The tests over drawn cases, with other cases than the last time; elsewhere they are the same in every run."""
+    command = (str(BIN / "python"), "-m", "pytest", "tests/unit", "tests/stages", "-m", "hypothesis")
+    session.run(*command, *session.posargs, external=True, env={"DRAWN_ANEW": "1"})
 
 
 @nox.session(venv_backend="none", default=False)

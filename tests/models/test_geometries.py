@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
+import geometry
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -14,9 +12,6 @@ from pipeline.core import log
 from pipeline.core.recipe import PROJECT, load
 from pipeline.core.stage import DEFAULT_RECIPE
 from pipeline.runtime.litert import StepModel
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "stages"))
-import geometry  # noqa: E402 - it lies with the tests that use it every time
 
 FAMILIES = {
     "gemma3n": (Gemma3nForCausalLM, geometry.geometries()),

@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tensorflow as tf
 
 from pipeline.runtime import sections
 from pipeline.runtime.litert import StepModel
 from pipeline.runtime.sections import Conversation, Sections
 
+# In an environment of its own, which `nox -s tensorflow` makes.
+tf: Any = pytest.importorskip("tensorflow")
 ROOT = Path("artifacts/tiny-gemma3n")
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import CAP, Line, changed_model, small_recipe
+from line import CAP, Line, changed_model, small_recipe
 from litert_lm_builder import litertlm_peek
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer

@@ -15,10 +15,10 @@ import geometry
 import numpy as np
 import pytest
 import torch
-from conftest import CAP, Line
 from geometry import BUNDLE
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from line import CAP, Line
 from transformers import Gemma3ForCausalLM, Gemma3nForCausalLM
 
 from pipeline.checkpoint.preflight import HEAD
@@ -70,7 +70,7 @@ def in_pytorch(model: Any, bundle: Bundle) -> Callable[[Trace], cache.Logits]:
 def test_every_gemma3n_conversation_is_exact_in_pytorch(drawn: dict[str, Any], bundle: Bundle, seed: int) -> None:
     model = geometry.reference(drawn, seed)
     result = geometry.compare_conversations(in_pytorch(model, bundle), model, bundle, seed)
-    assert result.nmse <= 1e-6 and result.top1 == 1, (result, drawn)  # the gate: drawn anew each time
+    assert result.nmse <= 1e-6 and result.top1 == 1, (result, drawn)  # the gate of the recipe
 
 
 @quickly

@@ -9,7 +9,7 @@ from pathlib import Path
 import geometry
 import pytest
 import torch
-from conftest import CAP, Line
+from line import CAP, Line
 
 from pipeline.checkpoint import preflight
 from pipeline.checkpoint.reader import open_checkpoint

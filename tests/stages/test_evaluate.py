@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Line
+from line import Line
 from transformers import AutoTokenizer
 
 from pipeline import evaluate

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import CAP, SMALL, Line, lasting, small_recipe
+from line import CAP, SMALL, Line, lasting, small_recipe
 from safetensors.torch import load_file, save_file
 from transformers import Gemma3nForCausalLM
 

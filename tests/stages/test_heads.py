@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import changed_model
 from hub_server import HubServer
+from line import changed_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 

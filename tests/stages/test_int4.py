@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Line, small_recipe
+from line import Line, small_recipe
 
 from pipeline import bundle, int4, publish, verify
 from pipeline.bundling import contents

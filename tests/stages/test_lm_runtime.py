@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Line
+from line import Line
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline import chat

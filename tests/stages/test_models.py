@@ -36,7 +36,7 @@ def eager(model: Any) -> geometry.Eager:
 def test_every_geometry_is_exact(drawn: dict[str, Any], seed: int) -> None:
     model = geometry.reference(drawn, seed)
     result = geometry.compare_on_grid(eager(model), model, batches=(1, 3), sequences=(1, 7, 40))
-    # the gate of the recipe; drawn anew each time, and an ill-conditioned draw amplifies rounding (1.3e-8 was seen)
+    # the gate of the recipe; an ill-conditioned draw amplifies rounding (1.3e-8 was seen)
     assert result.nmse <= 1e-6 and result.top1 == 1, (result, drawn)
 
 

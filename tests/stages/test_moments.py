@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Line, lasting, small_recipe
+from line import Line, lasting, small_recipe
 from torch import nn
 
 from pipeline import int4, int8, moments

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from conftest import Line, small_recipe
+from line import Line, small_recipe
 
 from pipeline.core import manifest
 from pipeline.core.recipe import PROJECT

@@ -8,8 +8,8 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import Line
 from hub_server import HubServer, Sparse
+from line import Line
 
 from pipeline import plan
 from pipeline.core import manifest, memory

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Line, small_recipe
+from line import Line, small_recipe
 
 from pipeline import int8
 from pipeline.core import manifest

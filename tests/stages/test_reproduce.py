@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Line
+from line import Line
 from safetensors.numpy import load_file, save_file
 
 from pipeline import reproduce

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Line
+from line import Line
 
 from pipeline.core.errors import IntegrityError
 from pipeline.runtime.sections import DECODER, Conversation, Sections

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import signal
 import subprocess
 import sys
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Line
+from line import Line
 
 from pipeline import int4, int8, moments
 from pipeline.core import manifest
@@ -24,9 +23,6 @@ from pipeline.tflite.graph import ROWS, Graph
 OPTIONS = ("--parts", "1", "--speed", "0.01")
 LONGEST = 600.0
 """Seconds within which a tune must have measured something."""
-
-MOST = 360.0
-"""Seconds of processor time that are 3 minutes of two cores, whatever else the machine does."""
 
 
 def begin(line: Line, *options: str) -> subprocess.Popen[bytes]:
@@ -73,10 +69,7 @@ def tuned(built: Line, tmp_path_factory: pytest.TempPathFactory) -> Line:
     assert load_recipe(line.root / "tune" / "recipe.toml").name == "gemma3n"
     assert not report(line)["complete"]
     stopped = records(line)
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     finish(line, "--minutes", "20")
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < MOST
     assert killed.items() <= stopped.items() <= records(line).items()
     return line
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import Line, changed_model
+from line import Line, changed_model
 from safetensors.torch import load_file, save_file
 
 from pipeline import fetch, fp16, fp32, graph, int8

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from test_flatbuffer import run
+from running import run
 
 from pipeline.bundling import contents
 from pipeline.quantize import blockwise, readback, row_ranges

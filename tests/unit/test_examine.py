@@ -9,10 +9,10 @@ from typing import cast
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from pipeline.judge.runtime import StepModel
 
 from pipeline.judge import corpus, examine
 from pipeline.judge.reference import Floats, Head, Reference
+from pipeline.runtime.litert import StepModel
 
 BATCHES, SEQUENCES, PADDINGS = (1, 2, 3), (1, 8, 32), ("none", "left", "right")
 SMALL = 8**2 * 3

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from running import run
 
 from pipeline.core.errors import IntegrityError, QuantiseError
 from pipeline.quantize import float16
@@ -42,19 +43,6 @@ def tied(table: np.ndarray[Any, Any] = TABLE) -> Graph:
 def whole(blocks: Blocks) -> np.ndarray[Any, Any]:
     """All values of `blocks`."""
     return np.concatenate(list(blocks.each(lambda block: block)))
-
-
-def run(file: Path, values: np.ndarray[Any, Any], *, plain: bool = False) -> np.ndarray[Any, Any]:
-    from ai_edge_litert.interpreter import Interpreter, OpResolverType
-
-    resolver = OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES if plain else OpResolverType.AUTO
-    interpreter = Interpreter(model_path=str(file), experimental_op_resolver_type=resolver)
-    place = interpreter.get_input_details()[0]["index"]
-    interpreter.resize_tensor_input(place, values.shape)
-    interpreter.allocate_tensors()
-    interpreter.set_tensor(place, values)
-    interpreter.invoke()
-    return np.array(interpreter.get_tensor(interpreter.get_output_details()[0]["index"]))
 
 
 def test_a_written_graph_reads_back_and_runs(tmp_path: Path) -> None:

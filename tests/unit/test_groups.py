@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_equalize import VOCABULARY, WIDTH, Model, logits, rounded, twice
+from small_graph import VOCABULARY, WIDTH, Model, logits, rounded, twice
 
 from pipeline.quantize import groups, rows
 from pipeline.tflite.graph import Graph

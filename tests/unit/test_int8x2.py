@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from test_flatbuffer import run
+from running import run
 
 from pipeline.quantize import int8x2, rows
 from pipeline.tflite.graph import Graph

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from test_flatbuffer import run
+from running import run
 
 from pipeline.core.recipe import Int4, Int8
 from pipeline.quantize import gptq, int4, int8, int8x2, rotate

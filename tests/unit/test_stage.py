@@ -173,7 +173,7 @@ def test_only_a_file_that_a_stage_made_is_to_be_removed(
         Graph.read(file)
         return Outcome()
 
-    assert run(Stage(name="second", summary="reads", work=work, needs=("first",))) == 4
+    assert run(Stage(name="second", summary="reads", work=work, needs_of=lambda *_: ("first",))) == 4
     said = capsys.readouterr().err
     assert f"error: {file} is not a TFLite file\n" in said
     assert (f"do:    remove {root / 'first'} and run make again\n" in said) is inside

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from test_flatbuffer import run
+from running import run
 
 from pipeline.quantize import readback, static
 from pipeline.quantize import rows as quantize

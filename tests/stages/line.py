@@ -1,0 +1,106 @@
+"""A model's stages in an artefact folder, the shipped model's as a rule, and what tests change of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from pipeline.core import manifest
+from pipeline.core.recipe import PROJECT
+from pipeline.core.stage import DEFAULT_MODEL, DEFAULT_RECIPE, Stage, main
+
+CAP = 30.0
+"""The shipped model's soft-cap."""
+SMALL = {
+    "cache_length = 4096": "cache_length = 512",
+    "prefill = [32, 128]": "prefill = [8, 32]",
+    "decode = 128": "decode = 24\npositions = 930",
+    "prompts = 16": "prompts = 4",
+    "continuation = 128": "continuation = 12",
+    "window = 128": "window = 32",
+    "positions = 2048": "positions = 512",
+    "prompts = 6": "prompts = 3",
+    "continuation = 24": "continuation = 5",
+    "batch = [1, 2, 3, 8]": "batch = [1, 3]",
+    "sequence = [1, 16, 17, 128, 300, 1024, 2048]": "sequence = [1, 17, 40]",
+}
+"""Changes of the shipped recipe that make judging quick; files and limits stay the same."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """Stages of a model, the shipped one if no other is given, below `artifacts`, run with `recipe`."""
+
+    artifacts: Path
+    recipe: Path
+    model: Path = PROJECT / DEFAULT_MODEL
+
+    @property
+    def root(self) -> Path:
+        """The model's artefact folder."""
+        return self.artifacts / self.model.name
+
+    def run(self, stage: Stage, *options: str, recipe: Path | None = None) -> int:
+        """Run one stage and return its exit code."""
+        common = ["--model-id", str(self.model), "--artifacts", str(self.artifacts)]
+        return main(stage, [*common, "--recipe", str(recipe or self.recipe), *options])
+
+    def copy(self, artifacts: Path, *stages: str, model: Path | None = None) -> Line:
+        """The same line elsewhere, with copies of the finished `stages`; `model` may be a changed one of that name."""
+        other = dataclasses.replace(self, artifacts=artifacts, model=model or self.model)
+        assert other.model.name == self.model.name
+        for name in stages:
+            shutil.copytree(self.root / name, other.root / name, symlinks=True)
+        return other
+
+
+def changed_model(folder: Path, **files: str) -> Path:
+    """The shipped model in `folder`, with other contents of `files` (`config` is config.json)."""
+    copy = folder / Path(DEFAULT_MODEL).name
+    shutil.copytree(PROJECT / DEFAULT_MODEL, copy, ignore=shutil.ignore_patterns("corpus"))
+    for name, text in files.items():
+        (copy / (name if "." in name else f"{name}.json")).write_text(text, encoding="utf-8")
+    return copy
+
+
+def small_recipe(file: Path, **more: str) -> Path:
+    """The shipped recipe with the changes in `SMALL` and `more` (`old` → `new` lines), written to `file`."""
+    text = (PROJECT / DEFAULT_RECIPE).read_text(encoding="utf-8")
+    for old, new in {**SMALL, **more}.items():
+        assert text.count(old) == 1, f"the recipe has no single line {old!r}"
+        text = text.replace(old, new)
+    file.write_text(text, encoding="utf-8")
+    return file
+
+
+def lasting(folder: Path, *names: str) -> dict[str, object]:
+    """What must be the same after a second run: the bytes of `names`, and the manifest.
+
+    The manifest without `source`, which says what state the repository is in: that may change while tests run.
+    """
+    made = dataclasses.replace(manifest.read(folder), source=manifest.Source(commit="", dirty=False))
+    return {"manifest": made, **{name: (folder / name).read_bytes() for name in names}}
+
+
+def shared(factory: pytest.TempPathFactory, name: str, make: Callable[[Line], None]) -> Line:
+    """A line of this process' own, a copy of what `make` made in the first process of this test run that asked."""
+    own = factory.getbasetemp()
+    common = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+    made = Line(artifacts=common / f"made-{name}", recipe=common / f"{name}.toml")
+    with (common / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not made.recipe.exists():
+            shutil.rmtree(made.artifacts, ignore_errors=True)
+            recipe = small_recipe(common / f"{name}.toml.new")
+            make(dataclasses.replace(made, recipe=recipe))
+            recipe.rename(made.recipe)
+    copy = factory.mktemp(name)
+    shutil.copytree(made.artifacts, copy / "artifacts", symlinks=True)
+    return Line(artifacts=copy / "artifacts", recipe=made.recipe)
