@@ -15,12 +15,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import os
-import platform
 import sys
-import tempfile
-import time
-from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -28,37 +23,18 @@ from typing import Any, cast
 from pipeline.bundling import constants
 from pipeline.bundling.template import CONVERSATIONS
 from pipeline.checkpoint import chat
-from pipeline.core import log, manifest, versions
-from pipeline.core.errors import UsageError, VerificationError
-from pipeline.core.manifest import Fact, Facts
+from pipeline.core import manifest
+from pipeline.core.errors import UsageError
 from pipeline.core.recipe import PROJECT, Recipe
 from pipeline.core.stage import Context, Outcome, Stage, main
-from pipeline.judge import bundles, corpus, gates, kv_cache, sqnr
+from pipeline.judge import bundles, corpus
 from pipeline.judge import steps as verdict
-from pipeline.judge.examine import Panel
-from pipeline.judge.gates import Check, Status
-from pipeline.judge.kv_cache import Recital
 from pipeline.judge.reference import Head, Reference
-from pipeline.judge.steps import BASELINE, Setting, Subject, Verdict
-from pipeline.report import verification
-from pipeline.runtime import litert
+from pipeline.judge.steps import BASELINE, Verdict
+from pipeline.judge.verdicts import judge_bundles, judge_steps, judged_files
+from pipeline.report.judgement import refuse_failed, summarise, write_report
 
 VARIANTS = (BASELINE, "fp16", "int8")
-STEP = "step.tflite"
-SEQUENCES = (1, 128, 1024)
-_CAUSES: Mapping[Status, str] = {
-    "fail": "a file is not as good as the recipe demands",
-    "inconclusive": "too few positions were judged to know whether the limit is kept",
-    "not measured": "a figure that the recipe limits could not be had, or the recipe has no limits for this file",
-}
-_REMEDIES: Mapping[Status, str] = {
-    "fail": "correct the stage that made the file, or the recipe's limit",
-    "inconclusive": "judge more positions: raise corpus.positions (bundles: bundle.positions), or more text: EVAL=",
-    "not measured": "complete the recipe's limits, or run the stage that made the file again",
-}
-_PER_BATCH = 8
-_TRACED = 4
-"""Windows that are run operator by operator to find where a file loses quality."""
 
 
 def work(context: Context) -> Outcome:
@@ -66,27 +42,27 @@ def work(context: Context) -> Outcome:
     checkpoint = context.root / "fetch" / "checkpoint"
     cap = cast("float | None", context.upstream["golden"].facts["final_logit_softcapping"])
     reference = Reference(context.root / "golden", Head.of_checkpoint(checkpoint, cap))
-    tokenizer = _tokenizer(checkpoint)
+    tokenizer = chat.open_tokenizer(checkpoint)
     _check_texts(context, tokenizer)
     verdicts: list[Verdict] = []
     heard: list[bundles.Verdict] = []
     judgement: dict[str, Any] = {}
     if context.graphs != "bundle":
-        verdicts, judgement = _judge_steps(context, reference, tokenizer)
+        verdicts, judgement = judge_steps(context, reference, tokenizer)
     if context.graphs != "step":
-        heard = _judge_bundles(context, reference, tokenizer)
-    judgement = verdict.finite(judgement | _judgement(context, verdicts, heard))
+        heard = judge_bundles(context, reference, tokenizer, CONVERSATIONS)
+    judgement = verdict.finite(judgement | summarise(context, verdicts, heard))
     manifest.write_atomically(context.folder / "judgement.json", manifest.dump_json(judgement))
-    _write_report(context, judgement, verdicts)
-    tensors = constants.digests(_files(context))
+    write_report(context, judgement, verdicts)
+    tensors = constants.digests(judged_files(context))
     manifest.write_atomically(context.folder / "tensors.json", manifest.dump_json(tensors))
-    _say([*verdicts, *heard], context.folder)
+    refuse_failed([*verdicts, *heard], context.folder)
     return Outcome(
         facts={
             "passed": True,
             "checks": len(judgement["checks"]),
-            "fit": [_name(item) for item in (*verdicts, *heard) if item.fit],
-            "not_fit": [_name(item) for item in (*verdicts, *heard) if not item.fit],
+            "fit": [item.subject.name for item in (*verdicts, *heard) if item.fit],
+            "not_fit": [item.subject.name for item in (*verdicts, *heard) if not item.fit],
         }
     )
 
@@ -108,227 +84,6 @@ def _check_texts(context: Context, tokenizer: Any) -> None:
     render = partial(chat.render, tokenizer)
     calibration = arguments.calibration or PROJECT / texts.calibration
     corpus.require_disjoint(corpus.read_documents(judged, render), corpus.read_documents(calibration, render))
-
-
-def _judge_steps(context: Context, reference: Reference, tokenizer: Any) -> tuple[list[Verdict], dict[str, Any]]:
-    """The verdicts on the step graphs, and what of the judgement is theirs alone."""
-    recipe, golden = context.recipe, context.upstream["golden"].facts
-    panel = Panel.of(
-        reference,
-        batch=min(_PER_BATCH, recipe.step.max_batch),
-        pad=_integer(golden["pad"]),
-    )
-    subjects = [_subject(context, name) for name in _ordered(context.arguments.variants)]
-    with tempfile.TemporaryDirectory(dir=context.folder) as scratch:
-        setting = Setting(
-            reference=reference,
-            panel=panel,
-            prompts=recipe.corpus.prompts,
-            continuation=recipe.corpus.continuation,
-            stop=_integers(golden["stop"]),
-            scratch=Path(scratch),
-        )
-        verdicts = _judge_all(subjects, setting)
-    decode: Callable[[list[int]], str] = lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True))  # noqa: E731
-    rows = verdict.greedy_rows(reference, verdicts, setting, decode)
-    return verdicts, {
-        "greedy": rows,
-        "continuation": recipe.corpus.continuation,
-        "positions": len(panel.positions),
-        "losses": _losses(verdicts, reference),
-    }
-
-
-def _losses(verdicts: Sequence[Verdict], reference: Reference) -> dict[str, Any]:
-    """Where each file that is not close enough to the fp32 file leaves it, operator by operator."""
-    found: dict[str, Any] = {}
-    for item in (item for item in verdicts[1:] if _leaves(item)):
-        samples = list(reference.corpus()[0][:_TRACED])
-        trace = sqnr.trace(item.subject.path, verdicts[0].subject.path, samples)
-        log.step(f"{item.subject.name}: {trace.sentence()}")
-        found[item.subject.name] = trace.facts()
-    return found
-
-
-def _leaves(item: Verdict) -> bool:
-    """Whether a figure that was estimated against the fp32 file did not pass."""
-    return any(check.status != "pass" and check.against == BASELINE and check.low is not None for check in item.checks)
-
-
-def _judge_bundles(context: Context, reference: Reference, tokenizer: Any) -> list[bundles.Verdict]:
-    recipe, golden = context.recipe, context.upstream["golden"].facts
-    with tempfile.TemporaryDirectory(dir=context.folder) as scratch:
-        setting = bundles.Setting(
-            recital=Recital(
-                scripts=kv_cache.scripts(recipe.bundle, _integer(golden["sliding_window"])), **reference.cache()
-            ),
-            head=reference.head,
-            tokenizer=tokenizer,
-            conversations=CONVERSATIONS,
-            greedy=reference.greedy()[: recipe.bundle.prompts],
-            stop=set(_integers(golden["stop"])),
-            scratch=Path(scratch),
-        )
-        verdicts: list[bundles.Verdict] = []
-        for precision in sorted(recipe.bundle.precisions, key=lambda name: name != BASELINE):
-            subject = _bundle(context, precision)
-            log.step(f"judging {subject.name} ({log.human_bytes(subject.record.size)})")
-            verdicts.append(bundles.judge(subject, setting))
-    return verdicts
-
-
-def _bundle(context: Context, precision: str) -> bundles.Subject:
-    made = context.upstream["bundle"]
-    held = cast(Mapping[str, Any], made.facts[precision])
-    record = made.output(f"{precision}.litertlm")
-    return bundles.Subject(
-        precision=precision,
-        path=context.root / record.path,
-        record=record,
-        sections=context.root / precision,
-        gate=context.recipe.gates.get(f"bundle-{precision}"),
-        parameters=_integer(context.upstream["fetch"].facts["parameters"]),
-        stored=held["stored"],
-        weight_bytes=held["weight_bytes"],
-    )
-
-
-def _files(context: Context) -> dict[str, Path]:
-    """Every judged file by its path in the model's folder."""
-    steps = [f"{name}/{STEP}" for name in context.arguments.variants] if context.graphs != "bundle" else []
-    spoken = context.recipe.bundle.precisions if context.graphs != "step" else ()
-    return {path: context.root / path for path in (*steps, *(f"bundle/{name}.litertlm" for name in spoken))}
-
-
-def _name(item: Verdict | bundles.Verdict) -> str:
-    return item.subject.name
-
-
-def _ordered(variants: Sequence[str]) -> list[str]:
-    """The variants, fp32 first: it is what the others are held against."""
-    if BASELINE not in variants:
-        raise UsageError(
-            f"--variants {' '.join(variants)} lacks {BASELINE}",
-            cause="the other files are held against it",
-            remedy=f"add {BASELINE}",
-        )
-    return [BASELINE, *(name for name in dict.fromkeys(variants) if name != BASELINE)]
-
-
-def _subject(context: Context, name: str) -> Subject:
-    made = context.upstream[name]
-    parameters = context.upstream["fetch"].facts.get("parameters")
-    key = gates.gate_name(name, made.facts)
-    return Subject(
-        name=name,
-        path=context.root / name / STEP,
-        record=made.output(STEP),
-        facts=cast(Facts, made.facts.get("step", {})),
-        gate_name=key,
-        gate=context.recipe.gates.get(key),
-        parameters=parameters if isinstance(parameters, int) else None,
-        baseline_size=context.upstream[BASELINE].output(STEP).size,
-    )
-
-
-def _judge_all(subjects: Sequence[Subject], setting: Setting) -> list[Verdict]:
-    verdicts: list[Verdict] = []
-    for subject in subjects:
-        log.step(f"judging {subject.name} ({log.human_bytes(subject.record.size)})")
-        verdicts.append(verdict.judge_file(subject, setting, verdicts[0] if verdicts else None))
-    return verdicts
-
-
-def _tokenizer(checkpoint: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)
-
-
-def _judgement(context: Context, verdicts: Sequence[Verdict], heard: Sequence[bundles.Verdict]) -> dict[str, Any]:
-    """What was found and does not change from run to run."""
-    fetch, golden = context.upstream["fetch"], context.upstream["golden"]
-    required = [check for item in verdicts if not item.subject.alternative for check in item.checks]
-    required += [check for item in heard for check in item.checks]
-    alternative = [check for item in verdicts if item.subject.alternative for check in item.checks]
-    return {
-        "schema": verification.SCHEMA,
-        "model": fetch.model,
-        "revision": fetch.revision,
-        "recipe": context.recipe.name,
-        "recipe_sha256": context.recipe.sha256,
-        "tools": versions.installed(),
-        "parameters": fetch.facts.get("parameters"),
-        "passed": bool(required) and all(check.passed for check in required),
-        "checks": [check.facts() for check in required],
-        "alternative_checks": [check.facts() for check in alternative],
-        "reference": dict(golden.facts),
-        "order": [item.subject.name for item in verdicts],
-        "variants": {item.subject.name: item.facts() for item in verdicts},
-        "bundles": {item.subject.name: item.facts() for item in heard},
-    }
-
-
-def _write_report(context: Context, judgement: Mapping[str, Any], verdicts: Sequence[Verdict]) -> None:
-    """Time the step graphs and write `report.json` and `report.html`."""
-    sequences = [length for length in SEQUENCES if length <= context.recipe.step.max_sequence]
-    bos = _integer(context.upstream["golden"].facts["bos"])
-    speed: dict[str, Any] = {}
-    with log.progress("timing", len(verdicts) * len(verdict.KERNELS), "runs") as bar:
-        for subject in (item.subject for item in verdicts):
-            speed[subject.name] = {}
-            for kernels in verdict.KERNELS:
-                measured = litert.measure_speed(subject.path, sequences, bos=bos, xnnpack=kernels == "xnnpack")
-                latency = {str(sequence): seconds for sequence, seconds in measured.latency.items()}
-                speed[subject.name][kernels] = {"load": measured.load, "latency": latency}
-                bar.advance()
-    full = {
-        **judgement,
-        "speed": speed,
-        "sequences": sequences,
-        "machine": {
-            "system": platform.platform(),
-            "processor": litert.processor(),
-            "cores": os.cpu_count(),
-            "threads": litert.default_threads(),
-        },
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-    }
-    manifest.write_atomically(context.folder / "report.json", manifest.dump_json(full))
-    manifest.write_atomically(context.folder / "report.html", verification.render(full))
-    for row in (*verification.table(full), *verification.advice(full)):
-        log.line(f"  {row}")
-
-
-def _say(verdicts: Sequence[Verdict | bundles.Verdict], folder: Path) -> None:
-    """Print what missed its limit.
-
-    Raises:
-        VerificationError: a required file did.
-    """
-    failed: list[Check] = []
-    for item in verdicts:
-        missed = [check for check in item.checks if not check.passed]
-        optional = isinstance(item, Verdict) and item.subject.alternative
-        for check in missed if optional else ():
-            log.warn(f"not fit to publish: {check.sentence()}")
-        failed += [] if optional else missed
-    if failed:
-        for check in failed:
-            log.line(f"  {check.status}: {check.sentence()}")
-        raise VerificationError(
-            f"{len(failed)} checks did not pass, the first: {failed[0].sentence()}",
-            cause=_CAUSES[failed[0].status],
-            remedy=f"read {folder / 'report.html'}; {_REMEDIES[failed[0].status]}",
-        )
-
-
-def _integer(value: Fact) -> int:
-    return int(value) if isinstance(value, int | float) else 0
-
-
-def _integers(value: Fact) -> list[int]:
-    return [_integer(item) for item in value] if isinstance(value, list) else []
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

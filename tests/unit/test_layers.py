@@ -24,7 +24,7 @@ ALLOWED = {
     "models": {"core", "checkpoint", "tflite", "export"},
     "judge": {"core", "checkpoint", "tflite", "runtime"},
     "reference": {"core", "checkpoint", "judge"},
-    "report": {"core", "judge"},
+    "report": {"core", "runtime", "judge"},
     "bundling": {"core", "checkpoint", "tflite", "quantize", "models"},
     "planning": {"core", "checkpoint", "quantize", "models", "judge", "release"},
     "search": {"core", "checkpoint", "tflite", "runtime", "quantize", "models", "judge"},

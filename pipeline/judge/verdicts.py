@@ -1,0 +1,162 @@
+"""The verdicts on all files of a model: what is judged against what, and where a file leaves the fp32 one."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from pipeline.core import log
+from pipeline.core.errors import UsageError
+from pipeline.core.manifest import Fact, Facts
+from pipeline.core.stage import Context
+from pipeline.judge import bundles, gates, kv_cache, sqnr
+from pipeline.judge import steps as verdict
+from pipeline.judge.examine import Panel
+from pipeline.judge.kv_cache import Recital
+from pipeline.judge.reference import Reference
+from pipeline.judge.steps import BASELINE, Setting, Subject, Verdict
+from pipeline.runtime.litert_lm import Message
+
+STEP = "step.tflite"
+_PER_BATCH = 8
+_TRACED = 4
+"""Windows that are run operator by operator to find where a file loses quality."""
+
+
+def judge_steps(context: Context, reference: Reference, tokenizer: Any) -> tuple[list[Verdict], dict[str, Any]]:
+    """The verdicts on the step graphs, and what of the judgement is theirs alone."""
+    recipe, golden = context.recipe, context.upstream["golden"].facts
+    panel = Panel.of(
+        reference,
+        batch=min(_PER_BATCH, recipe.step.max_batch),
+        pad=integer(golden["pad"]),
+    )
+    subjects = [_subject(context, name) for name in _ordered(context.arguments.variants)]
+    with tempfile.TemporaryDirectory(dir=context.folder) as scratch:
+        setting = Setting(
+            reference=reference,
+            panel=panel,
+            prompts=recipe.corpus.prompts,
+            continuation=recipe.corpus.continuation,
+            stop=_integers(golden["stop"]),
+            scratch=Path(scratch),
+        )
+        verdicts = _judge_all(subjects, setting)
+    decode: Callable[[list[int]], str] = lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True))  # noqa: E731
+    rows = verdict.greedy_rows(reference, verdicts, setting, decode)
+    return verdicts, {
+        "greedy": rows,
+        "continuation": recipe.corpus.continuation,
+        "positions": len(panel.positions),
+        "losses": _losses(verdicts, reference),
+    }
+
+
+def _losses(verdicts: Sequence[Verdict], reference: Reference) -> dict[str, Any]:
+    """Where each file that is not close enough to the fp32 file leaves it, operator by operator."""
+    found: dict[str, Any] = {}
+    for item in (item for item in verdicts[1:] if _leaves(item)):
+        samples = list(reference.corpus()[0][:_TRACED])
+        trace = sqnr.trace(item.subject.path, verdicts[0].subject.path, samples)
+        log.step(f"{item.subject.name}: {trace.sentence()}")
+        found[item.subject.name] = trace.facts()
+    return found
+
+
+def _leaves(item: Verdict) -> bool:
+    """Whether a figure that was estimated against the fp32 file did not pass."""
+    return any(check.status != "pass" and check.against == BASELINE and check.low is not None for check in item.checks)
+
+
+def judge_bundles(
+    context: Context, reference: Reference, tokenizer: Any, conversations: Sequence[Sequence[Message]]
+) -> list[bundles.Verdict]:
+    """The verdicts on the bundles, fp32 first; `conversations` are rendered by template and runtime."""
+    recipe, golden = context.recipe, context.upstream["golden"].facts
+    with tempfile.TemporaryDirectory(dir=context.folder) as scratch:
+        setting = bundles.Setting(
+            recital=Recital(
+                scripts=kv_cache.scripts(recipe.bundle, integer(golden["sliding_window"])), **reference.cache()
+            ),
+            head=reference.head,
+            tokenizer=tokenizer,
+            conversations=conversations,
+            greedy=reference.greedy()[: recipe.bundle.prompts],
+            stop=set(_integers(golden["stop"])),
+            scratch=Path(scratch),
+        )
+        verdicts: list[bundles.Verdict] = []
+        for precision in sorted(recipe.bundle.precisions, key=lambda name: name != BASELINE):
+            subject = _bundle(context, precision)
+            log.step(f"judging {subject.name} ({log.human_bytes(subject.record.size)})")
+            verdicts.append(bundles.judge(subject, setting))
+    return verdicts
+
+
+def _bundle(context: Context, precision: str) -> bundles.Subject:
+    made = context.upstream["bundle"]
+    held = cast(Mapping[str, Any], made.facts[precision])
+    record = made.output(f"{precision}.litertlm")
+    return bundles.Subject(
+        precision=precision,
+        path=context.root / record.path,
+        record=record,
+        sections=context.root / precision,
+        gate=context.recipe.gates.get(f"bundle-{precision}"),
+        parameters=integer(context.upstream["fetch"].facts["parameters"]),
+        stored=held["stored"],
+        weight_bytes=held["weight_bytes"],
+    )
+
+
+def judged_files(context: Context) -> dict[str, Path]:
+    """Every judged file by its path in the model's folder."""
+    steps = [f"{name}/{STEP}" for name in context.arguments.variants] if context.graphs != "bundle" else []
+    spoken = context.recipe.bundle.precisions if context.graphs != "step" else ()
+    return {path: context.root / path for path in (*steps, *(f"bundle/{name}.litertlm" for name in spoken))}
+
+
+def _ordered(variants: Sequence[str]) -> list[str]:
+    """The variants, fp32 first: it is what the others are held against."""
+    if BASELINE not in variants:
+        raise UsageError(
+            f"--variants {' '.join(variants)} lacks {BASELINE}",
+            cause="the other files are held against it",
+            remedy=f"add {BASELINE}",
+        )
+    return [BASELINE, *(name for name in dict.fromkeys(variants) if name != BASELINE)]
+
+
+def _subject(context: Context, name: str) -> Subject:
+    made = context.upstream[name]
+    parameters = context.upstream["fetch"].facts.get("parameters")
+    key = gates.gate_name(name, made.facts)
+    return Subject(
+        name=name,
+        path=context.root / name / STEP,
+        record=made.output(STEP),
+        facts=cast(Facts, made.facts.get("step", {})),
+        gate_name=key,
+        gate=context.recipe.gates.get(key),
+        parameters=parameters if isinstance(parameters, int) else None,
+        baseline_size=context.upstream[BASELINE].output(STEP).size,
+    )
+
+
+def _judge_all(subjects: Sequence[Subject], setting: Setting) -> list[Verdict]:
+    verdicts: list[Verdict] = []
+    for subject in subjects:
+        log.step(f"judging {subject.name} ({log.human_bytes(subject.record.size)})")
+        verdicts.append(verdict.judge_file(subject, setting, verdicts[0] if verdicts else None))
+    return verdicts
+
+
+def integer(value: Fact) -> int:
+    """A fact as a number; 0 for what is none."""
+    return int(value) if isinstance(value, int | float) else 0
+
+
+def _integers(value: Fact) -> list[int]:
+    return [integer(item) for item in value] if isinstance(value, list) else []

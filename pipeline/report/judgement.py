@@ -1,0 +1,111 @@
+"""What verify found: the judgement, the reports with timings, and the refusal of what missed a limit."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.core import log, manifest, versions
+from pipeline.core.errors import VerificationError
+from pipeline.core.stage import Context
+from pipeline.judge import bundles
+from pipeline.judge import steps as verdict
+from pipeline.judge.gates import Check, Status
+from pipeline.judge.steps import Verdict
+from pipeline.judge.verdicts import integer
+from pipeline.report import verification
+from pipeline.runtime import litert
+
+SEQUENCES = (1, 128, 1024)
+_CAUSES: Mapping[Status, str] = {
+    "fail": "a file is not as good as the recipe demands",
+    "inconclusive": "too few positions were judged to know whether the limit is kept",
+    "not measured": "a figure that the recipe limits could not be had, or the recipe has no limits for this file",
+}
+_REMEDIES: Mapping[Status, str] = {
+    "fail": "correct the stage that made the file, or the recipe's limit",
+    "inconclusive": "judge more positions: raise corpus.positions (bundles: bundle.positions), or more text: EVAL=",
+    "not measured": "complete the recipe's limits, or run the stage that made the file again",
+}
+
+
+def summarise(context: Context, verdicts: Sequence[Verdict], heard: Sequence[bundles.Verdict]) -> dict[str, Any]:
+    """What was found and does not change from run to run."""
+    fetch, golden = context.upstream["fetch"], context.upstream["golden"]
+    required = [check for item in verdicts if not item.subject.alternative for check in item.checks]
+    required += [check for item in heard for check in item.checks]
+    alternative = [check for item in verdicts if item.subject.alternative for check in item.checks]
+    return {
+        "schema": verification.SCHEMA,
+        "model": fetch.model,
+        "revision": fetch.revision,
+        "recipe": context.recipe.name,
+        "recipe_sha256": context.recipe.sha256,
+        "tools": versions.installed(),
+        "parameters": fetch.facts.get("parameters"),
+        "passed": bool(required) and all(check.passed for check in required),
+        "checks": [check.facts() for check in required],
+        "alternative_checks": [check.facts() for check in alternative],
+        "reference": dict(golden.facts),
+        "order": [item.subject.name for item in verdicts],
+        "variants": {item.subject.name: item.facts() for item in verdicts},
+        "bundles": {item.subject.name: item.facts() for item in heard},
+    }
+
+
+def write_report(context: Context, judgement: Mapping[str, Any], verdicts: Sequence[Verdict]) -> None:
+    """Time the step graphs and write `report.json` and `report.html`."""
+    sequences = [length for length in SEQUENCES if length <= context.recipe.step.max_sequence]
+    bos = integer(context.upstream["golden"].facts["bos"])
+    speed: dict[str, Any] = {}
+    with log.progress("timing", len(verdicts) * len(verdict.KERNELS), "runs") as bar:
+        for subject in (item.subject for item in verdicts):
+            speed[subject.name] = {}
+            for kernels in verdict.KERNELS:
+                measured = litert.measure_speed(subject.path, sequences, bos=bos, xnnpack=kernels == "xnnpack")
+                latency = {str(sequence): seconds for sequence, seconds in measured.latency.items()}
+                speed[subject.name][kernels] = {"load": measured.load, "latency": latency}
+                bar.advance()
+    full = {
+        **judgement,
+        "speed": speed,
+        "sequences": sequences,
+        "machine": {
+            "system": platform.platform(),
+            "processor": litert.processor(),
+            "cores": os.cpu_count(),
+            "threads": litert.default_threads(),
+        },
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+    }
+    manifest.write_atomically(context.folder / "report.json", manifest.dump_json(full))
+    manifest.write_atomically(context.folder / "report.html", verification.render(full))
+    for row in (*verification.table(full), *verification.advice(full)):
+        log.line(f"  {row}")
+
+
+def refuse_failed(verdicts: Sequence[Verdict | bundles.Verdict], folder: Path) -> None:
+    """Print what missed its limit.
+
+    Raises:
+        VerificationError: a required file did.
+    """
+    failed: list[Check] = []
+    for item in verdicts:
+        missed = [check for check in item.checks if not check.passed]
+        optional = isinstance(item, Verdict) and item.subject.alternative
+        for check in missed if optional else ():
+            log.warn(f"not fit to publish: {check.sentence()}")
+        failed += [] if optional else missed
+    if failed:
+        for check in failed:
+            log.line(f"  {check.status}: {check.sentence()}")
+        raise VerificationError(
+            f"{len(failed)} checks did not pass, the first: {failed[0].sentence()}",
+            cause=_CAUSES[failed[0].status],
+            remedy=f"read {folder / 'report.html'}; {_REMEDIES[failed[0].status]}",
+        )
