@@ -69,7 +69,7 @@ def test_threads_are_counted_in_one_place() -> None:
     assert {name: calls for name, calls in found.items() if calls} == {
         "core/parallel.py": ["os.sched_getaffinity"],
         "core/stage.py": ["os.cpu_count"],
-        "verify.py": ["os.cpu_count"],
+        "report/judgement.py": ["os.cpu_count"],
     }
 
 
@@ -81,7 +81,7 @@ def test_blas_has_one_thread_while_rows_are_rounded_and_as_many_as_before_afterw
     np.save(tmp_path / "q.npy", np.eye(4)[None])
     (tmp_path / gptq.INDEX).write_text(json.dumps({"q.weight": "q.npy"}))
     with threadpool_limits(2, "blas"):
-        moments = gptq.Moments(tmp_path)
+        moments = gptq.Hessians(tmp_path)
         assert blas() == {2}
         with pytest.raises(KeyError), moments:
             assert blas() == {1}
