@@ -3,7 +3,7 @@
 Hugging Face's model in fp32 reads windows of the calibration text. Of each linear layer's inputs x, H = Σ x xᵀ / |x|²
 over all tokens is kept: what Gemma's layers give is normalised per token, so an error counts by its share of the
 token's own result, and the few tokens with huge activations (the first of a text) do not outweigh all others. Layers
-that read the same tensor have one file; a layer wider than `gptq.SPAN` columns has the Hessian of each span alone.
+that read the same tensor have one file; a layer wider than `hessians.SPAN` columns has the Hessian of each span alone.
 
 Made only for precisions that round by them. The model is streamed from its file and the sums stand in mapped files, so
 memory stays bounded.
@@ -25,7 +25,7 @@ from pipeline.core.recipe import PROJECT
 from pipeline.core.stage import Context, Outcome, Stage, main
 from pipeline.judge import corpus
 from pipeline.models import sizes
-from pipeline.quantize import gptq
+from pipeline.quantize import hessians
 from pipeline.reference.model import HuggingFace
 
 
@@ -57,7 +57,7 @@ class HessianSums:
 
     def add(self, file: str, rows: Tensor) -> None:
         """Add Σ x xᵀ / |x|² of `rows` [tokens, columns], span by span."""
-        width = gptq.span(rows.shape[1])
+        width = hessians.span(rows.shape[1])
         count = rows.shape[1] // width
         if file not in self.mapped:
             self.mapped[file] = np.lib.format.open_memmap(
@@ -72,7 +72,7 @@ class HessianSums:
         for mapped in self.mapped.values():
             mapped.flush()
         self.mapped.clear()
-        manifest.write_atomically(self.folder / gptq.INDEX, manifest.dump_json(dict(sorted(self.files.items()))))
+        manifest.write_atomically(self.folder / hessians.INDEX, manifest.dump_json(dict(sorted(self.files.items()))))
 
 
 def work(context: Context) -> Outcome:

@@ -15,7 +15,7 @@ from pipeline.core import memory
 from pipeline.judge import corpus
 from pipeline.models import sizes
 from pipeline.planning.model import STEP, Model
-from pipeline.quantize import gptq
+from pipeline.quantize import hessians
 
 _GIB = 1 << 30
 _DOWNLOAD = 50e6
@@ -77,7 +77,7 @@ def moments(model: Model) -> Need:
     recipe = model.recipe
     tokens = recipe.int8.calibration_samples * recipe.corpus.window
     widths = {(name.rsplit(".", 2)[0], shape[1]) for name, shape in model.shapes.items() if len(shape) == 2}
-    size = sum(4 * width * gptq.span(width) for _, width in widths)
+    size = sum(4 * width * hessians.span(width) for _, width in widths)
     return Need(
         what="second moments of what layers read",
         size=size,

@@ -23,7 +23,6 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.quantize import gptq
 from pipeline.quantize import rows as quantize
 from pipeline.tflite.graph import Graph
 from pipeline.tflite.lazy import Array, Blocks, BlockScales, pack
@@ -54,17 +53,17 @@ def quantise_weights(graph: Graph, keep_int8: quantize.Keep, rounding: quantize.
                 operator.builtinOptions.asymmetricQuantizeInputs = True  # else the built-in kernels take another step
             if view.type_of(weight) == "FLOAT32":
                 values = view.blocks(weight)
-                factors = rounding(view.name(weight), values.shape[-1])
+                rounded_by = rounding(view.name(weight), values.shape[-1])
                 if not keep_int8(view.operator_name(operator)) and not values.shape[-1] % BLOCK:
-                    view.set_four_bits(weight, *quantise_blocks(values, factors))
+                    view.set_four_bits(weight, *quantise_blocks(values, rounded_by))
                 else:
-                    view.set_constant(weight, *quantize.quantise_rows(values, factors))
+                    view.set_constant(weight, *quantize.quantise_rows(values, rounded_by))
 
 
-def quantise_blocks(values: Blocks, factors: gptq.Factors | None = None) -> tuple[Blocks, BlockScales]:
+def quantise_blocks(values: Blocks, rounded_by: quantize.RoundRows | None = None) -> tuple[Blocks, BlockScales]:
     """[rows, columns] float → 4-bit integers two in a byte, and the scales with which they are closest.
 
-    To the nearest integer, or with `factors` by GPTQ.
+    To the nearest integer, or as `rounded_by` says (GPTQ, by `gptq.Hessians`).
 
     Rows are read twice: now for their scales, and for their values when the file is written.
     """
@@ -73,7 +72,7 @@ def quantise_blocks(values: Blocks, factors: gptq.Factors | None = None) -> tupl
 
     def packed(start: int, stop: int) -> Array:
         block, own = values.rows(start, stop), scale[start:stop]
-        return pack(gptq.round_rows(block, own, factors(), _LOW, _HIGH) if factors else round_blocks(block, own))
+        return pack(rounded_by(block, own, _LOW, _HIGH) if rounded_by else round_blocks(block, own))
 
     return Blocks((rows, columns // 2), np.uint8, packed), BlockScales(scale, BLOCK)
 

@@ -8,8 +8,7 @@ columns can be taken in any order: those with the largest inputs come first, who
 
 Weights are [rows, columns], H is [n, n] for a span of n columns, from stage `moments`. Everything here is float64: a
 product's last bits differ from machine to machine, and so would weights that lie between two integers. Columns are
-treated in spans of at most `SPAN`, each with moments of its own, so that the work on the widest layer is bounded (a
-matrix 16,384 wide would need 2 GB for its moments alone).
+treated in spans of at most `hessians.SPAN`, each with a Hessian of its own.
 
 Of a tied table the rows that are looked up get worse by it, the head gets better, and that counts for more.
 Result: Gemma 3 270M, int8x2: KL(fp32 file || file) 0.0026 instead of 0.0055, and smaller; docs/experiments.md.
@@ -33,11 +32,9 @@ from threadpoolctl import threadpool_limits
 
 from pipeline.core import parallel
 from pipeline.quantize.hadamard import rotate_blocks
+from pipeline.quantize.hessians import INDEX
 from pipeline.tflite.lazy import Array
 
-INDEX = "index.json"
-"""In the folder of stage `moments`: name of a weight → file."""
-SPAN = 2048
 DAMPING = 0.01
 """Added to the diagonal of H, over its mean: the paper's value."""
 _CHUNK = 32
@@ -73,16 +70,17 @@ class Factor:
 
 
 _Key = tuple[str, int, int, int, bytes]
-Factors = Callable[[], Sequence[Factor]]
-"""Those of the spans of a matrix, from left to right, made when they are needed."""
 
 
-def span(columns: int) -> int:
-    """How many columns are treated together: all, or the largest equal part of them that is at most `SPAN`."""
-    parts = -(-columns // SPAN)
-    while columns % parts:
-        parts += 1
-    return columns // parts
+@dataclass(frozen=True)
+class ByFactors:
+    """Rounds rows of a matrix by the factors of its spans, from left to right, made when they are needed."""
+
+    factors: Callable[[], Sequence[Factor]]
+
+    def __call__(self, values: Array, scale: Array, low: int, high: int) -> NDArray[np.int8]:
+        """As `round_rows`."""
+        return round_rows(values, scale, self.factors(), low, high)
 
 
 def round_rows(values: Array, scale: Array, factors: Sequence[Factor], low: int, high: int) -> NDArray[np.int8]:
@@ -136,7 +134,7 @@ class Hessians:
 
     def rounding(
         self, column_factors: Mapping[str, Array] | None = None, rotated: Mapping[str, int] | None = None
-    ) -> Callable[[str, int], Factors | None]:
+    ) -> Callable[[str, int], ByFactors | None]:
         """What rounds a matrix, by its name and how many columns it has; None where there is no Hessian of it.
 
         Columns may be a group of a matrix's (`…;block_2`, groups.py), rows a range of them (`…;fine_0`, row_ranges.py).
@@ -146,12 +144,12 @@ class Hessians:
             rotated: the size of the blocks in which both were rotated then (quantize/rotate.py).
         """
 
-        def of(weight: str, columns: int) -> Factors | None:
+        def of(weight: str, columns: int) -> ByFactors | None:
             group, whole = _GROUP.search(weight), _PART.sub("", weight)
             start, factors = int(group[1]) * columns if group else 0, (column_factors or {}).get(whole)
             file = self.files.get(whole)
             size = (rotated or {}).get(whole, 1)
-            return (lambda: self._factors(file, start, columns, factors, size)) if file else None
+            return ByFactors(lambda: self._factors(file, start, columns, factors, size)) if file else None
 
         return of
 

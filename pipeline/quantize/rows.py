@@ -31,7 +31,6 @@ from collections.abc import Callable, Iterable
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.quantize import gptq
 from pipeline.tflite.graph import Graph
 from pipeline.tflite.lazy import Array, Blocks, Scales
 
@@ -45,8 +44,10 @@ HEAD = "head"
 _HEADS = "^head;|logits"
 
 Keep = Callable[[str], bool]
-Rounding = Callable[[str, int], gptq.Factors | None]
-"""Of a matrix, by its name and how many columns it has: what GPTQ rounds it by, None for the nearest integers."""
+RoundRows = Callable[[Array, Array, int, int], NDArray[np.int8]]
+"""Rows [rows, columns] as integers, by scales [rows, columns / group]; the least and the largest integer."""
+Rounding = Callable[[str, int], RoundRows | None]
+"""Of a matrix, by its name and how many columns it has: what rounds its rows, None for the nearest integers."""
 
 
 def keeper(patterns: Iterable[str]) -> Keep:
@@ -65,10 +66,10 @@ def to_nearest(_weight: str, _columns: int) -> None:
 # --- weights
 
 
-def quantise_rows(values: Blocks, factors: gptq.Factors | None = None) -> tuple[Blocks, Scales]:
+def quantise_rows(values: Blocks, rounded_by: RoundRows | None = None) -> tuple[Blocks, Scales]:
     """Symmetric int8 with one scale per row: [rows, columns] float → int8 in −127 … 127, scale = max |row| / 127.
 
-    To the nearest integer, or with `factors` by GPTQ.
+    To the nearest integer, or as `rounded_by` says (GPTQ, by `gptq.Hessians`).
 
     Rows are read twice: now for their scales, and for their values when the file is written. A row a million times
     smaller than the largest has that row's scale · 2⁻²⁰: XNNPACK refuses a product of scales outside 2⁻³² … 2⁸.
@@ -77,7 +78,7 @@ def quantise_rows(values: Blocks, factors: gptq.Factors | None = None) -> tuple[
 
     def rounded(block: Array, row: int) -> NDArray[np.int8]:
         own = scale[row : row + len(block)]
-        return gptq.round_rows(block, own[:, None], factors(), -127, 127) if factors else round_rows(block, own)
+        return rounded_by(block, own[:, None], -127, 127) if rounded_by else round_rows(block, own)
 
     return values.map(np.int8, rounded), Scales.channels(scale)
 

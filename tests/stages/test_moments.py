@@ -18,7 +18,7 @@ from pipeline.core.errors import IntegrityError
 from pipeline.core.graph import Choice, needs
 from pipeline.core.recipe import load
 from pipeline.models import build, sizes
-from pipeline.quantize import gptq
+from pipeline.quantize import hessians
 from pipeline.tflite.graph import Graph
 from tools import bench, bench_stages
 
@@ -38,7 +38,7 @@ def line(built: Line, tmp_path_factory: pytest.TempPathFactory) -> Line:
 def kept(line: Line) -> dict[str, np.ndarray[Any, np.dtype[np.float32]]]:
     """Moments by the name of the weight."""
     folder = line.root / "moments"
-    index = json.loads((folder / gptq.INDEX).read_text(encoding="utf-8"))
+    index = json.loads((folder / hessians.INDEX).read_text(encoding="utf-8"))
     return {name: np.load(folder / file) for name, file in index.items()}
 
 
@@ -58,7 +58,7 @@ def test_each_token_counts_once_each_time_a_layer_reads(line: Line) -> None:
 
 
 def test_layers_that_read_the_same_share_a_file(line: Line) -> None:
-    index = json.loads((line.root / "moments" / gptq.INDEX).read_text(encoding="utf-8"))
+    index = json.loads((line.root / "moments" / hessians.INDEX).read_text(encoding="utf-8"))
     layer = "layers.0.self_attn.{}_proj.weight"
     assert len({index[layer.format(kind)] for kind in "qkv"}) == 1
     assert index["layers.0.mlp.gate_proj.weight"] == index["layers.0.mlp.up_proj.weight"]
@@ -69,7 +69,7 @@ def test_layers_that_read_the_same_share_a_file(line: Line) -> None:
 def test_sums_are_of_what_is_read_each_row_over_its_norm(tmp_path: Path) -> None:
     """Independently, in float64; a wide layer has spans of its own."""
     torch.manual_seed(3)
-    model = nn.Sequential(nn.Linear(6, 2 * gptq.SPAN, bias=False), nn.Linear(2 * gptq.SPAN, 3))
+    model = nn.Sequential(nn.Linear(6, 2 * hessians.SPAN, bias=False), nn.Linear(2 * hessians.SPAN, 3))
     sums = moments.HessianSums(tmp_path)
     sums.observe(model)
     batches = [torch.randn(2, 5, 6), torch.zeros(1, 2, 6), torch.randn(1, 4, 6)]
@@ -81,7 +81,7 @@ def test_sums_are_of_what_is_read_each_row_over_its_norm(tmp_path: Path) -> None
     for name, x in (("0.weight", rows), ("1.weight", wide)):
         unit = (x / x.norm(dim=1, keepdim=True)).detach().numpy()
         found = np.load(tmp_path / f"{name}.npy")
-        width = gptq.span(x.shape[1])
+        width = hessians.span(x.shape[1])
         for place in range(len(found)):
             part = unit[:, place * width : (place + 1) * width]
             assert np.allclose(found[place], part.T @ part, atol=1e-5)

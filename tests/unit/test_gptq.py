@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from pipeline.quantize import blockwise, gptq
+from pipeline.quantize import blockwise, gptq, hessians
 from pipeline.quantize import rows as quantize
 from pipeline.tflite.lazy import Blocks, unpack
 
@@ -103,7 +103,7 @@ def test_spans_are_rounded_each_by_itself() -> None:
 
 @pytest.mark.parametrize(("columns", "width"), [(640, 640), (2048, 2048), (8192, 2048), (6912, 1728), (16384, 2048)])
 def test_a_wide_matrix_has_spans_of_a_bounded_width(columns: int, width: int) -> None:
-    assert gptq.span(columns) == width
+    assert hessians.span(columns) == width
 
 
 # --- Hessians in files
@@ -112,7 +112,7 @@ def test_a_wide_matrix_has_spans_of_a_bounded_width(columns: int, width: int) ->
 def stored(folder: Path, **named: NDArray[np.float64]) -> gptq.Hessians:
     for name, h in named.items():
         np.save(folder / f"{name}.npy", h.astype(np.float32)[None] if h.ndim == 2 else h.astype(np.float32))
-    (folder / gptq.INDEX).write_text(json.dumps({f"{name}.weight": f"{name}.npy" for name in named}))
+    (folder / hessians.INDEX).write_text(json.dumps({f"{name}.weight": f"{name}.npy" for name in named}))
     return gptq.Hessians(folder)
 
 
@@ -132,13 +132,15 @@ def test_ranges_of_rows_have_the_hessian_of_all_and_groups_of_columns_their_own(
         made = rounding(name, columns.stop - columns.start)
         assert made is not None
         wanted = gptq.Factor.of(h.astype(np.float32)[columns, columns])
-        assert np.array_equal(made()[0].upper, wanted.upper) and np.array_equal(made()[0].order, wanted.order)
+        assert np.array_equal(made.factors()[0].upper, wanted.upper) and np.array_equal(
+            made.factors()[0].order, wanted.order
+        )
 
 
 def test_columns_of_several_spans_are_cut_where_the_spans_are(tmp_path: Path) -> None:
     parts = np.stack([hessian(8, 1), hessian(8, 2)])
     made = stored(tmp_path, q=parts).rounding()("q.weight;block_1", 12)  # columns 12 to 24, of 16: four are left
-    assert made is not None and [len(one.order) for one in made()] == [4]
+    assert made is not None and [len(one.order) for one in made.factors()] == [4]
 
 
 def test_what_columns_were_multiplied_with_is_taken_off_the_hessian(tmp_path: Path) -> None:
@@ -147,7 +149,7 @@ def test_what_columns_were_multiplied_with_is_taken_off_the_hessian(tmp_path: Pa
     assert made is not None
     equalized = values * factors
     scale = scale_of(equalized)
-    rounded = gptq.round_rows(equalized, scale, made(), -127, 127)
+    rounded = gptq.round_rows(equalized, scale, made.factors(), -127, 127)
     off = (rounded * scale - equalized) / factors
     plain = (nearest(equalized, scale) * scale - equalized) / factors
     assert np.einsum("ij,jk,ik->", off, h, off) < 0.6 * np.einsum("ij,jk,ik->", plain, h, plain)

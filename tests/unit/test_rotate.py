@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from running import run
 
 from pipeline.core.recipe import Int4, Int8
-from pipeline.quantize import gptq, int4, int8, int8x2, rotate
+from pipeline.quantize import gptq, hessians, int4, int8, int8x2, rotate
 from pipeline.quantize import rows as quantize
 from pipeline.quantize.hadamard import hadamard, rotate_blocks
 from pipeline.tflite.graph import Graph
@@ -193,7 +193,7 @@ def test_hessians_are_rotated_with_what_they_are_of(tmp_path: Path) -> None:
     x = np.random.default_rng(4).standard_normal((500, 32)) * np.exp(np.arange(32) % 7)
     factors = np.exp2(np.arange(32) % 3).astype(np.float32)
     np.save(tmp_path / "q.npy", (x.T @ x).astype(np.float32)[None])
-    (tmp_path / gptq.INDEX).write_text('{"q.weight": "q.npy"}')
+    (tmp_path / hessians.INDEX).write_text('{"q.weight": "q.npy"}')
     rounding = gptq.Hessians(tmp_path).rounding({"q.weight": factors}, {"q.weight": 16})
     turned = rotate_blocks(x / factors, 16)
     for name, columns in (("q.weight", slice(0, 32)), ("q.weight;block_3", slice(24, 32))):
@@ -201,5 +201,5 @@ def test_hessians_are_rotated_with_what_they_are_of(tmp_path: Path) -> None:
             rounding(name, columns.stop - columns.start),
             gptq.Factor.of((turned.T @ turned)[columns, columns]),
         )
-        assert made is not None and np.array_equal(made()[0].order, wanted.order)
-        np.testing.assert_allclose(made()[0].upper, wanted.upper, rtol=1e-3, atol=1e-9)
+        assert made is not None and np.array_equal(made.factors()[0].order, wanted.order)
+        np.testing.assert_allclose(made.factors()[0].upper, wanted.upper, rtol=1e-3, atol=1e-9)

@@ -15,7 +15,7 @@ from threadpoolctl import threadpool_info, threadpool_limits
 
 from pipeline.core import parallel
 from pipeline.core.recipe import PROJECT
-from pipeline.quantize import gptq
+from pipeline.quantize import gptq, hessians
 from pipeline.runtime import litert, litert_lm, sections
 
 
@@ -79,7 +79,7 @@ def blas() -> set[int]:
 
 def test_blas_has_one_thread_while_rows_are_rounded_and_as_many_as_before_afterwards(tmp_path: Path) -> None:
     np.save(tmp_path / "q.npy", np.eye(4)[None])
-    (tmp_path / gptq.INDEX).write_text(json.dumps({"q.weight": "q.npy"}))
+    (tmp_path / hessians.INDEX).write_text(json.dumps({"q.weight": "q.npy"}))
     with threadpool_limits(2, "blas"):
         moments = gptq.Hessians(tmp_path)
         assert blas() == {2}

@@ -1,0 +1,17 @@
+"""How stage `moments` keeps the Hessians H = Σ x xᵀ of what layers read: a file per input, a matrix per span.
+
+Wide layers are treated in spans of columns, so that the work on the widest one is bounded: a matrix 16,384 wide would
+need 2 GB for its Hessian alone.
+"""
+
+INDEX = "index.json"
+"""In the folder of stage `moments`: name of a weight → file, float32 [spans, span, span]."""
+SPAN = 2048
+
+
+def span(columns: int) -> int:
+    """How many columns are treated together: all, or the largest equal part of them that is at most `SPAN`."""
+    parts = -(-columns // SPAN)
+    while columns % parts:
+        parts += 1
+    return columns // parts
