@@ -61,12 +61,13 @@ def export(signatures: Sequence[Signature], out: Path) -> None:
     import litert_torch
     from litert_torch import _config
 
+    from pipeline.export.decompose import by_node
     from pipeline.export.lowering import dynamic_shapes
 
     _config.config.show_progress = False
     converter: Any = litert_torch
     try:
-        with dynamic_shapes(), torch.no_grad(), warnings.catch_warnings():
+        with dynamic_shapes(), by_node(), torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             for each in signatures:
                 converter = _add(converter, each)

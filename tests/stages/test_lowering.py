@@ -7,20 +7,23 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from litert_torch import convert
+from litert_torch import convert, fx_infra
 from litert_torch.backend.debuginfo import _build
 
-from pipeline.export import export, lowering
+from pipeline.export import decompose, export, lowering
 from pipeline.export.operators import Embedding, Linear, matmul, normalise, update, window
 from pipeline.runtime.litert import litert
 from pipeline.tflite.graph import Graph
 
 Compute = Callable[..., torch.Tensor]
+Decomposing = Callable[[], AbstractContextManager[None]]
 S = torch.export.Dim("s", min=1, max=64)
 B = torch.export.Dim("b", min=1, max=8)
 
@@ -34,10 +37,12 @@ class Wrapped(torch.nn.Module):
         return {"y": self.compute(x)}
 
 
-def run(compute: Compute, shape: tuple[int, ...], folder: Path) -> tuple[np.ndarray, np.ndarray]:
+def run(
+    compute: Compute, shape: tuple[int, ...], folder: Path, decomposing: Decomposing = decompose.by_node
+) -> tuple[np.ndarray, np.ndarray]:
     """`compute` converted with unknown first two dimensions, run at another shape; and what PyTorch gives."""
     module, example = Wrapped(compute).eval(), torch.randn(2, 32, *shape)
-    with lowering.dynamic_shapes():
+    with lowering.dynamic_shapes(), decomposing():
         convert(module, (example,), dynamic_shapes=({0: B, 1: S},)).export(str(folder / "y.tflite"))
     x = torch.randn(3, 7, *shape)
     got = litert(folder / "y.tflite", xnnpack=True, threads=1).get_signature_runner()(args_0=x.numpy())["y"]
@@ -73,7 +78,7 @@ def test_what_the_graph_modules_use_is_exact(name: str, tmp_path: Path) -> None:
 def test_what_the_graph_modules_avoid_does_not_convert(compute: Compute, tmp_path: Path) -> None:
     """relu and a comparison with a number: written as maximum and a comparison with a tensor."""
     with pytest.raises(Exception):  # noqa: B017 - the kind of error is upstream's affair
-        run(compute, (6,), tmp_path)
+        run(compute, (6,), tmp_path, nullcontext)
 
 
 def test_our_operators_are_exact(tmp_path: Path) -> None:
@@ -99,7 +104,7 @@ def test_a_cache_is_written_and_read_where_pytorch_does(tmp_path: Path) -> None:
 
     module = Cache().eval()
     x, part = torch.randn(2, 9, 5), torch.randn(2, 3, 5)
-    with lowering.dynamic_shapes():
+    with lowering.dynamic_shapes(), decompose.by_node():
         convert(module, (x, part, torch.zeros(1, dtype=torch.int32))).export(str(tmp_path / "y.tflite"))
     for xnnpack in (True, False):
         runner = litert(tmp_path / "y.tflite", xnnpack=xnnpack, threads=1).get_signature_runner()
@@ -143,7 +148,7 @@ def test_negative_index_is_lowered_wrongly(tmp_path: Path) -> None:
 def wrong(compute: Compute, shape: tuple[int, ...], folder: Path) -> bool:
     """Whether the lowering fails or gives other numbers than PyTorch."""
     try:
-        got, expected = run(compute, shape, folder)
+        got, expected = run(compute, shape, folder, nullcontext)
     except Exception:  # noqa: BLE001 - any failure of upstream's counts
         return True
     return got.shape != expected.shape or not np.allclose(got, expected, atol=1e-4)
@@ -198,9 +203,54 @@ def test_a_reshaped_tensor_is_overwritten_by_the_built_in_kernels(tmp_path: Path
     np.testing.assert_allclose(found[1], expected, rtol=1e-6)
 
 
+class Mixed(torch.nn.Module):
+    """Each kind of node: composite, in a table, a composite of litert-torch's, of an unknown size, ours, a constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = Linear(6, 4)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        places = torch.arange(0, x.shape[1], dtype=torch.int32).to(torch.float32)[None, :, None]
+        y = torch.nn.functional.gelu(self.up(x.transpose(0, 1).transpose(0, 1)), approximate="tanh")
+        y = torch.softmax(y.reshape(x.shape[0], x.shape[1], 4) * 0.5, dim=-1)
+        return {"rows": torch.maximum(y, torch.tensor(0.1)) + places, "x": normalise(x, None, 1e-6)}
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_decomposing_by_node_writes_the_same_file_in_one_trace(
+    dynamic: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    traces: list[str] = []
+    traced = torch.export.ExportedProgram.run_decompositions
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        traces.append(folder)
+        return traced(*args, **kwargs)
+
+    monkeypatch.setattr(torch.export.ExportedProgram, "run_decompositions", counted)
+    module, written = Mixed().eval(), {}
+    kinds: dict[str, Decomposing] = {"ours": decompose.by_node, "theirs": nullcontext}
+    for folder, decomposing in kinds.items():
+        with lowering.dynamic_shapes(), decomposing():
+            shapes = ({0: B, 1: S},) if dynamic else None
+            convert(module, (torch.randn(2, 32, 6),), dynamic_shapes=shapes).export(str(tmp_path / folder))
+        written[folder] = (tmp_path / folder).read_bytes()
+    assert written["ours"] == written["theirs"]
+    assert traces == ["theirs"] * 3, "upstream traces less often: is our way still the faster one?"
+
+
+def test_an_operator_that_writes_to_its_input_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="writes to its input"):
+        run(lambda x: (x * 2.0).add_(1.0), (3,), tmp_path)
+
+
 def test_nothing_of_the_patches_is_left_behind() -> None:
     before = _build._get_hierarchy
     with lowering.dynamic_shapes():
         assert os.environ["LITERT_TORCH_FULL_TFL_DECOMPS"] == "1"
+    with decompose.by_node():
+        assert fx_infra.safe_run_decompositions is decompose.decompose
+    assert fx_infra.safe_run_decompositions is not decompose.decompose
     assert _build._get_hierarchy is before
     assert "LITERT_TORCH_FULL_TFL_DECOMPS" not in os.environ
