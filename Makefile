@@ -87,12 +87,16 @@ endif
 # --- the rules of the stages --------------------------------------------------------------------------------------------
 # What needs no model does without: help works before there is a Python.
 ifneq ($(filter-out setup release bench image test lint format clean-env help,$(GOALS)),)
-ASK := $(firstword $(wildcard $(PY)) $(PYTHON))
+# Any Python that reads TOML: a host that only has Docker needs no 3.11 of its own.
+ASK := $(shell for python in $(PY) $(PYTHON) python3; do if $$python -c 'import tomllib' 2>/dev/null; then echo $$python; break; fi; done)
+ifeq ($(ASK),)
+$(error Python 3.11 is needed and `$(PYTHON)` is not one: install it (Debian, Ubuntu: apt install python3.11 python3.11-venv) or name it: PYTHON=/path/to/python3.11)
+endif
 SAID := MODEL_ID REVISION RECIPE GRAPHS ARTIFACTS CALIBRATION EVAL TASK VARIANTS DEVICE LICENCE_OVERRIDE IN \
 	SIGNS CONFIRM HF_REPO GOALS
 RULES := $(shell $(ASK) -m pipeline.core.rules $(foreach name,$(SAID),$(call QUOTE,$(name)=$($(name)))))
 ifneq ($(.SHELLSTATUS),0)
-$(error $(if $(filter 127,$(.SHELLSTATUS)),Python 3.11 is needed and `$(ASK)` is not one: install it or name it, make setup PYTHON=/path/to/python3.11,these settings can't work, for the reason said above))
+$(error these settings can't work, for the reason said above)
 endif
 include $(RULES)
 endif

@@ -293,6 +293,17 @@ def test_two_folders_of_one_name_are_two_models(finished: tuple[str, ...], tmp_p
     assert sorted(planned(*settings)) == sorted(STAGES)
 
 
+def test_make_says_what_to_do_without_python_and_helps_all_the_same(tmp_path: Path) -> None:
+    for name in ("bash", "sed", "awk", "git", "sh", "env"):
+        (tmp_path / name).symlink_to(shutil.which(name) or name)
+    command = [shutil.which("make") or "make", "PY=/nowhere/python"]
+    environment = {"PATH": str(tmp_path)}
+    done = subprocess.run([*command, "-n", "int8"], cwd=PROJECT, capture_output=True, text=True, env=environment)
+    assert done.returncode == 2 and "Python 3.11 is needed" in done.stderr and "PYTHON=" in done.stderr
+    helped = subprocess.run([*command, "help"], cwd=PROJECT, capture_output=True, text=True, env=environment)
+    assert helped.returncode == 0 and "MODEL_ID" in helped.stdout
+
+
 def test_setup_says_what_to_do_without_python_311(tmp_path: Path) -> None:
     done = subprocess.run(
         [PROJECT / "tools" / "setup.sh", tmp_path / "env", "cpu"],
