@@ -155,6 +155,7 @@ def _report_unexpected(error: Exception) -> int:
 
 
 def _run(stage: Stage, arguments: argparse.Namespace) -> None:
+    before = source()
     recipe = load_recipe(arguments.recipe)
     arguments.graphs = arguments.graphs or recipe.graphs
     scheme = getattr(arguments, "scheme", None)
@@ -191,7 +192,7 @@ def _run(stage: Stage, arguments: argparse.Namespace) -> None:
                 facts=outcome.facts,
                 tools=tools,
                 image_digest=os.environ.get("IMAGE_DIGEST", ""),
-                source=source(),
+                source=_source_of(name, before),
             ),
             folder,
         )
@@ -288,6 +289,17 @@ def source() -> Source:
     if commit is None:  # the container holds no git repository: the host says what its sources are
         return Source(commit=os.environ.get("SOURCE_COMMIT", ""), dirty=bool(os.environ.get("SOURCE_DIRTY")))
     return Source(commit=commit, dirty=bool(changes))
+
+
+def _source_of(name: str, before: Source) -> Source:
+    """What a stage was made by: the code as it stood when the stage began, which Python had read by then, mostly.
+
+    If it is another one now, nobody can say what was read before the change and what after it: it is no commit's.
+    """
+    if source() == before:
+        return before
+    log.warn(f"the project's code changed while {name} ran: its manifest says so, and it can't be published")
+    return Source(commit=before.commit, dirty=True)
 
 
 @dataclass

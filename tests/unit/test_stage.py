@@ -21,6 +21,7 @@ import pytest
 from pipeline import reproduce
 from pipeline.core import errors, graph, manifest, stage
 from pipeline.core.errors import PipelineError
+from pipeline.core.manifest import Source
 from pipeline.core.recipe import PROJECT, Recipe
 from pipeline.core.recipe import load as load_recipe
 from pipeline.core.stage import Context, Outcome, Stage
@@ -159,6 +160,40 @@ def test_each_error_has_its_exit_code_and_is_printed_whole(
     assert run(failing(kind("it broke", cause="rust", remedy="oil it"))) == kind.exit_code
     assert capsys.readouterr().err.endswith("error: it broke\n  cause: rust\n  do:    oil it\n")
     assert not (root / "first" / "manifest.json").exists()
+
+
+CLEAN, EDITED, LATER = Source(commit="a", dirty=False), Source(commit="a", dirty=True), Source(commit="b", dirty=False)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "recorded"),
+    [
+        (CLEAN, CLEAN, CLEAN),
+        (EDITED, EDITED, EDITED),
+        (CLEAN, EDITED, EDITED),
+        (CLEAN, LATER, EDITED),  # commit b did not make it
+        (EDITED, LATER, EDITED),
+    ],
+)
+def test_code_that_changes_while_a_stage_runs_is_not_what_made_it(
+    run: Run,
+    root: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    before: Source,
+    after: Source,
+    recorded: Source,
+) -> None:
+    now = [before]
+    monkeypatch.setattr(stage, "source", lambda: now[-1])
+
+    def work(context: Context) -> Outcome:
+        now.append(after)
+        return first_work(context)
+
+    assert run(Stage(name="first", summary="makes weights", work=work)) == 0
+    assert manifest.read(root / "first").source == recorded
+    assert ("code changed while first ran" in capsys.readouterr().err) is (before != after)
 
 
 @pytest.mark.parametrize(("code", "ends"), [(8, 8), (10, 10), (1, 1), (-9, 1)])
