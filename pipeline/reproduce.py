@@ -60,7 +60,7 @@ def _options(name: str, made: Manifest, finished: Mapping[str, Manifest]) -> lis
     if name == "fetch":
         return ["--revision", made.revision] if "/" in made.model else []
     if name == "golden":
-        return [*options, "--device", str(made.facts["device"]), "--weights", str(made.facts["weights"])]
+        return [*options, "--device", made.text("device"), "--weights", made.text("weights")]
     if name.startswith("int8-"):
         return [*options, "--scheme", name.removeprefix("int8-")]
     if name == "verify":
