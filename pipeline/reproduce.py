@@ -18,7 +18,7 @@ from pathlib import Path
 from pipeline.core import errors, graph, log, manifest, process, versions
 from pipeline.core.graph import model_name
 from pipeline.core.manifest import Manifest
-from pipeline.core.recipe import PROJECT
+from pipeline.core.recipe import PROJECT, STEP
 from pipeline.core.recipe import load as load_recipe
 from pipeline.core.stage import common_parser, guard
 from pipeline.tflite.difference import compare
@@ -64,7 +64,7 @@ def _options(name: str, made: Manifest, finished: Mapping[str, Manifest]) -> lis
     if name.startswith("int8-"):
         return [*options, "--scheme", name.removeprefix("int8-")]
     if name == "verify":
-        read = {record.path.split("/", 1)[0] for record in made.inputs if record.path.endswith("/step.tflite")}
+        read = {record.path.split("/", 1)[0] for record in made.inputs if record.path.endswith(f"/{STEP}")}
         return [*options, "--variants", *(stage for stage in STAGES if stage in read)]
     if name == "publish" and made.facts.get("licence_override"):
         return [*options, "--licence-override", str(made.facts["licence_override"])]

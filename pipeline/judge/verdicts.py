@@ -9,6 +9,7 @@ from typing import Any
 
 from pipeline.core import log
 from pipeline.core.errors import UsageError
+from pipeline.core.recipe import STEP
 from pipeline.core.stage import Context
 from pipeline.judge import bundles, gates, kv_cache, sqnr
 from pipeline.judge import steps as verdict
@@ -18,7 +19,6 @@ from pipeline.judge.reference import Reference
 from pipeline.judge.steps import BASELINE, Setting, Subject, Verdict
 from pipeline.runtime.litert_lm import Message
 
-STEP = "step.tflite"
 _PER_BATCH = 8
 _TRACED = 4
 """Windows that are run operator by operator to find where a file loses quality."""

@@ -50,5 +50,5 @@ def _parameters(context: Context) -> dict[str, Any]:
 
 def _locks() -> dict[str, str]:
     """The locks that environments and image are made from."""
-    files = sorted((PROJECT / "locks").glob("c*.txt"))
-    return {f"locks/{file.name}": hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    names = [f"locks/{name}.txt" for name in ("cpu", "cuda")]
+    return {name: hashlib.sha256((PROJECT / name).read_bytes()).hexdigest() for name in names}

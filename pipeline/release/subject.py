@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.core.manifest import Manifest
+from pipeline.core.recipe import STEP
 from pipeline.core.stage import Context
 from pipeline.release import licence
 from pipeline.release.card import Build, Product, Subject
 from pipeline.release.licence import Ancestor, Claim
 
 PRECISIONS = {"fp32": "float32", "fp16": "float16", "int8": "int8", "int4": "int4"}
-STEP = "step.tflite"
 
 
 def products_of(context: Context) -> list[Product]:
