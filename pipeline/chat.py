@@ -11,8 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.core import log
-from pipeline.core.errors import PipelineError
-from pipeline.core.stage import INTERRUPTED
+from pipeline.core.stage import guard
 from pipeline.runtime.litert_lm import Dialogue, LmRuntime
 from pipeline.runtime.terminal import report, talk, turn
 
@@ -22,26 +21,27 @@ _MAX_TOKENS = 512
 def main(argv: Sequence[str] | None = None) -> int:
     """Run from the command line and return the exit code."""
     arguments = _parse(argv)
-    try:
-        with (
-            LmRuntime(arguments.bundle, threads=arguments.threads, cache=arguments.cache) as runtime,
-            Dialogue(runtime, arguments.max_tokens) as dialogue,
-        ):
-            log.line(f"{arguments.bundle.name} · loaded in {runtime.load_seconds:.1f} s")
-            if arguments.prompt is None:
-                talk(dialogue)
-            else:
-                turn(dialogue, arguments.prompt)
-                report(dialogue.speed())
-    except PipelineError as error:
-        for text in error.lines():
-            log.line(text)
-        return error.exit_code
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    except BrokenPipeError:  # whoever read the answer has enough
-        sys.stdout = None  # nothing is left to flush at exit
-    return 0
+
+    def work() -> None:
+        try:
+            _open(arguments)
+        except BrokenPipeError:  # whoever read the answer has enough
+            sys.stdout = None  # nothing is left to flush at exit
+
+    return guard(work, interrupted="")
+
+
+def _open(arguments: argparse.Namespace) -> None:
+    with (
+        LmRuntime(arguments.bundle, threads=arguments.threads, cache=arguments.cache) as runtime,
+        Dialogue(runtime, arguments.max_tokens) as dialogue,
+    ):
+        log.line(f"{arguments.bundle.name} · loaded in {runtime.load_seconds:.1f} s")
+        if arguments.prompt is None:
+            talk(dialogue)
+        else:
+            turn(dialogue, arguments.prompt)
+            report(dialogue.speed())
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -67,8 +67,7 @@ def work(context: Context) -> Outcome:
 
 def _load(context: Context) -> HuggingFace:
     """Hugging Face's model in fp32, streamed from its file if it does not fit into memory."""
-    parameters = context.upstream["fetch"].facts["parameters"]
-    assert isinstance(parameters, int)
+    parameters = context.upstream["fetch"].integer("parameters")
     return HuggingFace.load(context.root / "fetch" / "checkpoint", "cpu", streamed=memory.must_stream(parameters))
 
 

@@ -33,8 +33,7 @@ def work(context: Context) -> Outcome:
     text = context.arguments.eval or PROJECT / recipe.corpus.verification
     openings = corpus.read_documents(text, corpus.first_content)  # before the model is loaded, which takes minutes
     device = golden.choose_device(context.arguments.device)
-    parameters = context.upstream["fetch"].facts["parameters"]
-    assert isinstance(parameters, int)
+    parameters = context.upstream["fetch"].integer("parameters")
     streamed = golden.is_streamed(context.arguments.weights, device, parameters)
     reference = golden.load(checkpoint, device, parameters, streamed=streamed)
     documents = corpus.read_documents(text, reference.render)

@@ -15,11 +15,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pipeline.core import graph, log, manifest, process, versions
-from pipeline.core.errors import PipelineError
+from pipeline.core import errors, graph, log, manifest, process, versions
 from pipeline.core.graph import model_name
 from pipeline.core.manifest import Manifest
-from pipeline.core.recipe import PROJECT
+from pipeline.core.recipe import PROJECT, STEP
 from pipeline.core.recipe import load as load_recipe
 from pipeline.core.stage import common_parser, guard
 from pipeline.tflite.difference import compare
@@ -33,7 +32,7 @@ def work(arguments: argparse.Namespace) -> None:
     Raises:
         UsageError: nothing is finished, or it was made under another recipe or with other versions.
         IntegrityError: a file differs.
-        PipelineError: a stage failed.
+        PipelineError: a stage failed, of the class that its exit code has.
     """
     root = arguments.artifacts / model_name(arguments.model_id)
     finished = {name: manifest.read(root / name) for name in STAGES if (root / name / manifest.NAME).is_file()}
@@ -46,7 +45,7 @@ def work(arguments: argparse.Namespace) -> None:
         module = f"pipeline.{graph.STAGES[name].module}"
         command = [sys.executable, "-m", module, *where, *_options(name, made, finished), *_texts(name, arguments)]
         if code := process.run(command, cwd=PROJECT):
-            raise PipelineError(
+            raise errors.of_code(code)(
                 f"stage {name} failed with exit code {code}", remedy=f"what it needs is said above; {root} is unharmed"
             )
         files += compare(name, root, again / root.name)
@@ -61,11 +60,11 @@ def _options(name: str, made: Manifest, finished: Mapping[str, Manifest]) -> lis
     if name == "fetch":
         return ["--revision", made.revision] if "/" in made.model else []
     if name == "golden":
-        return [*options, "--device", str(made.facts["device"]), "--weights", str(made.facts["weights"])]
+        return [*options, "--device", made.text("device"), "--weights", made.text("weights")]
     if name.startswith("int8-"):
         return [*options, "--scheme", name.removeprefix("int8-")]
     if name == "verify":
-        read = {record.path.split("/", 1)[0] for record in made.inputs if record.path.endswith("/step.tflite")}
+        read = {record.path.split("/", 1)[0] for record in made.inputs if record.path.endswith(f"/{STEP}")}
         return [*options, "--variants", *(stage for stage in STAGES if stage in read)]
     if name == "publish" and made.facts.get("licence_override"):
         return [*options, "--licence-override", str(made.facts["licence_override"])]

@@ -18,7 +18,7 @@ import hashlib
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from pipeline.bundling import constants
 from pipeline.bundling.template import CONVERSATIONS
@@ -40,7 +40,7 @@ VARIANTS = (BASELINE, "fp16", "int8")
 def work(context: Context) -> Outcome:
     """Judge every file, write judgement and report, and fail if a required check did not pass."""
     checkpoint = context.root / "fetch" / "checkpoint"
-    cap = cast("float | None", context.upstream["golden"].facts["final_logit_softcapping"])
+    cap = context.upstream["golden"].number("final_logit_softcapping")
     reference = Reference(context.root / "golden", Head.of_checkpoint(checkpoint, cap))
     tokenizer = chat.open_tokenizer(checkpoint)
     _check_texts(context, tokenizer)
@@ -75,7 +75,7 @@ def _check_texts(context: Context, tokenizer: Any) -> None:
     """
     arguments, texts = context.arguments, context.recipe.corpus
     judged: Path = arguments.eval or PROJECT / texts.verification
-    if hashlib.sha256(judged.read_bytes()).hexdigest() != context.upstream["golden"].facts["verification_sha256"]:
+    if hashlib.sha256(judged.read_bytes()).hexdigest() != context.upstream["golden"].text("verification_sha256"):
         raise UsageError(
             f"the reference was computed on another text than {judged}",
             cause="the text was changed, or EVAL= was not the same for golden and verify",

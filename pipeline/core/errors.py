@@ -1,6 +1,7 @@
 """Every way the pipeline can end badly: one class per exit code, each with a message for the person who must act.
 
-The exit codes are a contract (see docs/files.md): scripts branch on them.
+The exit codes are a contract (see docs/files.md): scripts branch on them. 0 is success and 130 an interrupt; 1 is never
+meant: it is an exception that nobody expected, with its traceback, and what Python itself gives.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from typing import ClassVar
 
 
 class PipelineError(Exception):
-    """A failure with a known reason.
+    """A failure with a known reason; raised are its subclasses, each with its exit code.
 
     Args:
         what: what happened, one sentence.
@@ -88,6 +89,11 @@ class PublishError(PipelineError):
 
 
 class ResourceError(PipelineError):
-    """Too little disk or memory."""
+    """Too little disk or memory, or a folder that another run is working on: the same command may do later."""
 
     exit_code = 10
+
+
+def of_code(exit_code: int) -> type[PipelineError]:
+    """The class of an exit code, or the class for what nobody expected."""
+    return {kind.exit_code: kind for kind in PipelineError.__subclasses__()}.get(exit_code, PipelineError)

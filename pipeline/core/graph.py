@@ -11,7 +11,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from pipeline.core.errors import UsageError
-from pipeline.core.recipe import Graphs, Recipe
+from pipeline.core.recipe import DECODER, STEP, Graphs, Recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,9 +91,9 @@ def _quantised(module: str, needs: Callable[[Choice], tuple[str, ...]], *options
     return Node(module=module, needs=needs, settings=settings, options=options, texts=texts, reads=_STEP_ALONE)
 
 
-_STEP_ALONE = {"fp32": ("step.tflite",)}
+_STEP_ALONE = {"fp32": (STEP,)}
 _SMALL = ("*.json", "*.jinja", "*.model", "*.txt", "*.md", "LICENSE*", "NOTICE*")
-_SECTIONS = ("decoder.tflite", "*embedder.tflite")
+_SECTIONS = (DECODER, "*embedder.tflite")
 
 STAGES: Mapping[str, Node] = {
     "fetch": Node(module="fetch", needs=_always(), settings=("revision",)),

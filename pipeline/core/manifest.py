@@ -10,11 +10,11 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 from pipeline.core import log, parallel
 from pipeline.core.errors import IntegrityError
@@ -91,11 +91,59 @@ class Manifest:
         for record in self.outputs:
             if record.path == name or record.path.endswith("/" + name):
                 return record
-        raise IntegrityError(
-            f"the manifest of stage {self.stage} lists no file {name}",
-            cause="the folder was made by another version of this project",
+        raise self._wrong(f"lists no file {name}")
+
+    def integer(self, fact: str) -> int:
+        """A fact that is a whole number. Like the readers below it raises IntegrityError for what is anything else."""
+        return cast(int, self._fact(fact, "a whole number", _integer))
+
+    def integers(self, fact: str) -> list[int]:
+        """A fact that is a list of whole numbers."""
+        held = self._fact(fact, "a list of whole numbers", lambda value: _list_of(value, _integer))
+        return cast(list[int], held)
+
+    def number(self, fact: str) -> float | None:
+        """A fact that is a number, or null where the model has none."""
+        held = self._fact(
+            fact, "a number or null", lambda value: value is None or isinstance(value, float) or _integer(value)
+        )
+        return None if held is None else float(cast(float, held))
+
+    def text(self, fact: str) -> str:
+        """A fact that is a text."""
+        return cast(str, self._fact(fact, "a text", lambda value: isinstance(value, str)))
+
+    def table(self, fact: str) -> Mapping[str, Any]:
+        """A fact that holds facts by name."""
+        return cast(Mapping[str, Any], self._fact(fact, "a table", lambda value: isinstance(value, dict)))
+
+    def tables(self, fact: str) -> list[Mapping[str, Any]]:
+        """A fact that is a list of such tables."""
+        held = self._fact(fact, "a list of tables", lambda value: _list_of(value, lambda row: isinstance(row, dict)))
+        return cast(list[Mapping[str, Any]], held)
+
+    def _fact(self, name: str, kind: str, fits: Callable[[object], bool]) -> Fact:
+        """A fact, if it is there and `fits`: a wrong one is never read as another value."""
+        if name not in self.facts:
+            raise self._wrong(f"has no fact {name}")
+        if not fits(self.facts[name]):
+            raise self._wrong(f"has {self.facts[name]!r} as its fact {name}, which is not {kind}")
+        return self.facts[name]
+
+    def _wrong(self, fault: str) -> IntegrityError:
+        return IntegrityError(
+            f"the manifest of stage {self.stage} {fault}",
+            cause="the folder was made by another version of this project, or the manifest was edited",
             remedy=f"remove that stage's folder and run `make {self.stage}` again",
         )
+
+
+def _list_of(value: object, fits: Callable[[object], bool]) -> bool:
+    return isinstance(value, list) and all(map(fits, value))
+
+
+def _integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def dump_json(value: object) -> str:

@@ -20,6 +20,8 @@ KIND = toml.Kind(name="recipe", setting="RECIPE", example="pipeline/recipes/gemm
 
 Scheme = Literal["dynamic", "static", "static16"]
 Graphs = Literal["step", "bundle", "all"]
+STEP, DECODER = "step.tflite", "decoder.tflite"
+"""The step graph, and the bundle's decoder, in the folder of every stage that has one."""
 BundlePrecision = Literal["fp32", "int8", "int4"]
 Padding = Literal["none", "left", "right"]
 

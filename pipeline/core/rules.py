@@ -23,7 +23,7 @@ from typing import Any, cast, get_args
 from pipeline.core.errors import PipelineError, UsageError
 from pipeline.core.graph import STAGES, Choice, behind, makeable, model_name
 from pipeline.core.manifest import write_atomically
-from pipeline.core.recipe import PROJECT, Graphs, load
+from pipeline.core.recipe import PROJECT, STEP, Graphs, load
 
 _SPECIAL = "$'\"`;&|<>()[]{}*?!%:\\#"
 """What Make or a shell would read as more than a name."""
@@ -181,7 +181,7 @@ def rules(request: Request) -> str:
     """Variables and a rule per stage."""
     root, choice = request.root, request.choice
     plan = root / ".inputs" / f"planned.{'-'.join(request.aims)}"
-    steps = [f"{root}/{name}/step.tflite" for name in choice.judged]
+    steps = [f"{root}/{name}/{STEP}" for name in choice.judged]
     lines = [
         "# Written by pipeline/core/rules.py.",
         f"ROOT := {root}",

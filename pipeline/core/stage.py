@@ -98,8 +98,11 @@ def main(stage: Stage, argv: Sequence[str] | None = None) -> int:
     return guard(lambda: _run(stage, arguments))
 
 
-def guard(work: Callable[[], None]) -> int:
-    """Do `work`, say what went wrong, and return the exit code."""
+def guard(work: Callable[[], None], interrupted: str = _INTERRUPTED_TEXT) -> int:
+    """Do `work`, say what went wrong, and return the exit code; `interrupted` is what to say after Ctrl-C, if anything.
+
+    Every command ends through here: nothing else maps errors to exit codes.
+    """
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         work()
@@ -108,10 +111,11 @@ def guard(work: Callable[[], None]) -> int:
             log.line(text)
         return error.exit_code
     except KeyboardInterrupt:
-        log.line(_INTERRUPTED_TEXT)
+        if interrupted:
+            log.line(interrupted)
         return INTERRUPTED
-    except (OSError, MemoryError) as error:
-        return _report_machine_error(error)
+    except Exception as error:
+        return _report_unexpected(error)
     return 0
 
 
@@ -129,20 +133,29 @@ def _interrupt(_signal: int, _frame: object) -> None:
     raise KeyboardInterrupt
 
 
-def _report_machine_error(error: OSError | MemoryError) -> int:
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    if full or isinstance(error, MemoryError) or error.errno == errno.ENOMEM:
+def _report_unexpected(error: Exception) -> int:
+    """A full disk or memory is a resource error; anything else is a defect: where it happened, and what it is, last."""
+    code = error.errno if isinstance(error, OSError) else None
+    full = code in (errno.ENOSPC, errno.EDQUOT)
+    if full or isinstance(error, MemoryError) or code == errno.ENOMEM:
         what = "the disk is full" if full else "there is not enough memory"
-        for text in ResourceError(
+        found: PipelineError = ResourceError(
             what, remedy="free some and run the same command again; finished stages are kept"
-        ).lines():
-            log.line(text)
-        return ResourceError.exit_code
-    traceback.print_exception(error)
-    return PipelineError.exit_code
+        )
+    else:
+        traceback.print_exception(error)
+        found = PipelineError(
+            f"unexpected {type(error).__name__}: {error}",
+            cause="a defect of this program, or of the machine",
+            remedy="report it with all that is printed above",
+        )
+    for text in found.lines():
+        log.line(text)
+    return found.exit_code
 
 
 def _run(stage: Stage, arguments: argparse.Namespace) -> None:
+    before = source()
     recipe = load_recipe(arguments.recipe)
     arguments.graphs = arguments.graphs or recipe.graphs
     scheme = getattr(arguments, "scheme", None)
@@ -179,7 +192,7 @@ def _run(stage: Stage, arguments: argparse.Namespace) -> None:
                 facts=outcome.facts,
                 tools=tools,
                 image_digest=os.environ.get("IMAGE_DIGEST", ""),
-                source=source(),
+                source=_source_of(name, before),
             ),
             folder,
         )
@@ -191,13 +204,17 @@ def _run(stage: Stage, arguments: argparse.Namespace) -> None:
 
 @contextmanager
 def locked(root: Path, name: str) -> Iterator[None]:
-    """Hold the stage's lock, so that two runs never write the same folder."""
+    """Hold the stage's lock, so that two runs never write the same folder.
+
+    Raises:
+        ResourceError: another run holds it.
+    """
     root.mkdir(parents=True, exist_ok=True)
     with (root / f".{name}.lock").open("w") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise PipelineError(
+            raise ResourceError(
                 f"another run is working on {root / name}",
                 remedy="wait for it to end, or set ARTIFACTS= to another folder",
             ) from None
@@ -272,6 +289,17 @@ def source() -> Source:
     if commit is None:  # the container holds no git repository: the host says what its sources are
         return Source(commit=os.environ.get("SOURCE_COMMIT", ""), dirty=bool(os.environ.get("SOURCE_DIRTY")))
     return Source(commit=commit, dirty=bool(changes))
+
+
+def _source_of(name: str, before: Source) -> Source:
+    """What a stage was made by: the code as it stood when the stage began, which Python had read by then, mostly.
+
+    If it is another one now, nobody can say what was read before the change and what after it: it is no commit's.
+    """
+    if source() == before:
+        return before
+    log.warn(f"the project's code changed while {name} ran: its manifest says so, and it can't be published")
+    return Source(commit=before.commit, dirty=True)
 
 
 @dataclass

@@ -43,7 +43,7 @@ def locked(lock: Path) -> dict[str, str]:
 def check(versions: Mapping[str, str], lock: Path) -> None:
     """Make sure that what is installed is what the lock pins; local build tags such as `+cpu` don't count.
 
-    Without the lock (the package was installed from a wheel, which carries none) a warning is all there can be.
+    Without the lock a warning is all there can be.
 
     Raises:
         UsageError: names each package that differs.

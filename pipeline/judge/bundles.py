@@ -102,7 +102,7 @@ class Verdict:
             "against_cached": _facts(self.against_cached),
             "divergence": _facts(self.divergence),
             "token_ids": asdict(result.ids),
-            "prompts": asdict(result.prompts),
+            "prompts": asdict(result.prompts) if result.prompts else None,
             "greedy": {
                 "same": sum(row.same for row in result.greedy),
                 "ties": sum(row.tie for row in result.greedy),
@@ -185,33 +185,39 @@ def _sizes(subject: Subject) -> list[Figure]:
 
 def _finite(subject: Subject, logits: Logits) -> Check:
     bad = sum(not np.isfinite(row).all() for row in logits)
-    return gates.must_hold(subject.name, "positions with logits that are not finite", bad, f"{len(logits)} positions")
+    name, detail = "positions with logits that are not finite", f"{len(logits)} positions"
+    return gates.must_hold(subject.name, name, bad, len(logits), detail)
 
 
 def _parity_checks(subject: Subject, result: Parity, *, exact: bool) -> list[Check]:
     """What must hold in LiteRT-LM; text and scores equal Hugging Face's only if arithmetic does."""
     name = subject.name
     checks = [
-        gates.must_hold(name, "texts with other token ids in LiteRT-LM", result.ids.wrong, _examples(result.ids)),
-        gates.must_hold(
-            name,
-            "conversations rendered differently by LiteRT-LM",
-            result.prompts.wrong,
-            _examples(result.prompts),
-        ),
-        gates.must_hold(name, "stop tokens that LiteRT-LM does not know", result.stop.wrong, _stops(result)),
+        _all_hold(name, "texts with other token ids in LiteRT-LM", result.ids, _examples(result.ids)),
+        _all_hold(name, "stop tokens that LiteRT-LM does not know", result.stop, _stops(result)),
     ]
+    if result.prompts is not None:
+        rendered = _all_hold(
+            name, "conversations rendered differently by LiteRT-LM", result.prompts, _examples(result.prompts)
+        )
+        checks.insert(1, rendered)
     if exact:
         different = [row for row in result.greedy if not row.same and not row.tie]
         ties = sum(row.tie for row in result.greedy)
         detail = (
             f"{len(result.greedy)} prompts, {sum(row.tokens for row in result.greedy)} tokens; {ties} part at a tie"
         )
-        checks.append(gates.must_hold(name, "greedy texts of LiteRT-LM that differ", len(different), detail))
+        checks.append(
+            gates.must_hold(name, "greedy texts of LiteRT-LM that differ", len(different), len(result.greedy), detail)
+        )
         off = 0 if result.score_error is not None and result.score_error <= SCORE_ERROR else 1  # NaN is off
         detail = f"{result.scored} texts scored; largest error {result.score_error} nats, limit {SCORE_ERROR}"
-        checks.append(gates.must_hold(name, "scores of LiteRT-LM that are off", off, detail))
+        checks.append(gates.must_hold(name, "scores of LiteRT-LM that are off", off, result.scored, detail))
     return checks
+
+
+def _all_hold(variant: str, name: str, tally: parity.Tally, detail: str) -> Check:
+    return gates.must_hold(variant, name, tally.wrong, tally.total, detail)
 
 
 def _stops(result: Parity) -> str:

@@ -4,7 +4,8 @@ Each check ends in one of four ways, and only the first lets a file be published
 
 - `pass`: the value keeps its limit, and so does its whole 95 % interval if it has one;
 - `fail`: the value misses its limit, and so does its whole interval; or it is not finite;
-- `inconclusive`: the limit lies inside the interval, or there were fewer than 64 positions: judge more of them;
+- `inconclusive`: the limit lies inside the interval, or there were fewer than 64 positions: judge more of them; or
+  there was no case at all of what must hold in every case;
 - `not measured`: there is no value, or the recipe has no limit for it.
 """
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from pipeline.core.manifest import Fact
@@ -51,7 +52,9 @@ class Check:
     def sentence(self) -> str:
         """The check in words, e.g. `int8: KLD on the corpus is 0.012, the limit is <= 0.01 (against fp32)`."""
         value = "not known" if self.value is None else f"{self.value:.4g}"
-        if self.status == "inconclusive":
+        if self.status == "inconclusive" and self.low is None:
+            value += " (of no case: nothing was tried)"
+        elif self.status == "inconclusive":
             value += f" (95 % interval {self.low:.4g} to {self.high:.4g}: too few positions to tell)"
         limit = "missing from the recipe" if self.limit is None else f"{self.direction} {self.limit:.4g}"
         against = f" (against {self.against})" if self.against else ""
@@ -136,9 +139,13 @@ def quality(where: str, summary: Summary, *, against: str, detail: str) -> list[
     ]
 
 
-def must_hold(variant: str, name: str, violations: int, detail: str = "") -> Check:
-    """A check of something that holds for every file, whatever the recipe says: no violation at all."""
-    return _check(variant, Figure(metric=name, name=name, value=float(violations), detail=detail), 0.0)
+def must_hold(variant: str, name: str, violations: int, cases: int, detail: str = "") -> Check:
+    """A check of something that holds for every file, whatever the recipe says: no violation in any of `cases`.
+
+    If nothing was tried nothing is known, so no case is inconclusive, not a pass.
+    """
+    check = _check(variant, Figure(metric=name, name=name, value=float(violations), detail=detail), 0.0)
+    return check if cases else replace(check, status="inconclusive")
 
 
 def _check(variant: str, figure: Figure, limit: float | None) -> Check:

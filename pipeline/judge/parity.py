@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from jinja2 import TemplateError
 
 from pipeline.core import log
 from pipeline.core.errors import UsageError
@@ -26,6 +27,8 @@ TIE = 1e-4
 _SCORED = 4
 _TEXTS = 150
 _SHOWN = 3
+_REFUSED = (TemplateError, TypeError, ValueError, LookupError)
+"""What a template's `raise_exception` and its expressions raise about messages that it does not take."""
 _SEED = 20251124
 ALPHABETS: Mapping[str, Sequence[str]] = {
     "latin": [*map(chr, range(0x20, 0x7F)), *map(chr, range(0xA1, 0x250))],
@@ -78,10 +81,13 @@ class Continuation:
 
 @dataclass(frozen=True, kw_only=True)
 class Parity:
-    """What was found about a bundle. `score_error` is the largest difference of a log-likelihood, in nats."""
+    """What was found about a bundle. `score_error` is the largest difference of a log-likelihood, in nats.
+
+    `prompts` is None where the model has no chat template.
+    """
 
     ids: Tally
-    prompts: Tally
+    prompts: Tally | None
     greedy: list[Continuation]
     stop: Tally
     stopped_at: list[int]
@@ -113,7 +119,7 @@ def compare(
         errors = _score(runtime, tokenizer, rows, stop)
         return Parity(
             ids=_tokenise(runtime, tokenizer),
-            prompts=_render(runtime, tokenizer, conversations),
+            prompts=_render(runtime, tokenizer, conversations) if tokenizer.chat_template else None,
             greedy=greedy,
             stop=Tally(total=len(stop), wrong=len(missing), examples=[str(token) for token in missing]),
             stopped_at=sorted(reached),
@@ -129,10 +135,10 @@ def _tokenise(runtime: LmRuntime, tokenizer: Tokenizer) -> Tally:
 
 
 def _render(runtime: LmRuntime, tokenizer: Tokenizer, conversations: Sequence[Sequence[Message]]) -> Tally:
-    """Conversations that transformers itself refuses are left out; none if there is no template."""
+    """Conversations that transformers itself refuses are left out."""
     rendered = []
-    for conversation in conversations if tokenizer.chat_template else ():
-        with suppress(Exception):  # the template is the model's own code: it refuses in its own way
+    for conversation in conversations:
+        with suppress(*_REFUSED):
             options = {"tokenize": False, "add_generation_prompt": True}
             rendered.append((conversation, str(tokenizer.apply_chat_template(conversation, **options))))
     return _tally(rendered, lambda pair: runtime.render(pair[0]) == pair[1])

@@ -275,7 +275,7 @@ def _soundness(subject: Subject, model: StepModel, reference: Reference, kernels
     bad, names = examine.count_unsound(model, reference, _GRID_LIMITS[kernels])
     name = f"shapes with logits that are not finite, {KERNELS[kernels]}"
     detail = f"{len(names)} shapes, the corners of the grid: {', '.join(names)}"
-    return gates.must_hold(subject.name, name, bad, detail)
+    return gates.must_hold(subject.name, name, bad, len(names), detail)
 
 
 def greedy_rows(

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from pipeline.core import log
 from pipeline.core.errors import UsageError
-from pipeline.core.manifest import Fact, Facts
+from pipeline.core.recipe import STEP
 from pipeline.core.stage import Context
 from pipeline.judge import bundles, gates, kv_cache, sqnr
 from pipeline.judge import steps as verdict
@@ -19,7 +19,6 @@ from pipeline.judge.reference import Reference
 from pipeline.judge.steps import BASELINE, Setting, Subject, Verdict
 from pipeline.runtime.litert_lm import Message
 
-STEP = "step.tflite"
 _PER_BATCH = 8
 _TRACED = 4
 """Windows that are run operator by operator to find where a file loses quality."""
@@ -27,11 +26,11 @@ _TRACED = 4
 
 def judge_steps(context: Context, reference: Reference, tokenizer: Any) -> tuple[list[Verdict], dict[str, Any]]:
     """The verdicts on the step graphs, and what of the judgement is theirs alone."""
-    recipe, golden = context.recipe, context.upstream["golden"].facts
+    recipe, golden = context.recipe, context.upstream["golden"]
     panel = Panel.of(
         reference,
         batch=min(_PER_BATCH, recipe.step.max_batch),
-        pad=integer(golden["pad"]),
+        pad=golden.integer("pad"),
     )
     subjects = [_subject(context, name) for name in _ordered(context.arguments.variants)]
     with tempfile.TemporaryDirectory(dir=context.folder) as scratch:
@@ -40,7 +39,7 @@ def judge_steps(context: Context, reference: Reference, tokenizer: Any) -> tuple
             panel=panel,
             prompts=recipe.corpus.prompts,
             continuation=recipe.corpus.continuation,
-            stop=_integers(golden["stop"]),
+            stop=golden.integers("stop"),
             scratch=Path(scratch),
         )
         verdicts = verdict.judge_files(subjects, setting)
@@ -74,17 +73,17 @@ def judge_bundles(
     context: Context, reference: Reference, tokenizer: Any, conversations: Sequence[Sequence[Message]]
 ) -> list[bundles.Verdict]:
     """The verdicts on the bundles, fp32 first; `conversations` are rendered by template and runtime."""
-    recipe, golden = context.recipe, context.upstream["golden"].facts
+    recipe, golden = context.recipe, context.upstream["golden"]
     with tempfile.TemporaryDirectory(dir=context.folder) as scratch:
         setting = bundles.Setting(
             trace=Trace(
-                schedules=kv_cache.schedules(recipe.bundle, integer(golden["sliding_window"])), **reference.cache()
+                schedules=kv_cache.schedules(recipe.bundle, golden.integer("sliding_window")), **reference.cache()
             ),
             head=reference.head,
             tokenizer=tokenizer,
             conversations=conversations,
             greedy=reference.greedy()[: recipe.bundle.prompts],
-            stop=set(_integers(golden["stop"])),
+            stop=set(golden.integers("stop")),
             scratch=Path(scratch),
         )
         verdicts: list[bundles.Verdict] = []
@@ -97,7 +96,7 @@ def judge_bundles(
 
 def _bundle(context: Context, precision: str) -> bundles.Subject:
     made = context.upstream["bundle"]
-    held = cast(Mapping[str, Any], made.facts[precision])
+    held = made.table(precision)
     record = made.output(f"{precision}.litertlm")
     return bundles.Subject(
         precision=precision,
@@ -105,7 +104,7 @@ def _bundle(context: Context, precision: str) -> bundles.Subject:
         record=record,
         sections=context.root / precision,
         gate=context.recipe.gates.get(f"bundle-{precision}"),
-        parameters=integer(context.upstream["fetch"].facts["parameters"]),
+        parameters=context.upstream["fetch"].integer("parameters"),
         stored=held["stored"],
         weight_bytes=held["weight_bytes"],
     )
@@ -131,24 +130,14 @@ def _ordered(variants: Sequence[str]) -> list[str]:
 
 def _subject(context: Context, name: str) -> Subject:
     made = context.upstream[name]
-    parameters = context.upstream["fetch"].facts.get("parameters")
     key = gates.gate_name(name, made.facts)
     return Subject(
         name=name,
         path=context.root / name / STEP,
         record=made.output(STEP),
-        facts=cast(Facts, made.facts.get("step", {})),
+        facts=made.table("step") if "step" in made.facts else {},
         gate_name=key,
         gate=context.recipe.gates.get(key),
-        parameters=parameters if isinstance(parameters, int) else None,
+        parameters=context.upstream["fetch"].integer("parameters"),
         baseline_size=context.upstream[BASELINE].output(STEP).size,
     )
-
-
-def integer(value: Fact) -> int:
-    """A fact as a number; 0 for what is none."""
-    return int(value) if isinstance(value, int | float) else 0
-
-
-def _integers(value: Fact) -> list[int]:
-    return [integer(item) for item in value] if isinstance(value, list) else []

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pipeline.checkpoint import preflight
-from pipeline.core.recipe import Graphs
+from pipeline.core.recipe import DECODER, STEP, Graphs
 from pipeline.models import Architecture
 
 _BYTES = {"fp32": 4, "fp16": 2, "int8": 1, "int4": 0.75}
@@ -52,11 +52,11 @@ def of_files(architecture: Architecture, prefills: int, graphs: Graphs) -> dict[
     count = layers(shapes)
     files = {}
     if graphs != "bundle":
-        files["step.tflite"] = _weights(shapes, count)
+        files[STEP] = _weights(shapes, count)
     if graphs != "step":
         apart = {name for name in tables if name != HEAD}
         inside = {name: shape for name, shape in shapes.items() if name not in apart}
-        files["decoder.tflite"] = _weights(inside, count * (prefills + 1))
+        files[DECODER] = _weights(inside, count * (prefills + 1))
         for name, table in tables.items():
             files[f"{table.name}.tflite"] = _weights({name: shapes[name]}, 0)
     return files

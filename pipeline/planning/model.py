@@ -11,15 +11,12 @@ from typing import Any
 from pipeline.checkpoint import preflight
 from pipeline.checkpoint.reader import CONFIG
 from pipeline.core.errors import PublishError
-from pipeline.core.recipe import Graphs, Recipe
+from pipeline.core.recipe import STEP, Graphs, Recipe
 from pipeline.judge import kv_cache
 from pipeline.models import architecture_for, expected, sizes
 from pipeline.models.sizes import Weights
 from pipeline.release.hub import Hub
 from pipeline.release.licence import Claim, claimed, resolve
-
-STEP = "step.tflite"
-"""As in models/build.py, which imports torch: a plan shall not wait for that."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from functools import partial
 
 from pipeline.core import memory
+from pipeline.core.recipe import DECODER, STEP
 from pipeline.judge import corpus
 from pipeline.models import sizes
-from pipeline.planning.model import STEP, Model
+from pipeline.planning.model import Model
 from pipeline.quantize import hessians
 
 _GIB = 1 << 30
@@ -116,7 +117,7 @@ def verify(model: Model) -> Need:
     """Each bundle speaks every position of the conversations and texts, then every prompt's continuation."""
     settings = model.recipe.bundle
     judged = 3 * settings.decode + settings.positions
-    decoders = [model.files["decoder.tflite"].bytes(precision) for precision in model.bundles]
+    decoders = [model.files[DECODER].bytes(precision) for precision in model.bundles]
     spoken = judged + settings.prompts * settings.continuation
     seconds = 30.0 + len(decoders) * 3 * 2 * model.multiplied * model.conversation / _FLOPS
     seconds += sum(decoders) * (spoken / (4 * _READ) + 2 / _HASH)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from pipeline.core import log, memory
-from pipeline.core.errors import ResourceError, UsageError, VerificationError
+from pipeline.core.errors import UsageError, VerificationError
 from pipeline.core.manifest import Facts
 from pipeline.core.recipe import Bundle, Corpus, Graphs, Recipe, Shapes
 from pipeline.judge import corpus, kv_cache, metrics
@@ -40,11 +40,11 @@ def choose_device(wanted: str) -> str:
     """`cuda` or `cpu` for `auto`, else what is asked for.
 
     Raises:
-        ResourceError: cuda is asked for and there is none.
+        UsageError: cuda is asked for and there is none.
     """
     available = torch.cuda.is_available()
     if wanted == "cuda" and not available:
-        raise ResourceError("there is no usable CUDA device", remedy="use DEVICE=cpu, or install the CUDA lock")
+        raise UsageError("there is no usable CUDA device", remedy="use DEVICE=cpu, or install the CUDA lock")
     if wanted == "cpu" or not available:
         return "cpu"
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False

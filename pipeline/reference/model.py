@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
-    AutoTokenizer,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
@@ -86,7 +85,7 @@ class HuggingFace:
         generation = _generation_config(checkpoint)
         if streamed:
             model.generation_config = generation
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)
+        tokenizer = chat.open_tokenizer(checkpoint)
         stop = generation.eos_token_id or config.eos_token_id or []
         return cls(
             model=model.eval() if streamed else model.eval().to(device),

@@ -31,7 +31,7 @@ def _bill(context: Context, files: Mapping[str, str], terms: str) -> str:
     """The bill of materials: the checkpoint, the files, and the lock of the torch that verify saw."""
     fetched, tools = context.upstream["fetch"], context.upstream["verify"].tools
     held = {record.path.removeprefix("fetch/checkpoint/"): record.sha256 for record in fetched.outputs}
-    base = sbom.Model(name=fetched.model, version=fetched.revision, files=held, licence=str(fetched.facts["licence"]))
+    base = sbom.Model(name=fetched.model, version=fetched.revision, files=held, licence=fetched.text("licence"))
     made = sbom.Model(name=context.root.name, version=context.recipe.sha256, files=files, licence=terms)
     lock = PROJECT / "locks" / ("cpu.txt" if tools.get("torch", "+cpu").endswith("+cpu") else "cuda.txt")
     return sbom.text(base, made, sbom.packages(lock) if lock.is_file() else [])
@@ -50,5 +50,5 @@ def _parameters(context: Context) -> dict[str, Any]:
 
 def _locks() -> dict[str, str]:
     """The locks that environments and image are made from."""
-    files = sorted((PROJECT / "locks").glob("c*.txt"))
-    return {f"locks/{file.name}": hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    names = [f"locks/{name}.txt" for name in ("cpu", "cuda")]
+    return {name: hashlib.sha256((PROJECT / name).read_bytes()).hexdigest() for name in names}

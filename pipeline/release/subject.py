@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 from pipeline.core.manifest import Manifest
+from pipeline.core.recipe import STEP
 from pipeline.core.stage import Context
 from pipeline.release import licence
 from pipeline.release.card import Build, Product, Subject
 from pipeline.release.licence import Ancestor, Claim
 
 PRECISIONS = {"fp32": "float32", "fp16": "float16", "int8": "int8", "int4": "int4"}
-STEP = "step.tflite"
 
 
 def products_of(context: Context) -> list[Product]:
@@ -64,12 +64,12 @@ def subject_of(fetched: Manifest) -> Subject:
         revision=fetched.revision,
         base_models=licence.texts(fetched.facts["base_models"]),
         lineage=tuple(one.model for one in _lineage(fetched)),
-        model_type=str(fetched.facts["model_type"]),
+        model_type=fetched.text("model_type"),
     )
 
 
 def _lineage(fetched: Manifest) -> tuple[Ancestor, ...]:
-    rows = cast("list[dict[str, Any]]", fetched.facts["lineage"])
+    rows = fetched.tables("lineage")
     return tuple(Ancestor(**{**row, "base_models": licence.texts(row["base_models"])}) for row in rows)
 
 
@@ -77,8 +77,8 @@ def claim_of(fetched: Manifest, source: Mapping[str, Any]) -> Claim:
     """What the checkpoint says of its terms; `source` is what its own card begins with."""
     return Claim(
         model=fetched.model,
-        model_type=str(fetched.facts["model_type"]),
-        licence=str(fetched.facts["licence"]),
+        model_type=fetched.text("model_type"),
+        licence=fetched.text("licence"),
         base_models=licence.texts(fetched.facts["base_models"]),
         tags=licence.texts(source.get("tags")),
         lineage=_lineage(fetched),

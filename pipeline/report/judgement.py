@@ -16,7 +16,6 @@ from pipeline.judge import bundles
 from pipeline.judge import steps as verdict
 from pipeline.judge.gates import Check, Status
 from pipeline.judge.steps import Verdict
-from pipeline.judge.verdicts import integer
 from pipeline.report import verification
 from pipeline.runtime import litert
 
@@ -46,7 +45,7 @@ def summarise(context: Context, verdicts: Sequence[Verdict], heard: Sequence[bun
         "recipe": context.recipe.name,
         "recipe_sha256": context.recipe.sha256,
         "tools": versions.installed(),
-        "parameters": fetch.facts.get("parameters"),
+        "parameters": fetch.integer("parameters"),
         "passed": bool(required) and all(check.passed for check in required),
         "checks": [check.facts() for check in required],
         "alternative_checks": [check.facts() for check in alternative],
@@ -60,7 +59,7 @@ def summarise(context: Context, verdicts: Sequence[Verdict], heard: Sequence[bun
 def write_report(context: Context, judgement: Mapping[str, Any], verdicts: Sequence[Verdict]) -> None:
     """Time the step graphs and write `report.json` and `report.html`."""
     sequences = [length for length in SEQUENCES if length <= context.recipe.step.max_sequence]
-    bos = integer(context.upstream["golden"].facts["bos"])
+    bos = context.upstream["golden"].integer("bos")
     speed: dict[str, Any] = {}
     with log.progress("timing", len(verdicts) * len(verdict.KERNELS), "runs") as bar:
         for subject in (item.subject for item in verdicts):

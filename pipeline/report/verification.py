@@ -236,7 +236,7 @@ def _bundles(report: Report) -> list[str]:
                 figure(scores["kld"]["value"]),
                 percent(scores["top1"]["value"]),
                 f"{ids['total'] - ids['wrong']}/{ids['total']}",
-                f"{prompts['total'] - prompts['wrong']}/{prompts['total']}",
+                f"{prompts['total'] - prompts['wrong']}/{prompts['total']}" if prompts else "–",
                 f"{greedy['same']}/{len(greedy['rows'])}",
                 "passed" if bundle["fit"] else "FAILED",
             ]

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.core import log, parallel
+from pipeline.core import log, parallel, recipe
 from pipeline.core.errors import VerificationError
 from pipeline.runtime.litert import MappedModel, litert
 
 Cache = dict[str, Any]
 """A conversation's cache by input name: arrays, or LiteRT's buffers where the decoder is a `MappedModel`."""
-DECODER, EMBEDDER, PER_LAYER = "decoder.tflite", "embedder.tflite", "per_layer_embedder.tflite"
+DECODER, EMBEDDER, PER_LAYER = recipe.DECODER, "embedder.tflite", "per_layer_embedder.tflite"
 _REPACKED = 3e8
 """Bytes per second, roughly, at which XNNPACK lays out weights anew when a file is opened."""
 # What LiteRT-LM 0.18 writes where a token may not look: 0.7 times the lowest float32.

@@ -52,9 +52,9 @@ def _try_turn(dialogue: Dialogue, text: str) -> list[Speed]:
     try:
         turn(dialogue, text)
     except UsageError as error:
+        error.remedy = f"/reset, or {error.remedy}" if error.remedy else "/reset"
         for line in error.lines():
             log.line(line)
-        log.line("  do:    /reset")
         return []
     speed = dialogue.speed()
     return [speed] if speed else []

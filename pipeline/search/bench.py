@@ -10,7 +10,7 @@ import json
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from itertools import takewhile
 from pathlib import Path
@@ -28,7 +28,6 @@ from pipeline.judge.corpus import POSITIONS_PER_WINDOW, Tokens
 from pipeline.models import build
 from pipeline.quantize import gptq, int4, int8
 from pipeline.runtime import litert
-from pipeline.search import rewrite
 from pipeline.search.candidates import Candidate, Space
 from pipeline.tflite.graph import Graph
 from pipeline.tflite.lazy import Blocks
@@ -128,11 +127,18 @@ class Bench:
         (self.scratch / "fp32.tflite").unlink()
         return files
 
-    def section(self, candidate: Candidate) -> Int8 | Int4:
-        """The section of the candidate's recipe that is searched."""
-        text = rewrite.with_values(self.text, self.space.section, candidate.values)
-        found: Int8 | Int4 = getattr(parse_recipe(text.encode(), candidate.name), self.space.section)
+    @cached_property
+    def given(self) -> Int8 | Int4:
+        """The section of the given recipe that is searched."""
+        found: Int8 | Int4 = getattr(parse_recipe(self.text.encode(), "the given recipe"), self.space.section)
         return found
+
+    def section(self, candidate: Candidate) -> Int8 | Int4:
+        """That of the candidate's recipe; asked for thousands of times, so that no recipe is written and read."""
+        values: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in candidate.values.items()
+        }
+        return replace(self.given, **values)
 
     def write(self, candidate: Candidate | None, source: Path, name: str) -> Path:
         """The graph `source` as the candidate, or in fp32, in the scratch folder; as stage int8 or int4 makes it."""
@@ -201,14 +207,17 @@ class Bench:
         started = time.monotonic()
         file = self.write(candidate, self.every, self.record(candidate, shards[0]).stem)
         model = litert.StepModel(file, threads=1)
+        found = []
         for shard in shards:
             scores = metrics.join([self._score(model, place) for place in self.rows(shard)])
+            found.append(scores)
             ratio = scores.nll - scores.reference_nll
             kept = {"kld": list(scores.kld), "top1": list(scores.top1), "log_ratio": list(ratio)}
             kept["size"] = [file.stat().st_size]
             manifest.write_atomically(self.record(candidate, shard), json.dumps(kept))
         file.unlink()
         self.clock.longest = max(self.clock.longest, time.monotonic() - started)
+        scores = metrics.join(found)
         return f"{candidate.name}: KLD {scores.kld.mean():.2e}, top-1 {scores.top1.mean():.1%}"
 
     def speed(self, candidate: Candidate, plain: Candidate) -> dict[str, list[float]]:

@@ -71,9 +71,13 @@ def open_bench(file: Path, recipe: Recipe, calibration: Path | None, root: Path,
 
 def _sources() -> str:
     """What is measured changes with the code that makes it."""
+    return hashlib.sha256(b"".join(file.read_bytes() for file in makers())).hexdigest()
+
+
+def makers() -> list[Path]:
+    """The files of the code that makes what is measured."""
     rooms = ("checkpoint", "export", "models", "quantize", "tflite")
-    files = sorted(file for room in rooms for file in (PROJECT / "pipeline" / room).rglob("*.py"))
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    return sorted(file for room in rooms for file in (PROJECT / "pipeline" / room).rglob("*.py"))
 
 
 def _windows(calibration: Path | None, recipe: Recipe, checkpoint: Path) -> Tokens:

@@ -360,6 +360,7 @@ def test_a_conversation_in_the_terminal(
     assert len(printed.out.splitlines()) == 3
     for text in ("unknown command /what", "a new conversation", "do:    /reset", "tokens at"):
         assert text in printed.err
+    assert printed.err.count("do:") == 1  # one thing went wrong
 
 
 @pytest.fixture

@@ -150,8 +150,14 @@ def test_a_sentence_says_value_limit_and_reference() -> None:
 
 
 def test_a_violation_fails_whatever_the_recipe_says() -> None:
-    assert gates.must_hold("int8", "shapes", 0).passed
-    assert not gates.must_hold("int8", "shapes", 1).passed
+    assert gates.must_hold("int8", "shapes", 0, 3).passed
+    assert gates.must_hold("int8", "shapes", 1, 3).status == "fail"
+
+
+def test_what_holds_in_no_case_is_inconclusive() -> None:
+    check = gates.must_hold("int8", "shapes", 0, 0)
+    assert check.status == "inconclusive" and not check.passed
+    assert check.sentence() == "int8: shapes is 0 (of no case: nothing was tried), the limit is <= 0"
 
 
 @given(st.floats(allow_nan=True), st.floats(0, 1))

@@ -119,3 +119,21 @@ def test_a_stage_stands_after_what_it_needs(name: str) -> None:
         for graphs in ("step", "bundle", "all"):
             choice = graph.Choice(recipe=load(recipe), graphs=graphs)
             assert all(order.index(need) < order.index(name) for need in graph.makeable(name, choice))
+
+
+@pytest.mark.parametrize("constant", ["step.tflite", "decoder.tflite"])
+def test_the_name_of_a_graphs_file_stands_in_one_place(constant: str) -> None:
+    held = {
+        file.relative_to(PIPELINE).as_posix()
+        for file in FILES
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and node.value == constant
+    }
+    assert held == {"core/recipe.py"}
+
+
+def test_the_tokenizer_is_opened_in_one_place() -> None:
+    held = {
+        file.relative_to(PIPELINE).as_posix() for file in FILES if "AutoTokenizer.from_pretrained(" in file.read_text()
+    }
+    assert held - {"checkpoint/preflight.py"} == {"checkpoint/chat.py"}  # preflight tells people to

@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import time
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from pipeline.core import manifest
 from pipeline.core.errors import IntegrityError
 from pipeline.core.manifest import FileRecord, Manifest, Source
+from pipeline.core.recipe import PROJECT
 
 facts = st.dictionaries(
     st.text(min_size=1).filter(str.isprintable),
@@ -293,3 +295,44 @@ def test_a_damaged_note_costs_time_alone(tmp_path: Path, note: str) -> None:
     (tmp_path / ".hashed.json").write_text(note)
     records = manifest.describe([made_file(tmp_path)], tmp_path)
     manifest.check(records, tmp_path, manifest.Known(tmp_path))
+
+
+# ---- facts
+
+
+READ = {
+    "integer": (7, [None, 7.0, True, "7", [7]]),
+    "integers": ([1, 106], [None, 1, [1, None], [1.5], [True], "1"]),
+    "number": (30.0, ["30", True, [30.0]]),
+    "text": ("cpu", [None, 7, ["cpu"]]),
+    "table": ({"a": 1}, [None, [1], "a"]),
+    "tables": ([{"a": 1}], [None, {"a": 1}, [1]]),
+}
+
+
+@pytest.mark.parametrize("kind", READ)
+def test_a_fact_is_read_as_it_stands(kind: str) -> None:
+    value, _ = READ[kind]
+    assert getattr(example(facts={"bos": value}), kind)("bos") == value
+
+
+def test_a_number_that_a_model_does_not_have_is_none() -> None:
+    assert example(facts={"cap": None}).number("cap") is None
+
+
+@pytest.mark.parametrize(("kind", "wrong"), [(kind, wrong) for kind, (_, wrongs) in READ.items() for wrong in wrongs])
+def test_a_wrong_fact_is_no_zero_but_said_with_its_stage(kind: str, wrong: object) -> None:
+    with pytest.raises(IntegrityError, match="the manifest of stage int8 has .* as its fact bos, which is not a "):
+        getattr(example(facts={"bos": wrong}), kind)("bos")
+
+
+@pytest.mark.parametrize("kind", READ)
+def test_a_missing_fact_is_said_with_its_stage(kind: str) -> None:
+    with pytest.raises(IntegrityError, match="the manifest of stage int8 has no fact bos"):
+        getattr(example(facts={}), kind)("bos")
+
+
+def test_no_stage_reads_facts_by_an_assertion_or_a_cast() -> None:
+    for file in sorted((PROJECT / "pipeline").rglob("*.py")):
+        found = re.findall(r"cast\([^\n]*\bfacts\b.*|\bfacts\[\"parameters\"\]\n *assert.*", file.read_text("utf-8"))
+        assert not found, (file, found)

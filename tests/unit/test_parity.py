@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jinja2 import TemplateError
 from tokenizers import Tokenizer
 
 from pipeline.core.manifest import FileRecord
@@ -23,7 +24,7 @@ BACKEND = Tokenizer.from_file(str(PROJECT / "examples" / "tiny-gemma3n" / "token
 class Decoding:
     """The shipped model's tokenizer without transformers."""
 
-    chat_template = None
+    chat_template: str | None = None
 
     def __call__(self, text: str, *, add_special_tokens: bool) -> dict[str, list[int]]:
         return {"input_ids": BACKEND.encode(text, add_special_tokens=add_special_tokens).ids}
@@ -124,6 +125,42 @@ def test_what_is_as_transformers_says_passes_and_a_tie_may_part() -> None:
 )
 def test_what_is_not_fails(change: dict[str, Any], name: str) -> None:
     assert failed(replace(FOUND, **change)) == [name]
+
+
+NONE = Tally(total=0, wrong=0, examples=[])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"ids": NONE}, {"prompts": NONE}, {"stop": NONE}, {"greedy": []}, {"score_error": None, "scored": 0}],
+)
+def test_what_was_tried_on_nothing_is_inconclusive(change: dict[str, Any]) -> None:
+    checks = bundles._parity_checks(SUBJECT, replace(FOUND, **change), exact=True)
+    assert [check.status for check in checks].count("inconclusive") == 1
+    assert len(failed(replace(FOUND, **change))) == 1
+
+
+def test_a_model_without_a_template_has_no_conversations_to_render() -> None:
+    checks = bundles._parity_checks(SUBJECT, replace(FOUND, prompts=None), exact=True)
+    assert len(checks) == 4 and all(check.passed for check in checks)
+
+
+class Refusing(Decoding):
+    """Its template takes no conversation."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def apply_chat_template(self, conversation: Any, **options: Any) -> str:
+        raise self.error
+
+
+def test_conversations_that_all_are_refused_are_no_pass_and_a_defect_is_no_refusal() -> None:
+    talks = [[{"role": "user", "content": "Hi"}]]
+    found = parity._render(Any, Refusing(TemplateError("roles must alternate")), talks)  # type: ignore[arg-type]
+    assert found == NONE
+    with pytest.raises(RuntimeError, match="no such file"):
+        parity._render(Any, Refusing(RuntimeError("no such file")), talks)  # type: ignore[arg-type]
 
 
 def test_text_and_scores_of_a_quantised_bundle_may_differ_but_nothing_else() -> None:

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.core.errors import IntegrityError, PublishError
-from pipeline.release import provenance
+from pipeline.release import papers, provenance
 
 
 @pytest.fixture
@@ -117,3 +117,15 @@ def test_tensors_get_the_published_names_or_verify_has_to_run_again(tmp_path: Pa
     for file, names in ((listed, {"fp32/step.tflite": "m"}), (tmp_path / "not there", {})):
         with pytest.raises(PublishError, match="does not list every file"):
             provenance.tensors(file, names)
+
+
+def test_the_locks_of_the_environment_are_named_and_no_other_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "locks").mkdir()
+    for name in ("cpu", "cuda", "client", "dev"):
+        (tmp_path / "locks" / f"{name}.txt").write_text(name)
+    monkeypatch.setattr(papers, "PROJECT", tmp_path)
+    assert papers._locks() == {
+        f"locks/{name}.txt": hashlib.sha256(name.encode()).hexdigest() for name in ("cpu", "cuda")
+    }

@@ -268,6 +268,16 @@ def test_a_check_that_is_open_says_that_more_positions_would_tell() -> None:
     assert '<span class="badge open">inconclusive</span>' in page
 
 
+def test_what_was_not_tried_is_said_to_be_so() -> None:
+    report = made_by_hand()
+    untried = {**check("scores", 0.0, 0.0, False), "status": "inconclusive", "low": None, "high": None}
+    report |= {"passed": False, "checks": [untried]}
+    next(iter(report["bundles"].values()))["prompts"] = None
+    page = verification.render(report)
+    assert "inconclusive, there was no case to try" in page and "no template" in page
+    assert any(" – " in line for line in verification.table({**report, "variants": {}}))
+
+
 def test_the_reference_stands_beside_itself() -> None:
     page = verification.render(made_by_hand())
     assert "bfloat16 instead of float32" in page and "7.7 × 10⁻⁵" in page

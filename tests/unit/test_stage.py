@@ -15,10 +15,13 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from pipeline import reproduce
 from pipeline.core import errors, graph, manifest, stage
 from pipeline.core.errors import PipelineError
+from pipeline.core.manifest import Source
 from pipeline.core.recipe import PROJECT, Recipe
 from pipeline.core.recipe import load as load_recipe
 from pipeline.core.stage import Context, Outcome, Stage
@@ -159,6 +162,52 @@ def test_each_error_has_its_exit_code_and_is_printed_whole(
     assert not (root / "first" / "manifest.json").exists()
 
 
+CLEAN, EDITED, LATER = Source(commit="a", dirty=False), Source(commit="a", dirty=True), Source(commit="b", dirty=False)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "recorded"),
+    [
+        (CLEAN, CLEAN, CLEAN),
+        (EDITED, EDITED, EDITED),
+        (CLEAN, EDITED, EDITED),
+        (CLEAN, LATER, EDITED),  # commit b did not make it
+        (EDITED, LATER, EDITED),
+    ],
+)
+def test_code_that_changes_while_a_stage_runs_is_not_what_made_it(
+    run: Run,
+    root: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    before: Source,
+    after: Source,
+    recorded: Source,
+) -> None:
+    now = [before]
+    monkeypatch.setattr(stage, "source", lambda: now[-1])
+
+    def work(context: Context) -> Outcome:
+        now.append(after)
+        return first_work(context)
+
+    assert run(Stage(name="first", summary="makes weights", work=work)) == 0
+    assert manifest.read(root / "first").source == recorded
+    assert ("code changed while first ran" in capsys.readouterr().err) is (before != after)
+
+
+@pytest.mark.parametrize(("code", "ends"), [(8, 8), (10, 10), (1, 1), (-9, 1)])
+def test_reproduce_ends_with_the_code_of_the_stage_that_failed(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], code: int, ends: int
+) -> None:
+    assert run(Stage(name="fetch", summary="makes weights", work=first_work)) == 0
+    monkeypatch.setattr(reproduce.process, "run", lambda *_command, **_options: code)
+    recipe = str(PROJECT / stage.DEFAULT_RECIPE)
+    common = ["--model-id", "org/toy", "--artifacts", str(tmp_path), "--recipe", recipe]
+    assert reproduce.main([*common, "--again", str(tmp_path / "again")]) == ends
+    assert f"error: stage fetch failed with exit code {code}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("inside", [True, False])
 def test_only_a_file_that_a_stage_made_is_to_be_removed(
     run: Run, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], inside: bool
@@ -210,16 +259,18 @@ def test_too_little_memory_is_a_resource_error(
     assert "not enough memory" in capsys.readouterr().err
 
 
-def test_any_other_machine_error_shows_where_it_happened(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(failing(OSError(errno.EIO, "Input/output error"))) == 1
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.EIO, "Input/output error"), ZeroDivisionError("no"), np.linalg.LinAlgError("not positive definite")],
+)
+def test_what_nobody_expected_ends_with_1_and_shows_where_it_happened_and_last_what_it_is(
+    run: Run, root: Path, capsys: pytest.CaptureFixture[str], error: Exception
+) -> None:
+    assert run(failing(error)) == 1
     said = capsys.readouterr().err
     assert "in work" in said
-    assert "Input/output error" in said
-
-
-def test_a_defect_of_the_program_is_not_swallowed(run: Run, root: Path) -> None:
-    with pytest.raises(ZeroDivisionError):
-        run(failing(ZeroDivisionError()))
+    assert f"error: unexpected {type(error).__name__}: {error}\n  cause: " in said
+    assert said.splitlines()[-1] == "  do:    report it with all that is printed above"
     assert not (root / "first" / "manifest.json").exists()
 
 
@@ -406,7 +457,7 @@ def test_two_runs_of_one_stage_at_once_are_refused(tmp_path: Path, slow: Callabl
         wait_until_half(process)
         second = slow(tmp_path / "a")
         _, said = second.communicate(timeout=60)
-        assert second.returncode == 1
+        assert second.returncode == errors.ResourceError.exit_code
         assert "another run is working on" in said
         assert process.poll() is None
         process.communicate("go\n", timeout=60)
