@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.fx.config
 from litert_torch import fx_infra
 from torch._ops import OpOverload
 from torch.fx.node import Node, map_arg
@@ -36,13 +37,18 @@ _FUNCTIONAL: Table = {
 
 @contextmanager
 def by_node() -> Iterator[None]:
-    """Let litert-torch decompose as this module does."""
-    before = fx_infra.safe_run_decompositions
+    """Let litert-torch decompose as this module does, and torch not look up each node's line of code.
+
+    The lines are a fifth of the time of torch.export; they reach no file, only the message of a failure.
+    """
+    before, lines = fx_infra.safe_run_decompositions, torch.fx.config.do_not_emit_stack_traces
     fx_infra.safe_run_decompositions = decompose
+    torch.fx.config.do_not_emit_stack_traces = True
     try:
         yield
     finally:
         fx_infra.safe_run_decompositions = before
+        torch.fx.config.do_not_emit_stack_traces = lines
 
 
 def decompose(
@@ -71,7 +77,6 @@ def decompose(
             program.graph_signature.replace_all_uses(node.name, result.name)
             graph.erase_node(node)
     graph.eliminate_dead_code()
-    program.graph_module.recompile()
     return program
 
 

@@ -251,6 +251,8 @@ def test_nothing_of_the_patches_is_left_behind() -> None:
         assert os.environ["LITERT_TORCH_FULL_TFL_DECOMPS"] == "1"
     with decompose.by_node():
         assert fx_infra.safe_run_decompositions is decompose.decompose
+        assert torch.fx.config.do_not_emit_stack_traces
     assert fx_infra.safe_run_decompositions is not decompose.decompose
+    assert not torch.fx.config.do_not_emit_stack_traces
     assert _build._get_hierarchy is before
     assert "LITERT_TORCH_FULL_TFL_DECOMPS" not in os.environ
