@@ -200,7 +200,7 @@ def _record(path: str, size: int, sha256: str) -> FileRecord:
 
 
 class Known:
-    """Hashes of files that were read before, in `.hashed.json` below `root`: a checkpoint is not read at every stage.
+    """Hashes of files that were read before, in `.inputs/hashed.json` below `root`: a checkpoint is not read at every stage.
 
     As in git's index, a file is the one that was hashed if its size, inode and times are what they were: whoever writes
     to a file changes its ctime, which nobody can set. A file that was changed within the clock's last tick before it
@@ -210,7 +210,7 @@ class Known:
     _TICK = 100_000_000  # nanoseconds; Linux keeps file times to 10 ms or better
 
     def __init__(self, root: Path) -> None:
-        self.file = root / ".hashed.json"
+        self.file = root / ".inputs" / "hashed.json"
         self.sums: dict[str, list[int | str]] = {}
         with suppress(OSError, ValueError):  # a note that was lost or damaged costs time alone
             said = json.loads(self.file.read_text(encoding="utf-8"))
@@ -235,6 +235,7 @@ class Known:
 
     def keep(self) -> None:
         """Write the note for the next stage."""
+        self.file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(self.file, dump_json(self.sums))
 
     @staticmethod

@@ -292,7 +292,8 @@ def test_a_file_of_this_very_moment_is_not_remembered(tmp_path: Path, monkeypatc
 
 @pytest.mark.parametrize("note", ["", "[]", "{", '{"x": 1}'])
 def test_a_damaged_note_costs_time_alone(tmp_path: Path, note: str) -> None:
-    (tmp_path / ".hashed.json").write_text(note)
+    (tmp_path / ".inputs").mkdir()
+    (tmp_path / ".inputs" / "hashed.json").write_text(note)
     records = manifest.describe([made_file(tmp_path)], tmp_path)
     manifest.check(records, tmp_path, manifest.Known(tmp_path))
 
