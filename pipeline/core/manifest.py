@@ -200,7 +200,7 @@ def _record(path: str, size: int, sha256: str) -> FileRecord:
 
 
 class Known:
-    """Hashes of files that were read before, in `.inputs/hashed.json` below `root`: a checkpoint is not read at every stage.
+    """Hashes of files that were read before, in `.inputs/hashed.json` below `root`, so that no stage reads them again.
 
     As in git's index, a file is the one that was hashed if its size, inode and times are what they were: whoever writes
     to a file changes its ctime, which nobody can set. A file that was changed within the clock's last tick before it
