@@ -22,7 +22,7 @@ from pipeline.quantize import gptq, int4, readback, rows
 def work(context: Context) -> Outcome:
     """Fill the graphs, write the tables, and look into what was written."""
     settings = context.recipe.int4
-    assert settings is not None  # `_needs` refuses
+    assert settings is not None  # core/graph.py refuses
     checkpoint = open_checkpoint(context.root / "fetch" / "checkpoint")
     graphs = build.graph_files(context.upstream["graph"], context.root, context.graphs)
     facts: dict[str, Fact] = {"graphs": context.graphs}

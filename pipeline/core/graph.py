@@ -70,6 +70,17 @@ def _int8(scheme: str | None) -> Callable[[Choice], tuple[str, ...]]:
     return needs
 
 
+def _int4(choice: Choice) -> tuple[str, ...]:
+    recipe = choice.recipe
+    if recipe.int4 is None:
+        raise UsageError(
+            f"recipe {recipe.name} has no [int4] section",
+            cause="4 bits are not good enough for its models, or nobody has tried",
+            remedy="add the section and its limits, as in pipeline/recipes/gemma3.toml",
+        )
+    return ("fetch", "graph", *(["moments"] if recipe.int4.gptq else []))
+
+
 def _bundle(choice: Choice) -> tuple[str, ...]:
     if choice.graphs == "step":
         raise UsageError("GRAPHS=step builds no bundle", remedy="leave GRAPHS out, or say GRAPHS=bundle")
@@ -110,11 +121,7 @@ STAGES: Mapping[str, Node] = {
     "int8": _quantised("int8", _int8(None)),
     "int4": Node(
         module="int4",
-        needs=lambda choice: (
-            "fetch",
-            "graph",
-            *(["moments"] if choice.recipe.int4 and choice.recipe.int4.gptq else []),
-        ),
+        needs=_int4,
         settings=("graphs",),
     ),
     "int8-static": _quantised("int8", _int8("static"), "--scheme", "static"),
