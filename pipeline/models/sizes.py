@@ -16,8 +16,8 @@ _PER_ROW = 12
 """Bytes of an int8 row's scale (float32) and zero point (int64)."""
 _PER_LAYER = 12_000
 """Bytes of one signature's operators and tensors per layer, in Gemma 3n's decoder."""
-EXPORT_SECONDS = 1.5
-"""Seconds per layer and signature of exporting a graph, on two cores (Gemma 3n E2B's decoder: 133 s for 90)."""
+EXPORT_SECONDS = 0.45
+"""Seconds per layer and signature of exporting a graph (Gemma 3n of 35 layers, narrow, 2026-11-29: 58 s for 140)."""
 EXPORT_BYTES = 3_400_000
 """Memory per layer and signature of exporting a graph, beyond the libraries' 0.4 GiB (E4B, 105 of them: 0.68 GiB)."""
 HEAD = preflight.EMBEDDING

@@ -1,14 +1,15 @@
 """What each stage makes and needs, by a checkpoint's sizes.
 
-Sizes follow from the configuration. Memory and time follow from constants that were measured with the random
-checkpoints of `tools/make_random_checkpoint.py` on two cores (AMD EPYC, 2026-11-24, `make bench`): they are right to a
-factor of two, which is what a plan is for.
+Sizes follow from the configuration. Memory and time follow from constants. Those that grow with a model were measured
+with the random checkpoints of `tools/make_random_checkpoint.py` on two cores (AMD EPYC, 2026-11-24, `make bench`), the
+rest with `make` of the shipped one (2026-11-29, `python -m tools.planned`). They are right to a factor of two, which is
+what a plan is for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from pipeline.core import memory
@@ -29,6 +30,10 @@ _FLOPS = 5e10
 """Multiply-adds per second of a float32 forward in PyTorch on two cores, counted twice as is usual."""
 _READ = 1.5e9
 """Parameters per second that golden lays out in float32 when it streams, and that a decoder reads per token."""
+_CALL = 5e-3
+"""Seconds that PyTorch takes for a layer whatever its size: small models are bound by that, token by token."""
+_TRACED = 8e-3
+"""Seconds per layer and sample of running a file whose every tensor is kept, for the ranges of static files."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +49,7 @@ class Need:
 
 def fetch(model: Model) -> Need:
     """The download, and hashing it."""
-    seconds = model.download / _DOWNLOAD + model.stored / _HASH
+    seconds = 2 + model.download / _DOWNLOAD + model.stored / _HASH
     return Need(what="checkpoint", size=model.download, memory=0.25 * _GIB, seconds=seconds)
 
 
@@ -68,8 +73,9 @@ def golden(model: Model) -> Need:
     return Need(
         what="Hugging Face in fp32, " + ("streamed" if streamed else "loaded"),
         size=4 * kept * model.table[1],
-        memory=1.9 * _GIB if streamed else memory.of_reference(parameters),
-        seconds=2 * model.multiplied * tokens / _FLOPS + steps * model.multiplied / _READ,
+        memory=1.9 * _GIB if streamed else 0.6 * _GIB + 4 * parameters,
+        seconds=2 * model.multiplied * tokens / _FLOPS
+        + steps * (model.multiplied / _READ + _CALL * sizes.layers(model.shapes)),
     )
 
 
@@ -95,22 +101,32 @@ def graph(model: Model) -> Need:
         what="graphs without matrices",
         size=size,
         memory=0.4 * _GIB + sizes.EXPORT_BYTES * layers,
-        seconds=15 + sizes.EXPORT_SECONDS * layers,
+        seconds=5 + sizes.EXPORT_SECONDS * layers,
     )
 
 
 def _filled(model: Model, precision: str, *, sections: bool = True) -> Need:
     size = model.size(precision) if sections else model.files[STEP].bytes(precision)
-    seconds = 5 + (size + model.stored) / _WRITE
-    taken = 0.45 * _GIB + 2 * model.cache  # each file is run once, with a cache in and a cache out
+    seconds = 2 + (size + model.stored) / _WRITE
+    taken = 0.3 * _GIB + 2 * model.cache  # each file is run once, with a cache in and a cache out
     return Need(what=" ".join(model.files if sections else [STEP]), size=size, memory=taken, seconds=seconds)
+
+
+def _static(model: Model) -> Need:
+    """As the other files, and a run of the fp32 file over the calibration text."""
+    filled, recipe = _filled(model, "int8", sections=False), model.recipe
+    samples = recipe.int8.calibration_samples
+    run = 2 * model.multiplied * samples * recipe.corpus.window / _FLOPS + samples * _TRACED * sizes.layers(
+        model.shapes
+    )
+    return replace(filled, seconds=filled.seconds + run)
 
 
 def bundle(model: Model) -> Need:
     """The sections in one file each."""
     size = sum(model.size(precision, sections=True) for precision in model.bundles)
     what = " ".join(f"{precision}.litertlm" for precision in model.bundles)
-    return Need(what=what, size=size, memory=0.3 * _GIB, seconds=5 + size / _WRITE)
+    return Need(what=what, size=size, memory=0.3 * _GIB, seconds=3 + size / _WRITE)
 
 
 def verify(model: Model) -> Need:
@@ -135,7 +151,9 @@ def verify(model: Model) -> Need:
 def publish(model: Model) -> Need:
     """Links to the files."""
     size = sum(model.size(precision, sections=True) for precision in model.bundles)
-    return Need(what="the folder to upload, by hard links", size=1 << 20, memory=0.1 * _GIB, seconds=5 + size / _HASH)
+    return Need(
+        what="the folder to upload, by hard links", size=1 << 20, memory=0.05 * _GIB, seconds=0.4 + size / _HASH
+    )
 
 
 NEEDS: Mapping[str, Callable[[Model], Need]] = {
@@ -147,8 +165,8 @@ NEEDS: Mapping[str, Callable[[Model], Need]] = {
     "fp16": partial(_filled, precision="fp16"),
     "int8": partial(_filled, precision="int8"),
     "int4": partial(_filled, precision="int4"),
-    "int8-static": partial(_filled, precision="int8", sections=False),
-    "int8-static16": partial(_filled, precision="int8", sections=False),
+    "int8-static": _static,
+    "int8-static16": _static,
     "int8-dynamic": partial(_filled, precision="int8", sections=False),
     "bundle": bundle,
     "verify": verify,

@@ -15,11 +15,12 @@ from pipeline import plan
 from pipeline.core import manifest, memory
 from pipeline.core.recipe import PROJECT
 from pipeline.core.recipe import load as load_recipe
-from pipeline.core.stage import DEFAULT_MODEL
+from pipeline.core.stage import DEFAULT_MODEL, common_parser
 from pipeline.models import sizes
 from pipeline.models.gemma3n import ARCHITECTURE
 from pipeline.planning.model import Model, look
 from pipeline.planning.needs import NEEDS
+from tools import planned as tool
 from tools.make_random_checkpoint import GEOMETRIES
 
 SHIPPED = PROJECT / DEFAULT_MODEL
@@ -138,3 +139,14 @@ def test_a_model_without_access(
     server.add("org/closed", {"config.json": b"{}", "model.safetensors": b""}, **settings)
     assert plan.main(["--model-id", "org/closed", "--artifacts", str(tmp_path)]) == code
     assert said in capsys.readouterr().err
+
+
+def test_what_was_planned_stands_beside_what_it_took(built: Line) -> None:
+    arguments = common_parser("planned", "").parse_args(
+        ["--model-id", str(built.model), "--artifacts", str(built.artifacts), "--recipe", str(built.recipe)]
+    )
+    told = {name: [float(value) for value in values] for name, *values in tool.rows(arguments)}
+    assert list(told) == ["fetch", "golden", "graph", "fp32", "fp16", "int8", "bundle"]
+    run = json.loads((built.root / "graph" / "run.json").read_text())
+    assert told["graph"][1] == pytest.approx(run["seconds"], abs=0.06)
+    assert told["graph"][3] / told["graph"][4] == pytest.approx(told["graph"][5], rel=0.1)

@@ -1,0 +1,48 @@
+"""What `make plan` says of a finished folder beside what its stages took: `python -m tools.planned`.
+
+Prints seconds and peak anonymous memory of every stage, planned over measured (`run.json`). Where a ratio leaves 0.5 to
+2 (time, on a quiet machine of two cores) or 0.7 to 1.5 (memory), the constants in pipeline/planning/needs.py want
+mending.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+
+from pipeline.core import log
+from pipeline.core.graph import model_name
+from pipeline.core.recipe import load
+from pipeline.core.stage import common_parser
+from pipeline.planning.model import look
+from pipeline.planning.needs import NEEDS
+
+
+def rows(arguments: argparse.Namespace) -> Iterator[list[str]]:
+    """A row per finished stage: its name, and of seconds and GiB what was planned, what was measured, and the ratio."""
+    recipe = load(arguments.recipe)
+    model = look(arguments.model_id, "", recipe, arguments.graphs or recipe.graphs)
+    root = arguments.artifacts / model_name(arguments.model_id)
+    for name, need in NEEDS.items():
+        file = root / name / "run.json"
+        if file.is_file():
+            run = json.loads(file.read_text(encoding="utf-8"))
+            seconds, memory = (need(model).seconds, run["seconds"]), (need(model).memory, run["peak_anonymous"])
+            told = [f"{value:.1f}" for value in seconds] + [f"{seconds[0] / max(seconds[1], 0.1):.2f}"]
+            told += [f"{value / 2**30:.2f}" for value in memory] + [f"{memory[0] / max(memory[1], 1):.2f}"]
+            yield [name, *told]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the table."""
+    arguments = common_parser("planned", (__doc__ or "").split("\n", 1)[0]).parse_args(argv)
+    head = ["stage", "planned s", "took s", "ratio", "planned GiB", "took GiB", "ratio"]
+    for line in log.align([head, *rows(arguments)]):
+        log.line(line)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
