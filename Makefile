@@ -78,7 +78,7 @@ IN_CONTAINER = docker run --rm $(if $(filter chat,$(1)),-it) --read-only --tmpfs
 	-e IMAGE_DIGEST="$$(docker image inspect --format '{{.Id}}' $(IMAGE))" \
 	$(if $(filter $(1),$(ONLINE)),--network $(NETWORK) $(SECRETS),--network none -e HF_HUB_OFFLINE=1) \
 	-v $(abspath $(ARTIFACTS)):$(abspath $(ARTIFACTS)) $(foreach path,$(abspath $(FILE) $(AGAINST)),-v $(call QUOTE,$(path):$(path):ro)) $(MOUNTS) $(IMAGE)
-RUN = @echo "python -m pipeline.$(1) (in $(IMAGE))" && $(call IN_CONTAINER,$(1)) python
+RUN = @echo "$(1) (in $(IMAGE))" && $(call IN_CONTAINER,$(1)) python
 else
 READY := .venv/.ready
 RUN = $(PY)
