@@ -48,6 +48,8 @@ MAKEFLAGS += --no-builtin-rules --no-builtin-variables --warn-undefined-variable
 
 # A word for the shell, whatever is in it.
 QUOTE = '$(subst ','\'',$(1))'
+# A path from the root, of which $(abspath) would make one per word.
+ABSOLUTE = $(if $(1),$(if $(filter /%,$(firstword $(1))),,$(CURDIR)/)$(1))
 GOALS := $(or $(MAKECMDGOALS),all)
 
 # model-signing has an environment of its own. The key's path goes through the environment, so that it stands nowhere else.
@@ -71,13 +73,14 @@ ONLINE = $(if $(ON_HUB),fetch plan) upload $(if $(findstring @,$(FILES)),check)
 # By name, so that no list of processes shows a value; what a CI job shows for itself goes to the upload alone.
 SECRETS = -e HF_TOKEN -e HF_ENDPOINT $(if $(filter upload,$(1)),-e HF_OIDC_RESOURCE -e HF_OIDC_ID_TOKEN \
 	-e GITHUB_ACTIONS -e ACTIONS_ID_TOKEN_REQUEST_URL -e ACTIONS_ID_TOKEN_REQUEST_TOKEN)
+SHOWN = $(if $(1),-v $(call QUOTE,$(call ABSOLUTE,$(1)):$(call ABSOLUTE,$(1)):ro))
 IN_CONTAINER = docker run --rm $(if $(filter chat,$(1)),-it) --read-only --tmpfs /tmp --cap-drop ALL --security-opt no-new-privileges \
 	--user "$$(id -u):$$(id -g)" $(if $(filter cuda,$(DEVICE)),--gpus all) \
 	-e PYTHONHASHSEED -e SOURCE_DATE_EPOCH -e OMP_NUM_THREADS -e OMP_WAIT_POLICY \
 	-e SOURCE_COMMIT="$$(git rev-parse HEAD 2>/dev/null || true)" -e SOURCE_DIRTY="$$(git status --porcelain 2>/dev/null | head -n 1)" \
 	-e IMAGE_DIGEST="$$(docker image inspect --format '{{.Id}}' $(IMAGE))" \
 	$(if $(filter $(1),$(ONLINE)),--network $(NETWORK) $(SECRETS),--network none -e HF_HUB_OFFLINE=1) \
-	-v $(abspath $(ARTIFACTS)):$(abspath $(ARTIFACTS)) $(foreach path,$(abspath $(FILE) $(AGAINST)),-v $(call QUOTE,$(path):$(path):ro)) $(MOUNTS) $(IMAGE)
+	-v $(abspath $(ARTIFACTS)):$(abspath $(ARTIFACTS)) $(call SHOWN,$(FILE)) $(call SHOWN,$(AGAINST)) $(MOUNTS) $(IMAGE)
 RUN = @echo "$(1) (in $(IMAGE))" && $(call IN_CONTAINER,$(1)) python
 else
 READY := .venv/.ready
@@ -106,7 +109,7 @@ IMAGE_LOCK = locks/$(or $(patsubst LOCK=%,%,$(filter LOCK=%,$(subst --build-arg=
 LABELS = --build-arg REVISION="$$(git describe --always --abbrev=40 --dirty --exclude='*' 2>/dev/null || true)" \
 	--build-arg LOCK_SHA256="$$(sha256sum <$(IMAGE_LOCK) | cut -d' ' -f1)"
 UPLOAD = --repository $(call QUOTE,$(HF_REPO)) $(if $(TAG),--tag $(call QUOTE,$(TAG))) $(if $(PARENT),--parent $(call QUOTE,$(PARENT))) $(if $(CONFIRM),--confirm)
-SIGNATURE = $(if $(PUBLIC_KEY),--public-key $(call QUOTE,$(abspath $(PUBLIC_KEY)))) $(if $(IDENTITY),--identity $(call QUOTE,$(IDENTITY))) \
+SIGNATURE = $(if $(PUBLIC_KEY),--public-key $(call QUOTE,$(call ABSOLUTE,$(PUBLIC_KEY)))) $(if $(IDENTITY),--identity $(call QUOTE,$(IDENTITY))) \
 	$(if $(ISSUER),--issuer $(call QUOTE,$(ISSUER))) $(if $(PUBLIC_KEY)$(IDENTITY)$(ISSUER),--signer $(SIGNER))
 
 # --- targets ----------------------------------------------------------------------------------------------------------
@@ -139,23 +142,23 @@ publish: $(if $(SIGN),.venv-sign/.ready) ## assemble what would be uploaded; HF_
 	$(if $(HF_REPO),$(call RUN,upload) -m pipeline.upload $(abspath $(ROOT))/publish $(UPLOAD))
 
 chat: bundle ## talk to the int8 bundle in the terminal (PRECISION=)
-	$(call RUN,chat) -m pipeline.chat $(abspath $(ROOT))/bundle/$(PRECISION).litertlm
+	$(call RUN,chat) -m pipeline.chat $(abspath $(ROOT))/bundle/$(call QUOTE,$(PRECISION)).litertlm
 
 run: bundle ## let the int8 bundle answer PROMPT= once
-	$(call RUN,run) -m pipeline.chat $(abspath $(ROOT))/bundle/$(PRECISION).litertlm --prompt $(call QUOTE,$(PROMPT))
+	$(call RUN,run) -m pipeline.chat $(abspath $(ROOT))/bundle/$(call QUOTE,$(PRECISION)).litertlm --prompt $(call QUOTE,$(PROMPT))
 
 tune: graph moments ## search the recipe's [int8] (SECTION=int4) for MINUTES=: what costs quality where, and tune/recipe.toml for RECIPE=
-	$(call RUN,tune) -m pipeline.tune $(WHERE) $(CALIBRATED) --minutes $(MINUTES) --section $(SECTION)
+	$(call RUN,tune) -m pipeline.tune $(WHERE) $(CALIBRATED) --minutes $(call QUOTE,$(MINUTES)) --section $(call QUOTE,$(SECTION))
 
 check: $(READY) $(if $(SIGNS),.venv-sign/.ready) ## hold a published folder (FILES=, also on the Hub) against its papers and signature
-	$(call RUN,check) -m pipeline.check $(call QUOTE,$(if $(findstring @,$(FILES)),$(FILES),$(abspath $(FILES)))) \
+	$(call RUN,check) -m pipeline.check $(call QUOTE,$(if $(findstring @,$(FILES)),$(FILES),$(call ABSOLUTE,$(FILES)))) \
 		--downloads $(abspath $(ARTIFACTS))/.check $(SIGNATURE)
 
 inspect: $(READY) ## tell what is in FILE=, and where it leaves AGAINST=
-	$(call RUN,inspection) -m pipeline.inspection $(call QUOTE,$(abspath $(FILE))) $(if $(AGAINST),--against $(call QUOTE,$(abspath $(AGAINST))))
+	$(call RUN,inspection) -m pipeline.inspection $(call QUOTE,$(call ABSOLUTE,$(FILE))) $(if $(AGAINST),--against $(call QUOTE,$(call ABSOLUTE,$(AGAINST))))
 
 release: ## publish what a description says (RELEASE=); a dry run without CONFIRM=yes
-	settings=$$($(PYTHON) -m tools.release $(RELEASE) $(if $(filter yes,$(CONFIRM)),--upload)) && \
+	settings=$$($(PYTHON) -m tools.release $(if $(RELEASE),$(call QUOTE,$(RELEASE))) $(if $(filter yes,$(CONFIRM)),--upload)) && \
 	$(MAKE) --no-print-directory publish $$settings
 
 reproduce: $(READY) ## rebuild what is finished for MODEL_ID from its manifests, and compare every file

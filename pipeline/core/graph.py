@@ -148,6 +148,8 @@ STAGES: Mapping[str, Node] = {
     ),
 }
 """By folder, each after those that it reads."""
+STEPS = tuple(name for name in STAGES if name.startswith(("fp", "int")))
+"""The stages that make a step graph."""
 
 
 def needs(name: str, choice: Choice) -> tuple[str, ...]:

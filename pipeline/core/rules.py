@@ -21,12 +21,14 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 from pipeline.core.errors import PipelineError, UsageError
-from pipeline.core.graph import STAGES, Choice, behind, makeable, model_name
+from pipeline.core.graph import STAGES, STEPS, Choice, behind, makeable, model_name
 from pipeline.core.manifest import write_atomically
 from pipeline.core.recipe import PROJECT, STEP, Graphs, load
 
 _SPECIAL = "$'\"`;&|<>()[]{}*?!%:\\#"
 """What Make or a shell would read as more than a name."""
+_LEADING = "-~"
+"""What a command would read as an option, and Make as somebody's home."""
 _FILES = ("calibration", "eval", "task")
 _CHECKPOINT = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.md", "LICENSE*", "NOTICE*")
 
@@ -184,6 +186,7 @@ def rules(request: Request) -> str:
     steps = [f"{root}/{name}/{STEP}" for name in choice.judged]
     lines = [
         "# Written by pipeline/core/rules.py.",
+        "HASH := \\#",
         f"ROOT := {root}",
         f"FILES_MADE := {' '.join([*steps, *(f'{root}/bundle/{name}.litertlm' for name in choice.bundles)])}",
         f"WHERE := {_quoted(request.where)}",
@@ -235,17 +238,21 @@ def _mounts(request: Request) -> list[str]:
 
 
 def _quoted(words: Iterable[str]) -> str:
-    """`words` for a shell, in a file that Make reads."""
-    return shlex.join(words).replace("$", "$$").replace("#", "\\#")
+    """`words` for a shell, in a file that Make reads.
+
+    A variable ends at a `#`, also behind a backslash of the value, and a command keeps the backslash before one.
+    """
+    return shlex.join(words).replace("$", "$$").replace("#", "$(HASH)")
 
 
-def _plain(name: str, value: str) -> str:
+def _plain(name: str, value: str, special: str = _SPECIAL) -> str:
     """`value`, which becomes part of Make's targets and of paths in commands.
 
     Raises:
         UsageError: it holds what Make or a shell would take for more than a name.
     """
-    odd = sorted({sign for sign in value if sign in _SPECIAL or sign.isspace() or not sign.isprintable()})
+    odd = sorted({sign for sign in value if sign in special or sign.isspace() or not sign.isprintable()})
+    odd += [sign for sign in value[:1] if sign in _LEADING]
     if odd or not value:
         signs = " ".join(map(repr, odd)) if value else "nothing in it"
         raise UsageError(
@@ -280,14 +287,16 @@ def ask(said: Mapping[str, str]) -> Request:
         _plain(name, said[name])
     if Path(said["MODEL_ID"]).is_dir():
         _plain("the folder that MODEL_ID leads to", str(Path(said["MODEL_ID"]).resolve()))
+        if not model_name(said["MODEL_ID"]):
+            raise UsageError(f"MODEL_ID is {said['MODEL_ID']!r}, a folder without a name to keep its results by")
     _check_words(said)
-    recipe, variants = load(Path(said["RECIPE"])), tuple(said["VARIANTS"].split())
-    if unknown := [name for name in variants if name not in STAGES]:
-        raise UsageError(f"VARIANTS names {', '.join(unknown)}, which no stage makes")
+    recipe, variants = load(Path(said["RECIPE"])), tuple(dict.fromkeys(said["VARIANTS"].split()))
+    if unknown := [name for name in variants if name not in STEPS]:
+        raise UsageError(f"VARIANTS names {', '.join(unknown)}; step graphs are {', '.join(STEPS)}")
     graphs = cast(Graphs, said["GRAPHS"] or recipe.graphs)
     settings = {name.lower().replace("_", "-"): value for name, value in said.items()}
     files = {name: str(Path(settings[name]).absolute()) for name in _FILES if settings[name]}
-    return Request(
+    request = Request(
         model_id=said["MODEL_ID"],
         artifacts=Path(said["ARTIFACTS"]),
         recipe=Path(said["RECIPE"]),
@@ -296,6 +305,8 @@ def ask(said: Mapping[str, str]) -> Request:
         goals=tuple(said["GOALS"].split()),
         docker=said["IN"] == "docker",
     )
+    _plain("the folder of the results", str(request.root), _SPECIAL + "=")  # `a=b: c` is a variable for Make
+    return request
 
 
 def write(request: Request) -> Path:

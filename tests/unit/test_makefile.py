@@ -332,6 +332,55 @@ def test_a_licence_override_reaches_the_stage_as_it_was_written(tmp_path: Path) 
     assert words[words.index("--licence-override") + 1] == "gemma: it's `a` $(test)"
 
 
+def test_a_text_whose_name_holds_make_s_comment_sign_is_the_one_that_is_read(tmp_path: Path) -> None:
+    """In rules and in variables, whose values end at the sign in other places."""
+    named = tmp_path / "chats\\#1 é.txt"
+    text = make("-n", "golden", "reproduce", f"ARTIFACTS={tmp_path}", f"EVAL={named}")
+    rows = [shlex.split(row) for row in text.splitlines() if "-m pipeline.golden" in row or "reproduce" in row]
+    assert [words[words.index("--eval") + 1] for words in rows] == [str(named)] * 2
+
+
+@pytest.mark.parametrize("where", [(), ("IN=docker",)], ids=["here", "docker"])
+def test_a_file_with_a_space_is_one_file(tmp_path: Path, where: tuple[str, ...]) -> None:
+    file, other = tmp_path / "my model.tflite", "its other.tflite"
+    text = make("-n", "inspect", "check", *where, f"FILE={file}", f"AGAINST={other}", f"FILES={tmp_path / 'a b'}")
+    inspected = next(shlex.split(row) for row in text.splitlines() if "-m pipeline.inspection" in row)
+    assert inspected[-3:] == [str(file), "--against", str(PROJECT / other)]
+    assert str(tmp_path / "a b") in next(
+        shlex.split(row.rstrip("\\")) for row in text.splitlines() if "-m pipeline.check" in row
+    )
+    mounts = [f"{file}:{file}:ro", f"{PROJECT / other}:{PROJECT / other}:ro"] if where else []
+    assert [word for word in inspected if word.endswith("e:ro")] == mounts
+
+
+def test_small_settings_are_words_for_the_shell() -> None:
+    hostile = "8; touch PWNED"
+    text = make("-n", "run", "chat", "tune", *(f"{name}={hostile}" for name in ("PRECISION", "MINUTES", "SECTION")))
+    rows = [shlex.split(row) for row in text.splitlines() if "-m pipeline.chat" in row or "-m pipeline.tune" in row]
+    assert len(rows) == 3 and not any("touch" in words for words in rows)
+
+
+@pytest.mark.parametrize(
+    ("setting", "reason"),
+    [
+        ("ARTIFACTS=a=b", "with '='"),
+        ("MODEL_ID=me/a=b", "with '='"),
+        ("ARTIFACTS=~/results", "with '~'"),
+        ("RECIPE=-r", "with '-'"),
+        ("MODEL_ID=/", "a folder without a name"),
+        ("VARIANTS=int8 publish", "VARIANTS names publish; step graphs are fp32"),
+    ],
+)
+@pytest.mark.parametrize("goal", ["clean", "verify"])
+def test_what_would_be_another_folder_is_refused(tmp_path: Path, setting: str, reason: str, goal: str) -> None:
+    """Make takes `a=b: c` for a variable and `~` for a home; without a name, `make clean` would remove all results."""
+    assert reason in refused(goal, f"ARTIFACTS={tmp_path}", setting)
+
+
+def test_a_variant_that_is_named_twice_is_judged_once(tmp_path: Path) -> None:
+    assert "--variants int8 fp32\n" in make("-n", "verify", f"ARTIFACTS={tmp_path}", "VARIANTS=int8 fp32 int8")
+
+
 @pytest.mark.parametrize("setting", ["SIGN_KEY=k", "PUBLIC_KEY=k", "SIGN=keyless"])
 def test_the_container_does_not_sign(setting: str) -> None:
     done = subprocess.run(["make", "-n", "check", "IN=docker", setting], cwd=PROJECT, capture_output=True, text=True)
