@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -152,13 +153,16 @@ def dump_json(value: object) -> str:
 
 
 def write_atomically(file: Path, text: str) -> None:
-    """Write `text` to `file` so that the file is either whole or absent, also after a power cut."""
-    partial = file.with_name(file.name + ".partial")
-    with partial.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(file)
+    """Write `text` to `file` so that the file is either whole or absent, also after a power cut or with two writers."""
+    partial = file.with_name(f"{file.name}.{secrets.token_hex(4)}.partial")
+    try:
+        with partial.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def write(manifest: Manifest, folder: Path) -> Path:
@@ -212,9 +216,10 @@ class Known:
     def __init__(self, root: Path) -> None:
         self.file = root / ".inputs" / "hashed.json"
         self.sums: dict[str, list[int | str]] = {}
-        with suppress(OSError, ValueError):  # a note that was lost or damaged costs time alone
+        with suppress(OSError, ValueError, RecursionError):  # a note that was lost or damaged costs time alone
             said = json.loads(self.file.read_text(encoding="utf-8"))
-            self.sums = said if isinstance(said, dict) else {}
+            rows = said.items() if isinstance(said, dict) else ()
+            self.sums = {name: row for name, row in rows if isinstance(row, list)}
 
     def sha256(self, file: Path) -> str | None:
         """The hash of `file` if it is known and the file is what it was."""

@@ -55,7 +55,7 @@ def parse(data: bytes, file: Path | str, kind: Kind) -> dict[str, Any]:
     """
     try:
         table = tomllib.loads(data.decode("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{kind.name} {file} is not TOML: {error}", remedy="correct that line") from error
     schema = table.pop("schema", None)
     if type(schema) is not int or schema != SCHEMA:

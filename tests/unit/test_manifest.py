@@ -93,6 +93,24 @@ def test_a_failed_write_leaves_the_old_file_whole(tmp_path: Path) -> None:
     with pytest.raises(UnicodeEncodeError):
         manifest.write_atomically(file, "new \ud800")
     assert file.read_text(encoding="utf-8") == "old"
+    assert os.listdir(tmp_path) == ["manifest.json"]
+
+
+def test_two_writers_of_a_file_do_not_take_each_other_s_part_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stages of a model that two runs of make build share the note of hashes."""
+    file, synced = tmp_path / "hashed.json", os.fsync
+
+    def interrupted(descriptor: int) -> None:
+        monkeypatch.setattr(os, "fsync", synced)
+        manifest.write_atomically(file, "other")
+        synced(descriptor)
+
+    monkeypatch.setattr(os, "fsync", interrupted)
+    manifest.write_atomically(file, "one")
+    assert file.read_text(encoding="utf-8") == "one"
+    assert os.listdir(tmp_path) == ["hashed.json"]
 
 
 def test_the_file_appears_by_rename_and_nothing_else_stays(tmp_path: Path) -> None:
@@ -290,11 +308,12 @@ def test_a_file_of_this_very_moment_is_not_remembered(tmp_path: Path, monkeypatc
         manifest.check(records, tmp_path, manifest.Known(tmp_path))
 
 
-@pytest.mark.parametrize("note", ["", "[]", "{", '{"x": 1}'])
+@pytest.mark.parametrize("note", ["", "[]", "{", "[" * 100_000, '{"FILE": 5}', '{"FILE": {"a": 1}}', '{"FILE": []}'])
 def test_a_damaged_note_costs_time_alone(tmp_path: Path, note: str) -> None:
     (tmp_path / ".inputs").mkdir()
-    (tmp_path / ".inputs" / "hashed.json").write_text(note)
-    records = manifest.describe([made_file(tmp_path)], tmp_path)
+    file = made_file(tmp_path)
+    (tmp_path / ".inputs" / "hashed.json").write_text(note.replace("FILE", str(file)))
+    records = manifest.describe([file], tmp_path)
     manifest.check(records, tmp_path, manifest.Known(tmp_path))
 
 

@@ -380,3 +380,8 @@ def test_any_bytes_raise_nothing_but_usage_errors(tmp_path: Path, data: bytes) -
     file.write_bytes(data)
     with pytest.raises(UsageError):
         recipe.load(file)
+
+
+def test_a_recipe_of_brackets_alone_is_no_fault_of_the_project() -> None:
+    with pytest.raises(UsageError, match="is not TOML"):
+        recipe.parse(b"a = " + b"[" * 3000, "recipe.toml")
