@@ -299,6 +299,8 @@ def _first_difference(source: Source, head: TensorInfo, table: TensorInfo) -> in
     """The first row looked at in which two tensors differ; -1 where they can't be compared, None if there is none."""
     if head.shape != table.shape or head.dtype not in FLOATS:
         return -1
+    if not math.prod(table.shape):
+        return None
     for start, stop in _row_blocks(*table.shape, remote=source.remote):
         left, right = (_rows(source, tensor, start, stop) for tensor in (head, table))
         # Bit patterns would take -0.0 for another number; a NaN is refused when weights are read.
