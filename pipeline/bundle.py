@@ -7,6 +7,7 @@ import sys
 from pipeline.bundling import litertlm
 from pipeline.bundling.metadata import describe, tokenizer_json
 from pipeline.checkpoint import chat
+from pipeline.checkpoint.preflight import EMBEDDING
 from pipeline.checkpoint.reader import open_checkpoint
 from pipeline.core import log
 from pipeline.core.manifest import Fact
@@ -20,7 +21,7 @@ def work(context: Context) -> Outcome:
     folder = context.root / "fetch" / "checkpoint"
     checkpoint = open_checkpoint(folder)
     architecture = architecture_for(checkpoint.config)
-    vocabulary = architecture.tensors()["embed_tokens.weight"][0]
+    vocabulary = architecture.tensors()[EMBEDDING][0]
     tokenizer = chat.open_tokenizer(folder)
     metadata = describe(
         folder,

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
+from pipeline.checkpoint.preflight import HEADS
 from pipeline.core.errors import IntegrityError
 from pipeline.judge import metrics
 from pipeline.judge.corpus import Positions, Tokens
@@ -24,7 +25,6 @@ from pipeline.judge.metrics import Scores
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 
-_HEADS = ("lm_head.weight", "language_model.lm_head.weight")
 _EMBEDDINGS = (
     "model.embed_tokens.weight",
     "model.language_model.embed_tokens.weight",
@@ -54,13 +54,13 @@ class Head:
             IntegrityError: the checkpoint has neither tensor.
         """
         files = sorted(folder.glob("*.safetensors"))
-        for name in (*_HEADS, *_EMBEDDINGS):
+        for name in (*HEADS, *_EMBEDDINGS):
             for file in files:
                 weight = _map_tensor(file, name)
                 if weight is not None:
                     return cls(weight=weight, cap=cap)
         raise IntegrityError(
-            f"{folder} has none of the tensors {', '.join((*_HEADS, *_EMBEDDINGS))}",
+            f"{folder} has none of the tensors {', '.join((*HEADS, *_EMBEDDINGS))}",
             cause="the checkpoint was changed after it was fetched",
             file=folder,
         )

@@ -52,7 +52,7 @@ class Model:
     @property
     def table(self) -> tuple[int, int]:
         """Tokens and width of the embedding table."""
-        tokens, width = self.shapes["embed_tokens.weight"]
+        tokens, width = self.shapes[preflight.EMBEDDING]
         return tokens, width
 
     @property
