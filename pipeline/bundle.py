@@ -12,7 +12,7 @@ from pipeline.checkpoint.reader import open_checkpoint
 from pipeline.core import log
 from pipeline.core.manifest import Fact
 from pipeline.core.stage import Context, Outcome, Stage, main
-from pipeline.models import architecture_for
+from pipeline.models import architecture_for, sections
 from pipeline.quantize import readback
 
 
@@ -23,15 +23,16 @@ def work(context: Context) -> Outcome:
     architecture = architecture_for(checkpoint.config)
     vocabulary = architecture.tensors()[EMBEDDING][0]
     tokenizer = chat.open_tokenizer(folder)
+    names = sections(architecture)
     metadata = describe(
         folder,
         tokenizer,
         model_type=architecture.runtime_type,
+        sections=names,
         vocabulary=vocabulary,
         max_tokens=context.recipe.bundle.max_tokens,
     )
     tokenizer_text = tokenizer_json(tokenizer, vocabulary)
-    names = ("decoder", *(table.name for table in architecture.tables()))
     facts: dict[str, Fact] = {}
     for precision in context.recipe.bundle.precisions:
         made, out = context.upstream[precision], context.folder / f"{precision}.litertlm"

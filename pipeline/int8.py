@@ -78,7 +78,7 @@ def _samples(context: Context) -> list[litert.Tokens]:
     return calibrate.make_samples(
         corpus.read_texts(text, partial(chat.render, tokenizer, where=str(text))),
         lambda document: cast("Sequence[int]", tokenizer.encode(document, add_special_tokens=False)),
-        int(tokenizer.bos_token_id),
+        chat.first_token(tokenizer),
         count=context.recipe.int8.calibration_samples,
         window=context.recipe.corpus.window,
     )

@@ -13,6 +13,7 @@ import sys
 from pipeline.core.graph import model_name
 from pipeline.core.recipe import Recipe
 from pipeline.core.stage import Context, Outcome, Stage, main
+from pipeline.models import terms as carried_on
 from pipeline.release import card, folder, licence, preflight
 from pipeline.release.papers import MEASURED, write_papers
 from pipeline.release.subject import build_of, claim_of, products_of, subject_of
@@ -30,8 +31,9 @@ def work(context: Context) -> Outcome:
     preflight.refuse_other_recipe(verify, context.recipe.sha256)
     preflight.refuse_other_bytes(context.upstream, (product.source for product in products))
     checkpoint, target = context.root / "fetch" / "checkpoint", context.folder
-    source, subject = card.front_matter(checkpoint), subject_of(context.upstream["fetch"])
-    claim, build = claim_of(context.upstream["fetch"], source), build_of(context)
+    fetched = context.upstream["fetch"]
+    source, subject = card.front_matter(checkpoint), subject_of(fetched)
+    claim, build = claim_of(fetched, source, carried_on(subject.model_type)), build_of(context)
     terms = licence.resolve(claim, context.arguments.licence_override)
 
     checks = preflight.checks(judgement, {product.variant: product.file for product in products})

@@ -23,7 +23,7 @@ from google.protobuf.message import DecodeError
 from litert_lm_builder import litertlm_builder, litertlm_core, litertlm_peek
 from litert_lm_builder.runtime.proto import llm_metadata_pb2, llm_model_type_pb2, sampler_params_pb2
 
-from pipeline.bundling.metadata import NEEDED, OPTIONAL, Metadata
+from pipeline.bundling.metadata import Metadata
 from pipeline.core import log
 from pipeline.core.errors import BundleError
 from pipeline.core.manifest import Fact, Facts, FileRecord
@@ -53,7 +53,7 @@ def write(metadata: Metadata, tokenizer: str, models: Mapping[str, Path], out: P
     Args:
         metadata: from `describe`.
         tokenizer: from `tokenizer_json`.
-        models: `decoder` and, where it does not look them up itself, `embedder` and `per_layer_embedder` → TFLite file.
+        models: the TFLite file of each of the metadata's sections.
         out: the bundle; it is whole or absent.
 
     Returns:
@@ -62,7 +62,7 @@ def write(metadata: Metadata, tokenizer: str, models: Mapping[str, Path], out: P
     Raises:
         BundleError: a section is missing or no TFLite file, or what was written is not what was given.
     """
-    _check_models(models, metadata.model_type)
+    _check_models(models, metadata)
     partial = out.with_name(out.name + ".partial")
     try:
         with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
@@ -82,16 +82,16 @@ _MODEL_KINDS = {
 }
 
 
-def _check_models(models: Mapping[str, Path], model_type: str) -> None:
-    for name in NEEDED[model_type]:
+def _check_models(models: Mapping[str, Path], metadata: Metadata) -> None:
+    for name in metadata.sections:
         if name not in models or not models[name].is_file():
             raise BundleError(
-                f"a {model_type} bundle needs the section {name}, which is missing",
+                f"a {metadata.model_type} bundle needs the section {name}, which is missing",
                 file=models.get(name),
             )
     for name, file in models.items():
-        if name not in (*NEEDED[model_type], *OPTIONAL[model_type]):
-            raise BundleError(f"a {model_type} bundle has no section {name}", remedy="leave that section out")
+        if name not in metadata.sections:
+            raise BundleError(f"a {metadata.model_type} bundle has no section {name}", remedy="leave that section out")
         with file.open("rb") as stream:
             if stream.read(8)[4:] != _TFLITE:
                 raise BundleError(

@@ -13,15 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from litert_lm_builder.runtime.proto import llm_model_type_pb2
+
 from pipeline.bundling import template
+from pipeline.checkpoint.chat import prompts_begin_with_bos
 from pipeline.core.errors import BundleError
 
 _DEFAULT_TOP_K, _DEFAULT_TOP_P, _DEFAULT_TEMPERATURE = 50, 1.0, 1.0
 """What transformers samples with where generation_config.json says no more than `do_sample`."""
-NEEDED = {"gemma3": ("decoder",), "gemma3n": ("decoder", "embedder", "per_layer_embedder")}
-"""Sections by the kind of model as LiteRT-LM names it: another kind there means another way to treat prompts."""
-OPTIONAL = {"gemma3": ("embedder",), "gemma3n": ()}
-"""A decoder that takes token ids looks embeddings up itself."""
 
 
 class Tokenizer(template.Renderer, Protocol):
@@ -50,10 +49,13 @@ class Sampler:
 class Metadata:
     """What the runtime has to know. `start` is put in front of the first prompt; `stop` token ids end an answer.
 
-    `max_tokens` bounds prompt and answer together. `chat_template` is empty for a base model.
+    `model_type` is LiteRT-LM's name of the family: another one there means another way to treat prompts. `sections` are
+    the TFLite files that the bundle has: a decoder that takes token ids looks embeddings up itself. `max_tokens` bounds
+    prompt and answer together. `chat_template` is empty for a base model.
     """
 
     model_type: str
+    sections: tuple[str, ...]
     start: int | None
     stop: tuple[int, ...]
     max_tokens: int
@@ -61,26 +63,35 @@ class Metadata:
     sampler: Sampler = Sampler()
 
 
-def describe(checkpoint: Path, tokenizer: Tokenizer, *, model_type: str, vocabulary: int, max_tokens: int) -> Metadata:
+def describe(
+    checkpoint: Path,
+    tokenizer: Tokenizer,
+    *,
+    model_type: str,
+    sections: tuple[str, ...],
+    vocabulary: int,
+    max_tokens: int,
+) -> Metadata:
     """The metadata of a bundle.
 
     Args:
         checkpoint: the folder with `generation_config.json` and `config.json`.
         tokenizer: the checkpoint's, as transformers loads it.
-        model_type: `gemma3` or `gemma3n`.
+        model_type: what LiteRT-LM calls the family.
+        sections: the TFLite files of the bundle.
         vocabulary: how many tokens the embedding table holds.
         max_tokens: the length of the KV cache.
 
     Raises:
-        BundleError: the model type is unknown, the template fails, or a token is not in the vocabulary.
+        BundleError: LiteRT-LM has no such model type, the template fails, or a token is not in the vocabulary.
     """
-    if model_type not in NEEDED:
-        raise BundleError(
-            f"LiteRT-LM model type {model_type!r} is unknown here", remedy=f"use one of {', '.join(NEEDED)}"
-        )
+    known = llm_model_type_pb2.LlmModelType.DESCRIPTOR.fields_by_name
+    if model_type not in known:
+        raise BundleError(f"LiteRT-LM has no model type {model_type!r}", remedy=f"use one of {', '.join(known)}")
     generation, config = (_read_json(checkpoint / name) for name in ("generation_config.json", "config.json"))
     source = _template_source(tokenizer.chat_template)
     chat = template.prepare(source, tokenizer) if source else None
+    begins = chat.starts_with_bos if chat else prompts_begin_with_bos(tokenizer)
     stop = set(_eos(generation, config, tokenizer))
     if chat:
         stop |= _turn_end(chat.after_reply, tokenizer)
@@ -89,7 +100,8 @@ def describe(checkpoint: Path, tokenizer: Tokenizer, *, model_type: str, vocabul
         _check_tokens(_prompt_tokens(source, tokenizer), "token of the chat template", vocabulary)
     return Metadata(
         model_type=model_type,
-        start=tokenizer.bos_token_id if _starts_with_bos(chat, tokenizer) else None,
+        sections=sections,
+        start=tokenizer.bos_token_id if begins else None,
         stop=tuple(sorted(stop)),
         max_tokens=max_tokens,
         chat_template=chat.source if chat else "",
@@ -154,13 +166,6 @@ def _check_tokens(ids: set[int], what: str, vocabulary: int) -> None:
             cause="tokenizer or generation_config.json belong to another model, or got tokens that the model did not",
             remedy="save tokenizer and generation config from the model that was trained, with its embedding resized",
         )
-
-
-def _starts_with_bos(chat: template.Template | None, tokenizer: Tokenizer) -> bool:
-    """Whether prompts begin with bos: what the template renders, or a base model's plain text."""
-    if chat:
-        return chat.starts_with_bos
-    return bool(tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id])
 
 
 def _sampler(generation: Mapping[str, Any]) -> Sampler:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.core.errors import UsageError
+from pipeline.core.errors import IntegrityError, UsageError
 
 
 def open_tokenizer(checkpoint: Path) -> Any:
@@ -14,6 +14,40 @@ def open_tokenizer(checkpoint: Path) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)
+
+
+def prompts_begin_with_bos(tokenizer: Any) -> bool:
+    """Whether the runtime must put bos in front of a prompt: the chat template does, or a base model's tokenizer.
+
+    A template that has bos as text of its own, or none, says no.
+
+    Raises:
+        UsageError: the template refuses a user's message.
+    """
+    bos = tokenizer.bos_token or ""
+    if not bos or not tokenizer.chat_template:
+        return bool(bos) and _adds_bos(tokenizer)
+    hello = [{"role": "user", "content": "Hi"}]
+    return _apply(tokenizer, hello, prompt=True) == bos + _apply(tokenizer, hello, prompt=True, bos_token="")
+
+
+def first_token(tokenizer: Any) -> int:
+    """What stands before a text that is read from its beginning: bos; where prompts have none, what ended the last one.
+
+    Raises:
+        IntegrityError: the tokenizer has neither.
+    """
+    begins = tokenizer.bos_token_id is not None and (prompts_begin_with_bos(tokenizer) or _adds_bos(tokenizer))
+    chosen = tokenizer.bos_token_id if begins else tokenizer.eos_token_id
+    if chosen is None:
+        raise IntegrityError(
+            "the tokenizer names neither a bos nor an eos token", remedy="add `eos_token` to tokenizer_config.json"
+        )
+    return int(chosen)
+
+
+def _adds_bos(tokenizer: Any) -> bool:
+    return bool(tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id])
 
 
 def render(tokenizer: Any, messages: Sequence[Mapping[str, str]], *, prompt: bool = False, where: str = "") -> str:
@@ -27,8 +61,16 @@ def render(tokenizer: Any, messages: Sequence[Mapping[str, str]], *, prompt: boo
     """
     if not tokenizer.chat_template:
         return messages[-1]["content"] if prompt else contents(messages)
+    return _apply(tokenizer, messages, prompt=prompt, where=where)
+
+
+def _apply(
+    tokenizer: Any, messages: Sequence[Mapping[str, str]], *, prompt: bool, where: str = "", **variables: str
+) -> str:
     try:
-        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt))
+        return str(
+            tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt, **variables)
+        )
     except Exception as error:  # the template is the model's own code: whatever it raises is about the messages
         raise UsageError(
             f"the model's chat template refuses a conversation{f' in {where}' if where else ''}: {error}",

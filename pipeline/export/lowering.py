@@ -77,6 +77,11 @@ def _lower_normalise(_context: Any, x: ir.Value, weight: ir.Value | None, eps: f
     return _lowerings._ir_operation("tfl.mul", [whole], [x, inverse], fused)
 
 
+@registry.lower(torch.ops.aten.sigmoid.default)
+def _lower_sigmoid(context: Any, x: ir.Value) -> Any:
+    return _lowerings._ir_operation("tfl.logistic", lowering_utils.node_meta_to_ir_types(context.node), [x])
+
+
 @registry.lower(torch.ops.pipeline.update.default)
 def _lower_update(context: Any, x: ir.Value, part: ir.Value, start: ir.Value) -> Any:
     return _lowerings._ir_operation(

@@ -130,7 +130,7 @@ def pack_windows(documents: Sequence[str], tokenize: Tokenize, *, bos: int, wind
     Raises:
         UsageError: the text does not fill one window.
     """
-    stream = [token for document in documents for token in tokenize(document + "\n") if token != bos]
+    stream = [token for document in documents for token in without_start(tokenize(document + "\n"), bos)]
     available = len(stream) // (window - 1)
     if not available:
         raise UsageError(
@@ -141,6 +141,11 @@ def pack_windows(documents: Sequence[str], tokenize: Tokenize, *, bos: int, wind
     body = np.array(stream[: available * (window - 1)], dtype=np.int32).reshape(available, window - 1)
     chosen = body[np.arange(count) * available // count]
     return np.concatenate([np.full((count, 1), bos, dtype=np.int32), chosen], axis=1)
+
+
+def without_start(ids: Sequence[int], bos: int) -> Sequence[int]:
+    """`ids` without the `bos` that a template puts in front; elsewhere it belongs to the text, as in ChatML's turns."""
+    return ids[1:] if ids[:1] == [bos] else ids
 
 
 @dataclass(frozen=True)

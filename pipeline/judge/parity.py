@@ -156,24 +156,32 @@ def _generate(
     with log.progress(f"{label}: greedy text in LiteRT-LM", len(rows), "prompts") as bar:
         for row in rows:
             ids = row.continuation_ids
-            generated = runtime.greedy(row.prompt, len(ids))
+            text, fault = _greedy(runtime, row.prompt, len(ids))
             words = ids[:-1] if ids and ids[-1] in stop else ids
             expected = str(tokenizer.decode(words))
-            same = generated.text == expected
-            agree = len(ids) if same else _common(generated.text, words, tokenizer)
+            same = not fault and text == expected
+            agree = len(ids) if same else _common(text, words, tokenizer)
             continuations.append(
                 Continuation(
                     prompt=row.prompt,
                     expected=expected,
-                    text=generated.text,
+                    text=fault or text,
                     tokens=len(ids),
                     agree=agree,
                     same=same,
-                    tie=not same and row.margins[min(agree, len(row.margins) - 1)] <= TIE,
+                    tie=not same and not fault and row.margins[min(agree, len(row.margins) - 1)] <= TIE,
                 )
             )
             bar.advance()
     return continuations
+
+
+def _greedy(runtime: LmRuntime, prompt: str, count: int) -> tuple[str, str]:
+    """The runtime's text, and what it says instead where it gives up, as on bytes that are no text: a verdict."""
+    try:
+        return runtime.greedy(prompt, count).text, ""
+    except RuntimeError as error:
+        return "", f"(LiteRT-LM gave up: {error})"
 
 
 def _common(text: str, ids: Sequence[int], tokenizer: Tokenizer) -> int:

@@ -22,6 +22,10 @@ MODELS: Mapping[str, str] = {
     "gemma3n_text": "gemma3n",
 }
 """`model_type` of a checkpoint's config.json → the file here that handles it."""
+TERMS: Mapping[str, str] = {"gemma3": "gemma", "gemma3n": "gemma"}
+"""File → the Hub's name of the licence that all weights of that family carry on, whatever a fine-tune's card says."""
+DECODER = "decoder"
+"""The section of a bundle that every architecture has, beside those of its `tables`."""
 
 
 class Architecture(Protocol):
@@ -76,6 +80,16 @@ def architecture_for(config: Mapping[str, Any]) -> Architecture:
         )
     architecture: Architecture = importlib.import_module(f"{__name__}.{MODELS[model_type]}").ARCHITECTURE(config)
     return architecture
+
+
+def terms(model_type: str) -> str:
+    """The licence that weights of this type carry on; empty where a checkpoint's card alone says."""
+    return TERMS.get(MODELS.get(model_type, ""), "")
+
+
+def sections(architecture: Architecture) -> tuple[str, ...]:
+    """The TFLite sections of its bundles, which are also the names of their files."""
+    return (DECODER, *(table.name for table in architecture.tables()))
 
 
 def expected(recipe: Recipe, config: Mapping[str, Any]) -> tuple[dict[str, tuple[int, ...]], Canonical]:

@@ -88,6 +88,10 @@ class TextConfig:
         """`layer`: every layer has its own keys and values."""
         return layer
 
+    def kv_shape(self, _kind: str) -> tuple[int, int]:
+        """Key/value heads and their size, the same in all layers."""
+        return self.num_key_value_heads, self.head_dim
+
 
 def _rope(text: Mapping[str, Any], kind: str) -> tuple[float, float]:
     """Base and linear factor of a layer type, from transformers 5's `rope_parameters` or version 4's keys."""

@@ -114,6 +114,10 @@ class TextConfig:
             return layer
         return max(i for i in range(unshared) if self.layer_types[i] == self.layer_types[layer])
 
+    def kv_shape(self, _kind: str) -> tuple[int, int]:
+        """Key/value heads and their size, the same in all layers."""
+        return self.num_key_value_heads, self.head_dim
+
 
 def _rope_theta(text: Mapping[str, Any]) -> dict[str, float]:
     """The RoPE base of each layer type, from transformers 5's `rope_parameters` or version 4's two keys."""

@@ -32,11 +32,7 @@ class Config(Protocol):
     @property
     def num_attention_heads(self) -> int: ...
     @property
-    def num_key_value_heads(self) -> int: ...
-    @property
-    def head_dim(self) -> int: ...
-    @property
-    def sliding_window(self) -> int: ...
+    def sliding_window(self) -> int | None: ...
     @property
     def layer_types(self) -> tuple[str, ...]: ...
     @property
@@ -44,6 +40,9 @@ class Config(Protocol):
 
     def kv_source(self, layer: int) -> int:
         """The layer whose keys and values `layer` attends to, usually itself."""
+
+    def kv_shape(self, kind: str) -> tuple[int, int]:
+        """Key/value heads of the layers of type `kind`, K, and their size, D."""
 
 
 class RMSNorm(nn.Module):
@@ -78,9 +77,18 @@ class Rotation:
         Su et al., RoFormer, 2021; `factor` is linear scaling (Chen et al., Position Interpolation, 2023).
         """
         exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
-        angles = positions[:, :, None, None] * (1.0 / (theta**exponents) / factor)
+        return cls.of(positions, 1.0 / (theta**exponents) / factor)
+
+    @classmethod
+    def of(cls, positions: Tensor, frequencies: Tensor) -> Rotation:
+        """Angles positions · frequencies, float [B, S] and [D / 2], in radians."""
+        angles = positions[:, :, None, None] * frequencies
         cos, sin = torch.cos(angles), torch.sin(angles)
         return cls(torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1))
+
+    def scaled(self, factor: float) -> Rotation:
+        """The same, and what is rotated multiplied with `factor`."""
+        return self if factor == 1.0 else Rotation(self.cos * factor, self.sin * factor)
 
     def apply(self, x: Tensor) -> Tensor:
         """Rotate [B, S, heads, D]: the first half of D against the second."""
@@ -106,10 +114,10 @@ class Attend(Protocol):
 class PromptAttention:
     """Attention among the tokens of whole prompts, batch and sequence unknown."""
 
-    def __init__(self, config: Config, causal: Tensor, near: Tensor) -> None:
-        """`causal` and `near` are bool [B, S, S]: which keys a query sees in full and in sliding layers."""
+    def __init__(self, config: Config, masks: Mapping[str, Tensor]) -> None:
+        """`masks` by layer type, bool [B, S, S]: which keys a query sees."""
         self.config = config
-        self.masks = {FULL: _additive(causal), SLIDING: _additive(near)}
+        self.masks = {kind: _additive(mask) for kind, mask in masks.items()}
         self.attended: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, layer: int, queries: Tensor, own: tuple[Tensor, Tensor] | None) -> Tensor:
@@ -119,7 +127,7 @@ class PromptAttention:
         keys, values = self.attended[self.config.kv_source(layer)]
         scores = matmul(queries.transpose(1, 2), keys, True) + self.masks[self.config.layer_types[layer]]
         mixed = matmul(torch.softmax(scores, dim=-1), values, False)
-        width = self.config.num_attention_heads * self.config.head_dim
+        width = queries.shape[2] * queries.shape[3]
         return mixed.transpose(1, 2).reshape(queries.shape[0], queries.shape[1], 1, width)
 
     def _repeat(self, x: Tensor) -> Tensor:
@@ -128,8 +136,8 @@ class PromptAttention:
         By concatenation: an `expand` to a symbolic batch fails at run time. Folding the G query heads into S instead
         would repeat nothing, but merging two unknown dimensions makes torch.export guard on their values.
         """
-        groups = self.config.num_attention_heads // self.config.num_key_value_heads
-        shape = (x.shape[0], x.shape[1], self.config.num_attention_heads, self.config.head_dim)
+        groups = self.config.num_attention_heads // x.shape[2]
+        shape = (x.shape[0], x.shape[1], self.config.num_attention_heads, x.shape[3])
         return torch.cat([x] * groups, dim=-1).reshape(shape).transpose(1, 2)
 
 
@@ -155,9 +163,12 @@ class CacheAttention:
         self.first = input_pos[:1]
         self.zero = torch.zeros(1, dtype=torch.int32)
         self.attended: dict[int, tuple[Tensor, Tensor]] = {}
-        self.near = min(self.length, config.sliding_window + self.tokens)
+        size = config.sliding_window if SLIDING in config.layer_types else None
+        self.near = self.length if size is None else min(self.length, size + self.tokens)
         self.start = self._window_start()
-        self.masks = {FULL: self._tiled(mask), SLIDING: self._tiled(self._sliding_mask(input_pos, mask))}
+        self.masks = {FULL: self._tiled(mask, FULL)}
+        if size is not None:
+            self.masks[SLIDING] = self._tiled(self._sliding_mask(input_pos, mask, size), SLIDING)
 
     def __call__(self, layer: int, queries: Tensor, own: tuple[Tensor, Tensor] | None) -> Tensor:
         """As `Attend`, with B = 1 and S = T."""
@@ -166,10 +177,10 @@ class CacheAttention:
             self.attended[layer] = self._store(layer, *own)
         keys, values = self.attended[self.config.kv_source(layer)]
         # [1, T, N, D] → [1, K, G · T, D]: query heads that share keys become rows of one product, nothing is repeated
-        shape = (1, self.config.num_key_value_heads, -1, self.config.head_dim)
-        scores = matmul(queries.transpose(1, 2).reshape(shape), keys, True) + self.masks[kind]
+        kv_heads, size = self.config.kv_shape(kind)
+        scores = matmul(queries.transpose(1, 2).reshape(1, kv_heads, -1, size), keys, True) + self.masks[kind]
         mixed = matmul(torch.softmax(scores, dim=-1), values, True)
-        heads = mixed.reshape(1, self.config.num_attention_heads, self.tokens, self.config.head_dim)
+        heads = mixed.reshape(1, self.config.num_attention_heads, self.tokens, size)
         return heads.transpose(1, 2).reshape(1, self.tokens, 1, -1)
 
     def _store(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -194,18 +205,18 @@ class CacheAttention:
         start = torch.cat([self.start if i == axis else self.zero for i in range(4)])
         return window(x, start, [self.near if i == axis else size for i, size in enumerate(x.shape)])
 
-    def _sliding_mask(self, input_pos: Tensor, mask: Tensor) -> Tensor:
+    def _sliding_mask(self, input_pos: Tensor, mask: Tensor, size: int) -> Tensor:
         """[1, 1, T, C] → [1, 1, T, near], with what is W or more behind the query masked as well."""
         index = torch.arange(0, self.near, dtype=torch.int32)
         if self.near < self.length:
             mask, index = self._cut(mask, 3), index + self.start
         distance = input_pos[:, None] - index[None]
-        far = torch.gt(distance, torch.tensor(self.config.sliding_window - 1, dtype=torch.int32))
+        far = torch.gt(distance, torch.tensor(size - 1, dtype=torch.int32))
         return torch.where(far[None, None], torch.tensor(MASKED), mask)
 
-    def _tiled(self, mask: Tensor) -> Tensor:
-        """[1, 1, T, n] → [1, 1, G · T, n]."""
-        groups = self.config.num_attention_heads // self.config.num_key_value_heads
+    def _tiled(self, mask: Tensor, kind: str) -> Tensor:
+        """[1, 1, T, n] → [1, 1, G · T, n], for layers of type `kind`."""
+        groups = self.config.num_attention_heads // self.config.kv_shape(kind)[0]
         return torch.cat([mask] * groups, dim=2) if groups > 1 else mask
 
 
@@ -258,8 +269,10 @@ class StepGraph(nn.Module):
         index = torch.arange(0, attention_mask.shape[1], dtype=torch.int32).to(torch.float32)
         distance = index[None, :, None] - index[None, None, :]  # query − key, [1, S, S]
         causal = torch.gt(distance, torch.tensor(-0.5)) & torch.gt(attended[:, None, :], torch.tensor(0.5))
-        near = causal & torch.lt(distance, torch.tensor(config.sliding_window - 0.5))
-        attend = PromptAttention(config, causal, near)
+        masks = {FULL: causal}
+        if config.sliding_window is not None:
+            masks[SLIDING] = causal & torch.lt(distance, torch.tensor(config.sliding_window - 0.5))
+        attend = PromptAttention(config, masks)
         hidden = self.model(_positions(causal), attend, *self.model.embed(input_ids))
         if self.every:
             scaled = hidden * self.head.factor if self.head.cap else hidden
@@ -330,10 +343,10 @@ def cache_tensors(config: Config, length: int) -> dict[str, Tensor]:
 
     They hold nothing: an example of a long cache must not take memory.
     """
-    heads, size = config.num_key_value_heads, config.head_dim
     own = [layer for layer in range(config.num_hidden_layers) if config.kv_source(layer) == layer]
-    keys = {f"k_{layer}": torch.empty(1, heads, length, size) for layer in own}
-    return keys | {f"v_{layer}": torch.empty(1, heads, size, length) for layer in own}
+    shapes = {layer: config.kv_shape(config.layer_types[layer]) for layer in own}
+    keys = {f"k_{layer}": torch.empty(1, heads, length, size) for layer, (heads, size) in shapes.items()}
+    return keys | {f"v_{layer}": torch.empty(1, heads, size, length) for layer, (heads, size) in shapes.items()}
 
 
 def _positions(causal: Tensor) -> Tensor:

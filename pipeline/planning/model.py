@@ -13,7 +13,7 @@ from pipeline.checkpoint.reader import CONFIG
 from pipeline.core.errors import PublishError
 from pipeline.core.recipe import STEP, Graphs, Recipe
 from pipeline.judge import kv_cache
-from pipeline.models import architecture_for, expected, sizes
+from pipeline.models import architecture_for, expected, sizes, terms
 from pipeline.models.sizes import Weights
 from pipeline.release.hub import Hub
 from pipeline.release.licence import Claim, claimed, resolve
@@ -111,6 +111,6 @@ def _licence(source: preflight.Source, name: str, model_type: str) -> str:
     size = source.sizes.get("README.md", 0)
     said = claimed(source.read("README.md", 0, size).decode("utf-8", errors="replace") if size else "")
     try:
-        return resolve(Claim(model=name, model_type=model_type, **vars(said))).name
+        return resolve(Claim(model=name, model_type=model_type, terms=terms(model_type), **vars(said))).name
     except PublishError as error:
         return f"none that publish accepts ({error})"

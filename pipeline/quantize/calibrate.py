@@ -51,7 +51,7 @@ def make_samples(texts: Iterable[str], encode: Encode, bos: int, *, count: int, 
 
 
 def _windows(ids: Sequence[int], bos: int, window: int) -> list[Tokens]:
-    body = [i for i in ids if i != bos]
+    body = ids[1:] if ids[:1] == [bos] else ids  # a template's; elsewhere it belongs to the text
     step = window - 1
     cuts = [np.array([bos, *body[i : i + step]], np.int32) for i in range(0, len(body), step)]
     return [cut for cut in cuts if len(cut) >= _SHORTEST]

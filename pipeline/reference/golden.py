@@ -202,7 +202,8 @@ def make_recital(reference: HuggingFace, documents: Sequence[str], recipe: Recip
         UsageError: the verification text is too short for them.
     """
     bundle, window = recipe.bundle, recipe.corpus.window
-    schedule, _ = kv_cache.schedules(bundle, reference.model.config.sliding_window)
+    sliding = int(getattr(reference.model.config, "sliding_window", None) or 0)  # some families have no window
+    schedule, _ = kv_cache.schedules(bundle, sliding)
     length = schedule.length + 1  # the last token is only predicted
     tokens = corpus.pack_windows(documents, reference.tokenize, bos=reference.bos, window=length, limit=2)
     if len(tokens) < 2:
@@ -224,7 +225,7 @@ def make_recital(reference: HuggingFace, documents: Sequence[str], recipe: Recip
             made |= {"texts": texts, "states": reference.hidden(told, np.ones_like(told), bar)}
     save_file(made, folder / "cache.safetensors")
     return {
-        "sliding_window": reference.model.config.sliding_window,
+        "sliding_window": sliding,
         "conversation": schedule.length,
         "texts": len(texts),
     }

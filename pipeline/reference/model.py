@@ -40,12 +40,16 @@ _MAX_TOKENS = 1 << 10
 
 @dataclass(frozen=True)
 class HuggingFace:
-    """The fp32 reference model and the tokens that frame text."""
+    """The fp32 reference model and the tokens that frame text.
+
+    `bos` stands before every text, and before a prompt if `begins`, as in LiteRT-LM.
+    """
 
     model: Any
     tokenizer: Any
     device: str
     bos: int
+    begins: bool
     pad: int
     stop: tuple[int, ...]
 
@@ -91,8 +95,9 @@ class HuggingFace:
             model=model.eval() if streamed else model.eval().to(device),
             tokenizer=tokenizer,
             device=device,
-            bos=int(_first(tokenizer.bos_token_id, config.bos_token_id)),
-            pad=int(_first(tokenizer.pad_token_id, config.pad_token_id, 0)),
+            bos=chat.first_token(tokenizer),
+            begins=chat.prompts_begin_with_bos(tokenizer),
+            pad=next(token for token in (tokenizer.pad_token_id, config.pad_token_id, 0) if token is not None),
             stop=tuple(stop) if isinstance(stop, list) else (int(stop),),
         )
 
@@ -166,7 +171,7 @@ class HuggingFace:
         return np.concatenate(parts[-count:], axis=1)
 
     def continue_greedily(self, prompts: Sequence[str], count: int, bar: log.Progress) -> list[dict[str, Any]]:
-        """At most `count` greedy tokens after bos and each of `prompts`, with the cache, as `generate` gives them.
+        """At most `count` greedy tokens after each of `prompts`, with the cache, as `generate` gives them.
 
         All prompts go through the model together, padded on the left. Per token, `margins` is how far it led, in
         logits, and `log_likelihoods` how likely it was, in nats. `bar` is advanced by a token of all prompts at a time.
@@ -199,7 +204,7 @@ class HuggingFace:
 
     def _begin(self, prompt: str) -> list[int]:
         ids = self.tokenize(prompt)
-        return ids if ids[:1] == [self.bos] else [self.bos, *ids]
+        return [self.bos, *ids] if self.begins and ids[:1] != [self.bos] else ids
 
     def _ended(self, tokens: list[int]) -> list[int]:
         """Up to the first stop token, which is included; what follows is padding."""
@@ -229,16 +234,6 @@ def _generation_config(checkpoint: Path) -> Any:
     if (checkpoint / "generation_config.json").is_file():
         return GenerationConfig.from_pretrained(checkpoint, local_files_only=True)
     return GenerationConfig()  # type: ignore[no-untyped-call]  # transformers ships no types for it
-
-
-def _first(*values: int | None) -> int:
-    """The first value that is not None; 0 is a token like any other."""
-    found = [value for value in values if value is not None]
-    if not found:
-        raise IntegrityError(
-            "neither the tokenizer nor config.json names a bos token", remedy="add `bos_token_id` to config.json"
-        )
-    return found[0]
 
 
 def _check_loaded(checkpoint: Path, report: dict[str, Any]) -> None:

@@ -48,7 +48,7 @@ def load(kind: Any, config: Any, checkpoint: Path, renamed: Mapping[str, str]) -
 
 
 def _make_buffers(model: Any) -> None:
-    """Buffers are no part of a checkpoint: transformers computes them, here once the meta device is left."""
+    """What transformers computes, here once the meta device is left; those that a checkpoint holds come later."""
     for name, buffer in list(model.named_buffers()):
         owner, _, attribute = name.rpartition(".")
         module = model.get_submodule(owner)
@@ -77,7 +77,7 @@ def _tied(model: Any) -> dict[str, str]:
 
 
 def _fit(model: Any, stored: Mapping[str, torch.Tensor]) -> Report:
-    needed = dict(model.named_parameters(remove_duplicate=False))
+    needed = dict(model.named_parameters(remove_duplicate=False)) | dict(_stored_buffers(model))
     lost = needed.keys() - stored.keys() - _tied(model).keys()
     shapes = [(name, stored[name].shape, needed[name].shape) for name in needed.keys() & stored.keys()]
     return {
@@ -87,9 +87,19 @@ def _fit(model: Any, stored: Mapping[str, torch.Tensor]) -> Report:
     }
 
 
+def _stored_buffers(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Buffers that a checkpoint holds, such as Gemma 4's `layer_scalar`; the others are computed."""
+    for path, module in model.named_modules():
+        for name, buffer in module.named_buffers(path, recurse=False):
+            if name.rpartition(".")[2] not in module._non_persistent_buffers_set:
+                yield name, buffer
+
+
 def _stream(model: Any, stored: Mapping[str, torch.Tensor]) -> None:
     """Give every module its weights: small ones for good, large ones by hooks."""
     room: dict[torch.Size, torch.Tensor] = {}
+    for name, buffer in _stored_buffers(model):
+        buffer.copy_(stored[name])
     for path, module in model.named_modules():
         for name, empty in module.named_parameters(path, recurse=False):
             weight, attribute = stored[name], name.rpartition(".")[2]

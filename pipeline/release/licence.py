@@ -28,7 +28,6 @@ FROM_SCRATCH = "trained-from-scratch"
 # Sentence that section 3.1 of the Gemma Terms of Use asks for in a NOTICE file.
 GEMMA_NOTICE = "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms"
 _GEMMA_ALIASES = ("gemma-terms-of-use", "gemma-terms", "gemma terms of use")
-_GEMMA_TYPES = ("gemma", "gemma2", "gemma3", "gemma3_text", "gemma3n", "gemma3n_text")
 _OVERRIDE = 'if you know better, say so with LICENCE_OVERRIDE="identifier: reason": both are published'
 _HERE = Path(__file__).parent
 # A chain is a few models long; a card could name more than anybody wants to ask for.
@@ -59,11 +58,13 @@ class Ancestor:
 class Claim:
     """What a checkpoint says of itself: Hub id or folder name, `model_type`, and its card's licence, bases and tags.
 
-    `lineage` are its bases and theirs, as far as the Hub knows them; empty for one that came from a folder.
+    `terms` is the licence that all weights of its family carry on, empty where the card alone says. `lineage` are its
+    bases and theirs, as far as the Hub knows them; empty for one that came from a folder.
     """
 
     model: str
     model_type: str
+    terms: str
     licence: str
     base_models: tuple[str, ...]
     tags: tuple[str, ...]
@@ -179,7 +180,7 @@ def resolve(claim: Claim, override: str = "") -> Licence:
             + _OVERRIDE,
         )
     licence = _known(name, claim.model)
-    if licence.identifier != GEMMA and claim.model_type in _GEMMA_TYPES:
+    if claim.terms == GEMMA != licence.identifier:
         _refuse_unless_own(claim, licence)
     return licence
 

@@ -73,11 +73,12 @@ def _lineage(fetched: Manifest) -> tuple[Ancestor, ...]:
     return tuple(Ancestor(**{**row, "base_models": licence.texts(row["base_models"])}) for row in rows)
 
 
-def claim_of(fetched: Manifest, source: Mapping[str, Any]) -> Claim:
-    """What the checkpoint says of its terms; `source` is what its own card begins with."""
+def claim_of(fetched: Manifest, source: Mapping[str, Any], terms: str) -> Claim:
+    """What the checkpoint says of its terms; `source` is what its own card begins with, `terms` those of its family."""
     return Claim(
         model=fetched.model,
         model_type=fetched.text("model_type"),
+        terms=terms,
         licence=fetched.text("licence"),
         base_models=licence.texts(fetched.facts["base_models"]),
         tags=licence.texts(source.get("tags")),

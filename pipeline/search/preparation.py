@@ -88,7 +88,7 @@ def _windows(calibration: Path | None, recipe: Recipe, checkpoint: Path) -> Toke
     return corpus.pack_windows(
         documents,
         lambda document: tokenizer.encode(document, add_special_tokens=False),
-        bos=int(tokenizer.bos_token_id),
+        bos=chat.first_token(tokenizer),
         window=recipe.corpus.window,
         limit=SHARDS * WINDOWS,
     )

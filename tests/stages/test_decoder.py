@@ -333,7 +333,8 @@ def test_sliding_layers_that_read_from_a_wrong_start(judge: Judge, monkeypatch: 
 def test_what_is_not_yet_written_is_seen(judge: Judge, monkeypatch: pytest.MonkeyPatch) -> None:
     """A mask that hides nothing: zeros of an empty cache count, and what an old conversation left behind."""
     right = transformer.CacheAttention._tiled
-    monkeypatch.setattr(transformer.CacheAttention, "_tiled", lambda self, mask: right(self, torch.zeros_like(mask)))
+    unmasked = lambda self, mask, kind: right(self, torch.zeros_like(mask), kind)  # noqa: E731
+    monkeypatch.setattr(transformer.CacheAttention, "_tiled", unmasked)
     assert red(judge())
 
 

@@ -64,7 +64,12 @@ class Maker:
         self.files = {name: sections / f"{name}.tflite" for name in SECTIONS}
         self.folder, self.tokenizer = folder, tokenizer
         self.metadata = metadata.describe(
-            CHECKPOINT, tokenizer, model_type="gemma3n", vocabulary=VOCABULARY, max_tokens=max_tokens
+            CHECKPOINT,
+            tokenizer,
+            model_type="gemma3n",
+            sections=SECTIONS,
+            vocabulary=VOCABULARY,
+            max_tokens=max_tokens,
         )
 
     def make(self, name: str, **changes: Any) -> Path:

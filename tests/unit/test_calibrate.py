@@ -74,6 +74,12 @@ def test_samples_begin_with_bos_and_spread_over_the_text() -> None:
     assert samples[-1][-1] in encode(texts[-2])
 
 
+def test_a_bos_inside_a_text_belongs_to_it() -> None:
+    texts = [[BOS, *range(10 * i + 20, 10 * i + 24), BOS, 7] for i in range(9)]
+    samples = make_samples(map(str, range(9)), lambda text: texts[int(text)], BOS, count=9, window=32)
+    assert [sample.tolist() for sample in samples] == texts
+
+
 @pytest.mark.parametrize("text", ["word1", "word1 word2 word3"])
 def test_constant_text_is_refused(text: str) -> None:
     with pytest.raises(QuantiseError, match="constant"):

@@ -72,7 +72,7 @@ def test_sections_of_a_bundle_are_told_apart(tmp_path: Path, monkeypatch: pytest
     names["per_layer_embedder"] = "tf_lite_per_layer_embedder"
     values = {name: {"w": np.arange(place, 300, dtype=np.float32)} for place, name in enumerate(names)}
     models = {name: write(values[name], tmp_path / f"{name}.tflite") for name in names}
-    told = metadata.Metadata(model_type="gemma3n", start=2, stop=(1,), max_tokens=64)
+    told = metadata.Metadata(model_type="gemma3n", sections=tuple(names), start=2, stop=(1,), max_tokens=64)
     litertlm.write(told, "{}", models, tmp_path / "model.litertlm")
     rows = constants.digests({"key": tmp_path / "model.litertlm"})["key"]
     for name, section in names.items():

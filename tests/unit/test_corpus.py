@@ -95,6 +95,12 @@ def test_windows_begin_with_bos_and_hold_the_text_in_order() -> None:
     assert windows.tolist() == [[2, *letters("abc\n")], [2, *letters("defg")]]
 
 
+def test_a_bos_inside_a_text_belongs_to_it() -> None:
+    """ChatML's turns begin with what SmolLM2 calls bos."""
+    windows = corpus.pack_windows(["\2a\2b"], letters, bos=2, window=5, limit=9)
+    assert windows.tolist() == [[2, *letters("a\2b\n")]]
+
+
 def test_windows_are_spread_over_a_long_text() -> None:
     windows = corpus.pack_windows([chr(i) * 3 for i in range(97, 107)], letters, bos=2, window=5, limit=5)
     assert [chr(row[1]) for row in windows] == ["a", "c", "e", "g", "i"]

@@ -12,10 +12,13 @@ from pipeline.core.errors import PublishError, UsageError
 from pipeline.release import licence
 from pipeline.release.licence import Ancestor, Claim, Licence
 
-GEMMA = Claim(model="google/gemma-3n-E2B-it", model_type="gemma3n", licence="gemma", base_models=(), tags=())
+GEMMA = Claim(
+    model="google/gemma-3n-E2B-it", model_type="gemma3n", terms="gemma", licence="gemma", base_models=(), tags=()
+)
 OWN = Claim(
     model="tiny-gemma3n",
     model_type="gemma3n_text",
+    terms="gemma",
     licence="cc0-1.0",
     base_models=(),
     tags=("litert", "trained-from-scratch"),
@@ -23,6 +26,7 @@ OWN = Claim(
 FINE_TUNE = Claim(
     model="someone/gemma-3n-poet",
     model_type="gemma3n",
+    terms="gemma",
     licence="apache-2.0",
     base_models=("someone/gemma-3n-base", "google/gemma-3n-E2B-it"),
     tags=(),
@@ -73,9 +77,17 @@ def test_a_model_trained_from_nothing_is_its_makers_own() -> None:
 
 
 def test_another_architecture_keeps_its_licence() -> None:
-    assert licence.resolve(dataclasses.replace(FINE_TUNE, model_type="llama", base_models=("a/b",))).name.startswith(
-        "Ap"
+    claim = dataclasses.replace(FINE_TUNE, model_type="llama", terms="", base_models=("a/b",))
+    assert licence.resolve(claim).name.startswith("Ap")
+
+
+def test_gemma_4_is_what_its_card_says_whatever_its_name() -> None:
+    claim = Claim(
+        model="google/gemma-4-E2B-it", model_type="gemma4", terms="", licence="apache-2.0", base_models=(), tags=()
     )
+    assert licence.resolve(claim).identifier == "apache-2.0"
+    tuned = dataclasses.replace(claim, model="someone/poet", base_models=("google/gemma-4-E2B-it",))
+    assert licence.resolve(tuned).identifier == "apache-2.0"
 
 
 @pytest.mark.parametrize(
@@ -125,6 +137,7 @@ def test_refusals_say_what_and_why_and_what_to_do(claim: Claim, what: str, cause
         Claim,
         model=st.sampled_from(["google/gemma-3n-E2B", "someone/poet", "tiny"]),
         model_type=st.sampled_from(["gemma3n", "gemma3n_text"]),
+        terms=st.just("gemma"),
         licence=st.sampled_from(["gemma", "apache-2.0", "mit", "cc0-1.0", "other", ""]),
         base_models=st.lists(st.sampled_from(["google/gemma-3n-E4B-it", "someone/else"]), max_size=2).map(tuple),
         tags=st.sampled_from([(), ("trained-from-scratch",)]),

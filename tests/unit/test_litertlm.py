@@ -17,12 +17,14 @@ from litert_lm_builder.runtime.proto import llm_metadata_pb2
 from tokenizers import Tokenizer
 
 from pipeline.bundling import litertlm, metadata, template
-from pipeline.core.errors import BundleError
+from pipeline.checkpoint import chat
+from pipeline.core.errors import BundleError, IntegrityError
 from pipeline.core.recipe import PROJECT
 
 CHECKPOINT = PROJECT / "examples" / "tiny-gemma3n"
 VOCABULARY = 2048
 BOS, EOS, END_OF_TURN = 2, 1, 6
+SECTIONS = ("decoder", "embedder", "per_layer_embedder")
 
 
 class Rendering:
@@ -57,19 +59,20 @@ def models(tmp_path: Path) -> dict[str, Path]:
     folder = tmp_path / "sections"
     folder.mkdir()
     files = {}
-    for number, name in enumerate(("decoder", "embedder", "per_layer_embedder")):
+    for number, name in enumerate(SECTIONS):
         files[name] = folder / f"{name}.tflite"
         files[name].write_bytes(b"\x1c\0\0\0TFL3" + bytes([number]) * (16384 * number + 5))
     return files
 
 
 def described(source: Any = None, *, folder: Path = CHECKPOINT, **options: Any) -> metadata.Metadata:
-    wanted = {"model_type": "gemma3n", "vocabulary": VOCABULARY, "max_tokens": 512, **options}
+    wanted = {"model_type": "gemma3n", "sections": SECTIONS, "vocabulary": VOCABULARY, "max_tokens": 512, **options}
     return metadata.describe(folder, Rendering(source), **wanted)
 
 
 def written(models: Mapping[str, Path], out: Path, **changes: Any) -> Mapping[str, Any]:
-    fields = {"model_type": "gemma3n", "start": BOS, "stop": (EOS, END_OF_TURN), "max_tokens": 512, **changes}
+    told = {"model_type": "gemma3n", "sections": SECTIONS, "start": BOS, "stop": (EOS, END_OF_TURN), "max_tokens": 512}
+    fields = {**told, **changes}
     return litertlm.write(metadata.Metadata(**fields), '{"tokenizer": "ⵣ"}', models, out)
 
 
@@ -123,7 +126,7 @@ def test_sampler_is_what_generate_would_do(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"model_type": "generic_model"}, "unknown"),
+        ({"model_type": "gemma5"}, "no model type 'gemma5'"),
         ({"vocabulary": END_OF_TURN}, "stop token 6 is not in the model's vocabulary of 6 tokens"),
         ({"vocabulary": 300}, "token of the chat template"),
         ({"source": "{% for %}"}, "fails to render"),
@@ -195,6 +198,37 @@ def test_a_template_is_rewritten_until_the_runtime_renders_the_same(source: str,
         except TemplateError:
             continue
         assert as_runtime(prepared, conversation) == expected
+
+
+@pytest.mark.parametrize(
+    ("source", "bos", "begins", "first"),
+    [
+        (SIMPLE, "<bos>", True, BOS),
+        (SIMPLE.replace("{{ bos_token }}", "<bos>"), "<bos>", False, BOS),  # text of the template: not put there twice
+        (SIMPLE.replace("{{ bos_token }}", ""), "<bos>", False, BOS),  # but its tokenizer puts it before plain text
+        ("", "<bos>", True, BOS),
+        (SIMPLE.replace("{{ bos_token }}", ""), None, False, EOS),  # Qwen: what ended the text before
+        ("", None, False, EOS),
+    ],
+)
+def test_bundle_and_reference_begin_prompts_by_one_rule(
+    source: str, bos: str | None, begins: bool, first: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Rendering, "bos_token", bos)
+    monkeypatch.setattr(Rendering, "bos_token_id", None if bos is None else BOS)
+    if bos is None:
+        monkeypatch.setattr(Rendering, "special_tokens_map", {"eos_token": "<eos>"})
+    tokenizer = Rendering(source)
+    assert chat.prompts_begin_with_bos(tokenizer) == begins
+    assert chat.first_token(tokenizer) == first
+    assert described(source).start == (BOS if begins else None)
+
+
+def test_a_tokenizer_without_bos_and_eos_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("bos_token", "bos_token_id", "eos_token_id"):
+        monkeypatch.setattr(Rendering, name, None)
+    with pytest.raises(IntegrityError, match="neither a bos nor an eos token"):
+        chat.first_token(Rendering(""))
 
 
 def test_a_template_that_takes_parts_keeps_its_own_way() -> None:
@@ -278,13 +312,11 @@ def test_other_content_or_date_gives_other_bytes(
     assert (b"2023-11-14T22:13:20+00:00" in second.read_bytes()) == (change == "date")
 
 
-def test_gemma3_has_no_per_layer_embedder(models: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match="has no section per_layer_embedder"):
-        written(models, tmp_path / "x.litertlm", model_type="gemma3")
-    del models["per_layer_embedder"]
-    assert len(written(models, tmp_path / "x.litertlm", model_type="gemma3")["sections"]) == 4
-    del models["embedder"]  # its decoder may take token ids
-    assert len(written(models, tmp_path / "x.litertlm", model_type="gemma3")["sections"]) == 3
+def test_a_bundle_has_the_sections_of_its_architecture_and_no_other(models: dict[str, Path], tmp_path: Path) -> None:
+    alone = {"model_type": "gemma3", "sections": ("decoder",)}  # its decoder takes token ids
+    with pytest.raises(BundleError, match="has no section embedder"):
+        written(models, tmp_path / "x.litertlm", **alone)
+    assert len(written({"decoder": models["decoder"]}, tmp_path / "x.litertlm", **alone)["sections"]) == 3
 
 
 def test_a_missing_section_is_named(models: dict[str, Path], tmp_path: Path) -> None:
