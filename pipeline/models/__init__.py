@@ -20,6 +20,8 @@ MODELS: Mapping[str, str] = {
     "gemma3_text": "gemma3",
     "gemma3n": "gemma3n",
     "gemma3n_text": "gemma3n",
+    "qwen2": "plain",
+    "qwen3": "plain",
 }
 """`model_type` of a checkpoint's config.json → the file here that handles it."""
 TERMS: Mapping[str, str] = {"gemma3": "gemma", "gemma3n": "gemma"}

@@ -11,7 +11,14 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import strategies as st
-from transformers import Gemma3ForCausalLM, Gemma3nForCausalLM
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3nForCausalLM,
+    Gemma4ForCausalLM,
+    Gemma4UnifiedForCausalLM,
+    Qwen2ForCausalLM,
+    Qwen3ForCausalLM,
+)
 
 from pipeline.bundling import tables
 from pipeline.checkpoint.reader import Checkpoint, open_checkpoint
@@ -24,6 +31,7 @@ from pipeline.runtime.sections import Sections
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 Model = Gemma3nForCausalLM | Gemma3ForCausalLM
+PLAIN = {"qwen2": Qwen2ForCausalLM, "qwen3": Qwen3ForCausalLM}
 BUNDLE = Bundle(cache_length=160, prefill=(8,), precisions=("fp32",), decode=40, prompts=1, continuation=1)
 """One prefill and a short cache: a decoder that converts quickly, and conversations that cross windows up to 32."""
 
@@ -113,13 +121,101 @@ def gemma3_geometries(
     }
 
 
+@st.composite
+def gemma4_geometries(
+    draw: st.DrawFn, most_layers: int = 5, windows: tuple[int, ...] = (2, 5, 16, 600)
+) -> dict[str, Any]:
+    """Arguments of `Gemma4TextConfig`, or of `Gemma4UnifiedTextConfig` with `model_type`, as `geometries`."""
+    unified, equal = draw(st.booleans()), draw(st.booleans())
+    layers = draw(st.integers(3, most_layers))
+    own_size = draw(st.sampled_from([0, 4, 24]))
+    shared = 0 if unified or not own_size else draw(st.integers(0, layers - 2))
+    unshared = draw(st.permutations([FULL, SLIDING]))
+    kinds = [*unshared, *draw(st.lists(st.sampled_from([FULL, SLIDING]), min_size=layers - 3, max_size=layers - 3))]
+    heads = draw(st.sampled_from([6, 12]))
+    vocabulary = draw(st.integers(40, 300))
+    own = {"vocab_size_per_layer_input": vocabulary, "hidden_size_per_layer_input": own_size}
+    return ({"model_type": "gemma4_unified_text"} if unified else own) | {
+        "vocab_size": vocabulary,
+        "hidden_size": heads * draw(st.sampled_from([6, 10])),
+        "intermediate_size": draw(st.sampled_from([24, 40])),
+        "num_hidden_layers": layers,
+        "num_kv_shared_layers": shared,
+        "layer_types": [*kinds, FULL],
+        "use_double_wide_mlp": draw(st.booleans()),
+        "num_attention_heads": heads,
+        "num_key_value_heads": draw(st.sampled_from([1, 2, 3])),
+        "attention_k_eq_v": equal,
+        "num_global_key_value_heads": draw(st.sampled_from([None, 1, 2])) if equal else None,
+        "head_dim": draw(st.sampled_from([8, 12])),
+        "global_head_dim": draw(st.sampled_from([16, 32])),
+        "attention_bias": draw(st.booleans()),
+        "sliding_window": draw(st.sampled_from(windows)),
+        "final_logit_softcapping": draw(st.sampled_from([None, 5.0, 30.0])),
+    }
+
+
+def gemma4_reference(geometry: dict[str, Any], seed: int) -> Any:
+    """As `reference`, of the class that `model_type` names, if it is given."""
+    unified = "model_type" in geometry
+    drawn = {name: value for name, value in geometry.items() if name != "model_type"}
+    return reference(drawn, seed, Gemma4UnifiedForCausalLM if unified else Gemma4ForCausalLM)
+
+
+SCALINGS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "linear": {"factor": 4.0},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 64},
+}
+"""Kinds of rotary scaling of `plain_geometries`; each changes angles within the sequences that tests read."""
+
+
+@st.composite
+def plain_geometries(draw: st.DrawFn, kinds: tuple[str, ...] = ("qwen2", "qwen3")) -> dict[str, Any]:
+    """Arguments of `Qwen2Config` or `Qwen3Config`, as `geometries`; `model_type` says whose."""
+    kv_heads, size = draw(st.sampled_from([1, 2, 3])), draw(st.sampled_from([8, 12, 32]))
+    heads, kind = kv_heads * draw(st.sampled_from([1, 2, 3])), draw(st.sampled_from(kinds))
+    scaling = draw(st.sampled_from([*SCALINGS]))
+    own = {"attention_bias": draw(st.booleans())} if kind != "qwen2" else {}
+    return own | {
+        "model_type": kind,
+        "vocab_size": draw(st.integers(40, 300)),
+        "hidden_size": heads * (draw(st.sampled_from([6, 10, 16])) if kind == "qwen3" else size),
+        "intermediate_size": draw(st.sampled_from([24, 40, 64])),
+        "num_hidden_layers": draw(st.integers(1, 4)),
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": size,
+        "rms_norm_eps": draw(st.sampled_from([1e-6, 1e-5])),
+        "tie_word_embeddings": True,
+        "rope_parameters": {
+            "rope_type": scaling,
+            "rope_theta": draw(st.sampled_from([1e4, 1e6, 5e5])),
+            **SCALINGS[scaling],
+        },
+    }
+
+
+def plain_reference(geometry: dict[str, Any], seed: int) -> Any:
+    """As `reference`, of the class that `model_type` names."""
+    return reference(
+        {name: value for name, value in geometry.items() if name != "model_type"}, seed, PLAIN[geometry["model_type"]]
+    )
+
+
 def reference(geometry: dict[str, Any], seed: int, kind: Any = Gemma3nForCausalLM) -> Any:
-    """Hugging Face's model with every parameter, also those that start at a constant, at a random value."""
+    """Hugging Face's model with everything that it stores, also what starts at a constant, at a random value."""
     torch.manual_seed(seed)
     model = kind(kind.config_class(**geometry, attn_implementation="eager")).eval()
-    for parameter in model.parameters():
-        parameter.data += torch.randn(parameter.shape) * (0.2 if parameter.dim() == 1 else 0.08)
+    for tensor in (*model.parameters(), *stored_buffers(model)):
+        tensor.data += torch.randn(tensor.shape) * (0.2 if tensor.dim() == 1 else 0.08)
     return model
+
+
+def stored_buffers(model: Any) -> list[torch.Tensor]:
+    """Buffers that a checkpoint holds; those that start at 1 would hide their loss."""
+    held = model.state_dict(keep_vars=True)
+    return [buffer for name, buffer in model.named_buffers() if name in held]
 
 
 def save(model: Model, folder: Path) -> Path:
@@ -223,7 +319,7 @@ def convert_decoder(checkpoint: Path, bundle: Bundle, folder: Path) -> Path:
 
 def compare_conversations(play: Callable[[Trace], Logits], expected: Model, bundle: Bundle, seed: int) -> Agreement:
     """Hugging Face without a cache against `play`: two random conversations, as `cache.schedules` has them."""
-    schedules = kv_cache.schedules(bundle, expected.config.sliding_window)
+    schedules = kv_cache.schedules(bundle, getattr(expected.config, "sliding_window", None) or 0)
     tokens = np.random.default_rng(seed).integers(0, known_tokens(expected), (2, schedules[0].length), dtype=np.int32)
     with torch.inference_mode():
         right = expected(input_ids=torch.from_numpy(tokens).long(), use_cache=False).logits.numpy()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from pipeline.core.errors import ExportError, FetchError
 from pipeline.core.recipe import PROJECT, load
 from pipeline.core.stage import DEFAULT_RECIPE
 from pipeline.export import export
-from pipeline.models import MODELS, architecture_for, gemma3, gemma3n
+from pipeline.models import MODELS, architecture_for, gemma3
 from pipeline.models.gemma3n import ARCHITECTURE, TextConfig
 
 
@@ -74,7 +75,8 @@ def test_every_architecture_in_the_folder_is_listed() -> None:
     families = {file.stem for file in folder.glob("*.py") if "\nARCHITECTURE = " in file.read_text()}
     assert families == set(MODELS.values())
     for kind, name in MODELS.items():
-        assert type(architecture_for({"model_type": kind})) is {"gemma3": gemma3, "gemma3n": gemma3n}[name].ARCHITECTURE
+        made = architecture_for({"model_type": kind, "tie_word_embeddings": True})
+        assert type(made) is importlib.import_module(f"pipeline.models.{name}").ARCHITECTURE
 
 
 @pytest.mark.parametrize("file", sorted((PROJECT / DEFAULT_RECIPE).parent.glob("*.toml")), ids=lambda file: file.stem)
@@ -198,8 +200,9 @@ def test_version_4_keys_give_the_same_rope_bases() -> None:
 
 
 def test_unknown_model_type_names_the_supported_ones() -> None:
-    with pytest.raises(FetchError, match="gemma3, gemma3_text, gemma3n, gemma3n_text"):
-        architecture_for({"model_type": "llama"})
+    with pytest.raises(FetchError, match="gemma3, gemma3_text, gemma3n, gemma3n_text, .*qwen3") as caught:
+        architecture_for({"model_type": "mamba"})
+    assert "docs/adding-a-family.md" in caught.value.remedy
 
 
 def test_a_module_left_without_values_is_refused(tmp_path: Path) -> None:
