@@ -199,8 +199,6 @@ INSTALLED := $(shell sed -n '1s/^lock //p' .venv/.ready 2>/dev/null)
 .venv/.ready: locks/cpu.txt locks/cuda.txt locks/dev.txt tools/setup.sh $(if $(filter auto $(INSTALLED),$(LOCK)),,CHANGED)
 	@PYTHON=$(PYTHON) TORCH_INDEX=$(TORCH_INDEX) tools/setup.sh .venv $(LOCK)
 
-.venv-sign/.ready: locks/sign.txt
-	@rm -rf .venv-sign && $(PYTHON) -m venv .venv-sign
-	@.venv-sign/bin/pip install --require-hashes --only-binary=:all: --disable-pip-version-check -qq -r $<
-	@touch $@
+.venv-sign/.ready: locks/sign.txt tools/setup.sh
+	@PYTHON=$(PYTHON) tools/setup.sh .venv-sign sign
 CHANGED:

@@ -19,7 +19,7 @@ import nox
 nox.options.error_on_missing_interpreters = True
 ROOT = Path(__file__).parent
 BIN = ROOT / ".venv" / "bin"
-LOCKS = ("cpu", "cuda", "dev", "publish", "sign", "tensorflow", "material", "stock", "rival")
+LOCKS = ("cpu", "cuda", "dev", "uv", "publish", "sign", "tensorflow", "material", "stock", "rival")
 TORCH_INDEX = os.environ.get("TORCH_INDEX") or "https://download.pytorch.org/whl/cpu"
 
 

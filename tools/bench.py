@@ -165,19 +165,15 @@ def measure_bundles(folder: Path, rounds: int) -> dict[str, Any] | None:
 
 
 def environment(lock: str, folder: Path) -> Path | None:
-    """The Python of a new environment with `locks/<lock>.txt`, or None, said, if pip can't install that."""
+    """The Python of a new environment with `locks/<lock>.txt`, or None, said, if that can't be installed."""
     log.step(f"installing locks/{lock}.txt")
     made = folder / f"env-{lock}"
-    subprocess.run([sys.executable, "-m", "venv", made], check=True)
-    python = made / "bin" / "python"
-    options = ["--require-hashes", "--only-binary=:all:", "--quiet"]
-    if index := os.environ.get("TORCH_INDEX"):
-        options += ["--extra-index-url", index]
-    command = [python, "-m", "pip", "install", *options, "-r", PROJECT / "locks" / f"{lock}.txt"]
-    if subprocess.run(command).returncode:
-        log.warn(f"pip can't install locks/{lock}.txt, so what needs it is left out of this benchmark")
+    if subprocess.run(
+        [PROJECT / "tools" / "setup.sh", made, lock], env=os.environ | {"PYTHON": sys.executable}
+    ).returncode:
+        log.warn(f"locks/{lock}.txt can't be installed, so what needs it is left out of this benchmark")
         return None
-    return python
+    return made / "bin" / "python"
 
 
 def run(folder: Path, layers: int, rounds: int, bundle_rounds: int) -> dict[str, Any]:

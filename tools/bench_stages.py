@@ -69,19 +69,20 @@ def changed_recipe(name: str, folder: Path, changes: Mapping[str, str]) -> Path:
 
 def together(stages: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
     """Sums of seconds and of bytes moved, and the peaks of the largest process."""
-    sums = {key: sum(taken[key] for taken in stages.values()) for key in ("seconds", "read", "written")}
+    added = ("seconds", "processor_seconds", "read", "written")
+    sums = {key: sum(taken[key] for taken in stages.values()) for key in added}
     return sums | {key: max(taken[key] for taken in stages.values()) for key in ("peak_anonymous", "peak_resident")}
 
 
 def table(stages: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """A Markdown table of what each stage took, and of all together."""
     rows = [
-        "| stage | seconds | peak anonymous | peak resident | read from disk | written | result |",
-        "|---|---|---|---|---|---|---|",
+        "| stage | seconds | processor | peak anonymous | peak resident | read from disk | written | result |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, taken in {**stages, "together": together(stages) | {"size": 0}}.items():
         cells = (
-            f"{taken['seconds']:.0f}",
+            *(f"{taken[key]:.0f}" for key in ("seconds", "processor_seconds")),
             *(f"{taken[key] / GIB:.2f} GiB" for key in ("peak_anonymous", "peak_resident")),
             *(log.human_bytes(taken[key]) if taken[key] else "–" for key in ("read", "written", "size")),
         )

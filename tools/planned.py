@@ -30,7 +30,8 @@ def rows(arguments: argparse.Namespace) -> Iterator[list[str]]:
         if file.is_file():
             run = json.loads(file.read_text(encoding="utf-8"))
             seconds, memory = (need(model).seconds, run["seconds"]), (need(model).memory, run["peak_anonymous"])
-            told = [f"{value:.1f}" for value in seconds] + [f"{seconds[0] / max(seconds[1], 0.1):.2f}"]
+            told = [f"{value:.1f}" for value in (*seconds, run["processor_seconds"])]
+            told += [f"{seconds[0] / max(seconds[1], 0.1):.2f}"]
             told += [f"{value / 2**30:.2f}" for value in memory] + [f"{memory[0] / max(memory[1], 1):.2f}"]
             yield [name, *told]
 
@@ -38,7 +39,7 @@ def rows(arguments: argparse.Namespace) -> Iterator[list[str]]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the table."""
     arguments = common_parser("planned", (__doc__ or "").split("\n", 1)[0]).parse_args(argv)
-    head = ["stage", "planned s", "took s", "ratio", "planned GiB", "took GiB", "ratio"]
+    head = ["stage", "planned s", "took s", "of processor", "ratio", "planned GiB", "took GiB", "ratio"]
     for line in log.align([head, *rows(arguments)]):
         log.line(line)
     return 0

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Make the Python environment from the hash-locked requirements: `setup.sh FOLDER cpu|cuda|auto|publish`.
+# Make a Python environment from hash-locked requirements: `setup.sh FOLDER LOCK`, LOCK being auto or one of locks/*.txt.
 #
 # cpu     torch built for CPUs, from where pip is told to look: its own configuration, or TORCH_INDEX (a package index)
 # cuda    PyPI's build of torch, which brings the CUDA libraries and runs on CPUs as well
 # auto    cpu if pip finds that build, else cuda
-# publish what the upload needs; alone, since whatever is installed could run beside the right to publish
+# others  alone: beside the right to publish, or to sign, whatever is installed could run
 #
 # PYTHON names the interpreter (default python3.11). FOLDER/.ready is written last; it holds what was installed.
 set -euo pipefail
@@ -34,9 +34,9 @@ check_machine() {
         "apt install python3.11-venv"
 }
 
-locks() { # the files that the environment of a lock is made from: tests and linters belong to all but one
+locks() { # the files that the environment of a lock is made from: tests and linters belong to those with torch
     echo "locks/$1.txt"
-    [[ "$1" == publish ]] || echo locks/dev.txt
+    [[ "$1" != cpu && "$1" != cuda ]] || echo locks/dev.txt
 }
 
 fingerprint() { # of what would be installed
@@ -56,16 +56,47 @@ find_lock() { # which lock `auto` means here
     echo cuda
 }
 
-install() {
-    local options=(--require-hashes --only-binary=:all: --disable-pip-version-check --no-input)
-    [[ -z "${TORCH_INDEX:-}" ]] || options+=(--extra-index-url "$TORCH_INDEX")
-    [[ -t 2 ]] || options+=(-qq)
-    local file
-    while read -r file; do options+=(-r "$file"); done < <(locks "$lock")
-    "$folder/bin/pip" install "${options[@]}" || die \
+as_pip_does() { # uv reads nothing of pip's configuration: where to look (hashes guard what comes from there), whom to trust
+    local setting value word words
+    while IFS='=' read -r setting value; do
+        value=${value:1:-1} # out of its quotes
+        read -ra words <<<"${value//\\n/ }"
+        for word in "${words[@]}"; do
+            case $setting in
+                *.index-url) export UV_DEFAULT_INDEX=$word ;;
+                *.extra-index-url) where+=(--extra-index-url "$word") ;;
+                *.find-links) where+=(--find-links "$word") ;;
+                *.cert) export SSL_CERT_FILE=$word ;;
+            esac
+        done
+    done < <("$folder/bin/pip" config list | sort --reverse) # the environment's word is the last
+}
+
+by_uv() { # its cache goes with the scratch: what it has unpacked once, it never hashes again
+    local scratch=$1 where=()
+    as_pip_does
+    "$scratch/bin/uv" pip install --python "$folder/bin/python" --cache-dir "$scratch/cache" --compile-bytecode "${quiet[@]}" \
+        --require-hashes --only-binary=:all: --index-strategy=unsafe-best-match "${where[@]}" "${@:2}"
+}
+
+by_pip() {
+    "$folder/bin/pip" install --require-hashes --only-binary=:all: --disable-pip-version-check --no-input "${quiet[@]}" "$@" || die \
         "pip could not install locks/$lock.txt" \
         "no network to the package index, a full disk, or an index that lacks a locked file (the lines above say which)" \
         "run the same command again: nothing half-made is used$([[ $lock != cpu ]] || echo '; or make setup LOCK=cuda')"
+}
+
+install() { # by uv, in some half of pip's time: it unpacks and compiles on all cores
+    local file files=() quiet=() scratch=$folder/.scratch
+    [[ -z "${TORCH_INDEX:-}" ]] || files+=(--extra-index-url "$TORCH_INDEX")
+    [[ -t 2 ]] || quiet=(-q)
+    while read -r file; do files+=(-r "$file"); done < <(locks "$lock")
+    by_pip --no-compile --target "$scratch" -r locks/uv.txt
+    if ! (by_uv "$scratch" "${files[@]}"); then
+        echo "setup: uv can't, so pip tries: it may know a proxy or credentials that uv does not" >&2
+        by_pip "${files[@]}"
+    fi
+    rm -rf "$scratch"
 }
 
 if [[ -f "$folder/.ready" ]]; then
@@ -79,7 +110,7 @@ check_machine
 rm -rf "$folder"
 "$python" -m venv "$folder"
 [[ "$lock" != auto ]] || lock=$(find_lock)
-echo "setup: installing $(locks "$lock" | xargs cat | grep -c ==) locked packages ($lock) into $folder: one to five minutes" >&2
+echo "setup: installing $(locks "$lock" | xargs cat | grep -c ==) locked packages ($lock) into $folder: half a minute to five minutes" >&2
 install
 fingerprint "$lock" >"$folder/.ready"
 echo "setup: done, $("$folder/bin/python" --version) in $folder" >&2

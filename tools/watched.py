@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import time
 from collections.abc import Sequence
@@ -18,11 +19,13 @@ _KEPT = 400
 class Watched:
     """What a program took.
 
-    Seconds on the wall; bytes of resident and of anonymous memory at most; bytes it had the disk read and write (what
-    the page cache served is not among them); and `memory` over time: seconds, anonymous and resident bytes.
+    Seconds on the wall, and of the processor, children included; bytes of resident and of anonymous memory at most;
+    bytes it had the disk read and write (what the page cache served is not among them); and `memory` over time:
+    seconds, anonymous and resident bytes.
     """
 
     seconds: float
+    processor_seconds: float
     peak_resident: int
     peak_anonymous: int
     read: int
@@ -42,7 +45,7 @@ def run(command: Sequence[str], log: Path | None = None) -> Watched:
     """
     looks: list[tuple[float, int, int]] = []
     resident, moved = 0, (0, 0)
-    started = time.perf_counter()
+    started, before = time.perf_counter(), os.times()
     with (log or Path("/dev/stderr")).open("wb" if log else "ab") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
         while process.poll() is None:
@@ -56,6 +59,7 @@ def run(command: Sequence[str], log: Path | None = None) -> Watched:
         raise subprocess.CalledProcessError(process.returncode, command)
     return Watched(
         seconds=time.perf_counter() - started,
+        processor_seconds=sum(os.times()[2:4]) - sum(before[2:4]),
         peak_resident=resident,
         peak_anonymous=max((anonymous for _, anonymous, _ in looks), default=0),
         read=moved[0],

@@ -304,10 +304,15 @@ def _source_of(name: str, before: Source) -> Source:
 
 @dataclass
 class Usage:
-    """Time and memory of a running stage: resident (all mapped pages) and anonymous (what only swap could hold)."""
+    """Time and memory of a running stage: resident (all mapped pages) and anonymous (what only swap could hold).
+
+    Processor seconds are those of this process, set-up included, and of the children that it has waited for: other work
+    on the machine lengthens the seconds, and these hardly.
+    """
 
     started: float = field(default_factory=time.monotonic)
     seconds: float = 0.0
+    processor_seconds: float = 0.0
     peak_resident: int = 0
     peak_anonymous: int = 0
 
@@ -322,6 +327,7 @@ class Usage:
         """What goes to `run.json`; sizes in bytes."""
         return {
             "seconds": round(self.seconds, 2),
+            "processor_seconds": round(self.processor_seconds, 2),
             "peak_resident": self.peak_resident,
             "peak_anonymous": self.peak_anonymous,
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -354,3 +360,4 @@ def _measure() -> Iterator[Usage]:
         if watcher:
             watcher.join()
         usage.seconds = time.monotonic() - usage.started
+        usage.processor_seconds = sum(os.times()[:4])

@@ -15,7 +15,7 @@ import yaml
 from pipeline.core.recipe import PROJECT
 
 LOCKS = PROJECT / "locks"
-NAMES = ("cpu", "cuda", "dev", "publish", "sign", "tensorflow", "material", "stock", "rival")
+NAMES = ("cpu", "cuda", "dev", "uv", "publish", "sign", "tensorflow", "material", "stock", "rival")
 WORKFLOWS = sorted((PROJECT / ".github" / "workflows").glob("*.yml"))
 PIN = re.compile(r"^([A-Za-z0-9_.-]+)==([^\s\\;]+)")
 
@@ -114,17 +114,38 @@ def test_what_publishes_has_no_torch() -> None:
     assert not {"torch", "jax", "litert-torch", "transformers"} & pins("publish").keys()
 
 
-@pytest.mark.parametrize(("lock", "development"), [("publish", False), ("cpu", True), ("cuda", True)])
-def test_no_development_package_is_installed_where_something_may_be_published(
-    tmp_path: Path, lock: str, development: bool
-) -> None:
-    """Any package can run code at the start of Python, a `.pth` file's: beside the token none that is not needed."""
-    python, asked_for = tmp_path / "python", tmp_path / "asked"
+PIP_SAYS = r"""
+global.cert='/certificates.crt'
+global.extra-index-url='\nhttps://one.test/simple\nhttps://two.test/simple'
+global.index-url='https://overruled.test/simple'
+global.timeout='180'
+:env:.find-links='/wheels /more'
+:env:.index-url='https://index.test/simple'
+"""
+
+
+def set_up(folder: Path, lock: str, uv: int) -> tuple[str, str, str]:
+    """Run `tools/setup.sh` with a Python whose pip records what it is asked for, and so does the uv that pip installs.
+
+    What was said, what uv was asked for, and what pip was; nothing where it was not asked. uv ends with the code `uv`.
+    """
+    python, told = folder / "python", {name: folder / name for name in ("uv", "pip", "settings")}
+    told["settings"].write_text(PIP_SAYS.strip() + "\n")
+    (folder / "fake-uv").write_text(f'#!/bin/sh\necho "$UV_DEFAULT_INDEX $SSL_CERT_FILE $@" >{told["uv"]}\nexit {uv}\n')
+    (folder / "fake-pip").write_text(
+        f"""#!/bin/sh
+case "$*" in
+*--target*) mkdir -p "{folder}/env/.scratch/bin" && cp {folder}/fake-uv "{folder}/env/.scratch/bin/uv" ;;
+config*) cat {told["settings"]} ;;
+*) echo "$@" >{told["pip"]} ;;
+esac
+"""
+    )
     python.write_text(
         f"""#!/bin/sh
 if [ "$2" = venv ]; then
     mkdir -p "$3/bin"
-    printf '#!/bin/sh\\necho "$@" >{asked_for}\\n' >"$3/bin/pip"
+    cp {folder}/fake-pip "$3/bin/pip"
     printf '#!/bin/sh\\necho Python 3.11\\n' >"$3/bin/python"
     chmod +x "$3/bin/pip" "$3/bin/python"
 else
@@ -132,19 +153,43 @@ else
 fi
 """
     )
-    python.chmod(0o755)
-    command = [PROJECT / "tools" / "setup.sh", tmp_path / "env", lock]
-    done = subprocess.run(command, env={**os.environ, "PYTHON": str(python)}, capture_output=True, text=True)
+    for file in (python, folder / "fake-uv"):
+        file.chmod(0o755)
+    for file in (told["uv"], told["pip"]):
+        file.unlink(missing_ok=True)
+    command, environment = [PROJECT / "tools" / "setup.sh", folder / "env", lock], {**os.environ, "PYTHON": str(python)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    files = re.findall(r"-r (\S+)", asked_for.read_text())
-    assert files == [f"locks/{lock}.txt", *(["locks/dev.txt"] if development else [])]
+    return done.stderr, *(told[name].read_text() if told[name].exists() else "" for name in ("uv", "pip"))
+
+
+@pytest.mark.parametrize("uv", [0, 2])
+@pytest.mark.parametrize(("lock", "development"), [("publish", False), ("sign", False), ("cpu", True), ("cuda", True)])
+def test_no_development_package_is_installed_where_something_may_be_published(
+    tmp_path: Path, lock: str, development: bool, uv: int
+) -> None:
+    """Any package can run code at the start of Python, a `.pth` file's: beside the token none that is not needed."""
+    said, *asked_for = set_up(tmp_path, lock, uv)
+    for program in asked_for[: 2 if uv else 1]:
+        assert "--require-hashes --only-binary=:all:" in program
+        files = re.findall(r"-r (\S+)", program)
+        assert files == [f"locks/{lock}.txt", *(["locks/dev.txt"] if development else [])]
+    assert bool(asked_for[1]) == bool(uv)  # pip does what uv can't
     count = sum(len(pins(Path(file).stem)) for file in files)
-    assert f"installing {count} locked packages" in done.stderr
+    assert f"installing {count} locked packages" in said
     ready = (tmp_path / "env" / ".ready").read_text()
     assert ready.startswith(f"lock {lock}\n") and ("dev.txt" in ready) is development
-    asked_for.unlink()
-    again = subprocess.run(command, env={**os.environ, "PYTHON": str(python)}, capture_output=True, text=True)
-    assert again.returncode == 0 and not asked_for.exists()  # it is there already
+    assert not (tmp_path / "env" / ".scratch").exists()
+    assert set_up(tmp_path, lock, uv) == ("", "", "")  # it is there already
+
+
+def test_uv_looks_where_pip_is_told_to(tmp_path: Path) -> None:
+    _, uv, _ = set_up(tmp_path, "publish", 0)
+    assert uv.startswith("https://index.test/simple /certificates.crt pip install ")
+    for index in ("one", "two"):
+        assert f" --extra-index-url https://{index}.test/simple " in uv
+    assert " --find-links /wheels --find-links /more " in uv
+    assert "overruled" not in uv and "180" not in uv
 
 
 def dockerfile() -> str:

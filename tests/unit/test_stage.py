@@ -111,6 +111,7 @@ def test_a_stage_leaves_its_files_a_run_record_and_a_manifest(run: Run, root: Pa
     seconds = json.loads((root / "first" / "run.json").read_text(encoding="utf-8"))
     assert seconds["peak_resident"] > seconds["peak_anonymous"] > 1_000_000
     assert 0 <= seconds["seconds"] < 60
+    assert 0 < seconds["processor_seconds"] <= sum(os.times()[:4])
 
 
 def test_a_later_stage_inherits_the_model_and_records_what_it_read(run: Run, root: Path) -> None:
