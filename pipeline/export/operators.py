@@ -97,6 +97,11 @@ def _place(x: Tensor, start: Tensor, size: Sequence[int]) -> tuple[slice, ...]:
 class Linear(nn.Linear):
     """`nn.Linear` on the last axis of an input of any rank, as one FULLY_CONNECTED."""
 
+    def reset_parameters(self) -> None:
+        """Draw initial values, but not for a shape alone: torch 2.13.0 would import its compiler, a second a stage."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
     def forward(self, x: Tensor) -> Tensor:
         product: Tensor = linear(x, self.weight)
         return product if self.bias is None else product + self.bias
@@ -104,6 +109,11 @@ class Linear(nn.Linear):
 
 class Embedding(nn.Embedding):
     """`nn.Embedding` for int32 ids of shape [B, S], as one EMBEDDING_LOOKUP."""
+
+    def reset_parameters(self) -> None:
+        """Draw initial values, but not for a shape alone: as `Linear`."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
 
     def forward(self, ids: Tensor) -> Tensor:
         rows: Tensor = lookup(ids.reshape(-1), self.weight)

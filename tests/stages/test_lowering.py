@@ -6,6 +6,8 @@ Seen in litert-torch 0.10.0 with torch 2.13.0 and transformers 5.23.0.
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -17,6 +19,7 @@ import torch
 from litert_torch import convert, fx_infra
 from litert_torch.backend.debuginfo import _build
 
+from pipeline.core.recipe import PROJECT
 from pipeline.export import decompose, export, lowering
 from pipeline.export.operators import Embedding, Linear, matmul, normalise, update, window
 from pipeline.runtime.litert import litert
@@ -113,6 +116,16 @@ def test_a_cache_is_written_and_read_where_pytorch_does(tmp_path: Path) -> None:
             got, expected = runner(args_0=x.numpy(), args_1=part.numpy(), args_2=at.numpy()), module(x, part, at)
             for name in ("written", "read"):
                 np.testing.assert_array_equal(got[name], expected[name].numpy(), err_msg=f"{name} at {start}")
+
+
+def test_the_shapes_of_a_model_are_known_without_torchs_compiler() -> None:
+    """Initial values on the meta device would import it, in every stage that asks for tensors."""
+    code = (
+        "import sys, json; from pathlib import Path; from pipeline.models import architecture_for; "
+        "architecture_for(json.loads(Path('examples/tiny-gemma3n/config.json').read_text())).tensors(); "
+        "sys.exit('torch._dynamo' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=PROJECT, check=False).returncode == 0
 
 
 def test_linear_with_bias_is_pytorchs() -> None:
