@@ -10,7 +10,7 @@ from pipeline.checkpoint import chat
 from pipeline.checkpoint.preflight import EMBEDDING
 from pipeline.checkpoint.reader import open_checkpoint
 from pipeline.core import log
-from pipeline.core.manifest import Fact
+from pipeline.core.facts import Bundle
 from pipeline.core.stage import Context, Outcome, Stage, main
 from pipeline.models import architecture_for, sections
 from pipeline.quantize import readback
@@ -33,14 +33,25 @@ def work(context: Context) -> Outcome:
         max_tokens=context.recipe.bundle.max_tokens,
     )
     tokenizer_text = tokenizer_json(tokenizer, vocabulary)
-    facts: dict[str, Fact] = {}
+    bundles: dict[str, Bundle] = {}
     for precision in context.recipe.bundle.precisions:
         made, out = context.upstream[precision], context.folder / f"{precision}.litertlm"
         models = {name: context.root / made.output(f"{name}.tflite").path for name in names}
-        held = litertlm.write(metadata, tokenizer_text, models, out)
-        facts[precision] = {**held, **readback.stored_weights(models.values())}
+        places = litertlm.write(metadata, tokenizer_text, models, out)
+        stored, weight_bytes = readback.stored_weights(models.values())
+        bundles[precision] = Bundle(
+            sections=tuple(places),
+            model_type=metadata.model_type,
+            start_token=metadata.start,
+            stop_tokens=metadata.stop,
+            max_tokens=metadata.max_tokens,
+            chat_template=bool(metadata.chat_template),
+            top_k=metadata.sampler.top_k,
+            stored=stored,
+            weight_bytes=weight_bytes,
+        )
         log.step(f"{out.name}: {log.human_bytes(out.stat().st_size)}")
-    return Outcome(facts=facts)
+    return Outcome(facts=bundles)
 
 
 STAGE = Stage(name="bundle", summary="Pack the sections into LiteRT-LM bundles.", work=work)

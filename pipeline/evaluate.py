@@ -10,15 +10,15 @@ people, `summary.txt` the figures alone.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.core import log, manifest, memory, versions
+from pipeline.core import facts, log, manifest, memory, options, versions
 from pipeline.core.errors import UsageError
 from pipeline.core.stage import Context, Outcome, Stage, main
 from pipeline.judge import tasks
@@ -32,12 +32,23 @@ _AT_ONCE = 8
 """Prompts that Hugging Face answers together."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Options(options.Options):
+    """The task."""
+
+    task: Path | None = field(default=None, metadata={"metavar": "FILE", "help": "prompts and references, .jsonl"})
+    tokens: int | None = field(
+        default=None, metadata={"help": "the longest answer (default: bundle.continuation of the recipe)"}
+    )
+
+
 def work(context: Context) -> Outcome:
     """Let the original and every bundle answer, score the answers, and write report and summary."""
-    file: Path | None = context.arguments.task
+    chosen = context.chosen(Options)
+    file = chosen.task
     if file is None:
         raise UsageError("there is no task", remedy="set TASK= to a .jsonl file of prompts and references")
-    items, count = tasks.read(file), context.arguments.tokens or context.recipe.bundle.continuation
+    items, count = tasks.read(file), chosen.tokens or context.recipe.bundle.continuation
     original = _load(context)
     texts = {ORIGINAL: _original(original, items, count)}
     templated = bool(original.tokenizer.chat_template)
@@ -45,12 +56,13 @@ def work(context: Context) -> Outcome:
     for record in context.upstream["bundle"].outputs:
         path = context.root / record.path
         texts[f"bundle-{path.stem}"] = _bundle(path, items, count, context.folder, templated=templated)
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
     report = {
         "schema": SCHEMA,
         "model": context.upstream["fetch"].model,
         "revision": context.upstream["fetch"].revision,
         "tools": versions.installed(),
-        "task": {"file": file.name, "sha256": hashlib.sha256(file.read_bytes()).hexdigest(), "prompts": len(items)},
+        "task": {"file": file.name, "sha256": digest, "prompts": len(items)},
         "tokens": count,
         "sacrebleu": tasks.signatures(),
         **tasks.figures(texts, items),
@@ -62,12 +74,12 @@ def work(context: Context) -> Outcome:
     manifest.write_atomically(context.folder / "summary.txt", "\n".join(rows) + "\n")
     for row in rows:
         log.line(f"  {row}")
-    return Outcome(facts={"prompts": len(items), "tokens": count, "task_sha256": report["task"]["sha256"]})
+    return Outcome(facts=facts.Evaluate(prompts=len(items), tokens=count, task_sha256=digest))
 
 
 def _load(context: Context) -> HuggingFace:
     """Hugging Face's model in fp32, streamed from its file if it does not fit into memory."""
-    parameters = context.upstream["fetch"].integer("parameters")
+    parameters = context.upstream["fetch"].told(facts.Fetch).parameters
     return HuggingFace.load(context.root / "fetch" / "checkpoint", "cpu", streamed=memory.must_stream(parameters))
 
 
@@ -95,16 +107,11 @@ def _bundle(file: Path, items: Sequence[Item], count: int, scratch: Path, *, tem
     return said
 
 
-def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--task", type=Path, metavar="FILE", help="prompts and references, .jsonl")
-    parser.add_argument("--tokens", type=int, help="the longest answer (default: bundle.continuation of the recipe)")
-
-
 STAGE = Stage(
     name="evaluate",
     summary="Score the bundles and the original on your own task: exact match, chrF and BLEU.",
     work=work,
-    add_arguments=_add_arguments,
+    options=Options,
 )
 
 if __name__ == "__main__":

@@ -7,17 +7,17 @@ run goes on where it stopped, and become hard links in `fetch/checkpoint/`. A lo
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import hashlib
 import os
 import shutil
 import sys
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 from pipeline.checkpoint.preflight import Source, plan
-from pipeline.core import log
+from pipeline.core import facts, log, options
 from pipeline.core.errors import UsageError
 from pipeline.core.manifest import describe, dump_json
 from pipeline.core.recipe import PROJECT
@@ -29,11 +29,18 @@ from pipeline.release.hub import Hub
 DOWNLOADS = ".download"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Options(options.Options):
+    """Which state of a repository on the Hub."""
+
+    revision: str = field(default="", metadata={"help": "branch, tag or commit on the Hub (default: the main branch)"})
+
+
 def work(context: Context) -> Outcome:
     """Fetch the checkpoint that `--model-id` and `--revision` name into `fetch/checkpoint/`."""
     target = context.folder / "checkpoint"
     target.mkdir()
-    revision: str = context.arguments.revision
+    revision = context.chosen(Options).revision
     if Path(context.model_id).is_dir():
         if revision:
             raise UsageError(f"{context.model_id} is a folder: it has no revisions", remedy="leave REVISION= out")
@@ -52,7 +59,8 @@ def _from_folder(context: Context, target: Path) -> Outcome:
         (target / name).symlink_to(os.path.relpath(file, target.resolve()) if inside else file)
     records = [vars(record) for record in describe((target / name for name in chosen.names), target)]
     revision = hashlib.sha256(dump_json(records).encode()).hexdigest()
-    return Outcome(model=folder.name, revision=revision, facts={**chosen.facts, **licence.read_card(target)})
+    found = facts.Fetch(**vars(chosen.facts), **vars(licence.read_card(target)))
+    return Outcome(model=folder.name, revision=revision, facts=found)
 
 
 def _from_hub(context: Context, revision: str, target: Path) -> Outcome:
@@ -70,8 +78,8 @@ def _from_hub(context: Context, revision: str, target: Path) -> Outcome:
     for name in chosen.names:
         _place(hub.download(repository, name, waiting), target / name)
     plan(dataclasses.replace(Source.of_folder(target), where=where), partial(expected, context.recipe))
-    facts = {**chosen.facts, **licence.read_card(target, hub.card)}
-    return Outcome(model=repository.model_id, revision=repository.revision, facts=facts)
+    found = facts.Fetch(**vars(chosen.facts), **vars(licence.read_card(target, hub.card)))
+    return Outcome(model=repository.model_id, revision=repository.revision, facts=found)
 
 
 def _drop_other_commits(waiting: Path) -> None:
@@ -93,15 +101,11 @@ def _tidy(context: Context) -> None:
     shutil.rmtree(context.root / DOWNLOADS, ignore_errors=True)
 
 
-def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--revision", default="", help="branch, tag or commit on the Hub (default: the main branch)")
-
-
 STAGE = Stage(
     name="fetch",
     summary="Fetch a checkpoint from the Hugging Face Hub or a folder, checked before and after.",
     work=work,
-    add_arguments=_add_arguments,
+    options=Options,
     after=_tidy,
 )
 

@@ -7,7 +7,7 @@ import sys
 from pipeline.bundling import tables
 from pipeline.checkpoint.reader import open_checkpoint
 from pipeline.core import log
-from pipeline.core.manifest import Fact
+from pipeline.core.facts import Contents, Precision
 from pipeline.core.stage import Context, Outcome, Stage, main
 from pipeline.models import build
 from pipeline.quantize import float16, readback
@@ -16,7 +16,7 @@ from pipeline.quantize import float16, readback
 def work(context: Context) -> Outcome:
     """Fill the graphs, write the tables, and look into what was written."""
     checkpoint = open_checkpoint(context.root / "fetch" / "checkpoint")
-    facts: dict[str, Fact] = {"graphs": context.graphs}
+    contents: dict[str, Contents] = {}
     graphs = build.graph_files(context.upstream["graph"], context.root, context.graphs)
     for name, source in graphs.items():
         graph, file = build.with_weights(checkpoint, source), context.folder / name
@@ -24,12 +24,13 @@ def work(context: Context) -> Outcome:
         graph.prune()
         graph.write(file)
         found = readback.read_back(file)
-        facts[name.removesuffix(".tflite")] = dict(readback.check(found, "fp16", file))
+        contents[name] = readback.check(found, "fp16", file)
         readback.round_trip(file)
         log.step(f"{name}: {log.human_bytes(found.size)}")
     if build.DECODER in graphs:
         tables.write_tables(checkpoint, "fp16", context.folder)
-    return Outcome(facts=facts)
+    step, decoder = contents.get(build.STEP), contents.get(build.DECODER)
+    return Outcome(facts=Precision(graphs=context.graphs, step=step, decoder=decoder))
 
 
 STAGE = Stage(name="fp16", summary="Write the files with float16 weights.", work=work)

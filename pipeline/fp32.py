@@ -7,7 +7,7 @@ import sys
 from pipeline.bundling import tables
 from pipeline.checkpoint.reader import open_checkpoint
 from pipeline.core.errors import ExportError
-from pipeline.core.manifest import Fact
+from pipeline.core.facts import Files
 from pipeline.core.stage import Context, Outcome, Stage, main
 from pipeline.models import build
 from pipeline.quantize import readback
@@ -24,8 +24,8 @@ def work(context: Context) -> Outcome:
         readback.round_trip(context.folder / name, ExportError)
     if build.DECODER in graphs:
         tables.write_tables(checkpoint, "fp32", context.folder)
-    sizes: dict[str, Fact] = {file.name: file.stat().st_size for file in sorted(context.folder.glob("*.tflite"))}
-    return Outcome(facts={"graphs": context.graphs, "sizes": sizes})
+    sizes = {file.name: file.stat().st_size for file in sorted(context.folder.glob("*.tflite"))}
+    return Outcome(facts=Files(graphs=context.graphs, sizes=sizes))
 
 
 STAGE = Stage(name="fp32", summary="Write the files in float32.", work=work)

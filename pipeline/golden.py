@@ -10,14 +10,14 @@ well, and must agree to a normalised mean square error of 1e-8.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
-from pipeline.core import manifest
-from pipeline.core.manifest import Facts
+from pipeline.core import facts, manifest, options
 from pipeline.core.recipe import PROJECT
 from pipeline.core.stage import Context, Outcome, Stage, main
 from pipeline.judge import corpus
@@ -27,14 +27,29 @@ from pipeline.reference import golden
 _SAMPLE_WINDOWS = 8
 
 
+@dataclass(frozen=True, kw_only=True)
+class Options(options.Options):
+    """The device, where the weights are, and the text."""
+
+    device: Literal["auto", "cpu", "cuda"] = field(default="auto", metadata={"help": "where the reference runs"})
+    weights: Literal["auto", "loaded", "streamed"] = field(
+        default="auto",
+        metadata={"help": "in memory, or read from the file as they are needed (default: loaded if they fit)"},
+    )
+    eval: Path | None = field(
+        default=None,
+        metadata={"metavar": "FILE", "help": "your own text to judge on, .txt or .jsonl (default: the recipe's)"},
+    )
+
+
 def work(context: Context) -> Outcome:
     """Load the reference, run it on corpus, shapes and prompts, and store what it says."""
-    recipe, checkpoint = context.recipe, context.root / "fetch" / "checkpoint"
-    text = context.arguments.eval or PROJECT / recipe.corpus.verification
+    recipe, checkpoint, chosen = context.recipe, context.root / "fetch" / "checkpoint", context.chosen(Options)
+    text = chosen.eval or PROJECT / recipe.corpus.verification
     openings = corpus.read_documents(text, corpus.first_content)  # before the model is loaded, which takes minutes
-    device = golden.choose_device(context.arguments.device)
-    parameters = context.upstream["fetch"].integer("parameters")
-    streamed = golden.is_streamed(context.arguments.weights, device, parameters)
+    device = golden.choose_device(chosen.device)
+    parameters = context.upstream["fetch"].told(facts.Fetch).parameters
+    streamed = golden.is_streamed(chosen.weights, device, parameters)
     reference = golden.load(checkpoint, device, parameters, streamed=streamed)
     documents = corpus.read_documents(text, reference.render)
     corpus.require_disjoint(documents, corpus.read_documents(PROJECT / recipe.corpus.calibration, reference.render))
@@ -55,50 +70,36 @@ def work(context: Context) -> Outcome:
         else golden.make_shapes(reference, recipe.shapes, context.folder / "shapes.safetensors")
     )
     greedy = golden.make_greedy(reference, openings, recipe, context.graphs)
-    spoken: Facts = (
-        {} if context.graphs == "step" else golden.make_recital(reference, documents, recipe, context.folder)
-    )
+    recital = None
+    if context.graphs != "step":
+        recital = golden.make_recital(reference, documents, recipe, context.folder)
     manifest.write_atomically(context.folder / "greedy.json", json.dumps(greedy, ensure_ascii=False, indent=1) + "\n")
-    facts: Facts = {
-        "bos": reference.bos,
-        "pad": reference.pad,
-        "stop": list(reference.stop),
-        "final_logit_softcapping": reference.cap,
-    }
+    bos, pad, stop, cap = reference.bos, reference.pad, reference.stop, reference.cap
     del reference  # its memory is for the same model in another precision
     return Outcome(
-        facts={
-            **facts,
-            "dtype": "float32",
-            "attention": "eager",
-            "device": device,
-            "weights": "streamed" if streamed else "loaded",
-            "verification": text.name,
-            "verification_sha256": hashlib.sha256(text.read_bytes()).hexdigest(),
-            "documents": len(documents),
-            "windows": len(windows),
-            "window": recipe.corpus.window,
-            "shape_cases": cases,
-            "self_floor": {
-                "threads": dict(threads),
-                "bfloat16": dict(golden.NOT_MEASURED if streamed else golden.bfloat16_floor(checkpoint, sample)),
+        facts=facts.Golden(
+            bos=bos,
+            pad=pad,
+            stop=stop,
+            final_logit_softcapping=cap,
+            dtype="float32",
+            attention="eager",
+            device=device,
+            weights="streamed" if streamed else "loaded",
+            verification=text.name,
+            verification_sha256=hashlib.sha256(text.read_bytes()).hexdigest(),
+            documents=len(documents),
+            windows=len(windows),
+            window=recipe.corpus.window,
+            shape_cases=cases,
+            self_floor={
+                "threads": threads,
+                "bfloat16": golden.NOT_MEASURED if streamed else golden.bfloat16_floor(checkpoint, sample),
             },
-            **spoken,
-        }
-    )
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The device, where the weights are, and the text."""
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the reference runs")
-    parser.add_argument(
-        "--weights",
-        choices=("auto", "loaded", "streamed"),
-        default="auto",
-        help="in memory, or read from the file as they are needed (default: loaded if they fit)",
-    )
-    parser.add_argument(
-        "--eval", type=Path, metavar="FILE", help="your own text to judge on, .txt or .jsonl (default: the recipe's)"
+            sliding_window=recital.sliding_window if recital else None,
+            conversation=recital.conversation if recital else None,
+            texts=recital.texts if recital else None,
+        )
     )
 
 
@@ -106,7 +107,7 @@ STAGE = Stage(
     name="golden",
     summary="Compute the Hugging Face fp32 reference on the verification text and the shape grid.",
     work=work,
-    add_arguments=add_arguments,
+    options=Options,
 )
 
 if __name__ == "__main__":

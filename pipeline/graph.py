@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 
 from pipeline.checkpoint.reader import open_checkpoint
-from pipeline.core.manifest import Fact
+from pipeline.core.facts import Files
 from pipeline.core.stage import Context, Outcome, Stage, main
 from pipeline.models import build
 
@@ -21,8 +21,8 @@ def work(context: Context) -> Outcome:
         build.export_step(checkpoint, recipe.step, context.folder / build.STEP)
     if context.graphs != "step":
         build.export_decoder(checkpoint, recipe.bundle, context.folder / build.DECODER)
-    sizes: dict[str, Fact] = {file.name: file.stat().st_size for file in sorted(context.folder.glob("*.tflite"))}
-    return Outcome(facts={"graphs": context.graphs, "sizes": sizes})
+    sizes = {file.name: file.stat().st_size for file in sorted(context.folder.glob("*.tflite"))}
+    return Outcome(facts=Files(graphs=context.graphs, sizes=sizes))
 
 
 STAGE = Stage(name="graph", summary="Export the graphs that every precision fills with weights.", work=work)

@@ -12,7 +12,7 @@ from pathlib import Path
 from pipeline.bundling import tables
 from pipeline.checkpoint.reader import Checkpoint, open_checkpoint
 from pipeline.core import log
-from pipeline.core.manifest import Fact, Facts
+from pipeline.core.facts import Contents, Precision
 from pipeline.core.recipe import Int4
 from pipeline.core.stage import Context, Outcome, Stage, main
 from pipeline.models import build
@@ -25,17 +25,20 @@ def work(context: Context) -> Outcome:
     assert settings is not None  # core/graph.py refuses
     checkpoint = open_checkpoint(context.root / "fetch" / "checkpoint")
     graphs = build.graph_files(context.upstream["graph"], context.root, context.graphs)
-    facts: dict[str, Fact] = {"graphs": context.graphs}
+    contents: dict[str, Contents] = {}
     hessians = gptq.Hessians(context.root / "moments") if "moments" in context.upstream else None
     with hessians or nullcontext():
         for name, file in graphs.items():
-            facts[Path(name).stem] = dict(_write(checkpoint, file, context.folder / name, settings, hessians))
+            contents[name] = _write(checkpoint, file, context.folder / name, settings, hessians)
     if build.DECODER in graphs:
         tables.write_tables(checkpoint, "int4", context.folder, rows.keeper(settings.keep_int8))
-    return Outcome(facts=facts)
+    step, decoder = contents.get(build.STEP), contents.get(build.DECODER)
+    return Outcome(facts=Precision(graphs=context.graphs, step=step, decoder=decoder))
 
 
-def _write(checkpoint: Checkpoint, source: Path, file: Path, settings: Int4, hessians: gptq.Hessians | None) -> Facts:
+def _write(
+    checkpoint: Checkpoint, source: Path, file: Path, settings: Int4, hessians: gptq.Hessians | None
+) -> Contents:
     """Write `file`, the graph `source` with its weights, and find out what stands in it."""
     log.step(f"{file.name}: 4-bit weights")
     graph = build.with_weights(checkpoint, source)

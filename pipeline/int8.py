@@ -6,26 +6,40 @@ side.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import cast, get_args
+from typing import cast
 
 from pipeline.bundling import tables
 from pipeline.checkpoint import chat
 from pipeline.checkpoint.reader import open_checkpoint
-from pipeline.core import log
-from pipeline.core.manifest import Fact, Facts
-from pipeline.core.recipe import PROJECT, Recipe, Scheme
+from pipeline.core import log, options
+from pipeline.core.facts import Contents, Precision
+from pipeline.core.recipe import PROJECT, Scheme
 from pipeline.core.stage import Context, Outcome, Stage, main
 from pipeline.judge import corpus
 from pipeline.models import build
 from pipeline.quantize import calibrate, gptq, int8, readback
 from pipeline.runtime import litert
 from pipeline.tflite.graph import Graph
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(options.Options):
+    """The scheme of the step graph, where it is not the recipe's, and the text."""
+
+    scheme: Scheme | None = field(default=None, metadata={"help": "write int8-SCHEME/ instead of int8/"})
+    calibration: Path | None = field(
+        default=None, metadata={"metavar": "FILE", "help": "your own text for the static ranges: .txt or .jsonl"}
+    )
+
+    def folder(self, stage: str) -> str:
+        """A scheme that was asked for has a folder of its own."""
+        return f"{stage}-{self.scheme}" if self.scheme else stage
 
 
 def work(context: Context) -> Outcome:
@@ -35,8 +49,9 @@ def work(context: Context) -> Outcome:
     """
     checkpoint = open_checkpoint(context.root / "fetch" / "checkpoint")
     graphs = build.graph_files(context.upstream["graph"], context.root, context.graphs)
-    scheme = _scheme(context.arguments, context.recipe)
-    facts: dict[str, Fact] = {"graphs": context.graphs, "scheme": scheme}
+    asked = context.chosen(Options).scheme
+    scheme = asked or context.recipe.int8.scheme
+    facts = Precision(graphs=context.graphs, scheme=scheme)
     hessians = gptq.Hessians(context.root / "moments") if "moments" in context.upstream else None
     with hessians or nullcontext():
         if build.STEP in graphs:
@@ -44,19 +59,19 @@ def work(context: Context) -> Outcome:
             if scheme != "dynamic":
                 samples, fp32 = _samples(context), context.root / context.upstream["fp32"].output(build.STEP).path
                 int8.make_static(graph, context.recipe.int8, scheme, fp32, samples)
-                facts |= {"calibration_samples": len(samples), "calibration_tokens": sum(map(len, samples))}
+                facts = replace(facts, calibration_samples=len(samples), calibration_tokens=sum(map(len, samples)))
             else:
                 int8.make_int8(graph, context.recipe.int8, hessians)
-            facts["step"] = dict(_write(graph, context.folder / build.STEP, scheme))
-        if build.DECODER in graphs and not context.arguments.scheme:
+            facts = replace(facts, step=_write(graph, context.folder / build.STEP, scheme))
+        if build.DECODER in graphs and not asked:
             graph = build.with_weights(checkpoint, graphs[build.DECODER])
             int8.make_int8(graph, context.recipe.int8, hessians)
-            facts["decoder"] = dict(_write(graph, context.folder / build.DECODER, "dynamic"))
+            facts = replace(facts, decoder=_write(graph, context.folder / build.DECODER, "dynamic"))
             tables.write_tables(checkpoint, "int8", context.folder)
     return Outcome(facts=facts)
 
 
-def _write(graph: Graph, file: Path, scheme: Scheme) -> Facts:
+def _write(graph: Graph, file: Path, scheme: Scheme) -> Contents:
     """Write `file`, and find out what stands in it."""
     log.step(f"{file.name}: int8 weights, {scheme}")
     graph.prune()
@@ -65,8 +80,8 @@ def _write(graph: Graph, file: Path, scheme: Scheme) -> Facts:
     facts = readback.check(found, scheme, file)
     readback.round_trip(file)
     log.step(
-        f"{file.name}: {log.human_bytes(found.size)}; {facts['integer_share']:.1%} of multiply-adds integer, "
-        f"{facts['weights_int8_share']:.1%} of weights int8"
+        f"{file.name}: {log.human_bytes(found.size)}; {facts.integer_share:.1%} of multiply-adds integer, "
+        f"{facts.weights_int8_share:.1%} of weights int8"
     )
     return facts
 
@@ -74,7 +89,7 @@ def _write(graph: Graph, file: Path, scheme: Scheme) -> Facts:
 def _samples(context: Context) -> list[litert.Tokens]:
     """The calibration text as token windows of the corpus's window length."""
     tokenizer = chat.open_tokenizer(context.root / "fetch" / "checkpoint")
-    text: Path = context.arguments.calibration or PROJECT / context.recipe.corpus.calibration
+    text = context.chosen(Options).calibration or PROJECT / context.recipe.corpus.calibration
     return calibrate.make_samples(
         corpus.read_texts(text, partial(chat.render, tokenizer, where=str(text))),
         lambda document: cast("Sequence[int]", tokenizer.encode(document, add_special_tokens=False)),
@@ -84,23 +99,11 @@ def _samples(context: Context) -> list[litert.Tokens]:
     )
 
 
-def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--scheme", choices=get_args(Scheme), help="write int8-SCHEME/ instead of int8/")
-    parser.add_argument(
-        "--calibration", type=Path, metavar="FILE", help="your own text for the static ranges: .txt or .jsonl"
-    )
-
-
-def _scheme(arguments: argparse.Namespace, recipe: Recipe) -> Scheme:
-    scheme: Scheme = arguments.scheme or recipe.int8.scheme
-    return scheme
-
-
 STAGE = Stage(
     name="int8",
     summary="Write the files with int8 weights and, if the scheme is static, int8 activations.",
     work=work,
-    add_arguments=_add_arguments,
+    options=Options,
 )
 
 if __name__ == "__main__":

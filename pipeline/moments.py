@@ -11,8 +11,8 @@ memory stays bounded.
 
 from __future__ import annotations
 
-import argparse
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,22 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.core import log, manifest
+from pipeline.core import facts, log, manifest, options
 from pipeline.core.recipe import PROJECT
 from pipeline.core.stage import Context, Outcome, Stage, main
 from pipeline.judge import corpus
 from pipeline.models import sizes
 from pipeline.quantize import hessians
 from pipeline.reference.model import HuggingFace
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(options.Options):
+    """The text."""
+
+    calibration: Path | None = field(
+        default=None, metadata={"metavar": "FILE", "help": "your own text: .txt or .jsonl"}
+    )
 
 
 class HessianSums:
@@ -80,7 +89,7 @@ def work(context: Context) -> Outcome:
     recipe, checkpoint = context.recipe, context.root / "fetch" / "checkpoint"
     log.step("the reference runs in fp32, a matrix at a time")
     reference = HuggingFace.load(checkpoint, "cpu", streamed=True)
-    text = context.arguments.calibration or PROJECT / recipe.corpus.calibration
+    text = context.chosen(Options).calibration or PROJECT / recipe.corpus.calibration
     windows = corpus.pack_windows(
         corpus.read_documents(text, reference.render),
         reference.tokenize,
@@ -94,18 +103,14 @@ def work(context: Context) -> Outcome:
         states = reference.hidden(windows, np.ones_like(windows), bar)
     sums.add_inputs(sizes.HEAD, torch.from_numpy(states))
     sums.close()
-    return Outcome(facts={"tokens": int(windows.size), "files": len({*sums.files.values()})})
-
-
-def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--calibration", type=Path, metavar="FILE", help="your own text: .txt or .jsonl")
+    return Outcome(facts=facts.Moments(tokens=int(windows.size), files=len({*sums.files.values()})))
 
 
 STAGE = Stage(
     name="moments",
     summary="Keep the Hessians of linear layers, which GPTQ rounds by.",
     work=work,
-    add_arguments=_add_arguments,
+    options=Options,
 )
 
 if __name__ == "__main__":

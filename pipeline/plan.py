@@ -39,8 +39,8 @@ def work(arguments: argparse.Namespace) -> None:
     facts = model.facts
     log.line(f"plan · {root.name} · {model.where}")
     log.line(
-        f"  {facts['model_type']}, {facts['parameters'] / 1e6:,.0f} M parameters in {facts['dtype']}, "
-        f"{facts['shards']} weight files, {log.human_bytes(model.stored)}; licence: {model.licence}"
+        f"  {facts.model_type}, {facts.parameters / 1e6:,.0f} M parameters in {facts.dtype}, "
+        f"{facts.shards} weight files, {log.human_bytes(model.stored)}; licence: {model.licence}"
     )
     for row in _table(needs, done):
         log.line(f"  {row}")

@@ -7,16 +7,25 @@ the manifest; the rest, the card included, is the same bytes every time. `pipeli
 
 from __future__ import annotations
 
-import argparse
 import sys
+from dataclasses import dataclass, field
+from pathlib import Path
 
-from pipeline.core.graph import model_name
-from pipeline.core.recipe import Recipe
+from pipeline.core import facts, options
 from pipeline.core.stage import Context, Outcome, Stage, main
 from pipeline.models import terms as carried_on
 from pipeline.release import card, folder, licence, preflight
 from pipeline.release.papers import MEASURED, write_papers
 from pipeline.release.subject import build_of, claim_of, products_of, subject_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(options.Options):
+    """What somebody says of the licence."""
+
+    licence_override: str = field(
+        default="", metadata={"metavar": "TEXT", "help": "`identifier: reason`, against the checkpoint's card"}
+    )
 
 
 def work(context: Context) -> Outcome:
@@ -34,7 +43,8 @@ def work(context: Context) -> Outcome:
     fetched = context.upstream["fetch"]
     source, subject = card.front_matter(checkpoint), subject_of(fetched)
     claim, build = claim_of(fetched, source, carried_on(subject.model_type)), build_of(context)
-    terms = licence.resolve(claim, context.arguments.licence_override)
+    override = context.chosen(Options).licence_override
+    terms = licence.resolve(claim, override)
 
     checks = preflight.checks(judgement, {product.variant: product.file for product in products})
     for product in products:
@@ -50,40 +60,34 @@ def work(context: Context) -> Outcome:
 
     judged = {record.path: record.sha256 for record in verify.inputs}
     files = {product.file: judged[product.source] for product in products}
-    write_papers(context, products, files, terms.identifier)
+    write_papers(context, products, files, terms.identifier, override)
     folder.show(target, folder.seal(target, files))
     return Outcome(
-        facts={
-            "licence": terms.identifier,
-            "licence_override": context.arguments.licence_override,
-            "base_models": list(subject.base_models),
-            "uploaded": False,
-        }
+        facts=facts.Publish(
+            licence=terms.identifier,
+            licence_override=override,
+            base_models=subject.base_models,
+            uploaded=False,
+        )
     )
 
 
-def _needs(arguments: argparse.Namespace, _recipe: Recipe) -> tuple[str, ...]:
+def _needs(root: Path, _options: options.Options) -> tuple[str, ...]:
     """Fetch, the stages that verify read, and verify.
 
     Raises:
         PublishError: verify is not finished, or failed.
     """
-    verify = preflight.verified(arguments.artifacts / model_name(arguments.model_id))
+    verify = preflight.verified(root)
     stages = {record.path.split("/", 1)[0] for record in verify.inputs}
     return ("fetch", *sorted(stages - {"fetch"}), "verify")
-
-
-def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--licence-override", default="", metavar="TEXT", help="`identifier: reason`, against the checkpoint's card"
-    )
 
 
 STAGE = Stage(
     name="publish",
     summary="Put together what would be uploaded: model files, card, licence, report, manifests, checksums (dry run).",
     work=work,
-    add_arguments=_add_arguments,
+    options=Options,
     needs_of=_needs,
     measured=MEASURED,
 )

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pipeline.core import errors, graph, log, manifest, process, versions
+from pipeline.core import errors, facts, graph, log, manifest, process, versions
 from pipeline.core.graph import model_name
 from pipeline.core.manifest import Manifest
 from pipeline.core.recipe import PROJECT, STEP
@@ -55,19 +55,19 @@ def work(arguments: argparse.Namespace) -> None:
 
 def _options(name: str, made: Manifest, finished: Mapping[str, Manifest]) -> list[str]:
     """The settings with which a stage was run, as its manifest tells."""
-    graphs = finished["graph"].facts["graphs"] if "graph" in finished else None
-    options = ["--graphs", str(graphs)] if graphs else []
+    options = ["--graphs", finished["graph"].told(facts.Files).graphs] if "graph" in finished else []
     if name == "fetch":
         return ["--revision", made.revision] if "/" in made.model else []
     if name == "golden":
-        return [*options, "--device", made.text("device"), "--weights", made.text("weights")]
+        golden = made.told(facts.Golden)
+        return [*options, "--device", golden.device, "--weights", golden.weights]
     if name.startswith("int8-"):
         return [*options, "--scheme", name.removeprefix("int8-")]
     if name == "verify":
         read = {record.path.split("/", 1)[0] for record in made.inputs if record.path.endswith(f"/{STEP}")}
         return [*options, "--variants", *(stage for stage in STAGES if stage in read)]
-    if name == "publish" and made.facts.get("licence_override"):
-        return [*options, "--licence-override", str(made.facts["licence_override"])]
+    if name == "publish" and (override := made.told(facts.Publish).licence_override):
+        return [*options, "--licence-override", override]
     return options
 
 

@@ -13,9 +13,9 @@ its sha256. `report.json` and `report.html` add timings, machine and date.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import sys
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from typing import Any
 from pipeline.bundling import constants
 from pipeline.bundling.template import CONVERSATIONS
 from pipeline.checkpoint import chat
-from pipeline.core import manifest
+from pipeline.core import facts, manifest, options
 from pipeline.core.errors import UsageError
 from pipeline.core.recipe import PROJECT
 from pipeline.core.stage import Context, Outcome, Stage, main
@@ -37,10 +37,27 @@ from pipeline.report.judgement import refuse_failed, summarise, write_report
 VARIANTS = (BASELINE, "fp16", "int8")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Options(options.Options):
+    """The files to judge, and the texts that they were and were not calibrated on."""
+
+    variants: tuple[str, ...] = field(
+        default=VARIANTS, metadata={"help": "folders with a step graph (default: %(default)s)"}
+    )
+    eval: Path | None = field(default=None, metadata={"metavar": "FILE", "help": "the text that golden's --eval named"})
+    calibration: Path | None = field(
+        default=None, metadata={"metavar": "FILE", "help": "the text that int8's --calibration named"}
+    )
+
+    def judged(self) -> tuple[str, ...]:
+        """The variants."""
+        return self.variants
+
+
 def work(context: Context) -> Outcome:
     """Judge every file, write judgement and report, and fail if a required check did not pass."""
-    checkpoint = context.root / "fetch" / "checkpoint"
-    cap = context.upstream["golden"].number("final_logit_softcapping")
+    checkpoint, variants = context.root / "fetch" / "checkpoint", context.chosen(Options).variants
+    cap = context.upstream["golden"].told(facts.Golden).final_logit_softcapping
     reference = Reference(context.root / "golden", Head.of_checkpoint(checkpoint, cap))
     tokenizer = chat.open_tokenizer(checkpoint)
     _check_texts(context, tokenizer)
@@ -48,22 +65,22 @@ def work(context: Context) -> Outcome:
     heard: list[bundles.Verdict] = []
     judgement: dict[str, Any] = {}
     if context.graphs != "bundle":
-        verdicts, judgement = judge_steps(context, reference, tokenizer)
+        verdicts, judgement = judge_steps(context, variants, reference, tokenizer)
     if context.graphs != "step":
         heard = judge_bundles(context, reference, tokenizer, CONVERSATIONS)
     judgement = verdict.finite(judgement | summarise(context, verdicts, heard))
     manifest.write_atomically(context.folder / "judgement.json", manifest.dump_json(judgement))
     write_report(context, judgement, verdicts)
-    tensors = constants.digests(judged_files(context))
+    tensors = constants.digests(judged_files(context, variants))
     manifest.write_atomically(context.folder / "tensors.json", manifest.dump_json(tensors))
     refuse_failed([*verdicts, *heard], context.folder)
     return Outcome(
-        facts={
-            "passed": True,
-            "checks": len(judgement["checks"]),
-            "fit": [item.subject.name for item in (*verdicts, *heard) if item.fit],
-            "not_fit": [item.subject.name for item in (*verdicts, *heard) if not item.fit],
-        }
+        facts=facts.Verify(
+            passed=True,
+            checks=len(judgement["checks"]),
+            fit=tuple(item.subject.name for item in (*verdicts, *heard) if item.fit),
+            not_fit=tuple(item.subject.name for item in (*verdicts, *heard) if not item.fit),
+        )
     )
 
 
@@ -73,33 +90,27 @@ def _check_texts(context: Context, tokenizer: Any) -> None:
     Raises:
         UsageError: it does not, or one was.
     """
-    arguments, texts = context.arguments, context.recipe.corpus
-    judged: Path = arguments.eval or PROJECT / texts.verification
-    if hashlib.sha256(judged.read_bytes()).hexdigest() != context.upstream["golden"].text("verification_sha256"):
+    chosen, texts = context.chosen(Options), context.recipe.corpus
+    judged = chosen.eval or PROJECT / texts.verification
+    if (
+        hashlib.sha256(judged.read_bytes()).hexdigest()
+        != context.upstream["golden"].told(facts.Golden).verification_sha256
+    ):
         raise UsageError(
             f"the reference was computed on another text than {judged}",
             cause="the text was changed, or EVAL= was not the same for golden and verify",
             remedy="run `make golden` with this EVAL=",
         )
     render = partial(chat.render, tokenizer)
-    calibration = arguments.calibration or PROJECT / texts.calibration
+    calibration = chosen.calibration or PROJECT / texts.calibration
     corpus.require_disjoint(corpus.read_documents(judged, render), corpus.read_documents(calibration, render))
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The files to judge, and the texts that they were and were not calibrated on."""
-    parser.add_argument(
-        "--variants", nargs="*", default=list(VARIANTS), help="folders with a step graph (default: %(default)s)"
-    )
-    parser.add_argument("--eval", type=Path, metavar="FILE", help="the text that golden's --eval named")
-    parser.add_argument("--calibration", type=Path, metavar="FILE", help="the text that int8's --calibration named")
 
 
 STAGE = Stage(
     name="verify",
     summary="Judge every file against Hugging Face and fp32; write report.json and report.html.",
     work=work,
-    add_arguments=add_arguments,
+    options=Options,
     measured=("report.json", "report.html"),
 )
 

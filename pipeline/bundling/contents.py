@@ -14,6 +14,7 @@ from litert_lm_builder.runtime.proto import llm_metadata_pb2
 
 from pipeline.bundling import litertlm
 from pipeline.core.errors import UsageError
+from pipeline.core.facts import Section
 from pipeline.tflite.graph import Graph, text
 
 _PRODUCTS = ("FULLY_CONNECTED", "BATCH_MATMUL", "CONV_2D")
@@ -91,7 +92,7 @@ class Contents:
 
     file: str
     size: int
-    sections: tuple[litertlm.Section, ...]
+    sections: tuple[Section, ...]
     metadata: Mapping[str, Any]
     models: tuple[Model, ...]
 

@@ -13,7 +13,6 @@ import uuid
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from io import StringIO
 from pathlib import Path
@@ -26,7 +25,8 @@ from litert_lm_builder.runtime.proto import llm_metadata_pb2, llm_model_type_pb2
 from pipeline.bundling.metadata import Metadata
 from pipeline.core import log
 from pipeline.core.errors import BundleError
-from pipeline.core.manifest import Fact, Facts, FileRecord
+from pipeline.core.facts import Section
+from pipeline.core.manifest import FileRecord
 
 BUILDER = "0.18.1"
 """The litert-lm-builder that the replacement of its system metadata was written for."""
@@ -37,17 +37,7 @@ _COPIED_PER_SECOND = 4e8
 _CHUNK = 1 << 20
 
 
-@dataclass(frozen=True, kw_only=True)
-class Section:
-    """A section of a bundle: `kind` as litert-lm-peek names it, `offset` and `size` in bytes."""
-
-    kind: str
-    model_type: str
-    offset: int
-    size: int
-
-
-def write(metadata: Metadata, tokenizer: str, models: Mapping[str, Path], out: Path) -> Facts:
+def write(metadata: Metadata, tokenizer: str, models: Mapping[str, Path], out: Path) -> list[Section]:
     """Write a bundle and check it.
 
     Args:
@@ -57,7 +47,7 @@ def write(metadata: Metadata, tokenizer: str, models: Mapping[str, Path], out: P
         out: the bundle; it is whole or absent.
 
     Returns:
-        What the bundle holds: sections with their places, model type, tokens, limits.
+        Its sections with their places.
 
     Raises:
         BundleError: a section is missing or no TFLite file, or what was written is not what was given.
@@ -72,7 +62,7 @@ def write(metadata: Metadata, tokenizer: str, models: Mapping[str, Path], out: P
         partial.replace(out)
     finally:
         partial.unlink(missing_ok=True)
-    return _facts(metadata, sections)
+    return sections
 
 
 _MODEL_KINDS = {
@@ -259,19 +249,3 @@ def _refuse(bundle: Path, fault: str) -> None:
         cause="the disk failed, or litert-lm-builder has changed",
         remedy=f"use litert-lm-builder {BUILDER}, as the lock says, and run make again",
     )
-
-
-def _facts(metadata: Metadata, sections: Sequence[Section]) -> Facts:
-    places: list[Fact] = [
-        {"kind": item.kind, "model_type": item.model_type, "offset": item.offset, "size": item.size}
-        for item in sections
-    ]
-    return {
-        "sections": places,
-        "model_type": metadata.model_type,
-        "start_token": metadata.start,
-        "stop_tokens": list(metadata.stop),
-        "max_tokens": metadata.max_tokens,
-        "chat_template": bool(metadata.chat_template),
-        "top_k": metadata.sampler.top_k,
-    }

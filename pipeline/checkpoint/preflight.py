@@ -29,7 +29,7 @@ from pipeline.checkpoint.reader import (
     widen,
 )
 from pipeline.core.errors import FetchError
-from pipeline.core.manifest import Facts
+from pipeline.core.facts import Checkpoint as Facts
 
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 # Beside the weights: configuration, tokenizer, templates, and what the licence asks to pass on.
@@ -122,12 +122,12 @@ def plan(source: Source, expected: Expected) -> Plan:
     index = [] if SINGLE in names else [INDEX]
     small = sorted(name for name in names if _WANTED.fullmatch(name))
     parameters = sum(math.prod(shape) for shape in needed.values())
-    facts: Facts = {
-        "model_type": str(config["model_type"]),
-        "parameters": parameters,
-        "dtype": float_type(tensors[name] for name in found.values()),
-        "shards": len(weights),
-    }
+    facts = Facts(
+        model_type=str(config["model_type"]),
+        parameters=parameters,
+        dtype=float_type(tensors[name] for name in found.values()),
+        shards=len(weights),
+    )
     return Plan(names=(*small, *index, *weights), parameters=parameters, facts=facts)
 
 

@@ -11,13 +11,13 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import TypeAlias, TypeVar
 
-from pipeline.core import log, parallel
+from pipeline.core import log, parallel, records
 from pipeline.core.errors import IntegrityError
 
 SCHEMA = 1
@@ -25,6 +25,7 @@ NAME = "manifest.json"
 _BLOCK = 4 << 20
 Fact: TypeAlias = "str | int | float | bool | None | list[Fact] | dict[str, Fact]"
 Facts: TypeAlias = Mapping[str, Fact]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +70,7 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """One finished stage. `facts` are the stage's own findings; `tools` maps package names to versions."""
+    """One finished stage. `facts` are the stage's own findings, `told` reads them; `tools` are packages' versions."""
 
     stage: str
     model: str
@@ -77,7 +78,7 @@ class Manifest:
     recipe_sha256: str
     inputs: tuple[FileRecord, ...]
     outputs: tuple[FileRecord, ...]
-    facts: Facts
+    facts: Mapping[str, object]
     tools: Mapping[str, str]
     image_digest: str
     source: Source
@@ -92,59 +93,41 @@ class Manifest:
         for record in self.outputs:
             if record.path == name or record.path.endswith("/" + name):
                 return record
-        raise self._wrong(f"lists no file {name}")
+        raise self._wrong(f"the manifest of stage {self.stage} lists no file {name}")
 
-    def integer(self, fact: str) -> int:
-        """A fact that is a whole number. Like the readers below it raises IntegrityError for what is anything else."""
-        return cast(int, self._fact(fact, "a whole number", _integer))
+    def told(self, kind: type[T]) -> T:
+        """The stage's facts, which are a `kind` of core/facts.py.
 
-    def integers(self, fact: str) -> list[int]:
-        """A fact that is a list of whole numbers."""
-        held = self._fact(fact, "a list of whole numbers", lambda value: _list_of(value, _integer))
-        return cast(list[int], held)
+        Raises:
+            IntegrityError: a fact is missing, unknown or of another type; a wrong one is never read as another value.
+        """
+        return self._read(kind, self.facts, "")
 
-    def number(self, fact: str) -> float | None:
-        """A fact that is a number, or null where the model has none."""
-        held = self._fact(
-            fact, "a number or null", lambda value: value is None or isinstance(value, float) or _integer(value)
-        )
-        return None if held is None else float(cast(float, held))
-
-    def text(self, fact: str) -> str:
-        """A fact that is a text."""
-        return cast(str, self._fact(fact, "a text", lambda value: isinstance(value, str)))
-
-    def table(self, fact: str) -> Mapping[str, Any]:
-        """A fact that holds facts by name."""
-        return cast(Mapping[str, Any], self._fact(fact, "a table", lambda value: isinstance(value, dict)))
-
-    def tables(self, fact: str) -> list[Mapping[str, Any]]:
-        """A fact that is a list of such tables."""
-        held = self._fact(fact, "a list of tables", lambda value: _list_of(value, lambda row: isinstance(row, dict)))
-        return cast(list[Mapping[str, Any]], held)
-
-    def _fact(self, name: str, kind: str, fits: Callable[[object], bool]) -> Fact:
-        """A fact, if it is there and `fits`: a wrong one is never read as another value."""
+    def part(self, name: str, kind: type[T]) -> T:
+        """As `told`, of the fact `name` alone, for a stage whose facts stand by names of its own choice."""
         if name not in self.facts:
-            raise self._wrong(f"has no fact {name}")
-        if not fits(self.facts[name]):
-            raise self._wrong(f"has {self.facts[name]!r} as its fact {name}, which is not {kind}")
-        return self.facts[name]
+            raise self.lacks(name)
+        return self._read(kind, self.facts[name], name)
+
+    def _read(self, kind: type[T], value: object, where: str) -> T:
+        try:
+            return records.build(kind, value, where)
+        except ValueError as error:
+            raise self._wrong_fact(str(error)) from error
+
+    def lacks(self, fact: str) -> IntegrityError:
+        """What to say of a fact that not every such stage has, where it is needed."""
+        return self._wrong_fact(f"`{fact}` is missing")
+
+    def _wrong_fact(self, fault: str) -> IntegrityError:
+        return self._wrong(f"the facts in the manifest of stage {self.stage} are wrong: {fault}")
 
     def _wrong(self, fault: str) -> IntegrityError:
         return IntegrityError(
-            f"the manifest of stage {self.stage} {fault}",
+            fault,
             cause="the folder was made by another version of this project, or the manifest was edited",
             remedy=f"remove that stage's folder and run `make {self.stage}` again",
         )
-
-
-def _list_of(value: object, fits: Callable[[object], bool]) -> bool:
-    return isinstance(value, list) and all(map(fits, value))
-
-
-def _integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def dump_json(value: object) -> str:
@@ -184,23 +167,21 @@ def read(folder: Path) -> Manifest:
         raise IntegrityError(f"{file} does not exist", cause=f"stage {folder.name} is not finished", remedy=again)
     try:
         return _parse(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, KeyError, TypeError) as error:
+    except ValueError as error:
         raise IntegrityError(
             f"{file} can't be read: {error}", cause="it was edited or made by another version", remedy=again
         ) from error
 
 
-def _parse(raw: dict[str, Any]) -> Manifest:
-    if raw["schema"] != SCHEMA:
-        raise ValueError(f"schema {raw['schema']}, expected {SCHEMA}")
-    files = {key: tuple(_record(**record) for record in raw[key]) for key in ("inputs", "outputs")}
-    return Manifest(**{**raw, **files, "source": Source(**raw["source"])})
-
-
-def _record(path: str, size: int, sha256: str) -> FileRecord:
-    if not isinstance(path, str) or Path(path).is_absolute() or ".." in Path(path).parts:
-        raise ValueError(f"{path!r} is not a path inside the model's folder")
-    return FileRecord(path=path, size=size, sha256=sha256)
+def _parse(raw: object) -> Manifest:
+    schema = raw.get("schema") if isinstance(raw, dict) else None
+    if schema != SCHEMA:
+        raise ValueError(f"schema {schema}, expected {SCHEMA}")
+    made = records.build(Manifest, raw)
+    for record in (*made.inputs, *made.outputs):
+        if Path(record.path).is_absolute() or ".." in Path(record.path).parts:
+            raise ValueError(f"{record.path!r} is not a path inside the model's folder")
+    return made
 
 
 class Known:

@@ -27,12 +27,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
-from pipeline.core import graph, log, manifest, process, versions
+from pipeline.core import graph, log, manifest, process, records, versions
 from pipeline.core.errors import PipelineError, ResourceError
-from pipeline.core.manifest import Facts, Manifest, Source
+from pipeline.core.manifest import Fact, Manifest, Source
+from pipeline.core.options import Options, add_to, of
 from pipeline.core.recipe import PROJECT, Graphs, Recipe
 from pipeline.core.recipe import load as load_recipe
+from pipeline.core.records import Record
 
 DEFAULT_MODEL = "examples/tiny-gemma3n"
 DEFAULT_RECIPE = "pipeline/recipes/gemma3n.toml"
@@ -41,31 +44,38 @@ _INTERRUPTED_TEXT = "interrupted: nothing finished is lost, the same command goe
 _PATIENCE = 5.0
 """Seconds that an interrupted stage has to end by itself."""
 _NOT_OUTPUTS = (manifest.NAME, "run.json")
+Chosen = TypeVar("Chosen", bound=Options)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Context:
-    """What a stage gets: its own `folder` (empty), the model's `root`, and the manifests of the stages it needs."""
+    """What a stage gets: its own `folder` (empty), the model's `root`, and the manifests of the stages it needs.
 
-    arguments: argparse.Namespace
+    `graphs` says which are built and judged: the step graph, the bundle's sections, or both.
+    """
+
+    options: Options
     model_id: str
     root: Path
     folder: Path
     recipe: Recipe
+    graphs: Graphs
     upstream: Mapping[str, Manifest]
 
-    @property
-    def graphs(self) -> Graphs:
-        """Which graphs are built and judged: the step graph, the bundle's sections, or both."""
-        chosen: Graphs = self.arguments.graphs
-        return chosen
+    def chosen(self, kind: type[Chosen]) -> Chosen:
+        """The options, which are those of the stage itself."""
+        assert isinstance(self.options, kind)
+        return self.options
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a stage found. `model` and `revision` are set by fetch alone; later stages inherit them."""
+    """What a stage found: a dataclass of core/facts.py, or several by name.
 
-    facts: Facts = field(default_factory=dict)
+    `model` and `revision` are set by fetch alone; later stages inherit them.
+    """
+
+    facts: Record | Mapping[str, Record | Fact] = field(default_factory=dict)
     model: str = ""
     revision: str = ""
 
@@ -74,7 +84,8 @@ class Outcome:
 class Stage:
     """One stage: `name` is its folder, and stands in `graph.STAGES` with what it reads.
 
-    `needs_of` says what it reads where that is known at run time alone (publish goes by what verify read).
+    `needs_of` says what it reads, by the model's folder and its options, where that is known at run time alone
+    (publish goes by what verify read).
     `after` runs once the manifest is written: the place to remove what a killed run would have gone on from.
     `measured` are files, by path in the stage's folder, that hold timings: they differ from run to run, so the manifest
     does not list them.
@@ -83,8 +94,8 @@ class Stage:
     name: str
     summary: str
     work: Callable[[Context], Outcome]
-    add_arguments: Callable[[argparse.ArgumentParser], None] | None = None
-    needs_of: Callable[[argparse.Namespace, Recipe], tuple[str, ...]] | None = None
+    options: type[Options] = Options
+    needs_of: Callable[[Path, Options], tuple[str, ...]] | None = None
     after: Callable[[Context], None] | None = None
     measured: tuple[str, ...] = ()
 
@@ -92,8 +103,7 @@ class Stage:
 def main(stage: Stage, argv: Sequence[str] | None = None) -> int:
     """Run `stage` from the command line and return its exit code."""
     parser = common_parser(stage.name, stage.summary)
-    if stage.add_arguments:
-        stage.add_arguments(parser)
+    add_to(parser, stage.options)
     arguments = parser.parse_args(argv)
     return guard(lambda: _run(stage, arguments))
 
@@ -157,14 +167,12 @@ def _report_unexpected(error: Exception) -> int:
 def _run(stage: Stage, arguments: argparse.Namespace) -> None:
     before = source()
     recipe = load_recipe(arguments.recipe)
-    arguments.graphs = arguments.graphs or recipe.graphs
-    scheme = getattr(arguments, "scheme", None)
-    name = f"{stage.name}-{scheme}" if scheme else stage.name
-    choice = graph.Choice(recipe=recipe, graphs=arguments.graphs, variants=getattr(arguments, "variants", None))
-    needs = stage.needs_of(arguments, recipe) if stage.needs_of else graph.needs(name, choice)
+    options, root = of(arguments, stage.options), arguments.artifacts / graph.model_name(arguments.model_id)
+    choice = graph.Choice(recipe=recipe, graphs=arguments.graphs or recipe.graphs, variants=options.judged())
+    name = options.folder(stage.name)
+    needs = stage.needs_of(root, options) if stage.needs_of else graph.needs(name, choice)
     tools = versions.installed()
     versions.check(tools, PROJECT / "locks" / "cpu.txt")
-    root = arguments.artifacts / graph.model_name(arguments.model_id)
     log.line(f"{name} · {root.name} · {versions.line(tools)}")
     with locked(root, name):
         upstream = {need: manifest.read(root / need) for need in needs}
@@ -173,7 +181,13 @@ def _run(stage: Stage, arguments: argparse.Namespace) -> None:
         manifest.check(inputs, root, known)
         folder = _clear(root / name)
         context = Context(
-            arguments=arguments, model_id=arguments.model_id, root=root, folder=folder, recipe=recipe, upstream=upstream
+            options=options,
+            model_id=arguments.model_id,
+            root=root,
+            folder=folder,
+            recipe=recipe,
+            graphs=choice.graphs,
+            upstream=upstream,
         )
         with _measure() as usage, _cleared_on_interrupt(folder), made_again(root, (name, *needs)):
             outcome = stage.work(context)
@@ -189,7 +203,7 @@ def _run(stage: Stage, arguments: argparse.Namespace) -> None:
                 recipe_sha256=recipe.sha256,
                 inputs=inputs,
                 outputs=outputs,
-                facts=outcome.facts,
+                facts=records.table(outcome.facts),
                 tools=tools,
                 image_digest=os.environ.get("IMAGE_DIGEST", ""),
                 source=_source_of(name, before),

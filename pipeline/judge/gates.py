@@ -12,11 +12,10 @@ Each check ends in one of four ways, and only the first lets a file be published
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from pipeline.core.manifest import Fact
 from pipeline.core.recipe import Gate
 from pipeline.judge.metrics import Estimate, Summary
 
@@ -99,9 +98,9 @@ class Figure:
 _AT_LEAST = frozenset({"top1", "perplexity_ratio_min", "integer_share"})
 
 
-def gate_name(variant: str, facts: Mapping[str, Fact]) -> str:
+def gate_name(variant: str, scheme: str | None) -> str:
     """The key of a variant's limits in the recipe: its own name, or for int8 folders `int8-<scheme>`."""
-    return f"int8-{facts.get('scheme')}" if variant.startswith("int8") else variant
+    return f"int8-{scheme}" if variant.startswith("int8") else variant
 
 
 def judge(variant: str, gate: Gate | None, figures: Iterable[Figure]) -> list[Check]:

@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.core import log, parallel
-from pipeline.core.manifest import Fact, FileRecord
+from pipeline.core.facts import Contents
+from pipeline.core.manifest import FileRecord
 from pipeline.core.recipe import Gate
 from pipeline.judge import examine, gates, metrics
 from pipeline.judge.examine import GridResult, Logits, Panel
@@ -34,12 +35,15 @@ only, 300 at all; the fp32 file runs the longest sequence too, once."""
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """A file to judge. `parameters` of the checkpoint and `baseline_size` in bytes are None where unknown."""
+    """A file to judge. `parameters` of the checkpoint and `baseline_size` in bytes are None where unknown.
+
+    `contents` is what its stage read back of it, None of the fp32 file.
+    """
 
     name: str
     path: Path
     record: FileRecord
-    facts: Mapping[str, Fact]
+    contents: Contents | None
     gate_name: str
     gate: Gate | None
     parameters: int | None
@@ -84,7 +88,7 @@ class Verdict:
 
     def facts(self) -> dict[str, Any]:
         """The entry in the report."""
-        subject = self.subject
+        subject, contents = self.subject, self.subject.contents
         return {
             "file": subject.record.path,
             "sha256": subject.record.sha256,
@@ -99,9 +103,9 @@ class Verdict:
             "against_fp32": asdict(self.against_baseline) if self.against_baseline else None,
             "divergence": asdict(self.divergence) if self.divergence else None,
             "grid": {kernels: asdict(grid) for kernels, grid in self.grids.items()},
-            "integer_share": _number(subject.facts.get("integer_share")),
-            "float_operators": subject.facts.get("float_operators"),
-            "float_products": subject.facts.get("float_products"),
+            "integer_share": contents.integer_share if contents else None,
+            "float_operators": contents.float_operators if contents else None,
+            "float_products": contents.float_products if contents else None,
             "kld_histogram": metrics.histogram(self.kld, metrics.kld_edges()),
         }
 
@@ -265,7 +269,7 @@ def _file_figures(subject: Subject) -> list[Figure]:
         Figure(
             metric="integer_share",
             name="share of multiply-adds in integer kernels",
-            value=_number(subject.facts.get("integer_share")),
+            value=subject.contents.integer_share if subject.contents else None,
         ),
     ]
 
@@ -309,7 +313,3 @@ def finite(value: Any) -> Any:
 
 def _ratio(size: int, other: int | None) -> float | None:
     return size / other if other else None
-
-
-def _number(value: Fact) -> float | None:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None

@@ -9,6 +9,7 @@ from typing import Any
 
 from pipeline.core import log
 from pipeline.core.errors import UsageError
+from pipeline.core.facts import Bundle, Fetch, Golden, Precision
 from pipeline.core.recipe import STEP
 from pipeline.core.stage import Context
 from pipeline.judge import bundles, gates, kv_cache, sqnr
@@ -24,22 +25,24 @@ _TRACED = 4
 """Windows that are run operator by operator to find where a file loses quality."""
 
 
-def judge_steps(context: Context, reference: Reference, tokenizer: Any) -> tuple[list[Verdict], dict[str, Any]]:
-    """The verdicts on the step graphs, and what of the judgement is theirs alone."""
-    recipe, golden = context.recipe, context.upstream["golden"]
+def judge_steps(
+    context: Context, variants: Sequence[str], reference: Reference, tokenizer: Any
+) -> tuple[list[Verdict], dict[str, Any]]:
+    """The verdicts on the step graphs of `variants`, and what of the judgement is theirs alone."""
+    recipe, golden = context.recipe, context.upstream["golden"].told(Golden)
     panel = Panel.of(
         reference,
         batch=min(_PER_BATCH, recipe.step.max_batch),
-        pad=golden.integer("pad"),
+        pad=golden.pad,
     )
-    subjects = [_subject(context, name) for name in _ordered(context.arguments.variants)]
+    subjects = [_subject(context, name) for name in _ordered(variants)]
     with tempfile.TemporaryDirectory(dir=context.folder) as scratch:
         setting = Setting(
             reference=reference,
             panel=panel,
             prompts=recipe.corpus.prompts,
             continuation=recipe.corpus.continuation,
-            stop=golden.integers("stop"),
+            stop=golden.stop,
             scratch=Path(scratch),
         )
         verdicts = verdict.judge_files(subjects, setting)
@@ -73,17 +76,17 @@ def judge_bundles(
     context: Context, reference: Reference, tokenizer: Any, conversations: Sequence[Sequence[Message]]
 ) -> list[bundles.Verdict]:
     """The verdicts on the bundles, fp32 first; `conversations` are rendered by template and runtime."""
-    recipe, golden = context.recipe, context.upstream["golden"]
+    recipe, golden = context.recipe, context.upstream["golden"].told(Golden)
+    if golden.sliding_window is None:
+        raise context.upstream["golden"].lacks("sliding_window")
     with tempfile.TemporaryDirectory(dir=context.folder) as scratch:
         setting = bundles.Setting(
-            trace=Trace(
-                schedules=kv_cache.schedules(recipe.bundle, golden.integer("sliding_window")), **reference.cache()
-            ),
+            trace=Trace(schedules=kv_cache.schedules(recipe.bundle, golden.sliding_window), **reference.cache()),
             head=reference.head,
             tokenizer=tokenizer,
             conversations=conversations,
             greedy=reference.greedy()[: recipe.bundle.prompts],
-            stop=set(golden.integers("stop")),
+            stop=set(golden.stop),
             scratch=Path(scratch),
         )
         verdicts: list[bundles.Verdict] = []
@@ -96,7 +99,7 @@ def judge_bundles(
 
 def _bundle(context: Context, precision: str) -> bundles.Subject:
     made = context.upstream["bundle"]
-    held = made.table(precision)
+    held = made.part(precision, Bundle)
     record = made.output(f"{precision}.litertlm")
     return bundles.Subject(
         precision=precision,
@@ -104,15 +107,15 @@ def _bundle(context: Context, precision: str) -> bundles.Subject:
         record=record,
         sections=context.root / precision,
         gate=context.recipe.gates.get(f"bundle-{precision}"),
-        parameters=context.upstream["fetch"].integer("parameters"),
-        stored=held["stored"],
-        weight_bytes=held["weight_bytes"],
+        parameters=context.upstream["fetch"].told(Fetch).parameters,
+        stored=held.stored,
+        weight_bytes=held.weight_bytes,
     )
 
 
-def judged_files(context: Context) -> dict[str, Path]:
-    """Every judged file by its path in the model's folder."""
-    steps = [f"{name}/{STEP}" for name in context.arguments.variants] if context.graphs != "bundle" else []
+def judged_files(context: Context, variants: Sequence[str]) -> dict[str, Path]:
+    """Every judged file, the step graphs of `variants` first, by its path in the model's folder."""
+    steps = [f"{name}/{STEP}" for name in variants] if context.graphs != "bundle" else []
     spoken = context.recipe.bundle.precisions if context.graphs != "step" else ()
     return {path: context.root / path for path in (*steps, *(f"bundle/{name}.litertlm" for name in spoken))}
 
@@ -130,14 +133,15 @@ def _ordered(variants: Sequence[str]) -> list[str]:
 
 def _subject(context: Context, name: str) -> Subject:
     made = context.upstream[name]
-    key = gates.gate_name(name, made.facts)
+    found = None if name == BASELINE else made.told(Precision)
+    key = gates.gate_name(name, found.scheme if found else None)
     return Subject(
         name=name,
         path=context.root / name / STEP,
         record=made.output(STEP),
-        facts=made.table("step") if "step" in made.facts else {},
+        contents=found.step if found else None,
         gate_name=key,
         gate=context.recipe.gates.get(key),
-        parameters=context.upstream["fetch"].integer("parameters"),
+        parameters=context.upstream["fetch"].told(Fetch).parameters,
         baseline_size=context.upstream[BASELINE].output(STEP).size,
     )

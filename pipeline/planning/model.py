@@ -11,6 +11,7 @@ from typing import Any
 from pipeline.checkpoint import preflight
 from pipeline.checkpoint.reader import CONFIG
 from pipeline.core.errors import PublishError
+from pipeline.core.facts import Checkpoint
 from pipeline.core.recipe import STEP, Graphs, Recipe
 from pipeline.judge import kv_cache
 from pipeline.models import architecture_for, expected, sizes, terms
@@ -28,7 +29,7 @@ class Model:
     stores, by file.
     """
 
-    facts: Mapping[str, Any]
+    facts: Checkpoint
     where: str
     licence: str
     download: int

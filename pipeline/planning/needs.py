@@ -68,7 +68,7 @@ def golden(model: Model) -> Need:
         kept += 2 * (model.conversation + bundle.decode) + bundle.positions
         tokens += 4 * model.conversation + bundle.positions
         steps = max(steps, bundle.continuation) + bundle.decode
-    parameters = int(model.facts["parameters"])
+    parameters = model.facts.parameters
     streamed = memory.must_stream(parameters)
     return Need(
         what="Hugging Face in fp32, " + ("streamed" if streamed else "loaded"),

@@ -9,14 +9,14 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from pipeline.core.errors import PipelineError, QuantiseError
-from pipeline.core.manifest import Facts
+from pipeline.core.facts import Contents
 from pipeline.tflite.graph import REST, ROWS, Graph
 
 Arithmetic = Literal["integer", "hybrid", "float"]
@@ -106,10 +106,9 @@ def read_back(file: Path) -> ReadBack:
     )
 
 
-def stored_weights(files: Iterable[Path]) -> Facts:
-    """`stored`: elements of all matrices and tables in `files`. `weight_bytes`: what they take, scales included."""
-    stored, size = _stored(Graph.read(file) for file in files)
-    return {"stored": stored, "weight_bytes": size}
+def stored_weights(files: Iterable[Path]) -> tuple[int, int]:
+    """Elements of all matrices and tables in `files`, and the bytes that they take, scales included."""
+    return _stored(Graph.read(file) for file in files)
 
 
 def _stored(graphs: Iterable[Graph]) -> tuple[int, int]:
@@ -198,7 +197,7 @@ def _computes_in_float(graph: Graph, operator: Any) -> bool:
     return "FLOAT32" in types and not hybrid
 
 
-def check(contents: ReadBack, target: Target, file: Path) -> Facts:
+def check(contents: ReadBack, target: Target, file: Path) -> Contents:
     """Make sure that a file is what it was to become, and return what the manifest says of it.
 
     `integer_share` counts a static file's products with integer activations only, a dynamic file's hybrid ones too.
@@ -230,26 +229,26 @@ def check(contents: ReadBack, target: Target, file: Path) -> Facts:
     return _facts(contents, target, share, integer)
 
 
-def _facts(contents: ReadBack, target: Target, share: float, integer: float) -> Facts:
+def _facts(contents: ReadBack, target: Target, share: float, integer: float) -> Contents:
     if target == "fp16":
-        return {"size": contents.size, "weights_float16_share": round(share, 6)}
+        return Contents(size=contents.size, weights_float16_share=round(share, 6))
     total = sum(product.multiply_adds for product in contents.products)
     left = Counter[str]()
     for product in contents.products:
         if product.arithmetic == "float" or (target in _STATIC and product.arithmetic == "hybrid"):
             left[product.name] += product.multiply_adds
-    own = {"scheme": target, "weights_int8_share": round(share, 6)}
-    if target == "int4":
-        shares = {f"weights_int{bits}_share": round(contents.shares.get(f"INT{bits}", 0.0), 6) for bits in (4, 8)}
-        own = {**shares, "bits_per_weight": round(contents.bits_per_weight, 4)}
-    return {
-        **own,
-        "size": contents.size,
-        "integer_share": round(integer, 6),
-        "multiply_adds": total,
-        "float_operators": dict(contents.float_operators),
-        "float_products": {name: round(count / total, 6) for name, count in left.most_common(_LISTED)},
-    }
+    found = Contents(
+        size=contents.size,
+        integer_share=round(integer, 6),
+        multiply_adds=total,
+        float_operators=contents.float_operators,
+        float_products={name: round(count / total, 6) for name, count in left.most_common(_LISTED)},
+    )
+    if target != "int4":
+        return replace(found, scheme=target, weights_int8_share=round(share, 6))
+    four, eight = (round(contents.shares.get(f"INT{bits}", 0.0), 6) for bits in (4, 8))
+    bits = round(contents.bits_per_weight, 4)
+    return replace(found, weights_int4_share=four, weights_int8_share=eight, bits_per_weight=bits)
 
 
 def round_trip(file: Path, error: type[PipelineError] = QuantiseError) -> None:

@@ -6,7 +6,7 @@ It takes tokens, conversations and metrics from the judge, so that both speak of
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from safetensors.numpy import save_file
 
 from pipeline.core import log, memory
 from pipeline.core.errors import UsageError, VerificationError
-from pipeline.core.manifest import Facts
 from pipeline.core.recipe import Bundle, Corpus, Graphs, Recipe, Shapes
 from pipeline.judge import corpus, kv_cache, metrics
 from pipeline.judge.corpus import Tokens
@@ -29,7 +28,8 @@ from pipeline.reference.model import HuggingFace
 Floats = NDArray[np.float32]
 _LOADED = 3e8
 """Parameters per second that are read and widened, roughly."""
-NOT_MEASURED: Facts = {"not_measured": "not measured: the model does not fit into memory and is streamed in float32"}
+Floor = Mapping[str, object]
+NOT_MEASURED: Floor = {"not_measured": "not measured: the model does not fit into memory and is streamed in float32"}
 DEVICE_NMSE = 1e-8
 _FLOOR_POSITIONS = 256
 _SCORED = 16
@@ -117,7 +117,7 @@ class Sample:
         return metrics.summarise(metrics.join(scores), places.window)
 
 
-def threads_floor(reference: HuggingFace, sample: Sample) -> Facts:
+def threads_floor(reference: HuggingFace, sample: Sample) -> Floor:
     """How far the reference is from itself: a few windows again with another number of threads, or on the CPU.
 
     A file's distance below this is noise of the reference.
@@ -140,7 +140,7 @@ def threads_floor(reference: HuggingFace, sample: Sample) -> Facts:
     return {"against": against, "nmse": nmse, **asdict(sample.against(again))}
 
 
-def bfloat16_floor(checkpoint: Path, sample: Sample) -> Facts:
+def bfloat16_floor(checkpoint: Path, sample: Sample) -> Floor:
     """How far the reference is from itself in bfloat16, which checkpoints are published and served in.
 
     Its layers, that is: the head is computed in float64 here as everywhere.
@@ -195,7 +195,16 @@ def make_greedy(
         return reference.continue_greedily(prompts, count, bar)
 
 
-def make_recital(reference: HuggingFace, documents: Sequence[str], recipe: Recipe, folder: Path) -> Facts:
+@dataclass(frozen=True)
+class Recital:
+    """What the reference was asked through the cache: the model's window, tokens of a conversation, texts."""
+
+    sliding_window: int
+    conversation: int
+    texts: int
+
+
+def make_recital(reference: HuggingFace, documents: Sequence[str], recipe: Recipe, folder: Path) -> Recital:
     """Compute and store what the reference says of the conversations and texts that go through the cache.
 
     Raises:
@@ -224,8 +233,4 @@ def make_recital(reference: HuggingFace, documents: Sequence[str], recipe: Recip
             told = texts[:, :-1]
             made |= {"texts": texts, "states": reference.hidden(told, np.ones_like(told), bar)}
     save_file(made, folder / "cache.safetensors")
-    return {
-        "sliding_window": sliding,
-        "conversation": schedule.length,
-        "texts": len(texts),
-    }
+    return Recital(sliding_window=sliding, conversation=schedule.length, texts=len(texts))

@@ -21,7 +21,7 @@ from huggingface_hub import ModelCard
 
 from pipeline.core import log
 from pipeline.core.errors import PublishError, UsageError
-from pipeline.core.manifest import Facts
+from pipeline.core.facts import Ancestor, Card
 
 GEMMA = "gemma"
 FROM_SCRATCH = "trained-from-scratch"
@@ -41,17 +41,6 @@ class Said:
     licence: str = ""
     base_models: tuple[str, ...] = ()
     tags: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Ancestor:
-    """A model that a checkpoint was made from, near or far, and what its card says; not `known`: nobody may look."""
-
-    model: str
-    known: bool
-    licence: str
-    base_models: tuple[str, ...]
-    from_scratch: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,18 +118,14 @@ def trace(bases: Sequence[str], read: Callable[[str], Mapping[str, Any] | None])
     return tuple(found.values())
 
 
-def read_card(folder: Path, read: Callable[[str], Mapping[str, Any] | None] | None = None) -> Facts:
+def read_card(folder: Path, read: Callable[[str], Mapping[str, Any] | None] | None = None) -> Card:
     """What the checkpoint's own card says of its licence and base models, and what theirs say, which `read` gets."""
     file = folder / "README.md"
     said = claimed(file.read_text(encoding="utf-8", errors="replace") if file.is_file() else "")
     lineage = trace(said.base_models, read) if read else ()
     if strangers := [one.model for one in lineage if not one.known]:
         log.warn(f"not to be seen on the Hub, so that nobody knows their terms: {', '.join(strangers)}")
-    return {
-        "licence": said.licence,
-        "base_models": list(said.base_models),
-        "lineage": [{**vars(one), "base_models": list(one.base_models)} for one in lineage],
-    }
+    return Card(licence=said.licence, base_models=said.base_models, lineage=lineage)
 
 
 def _said(data: Mapping[str, Any]) -> Said:

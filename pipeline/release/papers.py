@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Any
 
+from pipeline.core.facts import Fetch
 from pipeline.core.manifest import dump_json
 from pipeline.core.recipe import PROJECT
 from pipeline.core.stage import Context
@@ -16,14 +16,19 @@ MEASURED = (*preflight.REPORTS, provenance.NAME)
 """Files that hold timings, or cover such: they differ from build to build."""
 
 
-def write_papers(context: Context, products: Sequence[Product], files: Mapping[str, str], terms: str) -> None:
-    """Tensors, bill of materials and, last, the statement that lists them; `files` maps model files to their sha256."""
+def write_papers(
+    context: Context, products: Sequence[Product], files: Mapping[str, str], terms: str, override: str
+) -> None:
+    """Tensors, bill of materials and, last, the statement that lists them; `files` maps model files to their sha256.
+
+    `terms` is the licence's identifier, `override` what somebody said against the checkpoint's card.
+    """
     target, names = context.folder, {product.source: product.file for product in products}
     tensors = provenance.tensors(context.root / "verify" / provenance.TENSORS, names)
     (target / provenance.TENSORS).write_text(dump_json(tensors), encoding="utf-8")
     (target / sbom.NAME).write_text(_bill(context, files, terms), encoding="utf-8")
     papers = folder.papers(target, files, MEASURED)
-    said = provenance.statement(files, context.upstream, _parameters(context), _locks(), papers)
+    said = provenance.statement(files, context.upstream, _parameters(context, override), _locks(), papers)
     (target / provenance.STATEMENT).write_text(dump_json(said), encoding="utf-8")
 
 
@@ -31,20 +36,20 @@ def _bill(context: Context, files: Mapping[str, str], terms: str) -> str:
     """The bill of materials: the checkpoint, the files, and the lock of the torch that verify saw."""
     fetched, tools = context.upstream["fetch"], context.upstream["verify"].tools
     held = {record.path.removeprefix("fetch/checkpoint/"): record.sha256 for record in fetched.outputs}
-    base = sbom.Model(name=fetched.model, version=fetched.revision, files=held, licence=fetched.text("licence"))
+    base = sbom.Model(name=fetched.model, version=fetched.revision, files=held, licence=fetched.told(Fetch).licence)
     made = sbom.Model(name=context.root.name, version=context.recipe.sha256, files=files, licence=terms)
     lock = PROJECT / "locks" / ("cpu.txt" if tools.get("torch", "+cpu").endswith("+cpu") else "cuda.txt")
     return sbom.text(base, made, sbom.packages(lock) if lock.is_file() else [])
 
 
-def _parameters(context: Context) -> dict[str, Any]:
+def _parameters(context: Context, override: str) -> dict[str, str]:
     fetched = context.upstream["fetch"]
     return {
         "MODEL_ID": fetched.model,
         "REVISION": fetched.revision,
         "RECIPE": context.recipe.name,
         "GRAPHS": context.graphs,
-        **({"LICENCE_OVERRIDE": override} if (override := context.arguments.licence_override) else {}),
+        **({"LICENCE_OVERRIDE": override} if override else {}),
     }
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
+from pipeline.core.facts import Fetch
 from pipeline.core.manifest import Manifest
 from pipeline.core.recipe import STEP
 from pipeline.core.stage import Context
 from pipeline.release import licence
 from pipeline.release.card import Build, Product, Subject
-from pipeline.release.licence import Ancestor, Claim
+from pipeline.release.licence import Claim
 
 PRECISIONS = {"fp32": "float32", "fp16": "float16", "int8": "int8", "int4": "int4"}
 
@@ -59,30 +59,27 @@ def _product(context: Context, variant: str, source: str, precision: str) -> Pro
 
 def subject_of(fetched: Manifest) -> Subject:
     """The checkpoint, as fetch found it."""
+    found = fetched.told(Fetch)
     return Subject(
         model=fetched.model,
         revision=fetched.revision,
-        base_models=licence.texts(fetched.facts["base_models"]),
-        lineage=tuple(one.model for one in _lineage(fetched)),
-        model_type=fetched.text("model_type"),
+        base_models=found.base_models,
+        lineage=tuple(one.model for one in found.lineage),
+        model_type=found.model_type,
     )
 
 
-def _lineage(fetched: Manifest) -> tuple[Ancestor, ...]:
-    rows = fetched.tables("lineage")
-    return tuple(Ancestor(**{**row, "base_models": licence.texts(row["base_models"])}) for row in rows)
-
-
-def claim_of(fetched: Manifest, source: Mapping[str, Any], terms: str) -> Claim:
+def claim_of(fetched: Manifest, source: Mapping[str, object], terms: str) -> Claim:
     """What the checkpoint says of its terms; `source` is what its own card begins with, `terms` those of its family."""
+    found = fetched.told(Fetch)
     return Claim(
         model=fetched.model,
-        model_type=fetched.text("model_type"),
+        model_type=found.model_type,
         terms=terms,
-        licence=fetched.text("licence"),
-        base_models=licence.texts(fetched.facts["base_models"]),
+        licence=found.licence,
+        base_models=found.base_models,
         tags=licence.texts(source.get("tags")),
-        lineage=_lineage(fetched),
+        lineage=found.lineage,
     )
 
 

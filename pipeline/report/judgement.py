@@ -11,6 +11,7 @@ from typing import Any
 
 from pipeline.core import log, manifest, parallel, versions
 from pipeline.core.errors import VerificationError
+from pipeline.core.facts import Fetch, Golden
 from pipeline.core.stage import Context
 from pipeline.judge import bundles
 from pipeline.judge import steps as verdict
@@ -45,7 +46,7 @@ def summarise(context: Context, verdicts: Sequence[Verdict], heard: Sequence[bun
         "recipe": context.recipe.name,
         "recipe_sha256": context.recipe.sha256,
         "tools": versions.installed(),
-        "parameters": fetch.integer("parameters"),
+        "parameters": fetch.told(Fetch).parameters,
         "passed": bool(required) and all(check.passed for check in required),
         "checks": [check.facts() for check in required],
         "alternative_checks": [check.facts() for check in alternative],
@@ -59,7 +60,7 @@ def summarise(context: Context, verdicts: Sequence[Verdict], heard: Sequence[bun
 def write_report(context: Context, judgement: Mapping[str, Any], verdicts: Sequence[Verdict]) -> None:
     """Time the step graphs and write `report.json` and `report.html`."""
     sequences = [length for length in SEQUENCES if length <= context.recipe.step.max_sequence]
-    bos = context.upstream["golden"].integer("bos")
+    bos = context.upstream["golden"].told(Golden).bos
     speed: dict[str, Any] = {}
     with log.progress("timing", len(verdicts) * len(verdict.KERNELS), "runs") as bar:
         for subject in (item.subject for item in verdicts):

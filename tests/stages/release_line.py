@@ -108,6 +108,9 @@ class Line:
                 "base_models": [*self.base_models],
                 "lineage": [*self.lineage],
                 "model_type": "gemma3n_text",
+                "parameters": 1,
+                "dtype": "bfloat16",
+                "shards": 1,
             }
             return Outcome(model=self.model, revision="a" * 40, facts=facts)
 

@@ -36,7 +36,7 @@ def planned(line: Line, *options: str) -> tuple[int, Model]:
 def test_sizes_are_those_of_the_files(built: Line) -> None:
     code, model = planned(built)
     assert code == 0
-    assert model.files["step.tflite"].elements < model.facts["parameters"]  # vectors are counted apart
+    assert model.files["step.tflite"].elements < model.facts.parameters  # vectors are counted apart
     for precision in ("fp32", "fp16", "int8"):
         made = {Path(record.path).name: record.size for record in manifest.read(built.root / precision).outputs}
         assert model.files.keys() == made.keys()

@@ -71,7 +71,7 @@ def place(built: Line) -> Iterator[Callable[[str, bytes, Facts], None]]:
 
         def work(context: Context) -> Outcome:
             (context.folder / STEP).write_bytes(content)
-            return Outcome(facts=facts)
+            return Outcome(facts={"graphs": "step", **facts})
 
         assert built.run(Stage(name=name, summary="", work=work, needs_of=lambda *_: ("fetch",))) == 0
 
@@ -405,7 +405,7 @@ def constants(view: Graph) -> list[int]:
 
 class TestTheAlternative:
     def test_it_may_miss_its_limits_and_is_marked(self, built: Line, judge: Judge, place: Place) -> None:
-        place("int8-static", step(built).read_bytes(), {"scheme": "static", "step": {"integer_share": 0.0}})
+        place("int8-static", step(built).read_bytes(), {"scheme": "static", "step": {"size": 1, "integer_share": 0.0}})
         code, text = judge("fp32", "int8-static")
         assert code == 0, text
         assert "not fit to publish: int8-static: size / size of fp32 is 1" in text

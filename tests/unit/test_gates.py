@@ -170,12 +170,12 @@ def test_nothing_beyond_the_limit_passes(value: float, limit: float) -> None:
 
 def test_the_shipped_recipe_has_limits_for_every_variant() -> None:
     recipe = load_recipe(PROJECT / DEFAULT_RECIPE)
-    named = [gates.gate_name(name, {}) for name in ("fp32", "fp16")]
-    named += [gates.gate_name("int8", {"scheme": scheme}) for scheme in ("dynamic", "static", "static16")]
+    named = [gates.gate_name(name, None) for name in ("fp32", "fp16")]
+    named += [gates.gate_name("int8", scheme) for scheme in ("dynamic", "static", "static16")]
     assert named == ["fp32", "fp16", "int8-dynamic", "int8-static", "int8-static16"]
     assert all(recipe.gates[name].kld and recipe.gates[name].top1 for name in named)
 
 
 def test_an_int8_folder_that_does_not_say_its_scheme_has_no_limits() -> None:
     recipe = load_recipe(PROJECT / DEFAULT_RECIPE)
-    assert recipe.gates.get(gates.gate_name("int8", {})) is None
+    assert recipe.gates.get(gates.gate_name("int8", None)) is None

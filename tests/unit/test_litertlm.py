@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 from pipeline.bundling import litertlm, metadata, template
 from pipeline.checkpoint import chat
 from pipeline.core.errors import BundleError, IntegrityError
+from pipeline.core.facts import Section
 from pipeline.core.recipe import PROJECT
 
 CHECKPOINT = PROJECT / "examples" / "tiny-gemma3n"
@@ -70,7 +71,7 @@ def described(source: Any = None, *, folder: Path = CHECKPOINT, **options: Any) 
     return metadata.describe(folder, Rendering(source), **wanted)
 
 
-def written(models: Mapping[str, Path], out: Path, **changes: Any) -> Mapping[str, Any]:
+def written(models: Mapping[str, Path], out: Path, **changes: Any) -> list[Section]:
     told = {"model_type": "gemma3n", "sections": SECTIONS, "start": BOS, "stop": (EOS, END_OF_TURN), "max_tokens": 512}
     fields = {**told, **changes}
     return litertlm.write(metadata.Metadata(**fields), '{"tokenizer": "ⵣ"}', models, out)
@@ -275,13 +276,13 @@ def test_the_builder_is_the_one_whose_metadata_is_replaced() -> None:
 
 def test_every_section_is_in_the_file_as_given(models: dict[str, Path], tmp_path: Path) -> None:
     out = tmp_path / "model.litertlm"
-    facts = written(models, out, stop=(6, 1))
+    told = written(models, out, stop=(6, 1))
     data = out.read_bytes()
     sections = litertlm.read_sections(out)
     assert [section.size for section in sections[2:]] == [file.stat().st_size for file in models.values()]
     for section, file in zip(sections[2:], models.values(), strict=True):
         assert data[section.offset :][: section.size] == file.read_bytes()
-    assert [place["offset"] for place in facts["sections"]] == [section.offset for section in sections]
+    assert told == sections
     message = llm_metadata_pb2.LlmMetadata.FromString(data[sections[0].offset :][: sections[0].size])
     assert message.llm_model_type.WhichOneof("model_type") == "gemma3n"
     assert list(message.start_token.token_ids.ids) == [BOS]
@@ -316,7 +317,7 @@ def test_a_bundle_has_the_sections_of_its_architecture_and_no_other(models: dict
     alone = {"model_type": "gemma3", "sections": ("decoder",)}  # its decoder takes token ids
     with pytest.raises(BundleError, match="has no section embedder"):
         written(models, tmp_path / "x.litertlm", **alone)
-    assert len(written({"decoder": models["decoder"]}, tmp_path / "x.litertlm", **alone)["sections"]) == 3
+    assert len(written({"decoder": models["decoder"]}, tmp_path / "x.litertlm", **alone)) == 3
 
 
 def test_a_missing_section_is_named(models: dict[str, Path], tmp_path: Path) -> None:

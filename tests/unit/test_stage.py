@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import ast
 import errno
 import json
@@ -13,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,8 @@ from pipeline import reproduce
 from pipeline.core import errors, graph, manifest, stage
 from pipeline.core.errors import PipelineError
 from pipeline.core.manifest import Source
-from pipeline.core.recipe import PROJECT, Recipe
+from pipeline.core.options import Options
+from pipeline.core.recipe import PROJECT
 from pipeline.core.recipe import load as load_recipe
 from pipeline.core.stage import Context, Outcome, Stage
 from pipeline.tflite.graph import Graph
@@ -44,10 +45,8 @@ def work(context):
             sys.stdin.readline()
     return Outcome(model="toy", revision="r1")
 
-def add(parser):
-    parser.add_argument("--wait", action="store_true")
-
-sys.exit(main(Stage(name="slow", summary="writes two files", work=work, add_arguments=add)))
+words = [word for word in sys.argv[1:] if word != "--wait"]
+sys.exit(main(Stage(name="slow", summary="writes two files", work=work), words))
 '''
 
 
@@ -325,19 +324,23 @@ def test_damaged_input_is_found_before_anything_is_touched(run: Run, root: Path,
 
 
 def test_arguments_may_choose_the_folder_and_what_is_read(run: Run, root: Path) -> None:
-    def add(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--scheme", default="dynamic")
+    @dataclass(frozen=True, kw_only=True)
+    class Choice(Options):
+        scheme: str = "dynamic"
+
+        def folder(self, stage: str) -> str:
+            return f"{stage}-{self.scheme}"
 
     made = Stage(
         name="int8",
         summary="quantises",
-        work=lambda context: Outcome(facts={"read": list(context.upstream)}),
-        add_arguments=add,
-        needs_of=lambda arguments, recipe: ("first",) if arguments.scheme != recipe.int8.scheme else (),
+        work=lambda context: Outcome(facts={"read": list(context.upstream), "scheme": context.chosen(Choice).scheme}),
+        options=Choice,
+        needs_of=lambda _, options: ("first",) if options != Choice() else (),
     )
     assert (run(FIRST), run(made, "--scheme", "static"), run(made)) == (0, 0, 0)
-    assert manifest.read(root / "int8-static").facts == {"read": ["first"]}
-    assert manifest.read(root / "int8-dynamic").facts == {"read": []}
+    assert manifest.read(root / "int8-static").facts == {"read": ["first"], "scheme": "static"}
+    assert manifest.read(root / "int8-dynamic").facts == {"read": [], "scheme": "dynamic"}
 
 
 @pytest.mark.parametrize("wanted", [None, "step", "bundle", "all"])
@@ -358,8 +361,8 @@ def test_unknown_graphs_end_with_2(run: Run, capsys: pytest.CaptureFixture[str])
 
 
 def test_a_stage_that_needs_what_was_not_asked_for_touches_nothing(run: Run, root: Path) -> None:
-    def needs(arguments: argparse.Namespace, _recipe: Recipe) -> tuple[str, ...]:
-        raise errors.UsageError(f"GRAPHS={arguments.graphs} builds nothing here")
+    def needs(root: Path, _options: Options) -> tuple[str, ...]:
+        raise errors.UsageError(f"{root.name} has nothing to build")
 
     assert run(Stage(name="second", summary="", work=second_work, needs_of=needs), "--graphs", "step") == 2
     assert not root.exists()

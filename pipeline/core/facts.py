@@ -1,0 +1,175 @@
+"""What each stage's manifest says under `facts`: a dataclass a stage, which it writes and later stages read.
+
+A fact with a default is left out of the manifest where it has that; every other one is always there. Shares are of 1,
+sizes in bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from pipeline.core.recipe import Graphs, Scheme
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A checkpoint by its configuration and headers; `parameters` are those of the text model, `shards` its files."""
+
+    model_type: str
+    parameters: int
+    dtype: str
+    shards: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ancestor:
+    """A model that a checkpoint was made from, near or far, and what its card says; not `known`: nobody may look."""
+
+    model: str
+    known: bool
+    licence: str
+    base_models: tuple[str, ...]
+    from_scratch: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """What a checkpoint's own card says, empty where it says nothing, and what those of its ancestors do."""
+
+    licence: str
+    base_models: tuple[str, ...]
+    lineage: tuple[Ancestor, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fetch(Checkpoint, Card):
+    """Stage fetch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Golden:
+    """Stage golden: the reference's tokens and text, and how far it is from itself (`self_floor`, for the report).
+
+    `sliding_window`, `conversation` and `texts` are of what goes through the cache, and there if a bundle is wanted.
+    """
+
+    bos: int
+    pad: int
+    stop: tuple[int, ...]
+    final_logit_softcapping: float | None
+    dtype: str
+    attention: str
+    device: str
+    weights: str
+    verification: str
+    verification_sha256: str
+    documents: int
+    windows: int
+    window: int
+    shape_cases: int
+    self_floor: Mapping[str, Mapping[str, object]]
+    sliding_window: int | None = None
+    conversation: int | None = None
+    texts: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Files:
+    """Stages graph and fp32: the files and their sizes."""
+
+    graphs: Graphs
+    sizes: Mapping[str, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moments:
+    """Stage moments: tokens of calibration text, and files of sums."""
+
+    tokens: int
+    files: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contents:
+    """What was found in a quantised file (quantize/readback.py); shares of weights by type, of products by arithmetic.
+
+    `float_operators` counts those that are not integer, `float_products` has the largest such products by name.
+    """
+
+    size: int
+    scheme: Scheme | None = None
+    weights_float16_share: float | None = None
+    weights_int8_share: float | None = None
+    weights_int4_share: float | None = None
+    bits_per_weight: float | None = None
+    integer_share: float | None = None
+    multiply_adds: int | None = None
+    float_operators: Mapping[str, int] | None = None
+    float_products: Mapping[str, float] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Precision:
+    """Stages fp16, int8 and int4; the calibration is a static scheme's."""
+
+    graphs: Graphs
+    scheme: Scheme | None = None
+    calibration_samples: int | None = None
+    calibration_tokens: int | None = None
+    step: Contents | None = None
+    decoder: Contents | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """A section of a bundle: `kind` as litert-lm-peek names it, `offset` and `size` in bytes."""
+
+    kind: str
+    model_type: str
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bundle:
+    """Stage bundle, by precision. `stored`: elements of matrices and tables, `weight_bytes`: what they take."""
+
+    sections: tuple[Section, ...]
+    model_type: str
+    start_token: int | None
+    stop_tokens: tuple[int, ...]
+    max_tokens: int
+    chat_template: bool
+    top_k: int
+    stored: int
+    weight_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verify:
+    """Stage verify: the number of checks, and the judged files that may and may not be published."""
+
+    passed: bool
+    checks: int
+    fit: tuple[str, ...]
+    not_fit: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Publish:
+    """Stage publish: the terms of what would be uploaded."""
+
+    licence: str
+    licence_override: str
+    base_models: tuple[str, ...]
+    uploaded: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Stage evaluate: the task."""
+
+    prompts: int
+    tokens: int
+    task_sha256: str
