@@ -34,8 +34,6 @@ _MASK = 1e6
 """Attention scores beyond this are those that a mask forbids; they would drown all signal."""
 _LAYER = re.compile(r"(?:^|\.)layers\.\d+")
 _BEFORE, _AFTER = "before the layers", "after the layers"
-_INTEGER = re.compile(r";int\d+$")
-"""What the quantiser adds to the name of a tensor that it makes integer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,10 +162,15 @@ class Running:
         """Kind and name of each operator with float or quantised results → its first result's tensor."""
         graph = self.graph
         return {
-            (graph.code(operator), _INTEGER.sub("", graph.operator_name(operator))): int(operator.outputs[0])
+            (graph.code(operator), _values_name(graph, int(operator.outputs[0]))): int(operator.outputs[0])
             for operator in graph.operators()
             if graph.type_of(int(operator.outputs[0])) == "FLOAT32" or graph.scales(int(operator.outputs[0]))
         }
+
+
+def _values_name(graph: Graph, tensor: int) -> str:
+    """The name of a tensor's values: an integer tensor is called like the float one it stands for, its type behind."""
+    return graph.name(tensor).removesuffix(f";{graph.type_of(tensor).lower()}")
 
 
 class StepGraph(Running):

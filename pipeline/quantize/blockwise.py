@@ -20,6 +20,8 @@ Result: Gemma 3 270M's int4 bundle has a KL(Hugging Face || file) of 0.042 at 0.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -38,10 +40,16 @@ LARGEST_ERROR = 1 - 7 * _TRIED[-1] * (1 - 2**-9)
 _SMALLEST, _LARGEST = 2.0**-24, 65280.0
 
 
-def quantise_weights(graph: Graph, keep_int8: quantize.Keep, rounding: quantize.Rounding = quantize.to_nearest) -> None:
+def quantise_weights(
+    graph: Graph,
+    keep_int8: quantize.Keep,
+    rounding: quantize.Rounding = quantize.to_nearest,
+    int8_buffers: Collection[int] = (),
+) -> None:
     """4-bit tables and weights of linear layers; 8-bit ones, a scale per row, where `keep_int8` names the operator.
 
-    Rows that can't be cut into blocks have 8 bits too. Linear layers quantise their input while they run.
+    So have the constants in `int8_buffers` (row_ranges.py), and rows that can't be cut into blocks. Linear layers
+    quantise their input while they run.
     """
     for view in graph.each():
         for operator in view.operators():
@@ -53,8 +61,9 @@ def quantise_weights(graph: Graph, keep_int8: quantize.Keep, rounding: quantize.
                 operator.builtinOptions.asymmetricQuantizeInputs = True  # else the built-in kernels take another step
             if view.type_of(weight) == "FLOAT32":
                 values = view.blocks(weight)
-                rounded_by = rounding(view.name(weight), values.shape[-1])
-                if not keep_int8(view.operator_name(operator)) and not values.shape[-1] % BLOCK:
+                rounded_by = rounding(view.origin(weight), values.shape[-1])
+                wide = keep_int8(quantize.layer_name(view, operator)) or view.buffer(weight) in int8_buffers
+                if not wide and not values.shape[-1] % BLOCK:
                     view.set_four_bits(weight, *quantise_blocks(values, rounded_by))
                 else:
                     view.set_constant(weight, *quantize.quantise_rows(values, rounded_by))

@@ -53,7 +53,9 @@ def equalize_columns(graph: Graph, strength: float) -> dict[str, Factors]:
     equalized = [(site, _factors(site, strength)) for site in _closed_sites(graph)]
     for site, factors in equalized:
         _apply(site, factors)
-    return {use.view.name(use.tensor): factors for site, factors in equalized for use in site.matrices.values()}
+    return {
+        use.view.origin(use.tensor).matrix: factors for site, factors in equalized for use in site.matrices.values()
+    }
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class _Use:
 
     @property
     def buffer(self) -> int:
-        return int(self.view.main.tensors[self.tensor].buffer)
+        return self.view.buffer(self.tensor)
 
     @property
     def is_matrix(self) -> bool:

@@ -17,7 +17,6 @@ Result: Gemma 3 270M, int8x2: KL(fp32 file || file) 0.0026 instead of 0.0055, an
 from __future__ import annotations
 
 import json
-import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -33,6 +32,7 @@ from threadpoolctl import threadpool_limits
 from pipeline.core import parallel
 from pipeline.quantize.hadamard import rotate_blocks
 from pipeline.quantize.hessians import INDEX
+from pipeline.tflite.graph import Origin
 from pipeline.tflite.lazy import Array
 
 DAMPING = 0.01
@@ -40,9 +40,6 @@ DAMPING = 0.01
 _CHUNK = 32
 _ROWS = 1024
 """Rows that are rounded together: 32 columns of them stay in a core's cache."""
-# What quantize/groups.py and row_ranges.py put behind the name of a matrix that they cut up.
-_GROUP = re.compile(r";block_(\d+)$")
-_PART = re.compile(r";\w+$")
 
 
 @dataclass(frozen=True)
@@ -134,22 +131,20 @@ class Hessians:
 
     def rounding(
         self, column_factors: Mapping[str, Array] | None = None, rotated: Mapping[str, int] | None = None
-    ) -> Callable[[str, int], ByFactors | None]:
-        """What rounds a matrix, by its name and how many columns it has; None where there is no Hessian of it.
+    ) -> Callable[[Origin, int], ByFactors | None]:
+        """What rounds a part of a matrix that has so many columns; None where there is no Hessian of it.
 
-        Columns may be a group of a matrix's (`…;block_2`, groups.py), rows a range of them (`…;fine_0`, row_ranges.py).
+        Columns may be a group of the matrix's (groups.py), rows a range of them (row_ranges.py), which read the same.
 
         Args:
             column_factors: what the columns of a whole matrix were multiplied with, and its inputs divided by.
             rotated: the size of the blocks in which both were rotated then (quantize/rotate.py).
         """
 
-        def of(weight: str, columns: int) -> ByFactors | None:
-            group, whole = _GROUP.search(weight), _PART.sub("", weight)
-            start, factors = int(group[1]) * columns if group else 0, (column_factors or {}).get(whole)
-            file = self.files.get(whole)
-            size = (rotated or {}).get(whole, 1)
-            return ByFactors(lambda: self._factors(file, start, columns, factors, size)) if file else None
+        def of(part: Origin, columns: int) -> ByFactors | None:
+            file, factors = self.files.get(part.matrix), (column_factors or {}).get(part.matrix)
+            size = (rotated or {}).get(part.matrix, 1)
+            return ByFactors(lambda: self._factors(file, part.column, columns, factors, size)) if file else None
 
         return of
 

@@ -13,12 +13,13 @@ docs/experiments.md.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from pipeline.quantize.rows import LINEAR, LOOKUP, Keep
+from pipeline.quantize.rows import LINEAR, LOOKUP, Keep, layer_name
 from pipeline.tflite.graph import Graph
 from pipeline.tflite.lazy import Array, Blocks
 
@@ -35,7 +36,7 @@ def split_columns(graph: Graph, chosen: Keep, group_size: int) -> None:
     views = graph.each()
     for view in views:
         for operator in view.operators():
-            if view.code(operator) == LINEAR and chosen(view.operator_name(operator)):
+            if view.code(operator) == LINEAR and chosen(layer_name(view, operator)):
                 _cut(view, int(operator.inputs[1]), group_size, group_buffers)
     for view in views:
         _Splitting(view, group_buffers).rewrite()
@@ -45,11 +46,13 @@ def _cut(view: Graph, matrix: int, group_size: int, group_buffers: dict[int, lis
     """Make a buffer of each group of the columns of `matrix`, once for all signatures."""
     if not view.is_constant(matrix) or view.type_of(matrix) != "FLOAT32":
         return
-    buffer, values = int(view.main.tensors[matrix].buffer), view.blocks(matrix)
-    columns = values.shape[1]
+    buffer, values = view.buffer(matrix), view.blocks(matrix)
+    columns, whole = values.shape[1], view.origin(matrix)
     if buffer not in group_buffers and columns > group_size and not columns % group_size:
         starts = range(0, columns, group_size)
-        group_buffers[buffer] = [view.add_buffer(_columns(values, start, group_size)) for start in starts]
+        group_buffers[buffer] = [
+            view.add_buffer(_columns(values, start, group_size), replace(whole, column=start)) for start in starts
+        ]
 
 
 def _columns(values: Blocks, first: int, width: int) -> Blocks:
@@ -77,7 +80,7 @@ class _Splitting:
     def _change(self, operator: Any) -> list[Any]:
         graph, code = self.graph, self.graph.code(operator)
         matrix = int(operator.inputs[1]) if code in (LINEAR, LOOKUP) else -1
-        if not graph.is_constant(matrix) or int(graph.main.tensors[matrix].buffer) not in self.group_buffers:
+        if not graph.is_constant(matrix) or graph.buffer(matrix) not in self.group_buffers:
             return [operator]
         weights = self._groups(matrix)
         return self._sum(operator, weights) if code == LINEAR else self._join(operator, weights)
@@ -86,7 +89,7 @@ class _Splitting:
         """A tensor for each group of the columns of `matrix`."""
         graph = self.graph
         if matrix not in self.weights:
-            buffers = self.group_buffers[int(graph.main.tensors[matrix].buffer)]
+            buffers = self.group_buffers[graph.buffer(matrix)]
             shape = (graph.shape(matrix)[0], graph.shape(matrix)[1] // len(buffers))
             self.weights[matrix] = self._tensors(matrix, shape, len(buffers))
             for tensor, buffer in zip(self.weights[matrix], buffers, strict=True):

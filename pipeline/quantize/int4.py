@@ -5,18 +5,15 @@ Stage int4 and tune both call this, so that what tune measured is what int4 buil
 
 from __future__ import annotations
 
+from pipeline.checkpoint.preflight import EMBEDDING
 from pipeline.core.recipe import Int4
 from pipeline.quantize import blockwise, gptq, int8x2, prepare, row_ranges, rows
 from pipeline.tflite.graph import Graph
-
-TABLE = "embed_tokens.weight"
-"""The table that is the head as well."""
 
 
 def make_int4(graph: Graph, int4: Int4, hessians: gptq.Hessians | None = None) -> None:
     """Give `graph`, its weights attached in float32, 4-bit ones, and 8-bit ones where the recipe says so."""
     rounding = prepare.prepare(graph, int4, hessians)
-    if int4.int8_tokens:
-        row_ranges.split_rows(graph, TABLE, int4.int8_tokens)
-    blockwise.quantise_weights(graph, rows.keeper([*int4.keep_int8, *row_ranges.INT8]), rounding)
+    frequent = row_ranges.split_rows(graph, EMBEDDING, int4.int8_tokens) if int4.int8_tokens else frozenset()
+    blockwise.quantise_weights(graph, rows.keeper(int4.keep_int8), rounding, frequent)
     int8x2.split_inputs(graph, rows.keeper(int4.int8x2))

@@ -18,9 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.quantize.rows import LINEAR, Keep
-from pipeline.tflite.graph import ROWS, Graph
+from pipeline.quantize.rows import LINEAR, Keep, layer_name
+from pipeline.tflite.graph import Graph
 
+ROWS = "rows"
 _STEPS = 255.0
 # Keeps a row of zeros from a division by zero; activations are many orders above.
 _SMALLEST_STEP = 1e-30
@@ -49,7 +50,7 @@ class _Int8x2:
 
     def _change(self, operator: Any) -> list[Any]:
         graph = self.graph
-        if graph.code(operator) != LINEAR or not self.chosen(graph.operator_name(operator)):
+        if graph.code(operator) != LINEAR or not self.chosen(layer_name(graph, operator)):
             return [operator]
         x, result = int(operator.inputs[0]), int(operator.outputs[0])
         shape = graph.shape(x)

@@ -17,7 +17,7 @@ import numpy as np
 
 from pipeline.core.errors import PipelineError, QuantiseError
 from pipeline.core.facts import Contents
-from pipeline.tflite.graph import REST, ROWS, Graph
+from pipeline.tflite.graph import Graph
 
 Arithmetic = Literal["integer", "hybrid", "float"]
 Target = Literal["fp16", "dynamic", "static", "static16", "int4"]
@@ -95,12 +95,12 @@ def read_back(file: Path) -> ReadBack:
     elements = _elements(graph)
     stored, weight_bytes = _stored([graph])
     shapes = _shapes(graph, file)
-    operators = list(graph.operators())
+    operators, products = list(graph.operators()), _products(graph)
     return ReadBack(
         size=file.stat().st_size,
         shares={kind: count / sum(elements.values()) for kind, count in elements.items()},
         bits_per_weight=8 * weight_bytes / max(stored, 1),
-        products=tuple(_product(graph, o, shapes) for o in operators if _counts(graph, o)),
+        products=tuple(_product(graph, o, shapes, rows) for o, rows in products),
         float_operators=dict(sorted(Counter(graph.code(o) for o in operators if _computes_in_float(graph, o)).items())),
         tables=tuple(graph.type_of(int(o.inputs[1])) for o in operators if graph.code(o) == "EMBEDDING_LOOKUP"),
     )
@@ -167,12 +167,44 @@ def _open(file: Path) -> Any:
     return Interpreter(model_path=str(file), experimental_op_resolver_type=kind)
 
 
-def _counts(graph: Graph, operator: Any) -> bool:
-    return graph.code(operator) in _PRODUCTS and not graph.operator_name(operator).endswith(REST)
+def _products(graph: Graph) -> list[tuple[Any, int]]:
+    """Every matrix product, and in how many rows it takes its input; those of remainders are left out.
+
+    What a product is for is seen in the graph: a remainder's is added to one of the value's with the same weights.
+    """
+    consumers, layers = graph.consumers(), set[tuple[int, int]]()
+    products = []
+    for operator in (operator for operator in graph.operators() if graph.code(operator) in _PRODUCTS):
+        weight, total = int(operator.inputs[1]), _added(graph, operator, consumers)
+        layer = (graph.buffer(weight), id(total))
+        if total is None or not graph.is_constant(weight) or layer not in layers:
+            products.append((operator, _rows(graph, operator, consumers)))
+        layers.add(layer)
+    return products
 
 
-def _product(graph: Graph, operator: Any, shapes: Sequence[tuple[int, ...]]) -> Product:
-    """Multiply-adds: elements of the result times the length of what is summed for each."""
+def _added(graph: Graph, product: Any, consumers: Mapping[int, Sequence[Any]]) -> Any:
+    """The addition that alone reads the result of `product`, scaled or not (static.py); None if there is none."""
+    while len(readers := consumers.get(int(product.outputs[0]), [])) == 1:
+        product = readers[0]
+        if graph.code(product) not in ("DEQUANTIZE", "MUL"):
+            return product if graph.code(product) == "ADD" else None
+    return None
+
+
+def _rows(graph: Graph, operator: Any, consumers: Mapping[int, Sequence[Any]]) -> int:
+    """In how many rows a layer takes its input, which are summed next (int8x2.py): 2 or 1."""
+    result = int(operator.outputs[0])
+    readers, shape = consumers.get(result, []), graph.shape(result)
+    axis = [len(shape) - 2]
+    summed = readers and all(
+        graph.code(reader) == "SUM" and graph.constant(int(reader.inputs[1])).tolist() == axis for reader in readers
+    )
+    return shape[-2] if summed else 1
+
+
+def _product(graph: Graph, operator: Any, shapes: Sequence[tuple[int, ...]], rows: int) -> Product:
+    """Multiply-adds: elements of the result times the length of what is summed for each, over `rows`."""
     left, right, result = int(operator.inputs[0]), int(operator.inputs[1]), int(operator.outputs[0])
     if graph.code(operator) == "BATCH_MATMUL":
         summed = shapes[left][-2 if operator.builtinOptions.adjX else -1]
@@ -181,7 +213,7 @@ def _product(graph: Graph, operator: Any, shapes: Sequence[tuple[int, ...]]) -> 
     name, types = graph.operator_name(operator), (graph.type_of(left), graph.type_of(right))
     return Product(
         name=name if not name.startswith(";") else f"step{name}",
-        multiply_adds=int(np.prod(shapes[result])) * summed // (2 if name.endswith(f";{ROWS}") else 1),
+        multiply_adds=int(np.prod(shapes[result])) * summed // rows,
         arithmetic=_ARITHMETIC.get(types, "float"),
         weights=graph.is_constant(right),
     )

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.quantize.hadamard import hadamard, rotate_blocks
-from pipeline.quantize.rows import LINEAR, LOOKUP, Keep
+from pipeline.quantize.rows import LINEAR, LOOKUP, Keep, layer_name
 from pipeline.tflite.graph import Graph
 from pipeline.tflite.lazy import Array
 
@@ -47,7 +47,7 @@ def rotate_inputs(graph: Graph, chosen: Keep, size: int) -> dict[str, int]:
         _Rotation(view, set(rotated), size, constants).rewrite()
     for view, tensor in rotated.values():
         view.set_constant(tensor, view.blocks(tensor).map(np.float32, lambda block, _: _columns(block, size)))
-    return {view.name(tensor): size for view, tensor in rotated.values()}
+    return {view.origin(tensor).matrix: size for view, tensor in rotated.values()}
 
 
 def _columns(block: Array, size: int) -> Array:
@@ -57,7 +57,7 @@ def _columns(block: Array, size: int) -> Array:
 def _is_rotatable(view: Graph, operator: Any, chosen: Keep, size: int) -> bool:
     x, weight = (int(tensor) for tensor in operator.inputs[:2])
     return (
-        chosen(view.operator_name(operator))
+        chosen(layer_name(view, operator))
         and view.is_constant(weight)
         and view.type_of(weight) == "FLOAT32"
         and not view.shape(weight)[-1] % size
@@ -66,7 +66,7 @@ def _is_rotatable(view: Graph, operator: Any, chosen: Keep, size: int) -> bool:
 
 
 def _buffer(view: Graph, operator: Any) -> int:
-    return int(view.main.tensors[int(operator.inputs[1])].buffer)
+    return view.buffer(int(operator.inputs[1]))
 
 
 class _Rotation:

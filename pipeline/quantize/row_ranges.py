@@ -18,43 +18,50 @@ from typing import Any
 import numpy as np
 
 from pipeline.quantize.rows import LINEAR, LOOKUP
-from pipeline.tflite.graph import Graph
+from pipeline.tflite.graph import Graph, Origin
 from pipeline.tflite.lazy import Blocks
 
-INT8 = (r";fine_\d+$",)
-"""Patterns for the names of the ranges that are to have 8 bits."""
+_FINE, _COARSE = "fine", "coarse"
 
 
-def split_rows(graph: Graph, table: str, int8: Sequence[tuple[int, int]]) -> None:
-    """Cut the constant called `table` at the ends of the ranges `int8` of its rows, in every signature.
+def split_rows(graph: Graph, table: str, int8: Sequence[tuple[int, int]]) -> frozenset[int]:
+    """Cut the matrix called `table` at the ends of the ranges `int8` of its rows, in every signature.
 
     Args:
         graph: with float32 weights.
-        table: the constant's name.
+        table: the matrix's name.
         int8: first row and the row behind the last, ascending; rows that the table does not have are left out.
+
+    Returns:
+        The buffers of the ranges that are to have 8 bits.
     """
     views = [view for view in graph.each() if _holders(view, table)]
     if not views:
-        return
+        return frozenset()
     values = views[0].blocks(_holders(views[0], table)[0])
     ranges = _ranges(int8, values.shape[0])
-    buffers = {name: graph.add_buffer(_rows(values, start, stop)) for name, (start, stop) in ranges.items()}
+    buffers = {
+        name: graph.add_buffer(_rows(values, start, stop), Origin(table, row=start))
+        for name, (start, stop) in ranges.items()
+    }
     for view in views:
         _Splitting(view, table, {name: (*ranges[name], buffers[name]) for name in ranges}).rewrite()
+    return frozenset(buffers[name] for name in ranges if name.startswith(_FINE))
 
 
 def _ranges(int8: Sequence[tuple[int, int]], rows: int) -> dict[str, tuple[int, int]]:
     """Every range by its name: those of `int8`, and the rows before, between and behind them."""
     ranges, end = {}, 0
     for place, (start, stop) in enumerate((*int8, (rows, rows))):
-        ranges[f"coarse_{place}"] = (end, min(start, rows))
-        ranges[f"fine_{place}"] = (min(start, rows), min(stop, rows))
+        ranges[f"{_COARSE}_{place}"] = (end, min(start, rows))
+        ranges[f"{_FINE}_{place}"] = (min(start, rows), min(stop, rows))
         end = min(stop, rows)
     return {name: (start, stop) for name, (start, stop) in ranges.items() if start < stop}
 
 
 def _holders(view: Graph, table: str) -> list[int]:
-    return [tensor for tensor in range(len(view.main.tensors)) if view.name(tensor) == table]
+    tensors = range(len(view.main.tensors))
+    return [tensor for tensor in tensors if view.is_constant(tensor) and view.origin(tensor).matrix == table]
 
 
 def _rows(values: Blocks, start: int, stop: int) -> Blocks:

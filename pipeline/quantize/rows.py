@@ -27,11 +27,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.tflite.graph import Graph
+from pipeline.checkpoint import preflight
+from pipeline.tflite.graph import Graph, Origin
 from pipeline.tflite.lazy import Array, Blocks, Scales
 
 LOOKUP, LINEAR, PRODUCT = "EMBEDDING_LOOKUP", "FULLY_CONNECTED", "BATCH_MATMUL"
@@ -40,26 +42,36 @@ LINEAR_VERSION, LOOKUP_INT8_VERSION = 12, 3
 _SMALLEST_ROW = 2.0**-20
 HEAD = "head"
 """What recipes call the product that gives the logits."""
-# In a graph whose output is that product itself, the converter names it by the output: `decode_logits_output`.
-_HEADS = "^head;|logits"
 
 Keep = Callable[[str], bool]
 RoundRows = Callable[[Array, Array, int, int], NDArray[np.int8]]
 """Rows [rows, columns] as integers, by scales [rows, columns / group]; the least and the largest integer."""
-Rounding = Callable[[str, int], RoundRows | None]
-"""Of a matrix, by its name and how many columns it has: what rounds its rows, None for the nearest integers."""
+Rounding = Callable[[Origin, int], RoundRows | None]
+"""Of a part of a matrix that has so many columns: what rounds its rows, None for the nearest integers."""
 
 
 def keeper(patterns: Iterable[str]) -> Keep:
-    """A predicate over operator names (`layers.0.mlp.up_proj;1`): true where a pattern is found.
+    """A predicate over the names of layers (`layers.0.mlp.up_proj;1`): true where a pattern is found.
 
-    The pattern `head` is the model's head, whatever a graph calls it.
+    The pattern `head` is the model's head alone.
     """
-    compiled = [re.compile(_HEADS if pattern == HEAD else pattern) for pattern in patterns]
+    compiled = [re.compile(f"^{HEAD};" if pattern == HEAD else pattern) for pattern in patterns]
     return lambda name: any(pattern.search(name) for pattern in compiled)
 
 
-def to_nearest(_weight: str, _columns: int) -> None:
+def layer_name(view: Graph, operator: Any) -> str:
+    """The name by which recipes know an operator: its own, and `head;` for the product that gives the logits.
+
+    That product is known by its matrix. Its own name is another one in each graph: `head;`, or where it is the graph's
+    output that output's (`decode_logits_output`).
+    """
+    weight = int(operator.inputs[1]) if view.code(operator) == LINEAR else -1
+    if view.is_constant(weight) and view.origin(weight).matrix in (preflight.HEAD, preflight.EMBEDDING):
+        return f"{HEAD};"
+    return view.operator_name(operator)
+
+
+def to_nearest(_part: Origin, _columns: int) -> None:
     """The rounding of a recipe without `gptq`."""
 
 
@@ -110,6 +122,6 @@ def quantise_weights(graph: Graph, keep: Keep, rounding: Rounding = to_nearest) 
             if code not in (LINEAR, LOOKUP) or not view.is_constant(weight):
                 continue
             view.opcode(code, LINEAR_VERSION if code == LINEAR else LOOKUP_INT8_VERSION)
-            if view.type_of(weight) == "FLOAT32" and not keep(view.operator_name(operator)):
+            if view.type_of(weight) == "FLOAT32" and not keep(layer_name(view, operator)):
                 values = view.blocks(weight)
-                view.set_constant(weight, *quantise_rows(values, rounding(view.name(weight), values.shape[-1])))
+                view.set_constant(weight, *quantise_rows(values, rounding(view.origin(weight), values.shape[-1])))

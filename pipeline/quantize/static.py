@@ -29,8 +29,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.quantize.calibrate import Statistics
-from pipeline.quantize.rows import LINEAR, PRODUCT, Keep, quantise_weights
-from pipeline.tflite.graph import REST, Graph
+from pipeline.quantize.rows import LINEAR, PRODUCT, Keep, layer_name, quantise_weights
+from pipeline.tflite.graph import Graph
 from pipeline.tflite.lazy import Array, Scales
 
 Bits = Literal[8, 16]
@@ -73,12 +73,12 @@ def plan_static(graph: Graph, keep: Keep, int8x2: Keep = lambda _: False, *, flo
     products = {
         place
         for place, operator in enumerate(operators)
-        if _is_product(graph, operator) and id(operator) not in left and not keep(graph.operator_name(operator))
+        if _is_product(graph, operator) and id(operator) not in left and not keep(layer_name(graph, operator))
     }
     split = {
         place
         for place in products
-        if _is_plain(graph, operators[place]) and int8x2(graph.operator_name(operators[place]))
+        if _is_plain(graph, operators[place]) and int8x2(layer_name(graph, operators[place]))
     }
     moves = _moves_into(graph, products - split)
     moved = {int(i) for place in moves for i in operators[place].outputs}
@@ -258,7 +258,7 @@ class _Static:
         rounding = self.steps[x] / np.sqrt(12)  # its standard deviation
         noise = _DEVIATIONS * rounding * _row_norms(self.graph, int(operator.inputs[1]))
         reach = np.hypot(peak, noise)  # the value alone is further from zero than with its remainder
-        layers = [self._layer(operator, value, ";value", reach), self._layer(operator, rest, REST, noise)]
+        layers = [self._layer(operator, value, ";value", reach), self._layer(operator, rest, ";rest", noise)]
         terms = [int(layer[-1].outputs[0]) for layer in layers]
         return [*before, *layers[0], *layers[1], self.graph.operator("ADD", terms, [result])]
 
@@ -270,7 +270,7 @@ class _Static:
         seen = self.seen[x]
         step = _ROOM * max(-seen.low, seen.high) / 127
         self.steps[x] = step
-        value, rest = (self._integer(x, n, Scales.tensor(s)) for n, s in ((";value", step), (REST, step / 254)))
+        value, rest = (self._integer(x, n, Scales.tensor(s)) for n, s in ((";value", step), (";rest", step / 254)))
         self.pairs[x] = value, rest
         whole, left = (self._float(x, name) for name in (";whole", ";left"))
         return [

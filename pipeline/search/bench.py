@@ -164,7 +164,7 @@ class Bench:
         made: dict[Path, tuple[int, Blocks]] = {}
         for view in graph.each():
             for weight in _rounded(view):
-                buffer = int(view.main.tensors[weight].buffer)
+                buffer = view.buffer(weight)
                 made[self._home(view, weight, strength)] = buffer, graph.model.buffers[buffer].data
         missing = {file: values for file, (_, values) in made.items() if not file.is_file()}
         with log.progress("rounding weights", sum(map(len, missing.values()))) as bar:

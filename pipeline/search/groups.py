@@ -137,7 +137,7 @@ def layers_of(graph: Graph) -> list[Layer]:
         elements = math.prod(graph.shape(weight))
         found.append(
             Layer(
-                name=graph.operator_name(operator),
+                name=rows.layer_name(graph, operator),
                 reads=int(operator.inputs[0]) if code == rows.LINEAR else -1 - weight,
                 weight=weight,
                 elements=elements,

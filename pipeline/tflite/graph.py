@@ -9,6 +9,7 @@ from __future__ import annotations
 import struct
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,6 @@ from pipeline.core.errors import IntegrityError
 from pipeline.tflite import writer
 from pipeline.tflite.lazy import Array, Blocks, BlockScales, Scales, flat_bytes, unpack
 
-ROWS, REST = "rows", ";rest"
-"""How the name of what a layer makes of an input's two int8 rows ends, and of its remainder."""
 _DTYPES: dict[str, np.dtype[Any]] = {
     "FLOAT32": np.dtype(np.float32),
     "FLOAT16": np.dtype(np.float16),
@@ -33,22 +32,39 @@ _DTYPES: dict[str, np.dtype[Any]] = {
 }
 
 
+@dataclass(frozen=True)
+class Origin:
+    """Which part of a model's matrix a constant holds: the matrix by its name, and its first row and column there."""
+
+    matrix: str
+    row: int = 0
+    column: int = 0
+
+
 class Graph:
     """A model under edit, seen through one of its subgraphs, `main`. Tensors are named by their index there.
 
     Each signature has a subgraph of its own, and `each` gives the model seen through every one of them; weights that
     they share are one buffer. Other subgraphs (decompositions of composite operators) are read, and dropped by `prune`
     once nothing refers to them.
+
+    `origins` says of a constant's buffer what it was cut from. It stands beside the model and not in the file: passes
+    tell each other by it, and none reads what another wrote behind a name.
     """
 
-    def __init__(self, model: Any, place: int = 0) -> None:
+    def __init__(self, model: Any, place: int = 0, origins: dict[int, Origin] | None = None) -> None:
         self.model = model
         self.place, self.main = place, model.subgraphs[place]
+        self.origins = {} if origins is None else origins
 
     def each(self) -> list[Graph]:
         """The model seen through the subgraph of each signature, in their order in the file."""
         places = sorted({int(signature.subgraphIndex) for signature in self.model.signatureDefs or []})
-        return [Graph(self.model, place) for place in places or [0]]
+        return [self.seen_through(place) for place in places or [0]]
+
+    def seen_through(self, place: int) -> Graph:
+        """The same model through its subgraph number `place`."""
+        return Graph(self.model, place, self.origins)
 
     def signature(self) -> str:
         """The name of the signature that runs this subgraph; empty if there is none."""
@@ -138,6 +154,14 @@ class Graph:
         data = self.model.buffers[self.main.tensors[tensor].buffer].data
         return data if isinstance(data, Blocks) else Blocks.of(self.constant(tensor))
 
+    def buffer(self, tensor: int) -> int:
+        """The index of the buffer that holds a constant's values, the same in all subgraphs that share them."""
+        return int(self.main.tensors[tensor].buffer)
+
+    def origin(self, tensor: int) -> Origin:
+        """What a constant was cut from; where nothing is known of that, all of what its name says."""
+        return self.origins.get(self.buffer(tensor)) or Origin(self.name(tensor))
+
     def ports(self) -> list[Any]:
         """The named inputs of this subgraph's signature."""
         own = [s for s in self.model.signatureDefs or [] if int(s.subgraphIndex) == self.place]
@@ -210,7 +234,7 @@ class Graph:
 
     def set_constant(self, tensor: int, values: Array | Blocks, scales: Scales | None = None) -> None:
         """Give a constant tensor, and all that share its buffer, new values, element type and quantisation."""
-        buffer = int(self.main.tensors[tensor].buffer)
+        buffer = self.buffer(tensor)
         self.model.buffers[buffer].data = values if isinstance(values, Blocks) else flat_bytes(values)
         for entry in (tensor for subgraph in self.model.subgraphs for tensor in subgraph.tensors):
             if entry.buffer == buffer:
@@ -219,9 +243,9 @@ class Graph:
 
     def set_four_bits(self, tensor: int, packed: Blocks, scales: BlockScales) -> None:
         """Give a constant matrix, and all that share its buffer, 4-bit values (`pack`) and a scale per block."""
-        buffer, shared = int(self.main.tensors[tensor].buffer), self.add_buffer(scales.scale)
+        buffer, shared = self.buffer(tensor), self.add_buffer(scales.scale)
         self.model.buffers[buffer].data = packed
-        for view in (Graph(self.model, place) for place in range(len(self.model.subgraphs))):
+        for view in map(self.seen_through, range(len(self.model.subgraphs))):
             for entry in [entry for entry in view.main.tensors if int(entry.buffer) == buffer]:
                 named = view.add_tensor(f"{text(entry.name)};scales", "FLOAT16", scales.scale.shape)
                 view.main.tensors[named].buffer = shared
@@ -233,12 +257,15 @@ class Graph:
         self.main.tensors[tensor].buffer = self.add_buffer(values)
         return tensor
 
-    def add_buffer(self, values: Array | Blocks) -> int:
-        """Room for a constant's values; returns its index, for `make_constant`."""
+    def add_buffer(self, values: Array | Blocks, origin: Origin | None = None) -> int:
+        """Room for a constant's values, cut from `origin`; returns its index, for `make_constant`."""
         buffer = _schema().BufferT()
         buffer.data = values if isinstance(values, Blocks) else flat_bytes(values)
         self.model.buffers.append(buffer)
-        return len(self.model.buffers) - 1
+        index = len(self.model.buffers) - 1
+        if origin:
+            self.origins[index] = origin
+        return index
 
     def add_tensor(self, name: str, type_name: str, shape: Sequence[int], scales: Scales | None = None) -> int:
         """A new tensor without values; −1 in `shape` is chosen at run time. Returns its index."""
@@ -352,6 +379,9 @@ class Graph:
         self.model.metadataBuffer = None
         for holder in holders:
             holder.buffer = place[int(holder.buffer)]
+        kept = {place[old]: origin for old, origin in self.origins.items() if old in place}
+        self.origins.clear()  # all views share the one table
+        self.origins.update(kept)
 
     def _drop_unused_codes(self) -> None:
         operators = [operator for subgraph in self.model.subgraphs for operator in subgraph.operators]

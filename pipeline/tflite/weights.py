@@ -12,7 +12,7 @@ import numpy as np
 
 from pipeline.checkpoint.reader import Checkpoint, Float32
 from pipeline.core.errors import IntegrityError
-from pipeline.tflite.graph import Graph
+from pipeline.tflite.graph import Graph, Origin
 from pipeline.tflite.lazy import Blocks
 
 PREFIX = "weights."
@@ -34,7 +34,7 @@ def attach(graph: Graph, checkpoint: Checkpoint, names: Mapping[str, str]) -> No
             name = port.name.removeprefix(_MODEL)
             stored = names[name]
             if stored not in buffers:
-                buffers[stored] = graph.add_buffer(rows(checkpoint, stored))
+                buffers[stored] = graph.add_buffer(rows(checkpoint, stored), Origin(name))
             view.make_constant(port, buffers[stored], name)
 
 

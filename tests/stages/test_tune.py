@@ -18,7 +18,8 @@ from pipeline.core import manifest
 from pipeline.core.recipe import PROJECT
 from pipeline.core.recipe import load as load_recipe
 from pipeline.quantize import rows as quantize
-from pipeline.tflite.graph import ROWS, Graph
+from pipeline.quantize.int8x2 import ROWS
+from pipeline.tflite.graph import Graph
 
 OPTIONS = ("--parts", "1", "--speed", "0.01")
 LONGEST = 600.0

@@ -181,14 +181,21 @@ def test_a_table_in_pieces_is_the_same_table(tmp_path: Path, plain: bool, fine: 
 @KERNELS
 def test_pieces_have_the_bits_that_they_are_given(tmp_path: Path, plain: bool) -> None:
     graph, file = tied(), tmp_path / "pieces.tflite"
-    row_ranges.split_rows(graph, "table", [(0, 13), (40, 50)])
-    blockwise.quantise_weights(graph, quantize.keeper(row_ranges.INT8))
+    frequent = row_ranges.split_rows(graph, "table", [(0, 13), (40, 50)])
+    blockwise.quantise_weights(graph, NOTHING, int8_buffers=frequent)
     written(graph, file)
     table = real(TABLE)
     fine = [*range(13), *range(40, 50)]
     scale = np.abs(TABLE[fine]).max(1, keepdims=True) / 127
     table[fine] = np.rint(TABLE[fine] / scale) * scale
     assert error(run(file, IDS, plain=plain), seen(table[IDS]) @ table.T) < 1e-3
+
+
+def test_a_table_whose_rows_are_all_frequent_has_8_bits(tmp_path: Path) -> None:
+    graph = tied()
+    frequent = row_ranges.split_rows(graph, "table", [(0, 50)])
+    blockwise.quantise_weights(graph, NOTHING, int8_buffers=frequent)
+    assert set(written(graph, tmp_path / "fine").bytes_by_type()) == {"INT8", "INT32"}
 
 
 # --- what is told of a file

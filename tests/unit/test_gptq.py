@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from pipeline.quantize import blockwise, gptq, hessians
 from pipeline.quantize import rows as quantize
+from pipeline.tflite.graph import Origin
 from pipeline.tflite.lazy import Blocks, unpack
 
 Floats = NDArray[np.float32]
@@ -118,18 +119,18 @@ def stored(folder: Path, **named: NDArray[np.float64]) -> gptq.Hessians:
 
 def test_a_weight_without_a_hessian_is_rounded_to_the_nearest(tmp_path: Path) -> None:
     rounding = stored(tmp_path, q=hessian(8)).rounding()
-    assert rounding("k.weight", 8) is None and quantize.to_nearest("q.weight", 8) is None
+    assert rounding(Origin("k.weight"), 8) is None and quantize.to_nearest(Origin("q.weight"), 8) is None
 
 
 def test_ranges_of_rows_have_the_hessian_of_all_and_groups_of_columns_their_own(tmp_path: Path) -> None:
     h = hessian(12)
     rounding = stored(tmp_path, q=h).rounding()
-    for name, columns in (
-        ("q.weight", slice(0, 12)),
-        ("q.weight;coarse_1", slice(0, 12)),
-        ("q.weight;block_2", slice(8, 12)),
+    for part, columns in (
+        (Origin("q.weight"), slice(0, 12)),
+        (Origin("q.weight", row=5), slice(0, 12)),
+        (Origin("q.weight", column=8), slice(8, 12)),
     ):
-        made = rounding(name, columns.stop - columns.start)
+        made = rounding(part, columns.stop - columns.start)
         assert made is not None
         wanted = gptq.Factor.of(h.astype(np.float32)[columns, columns])
         assert np.array_equal(made.factors()[0].upper, wanted.upper) and np.array_equal(
@@ -139,13 +140,15 @@ def test_ranges_of_rows_have_the_hessian_of_all_and_groups_of_columns_their_own(
 
 def test_columns_of_several_spans_are_cut_where_the_spans_are(tmp_path: Path) -> None:
     parts = np.stack([hessian(8, 1), hessian(8, 2)])
-    made = stored(tmp_path, q=parts).rounding()("q.weight;block_1", 12)  # columns 12 to 24, of 16: four are left
+    made = stored(tmp_path, q=parts).rounding()(
+        Origin("q.weight", column=12), 12
+    )  # columns 12 to 24, of 16: four are left
     assert made is not None and [len(one.order) for one in made.factors()] == [4]
 
 
 def test_what_columns_were_multiplied_with_is_taken_off_the_hessian(tmp_path: Path) -> None:
     h, values, factors = hessian(16), matrix(40, 16), np.exp2(np.arange(16) % 5 - 2).astype(np.float32)
-    made = stored(tmp_path, q=h).rounding({"q.weight": factors})("q.weight", 16)
+    made = stored(tmp_path, q=h).rounding({"q.weight": factors})(Origin("q.weight"), 16)
     assert made is not None
     equalized = values * factors
     scale = scale_of(equalized)
@@ -157,7 +160,7 @@ def test_what_columns_were_multiplied_with_is_taken_off_the_hessian(tmp_path: Pa
 
 def test_int8_rows_and_4_bit_blocks_are_rounded_by_it(tmp_path: Path) -> None:
     h, values = hessian(64), matrix(50, 64)
-    factors = stored(tmp_path, q=h).rounding()("q.weight", 64)
+    factors = stored(tmp_path, q=h).rounding()(Origin("q.weight"), 64)
     assert factors is not None
     whole, scales = quantize.quantise_rows(Blocks.of(values), factors)
     narrow, blocks = blockwise.quantise_blocks(Blocks.of(values), factors)

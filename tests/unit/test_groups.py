@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from small_graph import VOCABULARY, WIDTH, Model, logits, rounded, twice
 
 from pipeline.quantize import groups, rows
-from pipeline.tflite.graph import Graph
+from pipeline.tflite.graph import Graph, Origin
 
 
 @settings(deadline=None, max_examples=10)
@@ -34,6 +34,20 @@ def test_the_table_is_stored_once_in_blocks_of_int8(tmp_path: Path) -> None:
     lookups = [operator for operator in made.operators() if made.code(operator) == "EMBEDDING_LOOKUP"]
     assert [made.shape(int(lookup.inputs[1])) for lookup in lookups] == [(VOCABULARY, 16)] * (WIDTH // 16)
     assert made.bytes_by_type()["INT8"] == VOCABULARY * WIDTH + 3 * 48 * WIDTH
+
+
+def test_parts_are_known_by_where_they_were_cut_from_whatever_they_are_called(tmp_path: Path) -> None:
+    graph, parts = twice(Model()), set[tuple[Origin, int]]()
+    groups.split_columns(graph, lambda _: True, 16)
+    for view in graph.each():
+        for tensor in view.main.tensors:
+            tensor.name = b"any"
+    graph.prune()  # which gives buffers other numbers
+    rows.quantise_weights(graph, lambda _: False, lambda part, columns: parts.add((part, columns)))
+    widths = {"table": WIDTH, "gate": WIDTH, "up": WIDTH, "down": 48}
+    assert parts == {
+        (Origin(matrix, column=column), 16) for matrix in widths for column in range(0, widths[matrix], 16)
+    }
 
 
 def test_int8_weights_come_closer(tmp_path: Path) -> None:

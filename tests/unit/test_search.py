@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from pipeline.core.errors import UsageError
 from pipeline.core.recipe import PROJECT
 from pipeline.core.recipe import parse as parse_recipe
-from pipeline.quantize.rows import keeper
+from pipeline.quantize.rows import keeper, layer_name
 from pipeline.search import candidates, halving, rewrite
 from pipeline.search.candidates import INT4, INT8, Candidate, Contribution, Knob
 from pipeline.search.groups import Layer, group, kind_of, patterns
 from pipeline.search.halving import Point
+from pipeline.tflite.graph import Graph
 
 RECIPES = sorted((PROJECT / "pipeline" / "recipes").glob("*.toml"))
 LAYERS = 6
@@ -85,10 +86,24 @@ def test_patterns_find_the_layers_of_the_groups_and_no_others(names: set[str], p
 def test_the_head_has_one_name_whatever_a_graph_calls_it() -> None:
     found = patterns(["embed_tokens + head"], GROUPS)
     assert "head" in found
-    names = ("head;", "decode_logits_output", "embed_tokens;2", "layers.0.mlp.head;", "embed_tokens_per_layer;1")
-    assert list(map(keeper(found), names)) == [True, True, True, False, False]
-    names = ("head;1", "serving_default_logits_output", "layers.0.self_attn.head_mix;", "lm_head;", "embed_tokens;")
-    assert list(map(keeper(["down_proj", "head"]), names)) == [True, True, False, False, False]
+    names = ("head;", "embed_tokens;2", "layers.0.mlp.head;", "embed_tokens_per_layer;1")
+    assert list(map(keeper(found), names)) == [True, True, False, False]
+    names = ("head;", "logits", "layers.0.self_attn.head_mix;", "lm_head;", "embed_tokens;")
+    assert list(map(keeper(["down_proj", "head"]), names)) == [True, False, False, False, False]
+
+
+@pytest.mark.parametrize("matrix", ["embed_tokens.weight", "lm_head.weight"])
+def test_a_graph_knows_its_head_by_the_matrix(matrix: str) -> None:
+    graph = Graph.empty()
+    table, other = (graph.add_constant(np.ones((9, 4), np.float32), name) for name in (matrix, "up"))
+    x, logits, rows = (graph.add_tensor(name, "FLOAT32", (4,)) for name in ("x", "decode_logits_output", "embed;"))
+    product, lookup = (
+        graph.operator("FULLY_CONNECTED", [x, table, -1], [logits]),
+        graph.operator("EMBEDDING_LOOKUP", [x, table], [rows]),
+    )
+    assert layer_name(graph, product) == "head;" and layer_name(graph, lookup) == "embed;"
+    other = graph.add_constant(np.ones((9, 4), np.float32), "up")
+    assert layer_name(graph, graph.operator("FULLY_CONNECTED", [x, other, -1], [logits])) == "decode_logits_output"
 
 
 def test_every_group_is_said_with_one_pattern() -> None:

@@ -207,7 +207,7 @@ def test_what_a_softmax_reads_can_stay_float() -> None:
 def test_products_are_counted_once_in_every_width(tmp_path: Path, bits: static.Bits, twice: bool) -> None:
     graph = made(tmp_path / "file", text(), WEIGHTS, bits=bits, twice=twice)
     shapes = [tuple(TOKENS if n < 0 else n for n in graph.shape(t)) for t in range(len(graph.main.tensors))]
-    products = [readback._product(graph, o, shapes) for o in graph.operators() if readback._counts(graph, o)]
+    products = [readback._product(graph, o, shapes, rows) for o, rows in readback._products(graph)]
     assert [(product.arithmetic, product.multiply_adds) for product in products] == [
         ("integer", TOKENS * INPUTS * OUTPUTS),
         ("float", TOKENS * OUTPUTS * OUTPUTS),
