@@ -8,7 +8,7 @@ RECIPE ?= pipeline/recipes/gemma3n.toml#: what to build and how good it must be
 GRAPHS ?=#: step, bundle or all: the step graph, the bundle's sections, or both (default: the recipe's)
 ARTIFACTS ?= artifacts#: where results go
 CALIBRATION ?=#: your own text (.txt or .jsonl) for the full-integer file
-VARIANTS ?=#: the step graphs that verify judges (default: fp32 fp16 int8, the recipe's int4, the scheme it leaves out)
+VARIANTS ?=#: the step graphs that verify judges (default: fp32 fp16 int8, the recipe's int4, the int8 it leaves out)
 EVAL ?=#: your own text (.txt or .jsonl, chat conversations too) to judge on, for the recipe's
 PROMPT ?= Hello#: what `make run` asks
 PRECISION ?= int8#: the bundle that `make chat` and `make run` talk to
@@ -129,7 +129,7 @@ moments: ## keep the second moments of what layers read, which GPTQ rounds by
 graph: ## export the graphs that every precision fills with weights
 fp32: ## build the files in fp32
 fp16: ## build the files with fp16 weights
-int8: ## build the int8 files, by the recipe's scheme
+int8: ## build the int8 files, as the recipe's [int8] says
 int8-static: ## build the step graph with int8 weights and static 8-bit activations
 int8-dynamic: ## build the step graph with int8 weights and dynamic activations
 int8-static16: ## build the step graph with int8 weights and static 16-bit activations (VARIANTS= to judge it)

@@ -83,7 +83,7 @@ def _write(graph: Graph, file: Path, scheme: Scheme) -> Contents:
         f"{file.name}: {log.human_bytes(found.size)}; {facts.integer_share:.1%} of multiply-adds integer, "
         f"{facts.weights_int8_share:.1%} of weights int8"
     )
-    return facts
+    return replace(facts, scheme=scheme)
 
 
 def _samples(context: Context) -> list[litert.Tokens]:

@@ -54,7 +54,7 @@ def work(arguments: argparse.Namespace) -> None:
         raise UsageError(
             f"recipe {recipe.name} has no [int4] section", remedy="add one, as in pipeline/recipes/gemma3.toml"
         )
-    if space.section == "int8" and recipe.int8.scheme != "dynamic":
+    if space.section == "int8" and not recipe.int8.is_dynamic:
         raise UsageError("tune searches dynamic int8, the recipe's scheme is static", remedy='say scheme = "dynamic"')
     root = arguments.artifacts / model_name(arguments.model_id)
     with locked(root, "tune"), made_again(root, NEEDS):
@@ -64,7 +64,7 @@ def work(arguments: argparse.Namespace) -> None:
             values = {knob.key: _plain(getattr(section, knob.key)) for knob in space.knobs}
             study = Study(
                 bench=bench,
-                groups=groups.group(layers, arguments.parts or space.parts),
+                layer_groups=groups.group(layers, arguments.parts or space.parts),
                 layers=layers,
                 given=candidates.priced("the given recipe", values, layers, space),
                 limits=(arguments.size or space.most, arguments.speed),

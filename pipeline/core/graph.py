@@ -30,7 +30,7 @@ class Choice:
     @property
     def alternative(self) -> str:
         """The scheme of int8 step graphs that the recipe does not choose."""
-        return "int8-static" if self.recipe.int8.scheme == "dynamic" else "int8-dynamic"
+        return f"int8-{self.recipe.int8.alternative}"
 
     @property
     def judged(self) -> tuple[str, ...]:
@@ -63,7 +63,8 @@ def _int8(scheme: str | None) -> Callable[[Choice], tuple[str, ...]]:
     """The full-integer scheme runs the fp32 file for its ranges, GPTQ rounds dynamic files by moments."""
 
     def needs(choice: Choice) -> tuple[str, ...]:
-        static = choice.graphs != "bundle" and (scheme or choice.recipe.int8.scheme) != "dynamic"
+        dynamic = scheme == "dynamic" if scheme else choice.recipe.int8.is_dynamic
+        static = choice.graphs != "bundle" and not dynamic
         rounded = choice.recipe.int8.gptq and scheme in (None, "dynamic")
         return ("fetch", "graph", *(["fp32"] if static else []), *(["moments"] if rounded else []))
 

@@ -118,6 +118,16 @@ class Int8:
     rotation: int = 64
     gptq: bool = False
 
+    @property
+    def is_dynamic(self) -> bool:
+        """Whether the step graph's activations become int8 while it runs, each token by itself."""
+        return self.scheme == "dynamic"
+
+    @property
+    def alternative(self) -> Scheme:
+        """The scheme that is made for comparison."""
+        return "static" if self.is_dynamic else "dynamic"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Int4:
@@ -175,6 +185,10 @@ class Recipe:
     gates: Mapping[str, Gate]
     sha256: str
     int4: Int4 | None = None
+
+    def activations(self, precision: str) -> str:
+        """How the step graph of `precision` makes its activations integer; empty for one that does not."""
+        return {"int8": self.int8.scheme, "int4": "dynamic"}.get(precision, "")
 
 
 def load(file: Path) -> Recipe:

@@ -146,10 +146,10 @@ class _Walk:
 
     def sites(self) -> list[_Site]:
         """The groups of this signature: layers with the same input, and what feeds it."""
-        groups: dict[int, list[_Use]] = {}
+        readers: dict[int, list[_Use]] = {}
         for use in self.matrices():
-            groups.setdefault(int(use.operator.inputs[0]), []).append(use)
-        return [self._site(x, uses) for x, uses in groups.items()]
+            readers.setdefault(int(use.operator.inputs[0]), []).append(use)
+        return [self._site(x, uses) for x, uses in readers.items()]
 
     def _site(self, x: int, uses: list[_Use]) -> _Site:
         feeder = self._feeder(x)

@@ -277,7 +277,7 @@ def _facts(contents: ReadBack, target: Target, share: float, integer: float) -> 
         float_products={name: round(count / total, 6) for name, count in left.most_common(_LISTED)},
     )
     if target != "int4":
-        return replace(found, scheme=target, weights_int8_share=round(share, 6))
+        return replace(found, weights_int8_share=round(share, 6))
     four, eight = (round(contents.shares.get(f"INT{bits}", 0.0), 6) for bits in (4, 8))
     bits = round(contents.bits_per_weight, 4)
     return replace(found, weights_int4_share=four, weights_int8_share=eight, bits_per_weight=bits)

@@ -27,22 +27,22 @@ def products_of(context: Context) -> list[Product]:
 
 
 def _bundle(context: Context, precision: str) -> Product:
-    scheme = ", dynamic" if precision in ("int8", "int4") else ""
+    activations = ", dynamic" if precision in ("int8", "int4") else ""
     return _product(
         context,
         variant=f"bundle-{precision}",
         source=f"bundle/{precision}.litertlm",
-        precision=f"{PRECISIONS[precision]}{scheme}, bundle for LiteRT-LM",
+        precision=f"{PRECISIONS[precision]}{activations}, bundle for LiteRT-LM",
     )
 
 
 def _step(context: Context, precision: str) -> Product:
-    scheme = {"int8": f", {context.recipe.int8.scheme}", "int4": ", dynamic"}.get(precision, "")
+    activations = context.recipe.activations(precision)
     return _product(
         context,
         variant=precision,
         source=f"{precision}/{STEP}",
-        precision=f"{PRECISIONS[precision]}{scheme}, step graph",
+        precision=", ".join(filter(None, (PRECISIONS[precision], activations, "step graph"))),
     )
 
 
@@ -95,6 +95,6 @@ def build_of(context: Context) -> Build:
         commit=made.source.commit + (" with local changes" if made.source.commit and made.source.dirty else ""),
         tools=made.tools,
         changes="the text model was rebuilt as graphs of LiteRT operators, and its weights were stored as float32, as "
-        f"float16, and as int8 (one symmetric scale per output channel, {recipe.int8.scheme} activations)"
+        f"float16, and as int8 (one symmetric scale per output channel, {recipe.activations('int8')} activations)"
         + (", and as int4 (a scale per 32 weights; some with 8 bits)." if "int4" in recipe.bundle.precisions else "."),
     )

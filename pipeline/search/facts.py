@@ -36,7 +36,7 @@ def report(study: Study, recipe: Recipe, model: str, minutes: float) -> dict[str
         "limits": {"size": study.limits[0], "speed": study.limits[1]},
         "knobs": [asdict(knob) for knob in study.space.knobs],
         "text": {"windows": len(bench.windows), "window": bench.windows.shape[1], "shards": bench.shards},
-        "groups": [_group_facts(study, each) for each in study.groups],
+        "groups": [_group_facts(study, each) for each in study.layer_groups],
         "frontier": halving.frontier(points),
         "chosen": chosen.name,
         "candidates": [_candidate_facts(study, each, depth) for each in study.tried],

@@ -24,7 +24,7 @@ class Study:
     """What a tune knows so far; all that race have been measured on `depth` shards."""
 
     bench: Bench
-    groups: list[Group]
+    layer_groups: list[Group]
     layers: list[Layer]
     given: Candidate
     limits: tuple[float, float]
@@ -44,7 +44,7 @@ class Study:
         self.first = self._first()
         self.contribute()
         most = self.limits[0] * (1 + self.unit.size)
-        path = candidates.path(self.first, self.groups, self.contributions, most, self.space)
+        path = candidates.path(self.first, self.layer_groups, self.contributions, most, self.space)
         self.tried = self._distinct([*self.tried, self.unit, *path])
         log.step(f"{len(self.tried)} candidates")
         self.race()
@@ -62,9 +62,9 @@ class Study:
 
     def contribute(self) -> None:
         """Measure every group alone, the large ones first: what it adds to the file in which all are spared."""
-        log.step(f"contributions of {len(self.groups)} groups")
-        ordered = sorted(self.groups, key=lambda each: -each.elements)
-        alone = {each.name: candidates.alone(each, self.groups, self.first, self.space) for each in ordered}
+        log.step(f"contributions of {len(self.layer_groups)} groups")
+        ordered = sorted(self.layer_groups, key=lambda each: -each.elements)
+        alone = {each.name: candidates.alone(each, self.layer_groups, self.first, self.space) for each in ordered}
         spared = [self.unit] if self.space.unit else []
         self.bench.measure([(one, [0]) for ways in [spared, *alone.values()] for one in ways], _CONTRIBUTIONS)
         least = sum(float(one.kld.mean()) for each in spared if (one := self.bench.found(each, [0])))
