@@ -8,6 +8,7 @@ from pipeline.bundling import tables
 from pipeline.checkpoint.reader import open_checkpoint
 from pipeline.core import log
 from pipeline.core.facts import Contents, Precision
+from pipeline.core.recipe import DECODER, STEP
 from pipeline.core.stage import Context, Outcome, Stage, main
 from pipeline.models import build
 from pipeline.quantize import float16, readback
@@ -27,9 +28,9 @@ def work(context: Context) -> Outcome:
         contents[name] = readback.check(found, "fp16", file)
         readback.round_trip(file)
         log.step(f"{name}: {log.human_bytes(found.size)}")
-    if build.DECODER in graphs:
+    if DECODER in graphs:
         tables.write_tables(checkpoint, "fp16", context.folder)
-    step, decoder = contents.get(build.STEP), contents.get(build.DECODER)
+    step, decoder = contents.get(STEP), contents.get(DECODER)
     return Outcome(facts=Precision(graphs=context.graphs, step=step, decoder=decoder))
 
 

@@ -8,6 +8,7 @@ from pipeline.bundling import tables
 from pipeline.checkpoint.reader import open_checkpoint
 from pipeline.core.errors import ExportError
 from pipeline.core.facts import Files
+from pipeline.core.recipe import DECODER
 from pipeline.core.stage import Context, Outcome, Stage, main
 from pipeline.models import build
 from pipeline.quantize import readback
@@ -22,7 +23,7 @@ def work(context: Context) -> Outcome:
         graph.prune()
         graph.write(context.folder / name)
         readback.round_trip(context.folder / name, ExportError)
-    if build.DECODER in graphs:
+    if DECODER in graphs:
         tables.write_tables(checkpoint, "fp32", context.folder)
     sizes = {file.name: file.stat().st_size for file in sorted(context.folder.glob("*.tflite"))}
     return Outcome(facts=Files(graphs=context.graphs, sizes=sizes))

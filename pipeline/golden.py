@@ -70,9 +70,9 @@ def work(context: Context) -> Outcome:
         else golden.make_shapes(reference, recipe.shapes, context.folder / "shapes.safetensors")
     )
     greedy = golden.make_greedy(reference, openings, recipe, context.graphs)
-    recital = None
+    traced = None
     if context.graphs != "step":
-        recital = golden.make_recital(reference, documents, recipe, context.folder)
+        traced = golden.make_cache_trace(reference, documents, recipe, context.folder)
     manifest.write_atomically(context.folder / "greedy.json", json.dumps(greedy, ensure_ascii=False, indent=1) + "\n")
     bos, pad, stop, cap = reference.bos, reference.pad, reference.stop, reference.cap
     del reference  # its memory is for the same model in another precision
@@ -96,9 +96,9 @@ def work(context: Context) -> Outcome:
                 "threads": threads,
                 "bfloat16": golden.NOT_MEASURED if streamed else golden.bfloat16_floor(checkpoint, sample),
             },
-            sliding_window=recital.sliding_window if recital else None,
-            conversation=recital.conversation if recital else None,
-            texts=recital.texts if recital else None,
+            sliding_window=traced.sliding_window if traced else None,
+            conversation=traced.conversation if traced else None,
+            texts=traced.texts if traced else None,
         )
     )
 

@@ -10,6 +10,7 @@ import sys
 
 from pipeline.checkpoint.reader import open_checkpoint
 from pipeline.core.facts import Files
+from pipeline.core.recipe import DECODER, STEP
 from pipeline.core.stage import Context, Outcome, Stage, main
 from pipeline.models import build
 
@@ -18,9 +19,9 @@ def work(context: Context) -> Outcome:
     """Export the step graph and the bundle's decoder, as far as they are wanted."""
     checkpoint, recipe = open_checkpoint(context.root / "fetch" / "checkpoint"), context.recipe
     if context.graphs != "bundle":
-        build.export_step(checkpoint, recipe.step, context.folder / build.STEP)
+        build.export_step(checkpoint, recipe.step, context.folder / STEP)
     if context.graphs != "step":
-        build.export_decoder(checkpoint, recipe.bundle, context.folder / build.DECODER)
+        build.export_decoder(checkpoint, recipe.bundle, context.folder / DECODER)
     sizes = {file.name: file.stat().st_size for file in sorted(context.folder.glob("*.tflite"))}
     return Outcome(facts=Files(graphs=context.graphs, sizes=sizes))
 

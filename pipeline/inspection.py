@@ -63,7 +63,7 @@ class Decoder(sqnr.Running):
     """A bundle's decoder, which reads a sample token by token through its cache, as `decode` does in LiteRT-LM."""
 
     def __init__(self, file: Path) -> None:
-        decode = next((view for view in Graph.read(file).each() if view.signature() == "decode"), None)
+        decode = next((view for view in Graph.read(file).views() if view.signature() == "decode"), None)
         if decode is None:
             raise UsageError(f"{file} has no signature `decode`", remedy="name a decoder.tflite that int8 or fp32 made")
         super().__init__(decode, litert.open_traced(file))

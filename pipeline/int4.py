@@ -13,7 +13,7 @@ from pipeline.bundling import tables
 from pipeline.checkpoint.reader import Checkpoint, open_checkpoint
 from pipeline.core import log
 from pipeline.core.facts import Contents, Precision
-from pipeline.core.recipe import Int4
+from pipeline.core.recipe import DECODER, STEP, Int4
 from pipeline.core.stage import Context, Outcome, Stage, main
 from pipeline.models import build
 from pipeline.quantize import gptq, int4, readback, rows
@@ -30,9 +30,9 @@ def work(context: Context) -> Outcome:
     with hessians or nullcontext():
         for name, file in graphs.items():
             contents[name] = _write(checkpoint, file, context.folder / name, settings, hessians)
-    if build.DECODER in graphs:
+    if DECODER in graphs:
         tables.write_tables(checkpoint, "int4", context.folder, rows.keeper(settings.keep_int8))
-    step, decoder = contents.get(build.STEP), contents.get(build.DECODER)
+    step, decoder = contents.get(STEP), contents.get(DECODER)
     return Outcome(facts=Precision(graphs=context.graphs, step=step, decoder=decoder))
 
 

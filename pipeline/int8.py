@@ -19,7 +19,7 @@ from pipeline.checkpoint import chat
 from pipeline.checkpoint.reader import open_checkpoint
 from pipeline.core import log, options
 from pipeline.core.facts import Contents, Precision
-from pipeline.core.recipe import PROJECT, Scheme
+from pipeline.core.recipe import DECODER, PROJECT, STEP, Scheme
 from pipeline.core.stage import Context, Outcome, Stage, main
 from pipeline.judge import corpus
 from pipeline.models import build
@@ -54,19 +54,19 @@ def work(context: Context) -> Outcome:
     facts = Precision(graphs=context.graphs, scheme=scheme)
     hessians = gptq.Hessians(context.root / "moments") if "moments" in context.upstream else None
     with hessians or nullcontext():
-        if build.STEP in graphs:
-            graph = build.with_weights(checkpoint, graphs[build.STEP])
+        if STEP in graphs:
+            graph = build.with_weights(checkpoint, graphs[STEP])
             if scheme != "dynamic":
-                samples, fp32 = _samples(context), context.root / context.upstream["fp32"].output(build.STEP).path
+                samples, fp32 = _samples(context), context.root / context.upstream["fp32"].output(STEP).path
                 int8.make_static(graph, context.recipe.int8, scheme, fp32, samples)
                 facts = replace(facts, calibration_samples=len(samples), calibration_tokens=sum(map(len, samples)))
             else:
                 int8.make_int8(graph, context.recipe.int8, hessians)
-            facts = replace(facts, step=_write(graph, context.folder / build.STEP, scheme))
-        if build.DECODER in graphs and not asked:
-            graph = build.with_weights(checkpoint, graphs[build.DECODER])
+            facts = replace(facts, step=_write(graph, context.folder / STEP, scheme))
+        if DECODER in graphs and not asked:
+            graph = build.with_weights(checkpoint, graphs[DECODER])
             int8.make_int8(graph, context.recipe.int8, hessians)
-            facts = replace(facts, decoder=_write(graph, context.folder / build.DECODER, "dynamic"))
+            facts = replace(facts, decoder=_write(graph, context.folder / DECODER, "dynamic"))
             tables.write_tables(checkpoint, "int8", context.folder)
     return Outcome(facts=facts)
 

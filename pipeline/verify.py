@@ -62,24 +62,24 @@ def work(context: Context) -> Outcome:
     tokenizer = chat.open_tokenizer(checkpoint)
     _check_texts(context, tokenizer)
     verdicts: list[Verdict] = []
-    heard: list[bundles.Verdict] = []
+    bundle_verdicts: list[bundles.Verdict] = []
     judgement: dict[str, Any] = {}
     if context.graphs != "bundle":
         verdicts, judgement = judge_steps(context, variants, reference, tokenizer)
     if context.graphs != "step":
-        heard = judge_bundles(context, reference, tokenizer, CONVERSATIONS)
-    judgement = verdict.finite(judgement | summarise(context, verdicts, heard))
+        bundle_verdicts = judge_bundles(context, reference, tokenizer, CONVERSATIONS)
+    judgement = verdict.finite(judgement | summarise(context, verdicts, bundle_verdicts))
     manifest.write_atomically(context.folder / "judgement.json", manifest.dump_json(judgement))
     write_report(context, judgement, verdicts)
     tensors = constants.digests(judged_files(context, variants))
     manifest.write_atomically(context.folder / "tensors.json", manifest.dump_json(tensors))
-    refuse_failed([*verdicts, *heard], context.folder)
+    refuse_failed([*verdicts, *bundle_verdicts], context.folder)
     return Outcome(
         facts=facts.Verify(
             passed=True,
             checks=len(judgement["checks"]),
-            fit=tuple(item.subject.name for item in (*verdicts, *heard) if item.fit),
-            not_fit=tuple(item.subject.name for item in (*verdicts, *heard) if not item.fit),
+            fit=tuple(item.subject.name for item in (*verdicts, *bundle_verdicts) if item.fit),
+            not_fit=tuple(item.subject.name for item in (*verdicts, *bundle_verdicts) if not item.fit),
         )
     )
 

@@ -124,7 +124,7 @@ def read(file: Path) -> Contents:
 
 def _model(graph: Graph, name: str, size: int) -> Model:
     found = {int(definition.subgraphIndex): definition for definition in graph.model.signatureDefs or []}
-    signatures = tuple(_signature(view, found.get(view.place)) for view in graph.each())
+    signatures = tuple(_signature(view, found.get(view.place)) for view in graph.views())
     metadata = tuple(text(entry.name) for entry in graph.model.metadata or [])
     return Model(name=name, size=size, signatures=signatures, constants=_constants(graph), metadata=metadata)
 
@@ -162,7 +162,7 @@ def _arithmetic(graph: Graph, operator: Any) -> str:
 def _constants(graph: Graph) -> tuple[Constant, ...]:
     """All constants of the file but the scales of others, one that several tensors share once, largest first."""
     found: dict[int, Constant] = {}
-    for view in graph.each():
+    for view in graph.views():
         scales = view.holds_scales()
         for tensor, entry in enumerate(view.main.tensors):
             if entry.buffer not in found and tensor not in scales and view.is_constant(tensor):

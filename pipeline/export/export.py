@@ -159,7 +159,7 @@ def _symbols(inputs: Mapping[str, Any], dimensions: Dimensions) -> dict[str, dic
 
 def _tidy(graph: Graph) -> None:
     """Give inputs their own names, and take out the zero biases that `lowering` had to put in."""
-    for view in graph.each():
+    for view in graph.views():
         for port in view.ports():
             port.name = port.name.removeprefix("inputs_").replace("weights_", PREFIX, 1)
         for operator in view.operators():

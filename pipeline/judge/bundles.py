@@ -12,7 +12,7 @@ import numpy as np
 from pipeline.core.manifest import FileRecord
 from pipeline.core.recipe import Gate
 from pipeline.judge import gates, kv_cache, metrics, parity
-from pipeline.judge.gates import REFERENCE, Check, Figure
+from pipeline.judge.gates import REFERENCE, Check, Measurement
 from pipeline.judge.kv_cache import Logits, Trace
 from pipeline.judge.metrics import Divergence, Summary
 from pipeline.judge.parity import Parity, Tokenizer
@@ -149,7 +149,7 @@ def judge(subject: Subject, setting: Setting) -> Verdict:
     )
 
 
-def _exactness(plain: Summary, cached: Summary, trace: Trace) -> list[Figure]:
+def _exactness(plain: Summary, cached: Summary, trace: Trace) -> list[Measurement]:
     """fp32 against Hugging Face, without and with its own cache."""
     figures = []
     for summary, way, where in (
@@ -159,22 +159,22 @@ def _exactness(plain: Summary, cached: Summary, trace: Trace) -> list[Figure]:
         detail = f"{where}; against {REFERENCE} {way}"
         name = f"worst logits NMSE through the cache, {way}"
         figures += [
-            Figure(metric="nmse", name=name, value=summary.nmse_max, against=REFERENCE, detail=detail),
+            Measurement(metric="nmse", name=name, value=summary.nmse_max, against=REFERENCE, detail=detail),
             *gates.quality(f"through the cache, {way}", summary, against=REFERENCE, detail=detail),
         ]
     return figures
 
 
-def _sizes(subject: Subject) -> list[Figure]:
+def _sizes(subject: Subject) -> list[Measurement]:
     size = subject.record.size
     return [
-        Figure(
+        Measurement(
             metric="size_per_parameter",
             name="bytes per parameter",
             value=size / subject.parameters,
             detail=f"{size} bytes",
         ),
-        Figure(
+        Measurement(
             metric="bytes_per_weight",
             name="bytes per stored weight, scales included",
             value=subject.weight_bytes / subject.stored,

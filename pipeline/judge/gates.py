@@ -65,7 +65,7 @@ class Check:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Figure:
+class Measurement:
     """A measured value that the recipe's limit `metric` (a field of `Gate`) applies to.
 
     `interval` is its 95 % interval and `positions` how many it was estimated from; None where it is no estimate.
@@ -82,7 +82,7 @@ class Figure:
     @classmethod
     def estimated(
         cls, metric: str, name: str, estimate: Estimate, positions: int, *, against: str = "", detail: str = ""
-    ) -> Figure:
+    ) -> Measurement:
         """A figure that was estimated from so many positions."""
         return cls(
             metric=metric,
@@ -103,30 +103,30 @@ def gate_name(variant: str, scheme: str | None) -> str:
     return f"int8-{scheme}" if variant.startswith("int8") else variant
 
 
-def judge(variant: str, gate: Gate | None, figures: Iterable[Figure]) -> list[Check]:
+def judge(variant: str, gate: Gate | None, figures: Iterable[Measurement]) -> list[Check]:
     """The checks of `variant`: one per figure that `gate` limits, and a failed one per limit without a figure.
 
     A `gate` of None, or one without any limit, gives a single failed check: nothing to judge by is no pass.
     """
     limits = {name: limit for name, limit in asdict(gate or Gate()).items() if limit is not None}
     if not limits:
-        return [_check(variant, Figure(metric="gate", name="limits in the recipe", value=None), None)]
+        return [_check(variant, Measurement(metric="gate", name="limits in the recipe", value=None), None)]
     measured = [figure for figure in figures if figure.metric in limits]
     seen = {figure.metric for figure in measured}
     absent = [
-        Figure(metric=name, name=name, value=None, detail="this was not measured")
+        Measurement(metric=name, name=name, value=None, detail="this was not measured")
         for name in limits
         if name not in seen
     ]
     return [_check(variant, figure, limits[figure.metric]) for figure in [*measured, *absent]]
 
 
-def quality(where: str, summary: Summary, *, against: str, detail: str) -> list[Figure]:
+def quality(where: str, summary: Summary, *, against: str, detail: str) -> list[Measurement]:
     """How close predictions are: KLD, top-1 agreement and perplexity ratio, which has a limit on each side."""
 
-    def figure(metric: str, name: str, of: Estimate, form: str, more: str = "") -> Figure:
+    def figure(metric: str, name: str, of: Estimate, form: str, more: str = "") -> Measurement:
         told = f"{detail}; 95 % interval {of.low:{form}} to {of.high:{form}}{more}"
-        return Figure.estimated(metric, f"{name} {where}", of, summary.positions, against=against, detail=told)
+        return Measurement.estimated(metric, f"{name} {where}", of, summary.positions, against=against, detail=told)
 
     ties = f"; {summary.ties:.2%} ties" if summary.ties else ""
     ratio = summary.perplexity_ratio
@@ -143,11 +143,11 @@ def must_hold(variant: str, name: str, violations: int, cases: int, detail: str 
 
     If nothing was tried nothing is known, so no case is inconclusive, not a pass.
     """
-    check = _check(variant, Figure(metric=name, name=name, value=float(violations), detail=detail), 0.0)
+    check = _check(variant, Measurement(metric=name, name=name, value=float(violations), detail=detail), 0.0)
     return check if cases else replace(check, status="inconclusive")
 
 
-def _check(variant: str, figure: Figure, limit: float | None) -> Check:
+def _check(variant: str, figure: Measurement, limit: float | None) -> Check:
     value, (low, high) = _finite(figure.value), map(_finite, figure.interval or (None, None))
     direction: Direction = ">=" if figure.metric in _AT_LEAST else "<="
     return Check(
@@ -164,7 +164,7 @@ def _check(variant: str, figure: Figure, limit: float | None) -> Check:
     )
 
 
-def _status(figure: Figure, limit: float | None, direction: Direction) -> Status:
+def _status(figure: Measurement, limit: float | None, direction: Direction) -> Status:
     """How a check ends. An interval that reaches its limit and not beyond does not cross it."""
     if limit is None or figure.value is None:
         return "not measured"

@@ -1,4 +1,4 @@
-"""Examining one file and saying whether it may be used: its figures, its checks, its entry in the report."""
+"""Judging a step graph: whether it may be used, its figures, its checks, its entry in the report."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from pipeline.core import log, parallel
 from pipeline.core.facts import Contents
 from pipeline.core.manifest import FileRecord
 from pipeline.core.recipe import Gate
-from pipeline.judge import examine, gates, metrics
-from pipeline.judge.examine import GridResult, Logits, Panel
-from pipeline.judge.gates import REFERENCE, Check, Figure
+from pipeline.judge import gates, metrics, step_runs
+from pipeline.judge.gates import REFERENCE, Check, Measurement
 from pipeline.judge.metrics import Divergence, Scores, Summary
 from pipeline.judge.reference import Reference
+from pipeline.judge.step_runs import GridResult, JudgedPositions, Logits
 from pipeline.runtime.litert import StepModel
 
 BASELINE = "fp32"
@@ -60,7 +60,7 @@ class Setting:
     """What every file of one run is held against."""
 
     reference: Reference
-    panel: Panel
+    judged: JudgedPositions
     prompts: int
     continuation: int
     stop: Sequence[int]
@@ -112,13 +112,13 @@ class Verdict:
 
 @dataclass(frozen=True, kw_only=True)
 class Played:
-    """What a file gave with one kind of kernels: logits [n, V] of `part`, the positions `chosen` [n] of the panel.
+    """What a file gave with one kind of kernels: logits [n, V] of `part`, the positions `chosen` [n] of all judged.
 
     The fp32 file is held against the whole shape `grid`, the others run at its corners: `unsound`. None is what was not
     asked for; the fp32 file has no logits of the built-in kernels. `continuations` are XNNPACK's alone.
     """
 
-    part: Panel
+    part: JudgedPositions
     chosen: NDArray[np.int64]
     logits: Logits
     continuations: list[list[int]]
@@ -132,7 +132,7 @@ def judge_files(subjects: Sequence[Subject], setting: Setting) -> list[Verdict]:
     All are scored at the end together, for which the reference's logits are computed once.
     """
     played = [_run(subject, setting) for subject in subjects]
-    scores = examine.against_reference([each["xnnpack"].logits for each in played], setting.panel)
+    scores = step_runs.against_reference([each["xnnpack"].logits for each in played], setting.judged)
     verdicts: list[Verdict] = []
     for subject, found, exact in zip(subjects, played, scores, strict=True):
         verdicts.append(_judge(subject, setting, found, exact, verdicts[0] if verdicts else None))
@@ -154,7 +154,7 @@ def _judge(
 ) -> Verdict:
     """What follows from the runs and the `scores` against the reference; `baseline` is None for the fp32 file."""
     logits, continuations = played["xnnpack"].logits, played["xnnpack"].continuations
-    summary = metrics.summarise(scores, setting.panel.positions.window)
+    summary = metrics.summarise(scores, setting.judged.positions.window)
     grids = {kernels: each.grid for kernels, each in played.items() if each.grid}
     if baseline is None:
         figures, own = _converter_figures(summary, grids), None
@@ -180,28 +180,28 @@ def _play(subject: Subject, setting: Setting, kernels: str) -> Played:
     """Run the file with one kind of kernels; the slow ones on a part of the positions, and for fp32 on none."""
     exact, delegated = subject.name == BASELINE, kernels == "xnnpack"
     model = StepModel(subject.path, xnnpack=delegated, threads=max(1, parallel.threads() // len(KERNELS)))
-    label, reference, panel = f"{subject.name}, {KERNELS[kernels]}", setting.reference, setting.panel
-    part, chosen, continuations = panel, np.arange(len(panel.positions)), list[list[int]]()
+    label, reference, judged = f"{subject.name}, {KERNELS[kernels]}", setting.reference, setting.judged
+    part, chosen, continuations = judged, np.arange(len(judged.positions)), list[list[int]]()
     if not delegated:
-        part, chosen = panel.part(max(1, min(_BUILTIN_PART, len(panel.positions) // _BUILTIN_LEAST)))
-    logits: Logits = np.empty((0, panel.head.vocabulary), np.float32)
+        part, chosen = judged.part(max(1, min(_BUILTIN_PART, len(judged.positions) // _BUILTIN_LEAST)))
+    logits: Logits = np.empty((0, judged.head.vocabulary), np.float32)
     if delegated or not exact:
-        logits = examine.run_positions(model, part, label, setting.scratch / f"{subject.name}-{kernels}")
+        logits = step_runs.run_positions(model, part, label, setting.scratch / f"{subject.name}-{kernels}")
     if delegated:
-        continuations = examine.greedy(model, reference, setting.prompts, setting.continuation, setting.stop)
+        continuations = step_runs.greedy(model, reference, setting.prompts, setting.continuation, setting.stop)
     return Played(
         part=part,
         chosen=chosen,
         logits=logits,
         continuations=continuations,
-        grid=examine.run_grid(model, reference, label, _GRID_LIMITS[kernels]) if exact else None,
+        grid=step_runs.run_grid(model, reference, label, _GRID_LIMITS[kernels]) if exact else None,
         unsound=None if exact else _soundness(subject, model, reference, kernels),
     )
 
 
 def _against_baseline(played: Played, baseline: Verdict) -> tuple[Scores, Summary]:
     """The file with one kind of kernels against the fp32 file with XNNPACK."""
-    scores = examine.against_file(played.logits, baseline.logits, played.part, played.chosen)
+    scores = step_runs.against_file(played.logits, baseline.logits, played.part, played.chosen)
     return scores, metrics.summarise(scores, played.part.positions.window)
 
 
@@ -209,15 +209,17 @@ def _divergence(continuations: Sequence[Sequence[int]], setting: Setting) -> Div
     """How long the file's greedy texts are Hugging Face's."""
     rows = setting.reference.greedy()[: setting.prompts]
     expected = [row.continuation_ids[: setting.continuation] for row in rows]
-    agree = [examine.agreement(ours, theirs) for ours, theirs in zip(continuations, expected, strict=True)]
+    agree = [step_runs.agreement(ours, theirs) for ours, theirs in zip(continuations, expected, strict=True)]
     return metrics.divergence(agree, [len(ids) for ids in expected])
 
 
-def _converter_figures(summary: Summary, grids: Mapping[str, GridResult]) -> list[Figure]:
+def _converter_figures(summary: Summary, grids: Mapping[str, GridResult]) -> list[Measurement]:
     """fp32 against Hugging Face, on the corpus and on the shape grid."""
     text = _positions(summary)
     figures = [
-        Figure(metric="nmse", name="worst logits NMSE on text", value=summary.nmse_max, against=REFERENCE, detail=text),
+        Measurement(
+            metric="nmse", name="worst logits NMSE on text", value=summary.nmse_max, against=REFERENCE, detail=text
+        ),
         *_quality("on text", summary, REFERENCE),
     ]
     for kernels, grid in grids.items():
@@ -225,14 +227,18 @@ def _converter_figures(summary: Summary, grids: Mapping[str, GridResult]) -> lis
         text = f"{grid.cases} of {grid.all_cases} shapes, {grid.rows} rows"
         worst = f"{text}; worst in {grid.where}"
         figures += [
-            Figure(metric="nmse", name=f"worst logits NMSE {where}", value=grid.nmse, against=REFERENCE, detail=worst),
-            Figure(metric="kld", name=f"KLD {where}", value=grid.kld, against=REFERENCE, detail=text),
-            Figure(metric="top1", name=f"top-1 agreement {where}", value=grid.top1, against=REFERENCE, detail=text),
+            Measurement(
+                metric="nmse", name=f"worst logits NMSE {where}", value=grid.nmse, against=REFERENCE, detail=worst
+            ),
+            Measurement(metric="kld", name=f"KLD {where}", value=grid.kld, against=REFERENCE, detail=text),
+            Measurement(
+                metric="top1", name=f"top-1 agreement {where}", value=grid.top1, against=REFERENCE, detail=text
+            ),
         ]
     return figures
 
 
-def _quantiser_figures(own: Summary, builtin: Summary) -> list[Figure]:
+def _quantiser_figures(own: Summary, builtin: Summary) -> list[Measurement]:
     """A smaller file against the fp32 file, on the corpus."""
     return [
         figure
@@ -241,7 +247,7 @@ def _quantiser_figures(own: Summary, builtin: Summary) -> list[Figure]:
     ]
 
 
-def _quality(where: str, summary: Summary, against: str) -> list[Figure]:
+def _quality(where: str, summary: Summary, against: str) -> list[Measurement]:
     return gates.quality(where, summary, against=against, detail=_positions(summary))
 
 
@@ -249,24 +255,24 @@ def _positions(summary: Summary) -> str:
     return f"{summary.positions} positions in {summary.blocks} windows"
 
 
-def _file_figures(subject: Subject) -> list[Figure]:
+def _file_figures(subject: Subject) -> list[Measurement]:
     """What needs no run: sizes, and the share of integer arithmetic that the quantiser read from the file."""
     size = subject.record.size
     return [
-        Figure(
+        Measurement(
             metric="size_ratio",
             name="size / size of fp32",
             value=_ratio(size, subject.baseline_size),
             against=BASELINE,
             detail=f"{size} bytes",
         ),
-        Figure(
+        Measurement(
             metric="size_per_parameter",
             name="bytes per parameter",
             value=_ratio(size, subject.parameters),
             detail=f"{size} bytes",
         ),
-        Figure(
+        Measurement(
             metric="integer_share",
             name="share of multiply-adds in integer kernels",
             value=subject.contents.integer_share if subject.contents else None,
@@ -276,7 +282,7 @@ def _file_figures(subject: Subject) -> list[Figure]:
 
 def _soundness(subject: Subject, model: StepModel, reference: Reference, kernels: str) -> Check:
     """The file runs at the corners of the shape grid and gives finite numbers there."""
-    bad, names = examine.count_unsound(model, reference, _GRID_LIMITS[kernels])
+    bad, names = step_runs.count_unsound(model, reference, _GRID_LIMITS[kernels])
     name = f"shapes with logits that are not finite, {KERNELS[kernels]}"
     detail = f"{len(names)} shapes, the corners of the grid: {', '.join(names)}"
     return gates.must_hold(subject.name, name, bad, len(names), detail)
@@ -295,7 +301,7 @@ def greedy_rows(
             files[verdict.subject.name] = {
                 "ids": ids,
                 "text": decode(ids),
-                "agree": examine.agreement(ids, expected),
+                "agree": step_runs.agreement(ids, expected),
                 "same": ids == expected,
             }
         rows.append({"prompt": row.prompt, "reference": decode(expected), "tokens": len(expected), "files": files})

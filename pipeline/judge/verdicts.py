@@ -14,9 +14,9 @@ from pipeline.core.recipe import STEP
 from pipeline.core.stage import Context
 from pipeline.judge import bundles, gates, kv_cache, sqnr
 from pipeline.judge import steps as verdict
-from pipeline.judge.examine import Panel
 from pipeline.judge.kv_cache import Trace
 from pipeline.judge.reference import Reference
+from pipeline.judge.step_runs import JudgedPositions
 from pipeline.judge.steps import BASELINE, Setting, Subject, Verdict
 from pipeline.runtime.litert_lm import Message
 
@@ -30,7 +30,7 @@ def judge_steps(
 ) -> tuple[list[Verdict], dict[str, Any]]:
     """The verdicts on the step graphs of `variants`, and what of the judgement is theirs alone."""
     recipe, golden = context.recipe, context.upstream["golden"].told(Golden)
-    panel = Panel.of(
+    judged = JudgedPositions.of(
         reference,
         batch=min(_PER_BATCH, recipe.step.max_batch),
         pad=golden.pad,
@@ -39,7 +39,7 @@ def judge_steps(
     with tempfile.TemporaryDirectory(dir=context.folder) as scratch:
         setting = Setting(
             reference=reference,
-            panel=panel,
+            judged=judged,
             prompts=recipe.corpus.prompts,
             continuation=recipe.corpus.continuation,
             stop=golden.stop,
@@ -51,7 +51,7 @@ def judge_steps(
     return verdicts, {
         "greedy": rows,
         "continuation": recipe.corpus.continuation,
-        "positions": len(panel.positions),
+        "positions": len(judged.positions),
         "losses": _losses(verdicts, reference),
     }
 
@@ -116,8 +116,8 @@ def _bundle(context: Context, precision: str) -> bundles.Subject:
 def judged_files(context: Context, variants: Sequence[str]) -> dict[str, Path]:
     """Every judged file, the step graphs of `variants` first, by its path in the model's folder."""
     steps = [f"{name}/{STEP}" for name in variants] if context.graphs != "bundle" else []
-    spoken = context.recipe.bundle.precisions if context.graphs != "step" else ()
-    return {path: context.root / path for path in (*steps, *(f"bundle/{name}.litertlm" for name in spoken))}
+    bundled = context.recipe.bundle.precisions if context.graphs != "step" else ()
+    return {path: context.root / path for path in (*steps, *(f"bundle/{name}.litertlm" for name in bundled))}
 
 
 def _ordered(variants: Sequence[str]) -> list[str]:

@@ -9,15 +9,13 @@ import torch
 
 from pipeline.checkpoint import preflight
 from pipeline.checkpoint.reader import Checkpoint
-from pipeline.core import log, recipe
+from pipeline.core import log
 from pipeline.core.manifest import Manifest
-from pipeline.core.recipe import Bundle, Graphs, StepLimits
+from pipeline.core.recipe import DECODER, STEP, Bundle, Graphs, StepLimits
 from pipeline.export.export import Signature, export
 from pipeline.models import architecture_for, sizes
 from pipeline.tflite import weights
 from pipeline.tflite.graph import Graph
-
-STEP, DECODER = recipe.STEP, recipe.DECODER
 
 
 def tensor_names(checkpoint: Checkpoint) -> dict[str, str]:

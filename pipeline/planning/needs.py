@@ -134,9 +134,9 @@ def verify(model: Model) -> Need:
     settings = model.recipe.bundle
     judged = 3 * settings.decode + settings.positions
     decoders = [model.files[DECODER].bytes(precision) for precision in model.bundles]
-    spoken = judged + settings.prompts * settings.continuation
+    decoded = judged + settings.prompts * settings.continuation
     seconds = 30.0 + len(decoders) * 3 * 2 * model.multiplied * model.conversation / _FLOPS
-    seconds += sum(decoders) * (spoken / (4 * _READ) + 2 / _HASH)
+    seconds += sum(decoders) * (decoded / (4 * _READ) + 2 / _HASH)
     if model.graphs != "bundle":
         seconds += 2 * golden(model).seconds
     taken = 0.7 * _GIB + 6.5 * model.cache

@@ -51,7 +51,7 @@ def quantise_weights(
     So have the constants in `int8_buffers` (row_ranges.py), and rows that can't be cut into blocks. Linear layers
     quantise their input while they run.
     """
-    for view in graph.each():
+    for view in graph.views():
         for operator in view.operators():
             code, weight = view.code(operator), int(operator.inputs[1]) if len(operator.inputs) > 1 else -1
             if code not in (quantize.LINEAR, quantize.LOOKUP) or not view.is_constant(weight):

@@ -100,7 +100,7 @@ def _closed_sites(graph: Graph) -> list[_Site]:
     """Groups of matrices, each with all that share a matrix or an input in any signature, whose uses can all change."""
     sites: dict[int, _Site] = {}
     users: Counter[int] = Counter()
-    walks = [_Walk(view) for view in graph.each()]
+    walks = [_Walk(view) for view in graph.views()]
     for walk in walks:
         users.update(use.buffer for use in walk.matrices())
         for local in walk.sites():

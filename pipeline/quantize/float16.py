@@ -27,7 +27,7 @@ def make_half(graph: Graph) -> None:
     Raises:
         QuantiseError: a weight is too large for float16.
     """
-    for view in graph.each():
+    for view in graph.views():
         _halve_weights(view)
 
 

@@ -33,7 +33,7 @@ def split_columns(graph: Graph, chosen: Keep, group_size: int) -> None:
     A matrix that is not a multiple of `group_size` wide stays whole.
     """
     group_buffers: dict[int, list[int]] = {}
-    views = graph.each()
+    views = graph.views()
     for view in views:
         for operator in view.operators():
             if view.code(operator) == LINEAR and chosen(layer_name(view, operator)):

@@ -32,7 +32,7 @@ def split_inputs(graph: Graph, chosen: Keep) -> None:
 
     A layer must see float32 [..., 1, inputs]: the rows stand on that axis, there in all graphs of this project.
     """
-    for view in graph.each():
+    for view in graph.views():
         _Int8x2(view, chosen).rewrite()
 
 

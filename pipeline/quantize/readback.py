@@ -90,7 +90,7 @@ def read_back(file: Path) -> ReadBack:
 
     A step graph is run once, with the plain kernels, to learn its shapes.
     """
-    views = {view.signature(): view for view in Graph.read(file).each()}
+    views = {view.signature(): view for view in Graph.read(file).views()}
     graph = views.get("decode") or next(iter(views.values()))
     elements = _elements(graph)
     stored, weight_bytes = _stored([graph])
@@ -133,7 +133,7 @@ def _elements(graph: Graph) -> Counter[str]:
 def _constants(graph: Graph) -> Iterator[tuple[Graph, int]]:
     """Every constant but the scales of others, one that several tensors share once."""
     seen = set[int]()
-    for view in graph.each():
+    for view in graph.views():
         scales = view.holds_scales()
         for tensor, entry in enumerate(view.main.tensors):
             if entry.buffer not in seen and tensor not in scales and view.is_constant(tensor):

@@ -34,7 +34,7 @@ def rotate_inputs(graph: Graph, chosen: Keep, size: int) -> dict[str, int]:
     Returns:
         `size` by the name of each matrix that was rotated.
     """
-    views, rotated, others = graph.each(), dict[int, tuple[Graph, int]](), set[int]()
+    views, rotated, others = graph.views(), dict[int, tuple[Graph, int]](), set[int]()
     for view in views:
         for operator in (operator for operator in view.operators() if view.code(operator) == LINEAR):
             if _is_rotatable(view, operator, chosen, size):

@@ -35,7 +35,7 @@ def split_rows(graph: Graph, table: str, int8: Sequence[tuple[int, int]]) -> fro
     Returns:
         The buffers of the ranges that are to have 8 bits.
     """
-    views = [view for view in graph.each() if _holders(view, table)]
+    views = [view for view in graph.views() if _holders(view, table)]
     if not views:
         return frozenset()
     values = views[0].blocks(_holders(views[0], table)[0])

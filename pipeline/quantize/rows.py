@@ -116,7 +116,7 @@ def round_rows(values: Array, scale: Array) -> NDArray[np.int8]:
 
 def quantise_weights(graph: Graph, keep: Keep, rounding: Rounding = to_nearest) -> None:
     """Make tables and the weights of linear layers int8, except where `keep` says otherwise."""
-    for view in graph.each():
+    for view in graph.views():
         for operator in view.operators():
             code, weight = view.code(operator), int(operator.inputs[1]) if len(operator.inputs) > 1 else -1
             if code not in (LINEAR, LOOKUP) or not view.is_constant(weight):

@@ -196,7 +196,7 @@ def make_greedy(
 
 
 @dataclass(frozen=True)
-class Recital:
+class CacheTrace:
     """What the reference was asked through the cache: the model's window, tokens of a conversation, texts."""
 
     sliding_window: int
@@ -204,7 +204,7 @@ class Recital:
     texts: int
 
 
-def make_recital(reference: HuggingFace, documents: Sequence[str], recipe: Recipe, folder: Path) -> Recital:
+def make_cache_trace(reference: HuggingFace, documents: Sequence[str], recipe: Recipe, folder: Path) -> CacheTrace:
     """Compute and store what the reference says of the conversations and texts that go through the cache.
 
     Raises:
@@ -233,4 +233,4 @@ def make_recital(reference: HuggingFace, documents: Sequence[str], recipe: Recip
             told = texts[:, :-1]
             made |= {"texts": texts, "states": reference.hidden(told, np.ones_like(told), bar)}
     save_file(made, folder / "cache.safetensors")
-    return Recital(sliding_window=sliding, conversation=schedule.length, texts=len(texts))
+    return CacheTrace(sliding_window=sliding, conversation=schedule.length, texts=len(texts))

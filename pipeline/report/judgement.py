@@ -33,11 +33,13 @@ _REMEDIES: Mapping[Status, str] = {
 }
 
 
-def summarise(context: Context, verdicts: Sequence[Verdict], heard: Sequence[bundles.Verdict]) -> dict[str, Any]:
+def summarise(
+    context: Context, verdicts: Sequence[Verdict], bundle_verdicts: Sequence[bundles.Verdict]
+) -> dict[str, Any]:
     """What was found and does not change from run to run."""
     fetch, golden = context.upstream["fetch"], context.upstream["golden"]
     required = [check for item in verdicts if not item.subject.alternative for check in item.checks]
-    required += [check for item in heard for check in item.checks]
+    required += [check for item in bundle_verdicts for check in item.checks]
     alternative = [check for item in verdicts if item.subject.alternative for check in item.checks]
     return {
         "schema": verification.SCHEMA,
@@ -53,7 +55,7 @@ def summarise(context: Context, verdicts: Sequence[Verdict], heard: Sequence[bun
         "reference": dict(golden.facts),
         "order": [item.subject.name for item in verdicts],
         "variants": {item.subject.name: item.facts() for item in verdicts},
-        "bundles": {item.subject.name: item.facts() for item in heard},
+        "bundles": {item.subject.name: item.facts() for item in bundle_verdicts},
     }
 
 

@@ -20,7 +20,7 @@ def talk(dialogue: Dialogue) -> None:
     with suppress(ImportError):
         import readline  # noqa: F401  # gives input() history and editing
     log.line(_HELP)
-    spoken: list[Speed] = []
+    turns: list[Speed] = []
     for text in _inputs():
         if text == "/reset":
             dialogue.reset()
@@ -28,8 +28,8 @@ def talk(dialogue: Dialogue) -> None:
         elif text.startswith("/"):
             log.line(f"unknown command {text}: {_HELP}")
         elif text:
-            spoken += _try_turn(dialogue, text)
-    report(_total(spoken))
+            turns += _try_turn(dialogue, text)
+    report(_total(turns))
 
 
 def _inputs() -> Iterator[str]:
@@ -82,17 +82,17 @@ def _on_interrupt(action: Callable[[], None]) -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _total(spoken: Sequence[Speed]) -> Speed | None:
+def _total(turns: Sequence[Speed]) -> Speed | None:
     """All turns together: tokens added up, rates over the whole time, the first turn's time to its first token."""
-    if not spoken:
+    if not turns:
         return None
-    prefill, decode = (sum(getattr(speed, f"{phase}_tokens") for speed in spoken) for phase in ("prefill", "decode"))
+    prefill, decode = (sum(getattr(speed, f"{phase}_tokens") for speed in turns) for phase in ("prefill", "decode"))
     return Speed(
         prefill_tokens=prefill,
-        prefill_per_second=_rate(prefill, [(speed.prefill_tokens, speed.prefill_per_second) for speed in spoken]),
+        prefill_per_second=_rate(prefill, [(speed.prefill_tokens, speed.prefill_per_second) for speed in turns]),
         decode_tokens=decode,
-        decode_per_second=_rate(decode, [(speed.decode_tokens, speed.decode_per_second) for speed in spoken]),
-        first_token=spoken[0].first_token,
+        decode_per_second=_rate(decode, [(speed.decode_tokens, speed.decode_per_second) for speed in turns]),
+        first_token=turns[0].first_token,
     )
 
 

@@ -162,7 +162,7 @@ class Bench:
         before they are rounded without changing the largest of its rows.
         """
         made: dict[Path, tuple[int, Blocks]] = {}
-        for view in graph.each():
+        for view in graph.views():
             for weight in _rounded(view):
                 buffer = view.buffer(weight)
                 made[self._home(view, weight, strength)] = buffer, graph.model.buffers[buffer].data

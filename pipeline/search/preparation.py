@@ -11,7 +11,7 @@ from pathlib import Path
 from pipeline.checkpoint import chat
 from pipeline.checkpoint.reader import open_checkpoint
 from pipeline.core import manifest, versions
-from pipeline.core.recipe import PROJECT, Recipe
+from pipeline.core.recipe import PROJECT, STEP, Recipe
 from pipeline.judge import corpus
 from pipeline.judge.corpus import Tokens
 from pipeline.models import build
@@ -59,7 +59,7 @@ def open_bench(file: Path, recipe: Recipe, calibration: Path | None, root: Path,
         checkpoint=checkpoint,
         hessians=gptq.Hessians(root / "moments"),
         every=every,
-        step=build.graph_files(upstream["graph"], root, "step")[build.STEP],
+        step=build.graph_files(upstream["graph"], root, "step")[STEP],
         text=file.read_text(encoding="utf-8"),
         windows=windows,
         folder=folder,

@@ -76,8 +76,8 @@ class Study:
     def _first(self) -> Candidate:
         """The best of what is free for the whole model: where the path begins."""
         starts = [(each, candidates.quiet(each, self.space)) for each in candidates.starts(self.space)]
-        self.bench.measure([(heard, [0]) for _, heard in starts], _CONTRIBUTIONS)
-        known = [self.bench.found(heard, [0]) for _, heard in starts]
+        self.bench.measure([(loud, [0]) for _, loud in starts], _CONTRIBUTIONS)
+        known = [self.bench.found(loud, [0]) for _, loud in starts]
         klds = [float(one.kld.mean()) if one else math.inf for one in known]
         return starts[klds.index(min(klds))][0]
 

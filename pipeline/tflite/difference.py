@@ -53,7 +53,7 @@ def _constants(file: Path) -> dict[str, Any]:
     graph = Graph.read(file)
     return {
         view.name(tensor): view.constant(tensor)
-        for view in graph.each()
+        for view in graph.views()
         for tensor in range(len(view.main.tensors))
         if view.is_constant(tensor)
     }

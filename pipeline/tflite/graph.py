@@ -44,7 +44,7 @@ class Origin:
 class Graph:
     """A model under edit, seen through one of its subgraphs, `main`. Tensors are named by their index there.
 
-    Each signature has a subgraph of its own, and `each` gives the model seen through every one of them; weights that
+    Each signature has a subgraph of its own, and `views` gives the model seen through every one of them; weights that
     they share are one buffer. Other subgraphs (decompositions of composite operators) are read, and dropped by `prune`
     once nothing refers to them.
 
@@ -57,7 +57,7 @@ class Graph:
         self.place, self.main = place, model.subgraphs[place]
         self.origins = {} if origins is None else origins
 
-    def each(self) -> list[Graph]:
+    def views(self) -> list[Graph]:
         """The model seen through the subgraph of each signature, in their order in the file."""
         places = sorted({int(signature.subgraphIndex) for signature in self.model.signatureDefs or []})
         return [self.seen_through(place) for place in places or [0]]
@@ -322,12 +322,12 @@ class Graph:
 
     def prune(self) -> None:
         """Drop what nothing uses any more: operators, tensors, buffers, operator codes and other subgraphs."""
-        views = self.each()
+        views = self.views()
         for view in views:
             view._drop_dead_operators()
         if not any(view.code(operator) == "STABLEHLO_COMPOSITE" for view in views for operator in view.main.operators):
             self._drop_subgraphs_but([view.place for view in views])
-        for view in self.each():
+        for view in self.views():
             view._drop_unused_tensors()
         self._drop_unused_buffers()
         self._drop_unused_codes()

@@ -29,7 +29,7 @@ def attach(graph: Graph, checkpoint: Checkpoint, names: Mapping[str, str]) -> No
         names: canonical → checkpoint name.
     """
     buffers: dict[str, int] = {}
-    for view in graph.each():
+    for view in graph.views():
         for port in [port for port in view.ports() if port.name.startswith(PREFIX)]:
             name = port.name.removeprefix(_MODEL)
             stored = names[name]

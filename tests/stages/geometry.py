@@ -22,7 +22,7 @@ from transformers import (
 
 from pipeline.bundling import tables
 from pipeline.checkpoint.reader import Checkpoint, open_checkpoint
-from pipeline.core.recipe import Bundle, StepLimits
+from pipeline.core.recipe import DECODER, Bundle, StepLimits
 from pipeline.judge import kv_cache
 from pipeline.judge.kv_cache import Logits, Trace
 from pipeline.judge.metrics import compare, join
@@ -312,7 +312,7 @@ def convert_decoder(checkpoint: Path, bundle: Bundle, folder: Path) -> Path:
     """The fp32 sections of a checkpoint folder in `folder`, made as stages graph and fp32 make them."""
     opened, bare = open_checkpoint(checkpoint), folder / "bare-decoder.tflite"
     build.export_decoder(opened, bundle, bare)
-    fill(opened, bare, folder / build.DECODER)
+    fill(opened, bare, folder / DECODER)
     tables.write_tables(opened, "fp32", folder)
     return folder
 

@@ -23,10 +23,10 @@ from transformers import Gemma3ForCausalLM, Gemma3nForCausalLM
 
 from pipeline.checkpoint.preflight import HEAD
 from pipeline.checkpoint.reader import open_checkpoint
-from pipeline.core.recipe import Bundle, load
+from pipeline.core.recipe import DECODER, STEP, Bundle, load
 from pipeline.judge import gates
 from pipeline.judge import kv_cache as cache
-from pipeline.judge.gates import Check, Figure
+from pipeline.judge.gates import Check, Measurement
 from pipeline.judge.kv_cache import Trace
 from pipeline.judge.reference import Head, Reference
 from pipeline.models import architecture_for, build, gemma3n, transformer
@@ -83,9 +83,9 @@ def test_every_gemma3_conversation_is_exact_in_pytorch(drawn: dict[str, Any], bu
 
 def exact_in_files(model: Any, folder: Path, seed: int, drawn: dict[str, Any]) -> None:
     sections = geometry.convert_decoder(geometry.save(model, folder / "checkpoint"), BUNDLE, folder)
-    views, head = Graph.read(sections / build.DECODER).each(), rows.keeper(["head"])
+    views, head = Graph.read(sections / DECODER).views(), rows.keeper(["head"])
     layers = [
-        [view.operator_name(operator) for operator in view.operators() if view.code(operator) == rows.LINEAR]
+        [rows.layer_name(view, operator) for operator in view.operators() if view.code(operator) == rows.LINEAR]
         for view in views
     ]
     # recipes find it, in `decode` alone, whatever the converter calls it
@@ -151,7 +151,7 @@ def test_every_gemma3_conversation_is_exact_in_the_file(gemma3: tuple[Any, Path]
 
 def test_every_gemma3_shape_is_exact_in_the_file(gemma3: tuple[Any, Path], tmp_path: Path) -> None:
     model, checkpoint = gemma3
-    file = geometry.convert(checkpoint, tmp_path / build.STEP)
+    file = geometry.convert(checkpoint, tmp_path / STEP)
     for xnnpack, sequences in ((True, (1, 7, 40, 300)), (False, (1, 7, 40))):
         result = geometry.compare_on_grid(StepModel(file, xnnpack=xnnpack), model, (1, 2, 8), sequences)
         assert result.nmse <= 1e-9 and result.top1 == 1, (xnnpack, result)
@@ -161,14 +161,14 @@ def test_every_gemma3_shape_is_exact_in_the_file(gemma3: tuple[Any, Path], tmp_p
 
 
 def test_each_weight_is_stored_once_for_all_signatures(built: Line) -> None:
-    graph = Graph.read(built.root / "fp32" / build.DECODER)
-    assert [view.signature() for view in graph.each()] == ["decode", "prefill_8", "prefill_32"]
+    graph = Graph.read(built.root / "fp32" / DECODER)
+    assert [view.signature() for view in graph.views()] == ["decode", "prefill_8", "prefill_32"]
     config = open_checkpoint(built.root / "fetch" / "checkpoint").config
     parameters = sum(int(np.prod(shape)) for shape in architecture_for(config).tensors().values())
     table = config["vocab_size_per_layer_input"] * config["num_hidden_layers"] * config["hidden_size_per_layer_input"]
     stored = graph.bytes_by_type()["FLOAT32"]
     assert 4 * 0.99 * (parameters - table) < stored < 4 * 1.01 * (parameters - table)
-    small = Graph.read(built.root / "int8" / build.DECODER).bytes_by_type()
+    small = Graph.read(built.root / "int8" / DECODER).bytes_by_type()
     assert 0.99 * (parameters - table) < small["INT8"] <= parameters - table and small["FLOAT32"] < 0.02 * stored
 
 
@@ -177,7 +177,7 @@ def test_layers_that_share_keys_and_values_hold_no_cache(built: Line) -> None:
     own = [layer for layer in range(config.num_hidden_layers) if config.kv_source(layer) == layer]
     assert len(own) == config.num_hidden_layers - 3
     names = {f"kv_cache_{kind}_{layer}" for kind in "kv" for layer in own}
-    for view in Graph.read(built.root / "fp32" / build.DECODER).each():
+    for view in Graph.read(built.root / "fp32" / DECODER).views():
         ports = {port.name for port in view.ports()}
         assert ports == names | {"embeddings", "per_layer_embeddings", "input_pos", "mask"}
 
@@ -230,7 +230,7 @@ def judge(built: Line, weights: dict[str, torch.Tensor]) -> Judge:
     def checks(play: Callable[[Trace], cache.Logits], trace: Trace) -> list[Check]:
         scores = reference.head.score(play(trace), trace.expected()[0])
         values = {"nmse": scores.nmse.max(), "kld": scores.kld.mean(), "top1": scores.top1.mean()}
-        figures = [Figure(metric=name, name=name, value=float(value)) for name, value in values.items()]
+        figures = [Measurement(metric=name, name=name, value=float(value)) for name, value in values.items()]
         judged = gates.judge("bundle-fp32", recipe.gates["bundle-fp32"], figures)
         return [check for check in judged if check.name in values]
 

@@ -14,8 +14,8 @@ from line import CAP, Line
 from pipeline.checkpoint import preflight
 from pipeline.checkpoint.reader import open_checkpoint
 from pipeline.core.recipe import load
-from pipeline.judge import examine, gates
-from pipeline.judge.gates import Check, Figure
+from pipeline.judge import gates, step_runs
+from pipeline.judge.gates import Check, Measurement
 from pipeline.judge.reference import Head, Reference
 from pipeline.models import build as made
 from pipeline.models import gemma3n, transformer
@@ -45,8 +45,8 @@ def judge(judged: Line) -> Callable[[torch.nn.Module], list[Check]]:
     gate = load(judged.recipe).gates["fp32"]
 
     def run(module: torch.nn.Module) -> list[Check]:
-        grid = examine.run_grid(geometry.Eager(module), reference, "defect")  # type: ignore[arg-type]
-        figures = [Figure(metric=name, name=name, value=getattr(grid, name)) for name in ("nmse", "kld", "top1")]
+        grid = step_runs.run_grid(geometry.Eager(module), reference, "defect")  # type: ignore[arg-type]
+        figures = [Measurement(metric=name, name=name, value=getattr(grid, name)) for name in ("nmse", "kld", "top1")]
         return [check for check in gates.judge("fp32", gate, figures) if check.name in ("nmse", "kld", "top1")]
 
     return run
@@ -200,5 +200,7 @@ def test_a_defect_is_red_in_the_file_too(
     monkeypatch.undo()
     geometry.fill(checkpoint, tmp_path / "bare.tflite", tmp_path / "step.tflite")
     reference = Reference(judged.root / "golden", Head.of_checkpoint(checkpoint.folder, CAP))
-    grid = examine.run_grid(StepModel(tmp_path / "step.tflite"), reference, "no soft-cap")
-    assert red(gates.judge("fp32", recipe.gates["fp32"], [Figure(metric="nmse", name="nmse", value=grid.nmse)])[:1])
+    grid = step_runs.run_grid(StepModel(tmp_path / "step.tflite"), reference, "no soft-cap")
+    assert red(
+        gates.judge("fp32", recipe.gates["fp32"], [Measurement(metric="nmse", name="nmse", value=grid.nmse)])[:1]
+    )

@@ -14,7 +14,7 @@ from pipeline import bundle, int4, publish, verify
 from pipeline.bundling import contents
 from pipeline.core import manifest
 from pipeline.core.errors import UsageError, VerificationError
-from pipeline.models import build
+from pipeline.core.recipe import STEP
 from pipeline.tflite.graph import Graph
 
 NAMED = {'precisions = ["fp32", "int8"]': 'precisions = ["fp32", "int8", "int4"]'}
@@ -49,7 +49,7 @@ def test_the_manifest_says_how_many_bits_there_are(line: Line) -> None:
 
 
 def test_what_the_recipe_keeps_has_eight_bits(line: Line) -> None:
-    graph = Graph.read(line.root / "int4" / build.STEP)
+    graph = Graph.read(line.root / "int4" / STEP)
     kinds = {graph.name(t): graph.type_of(t) for t in range(len(graph.main.tensors)) if graph.is_constant(t)}
     tables = {name.removeprefix("embed_tokens.weight;"): kind for name, kind in kinds.items() if "tokens.w" in name}
     assert {name: kind for name, kind in tables.items() if "scales" not in name} == {

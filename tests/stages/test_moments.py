@@ -16,8 +16,8 @@ from pipeline import int4, int8, moments
 from pipeline.core import manifest
 from pipeline.core.errors import IntegrityError
 from pipeline.core.graph import Choice, needs
-from pipeline.core.recipe import load
-from pipeline.models import build, sizes
+from pipeline.core.recipe import STEP, load
+from pipeline.models import sizes
 from pipeline.quantize import hessians
 from pipeline.tflite.graph import Graph
 from tools import bench, bench_stages
@@ -43,7 +43,7 @@ def kept(line: Line) -> dict[str, np.ndarray[Any, np.dtype[np.float32]]]:
 
 
 def test_every_layer_with_weights_has_them(line: Line, built: Line) -> None:
-    graph = Graph.read(built.root / "int8" / build.STEP)
+    graph = Graph.read(built.root / "int8" / STEP)
     read = {graph.name(int(o.inputs[1])) for o in graph.operators() if graph.code(o) == "FULLY_CONNECTED"}
     assert read == kept(line).keys()
 
@@ -97,11 +97,11 @@ def test_int8_and_int4_are_rounded_by_them_and_come_out_again(line: Line, built:
     for stage in (int8.STAGE, int4.STAGE):
         assert line.run(stage, "--graphs", "step") == 0
         folder = line.root / stage.name
-        first = lasting(folder, build.STEP)
+        first = lasting(folder, STEP)
         assert any(record.path.startswith("moments/") for record in manifest.read(folder).inputs)
         assert line.run(stage, "--graphs", "step") == 0
-        assert lasting(folder, build.STEP) == first
-    plain, rounded = (Graph.read(root / "int8" / build.STEP) for root in (built.root, line.root))
+        assert lasting(folder, STEP) == first
+    plain, rounded = (Graph.read(root / "int8" / STEP) for root in (built.root, line.root))
     name = "layers.0.mlp.down_proj.weight"
     pair = [
         next(one.constant(t) for t in range(len(one.main.tensors)) if one.name(t) == name) for one in (plain, rounded)

@@ -110,12 +110,16 @@ def test_make_int8_takes_the_recipe_and_makes_what_was_measured(built: Line, tun
     assert made.size == pytest.approx(chosen["size"], rel=0.05)
     plain, graph = (Graph.read(root / "int8" / "step.tflite") for root in (built.root, tuned.root))
     named = quantize.keeper(loaded.int8.int8x2)
-    products = [o for o in plain.operators() if plain.code(o) == "FULLY_CONNECTED" and named(plain.operator_name(o))]
+    products = [
+        o for o in plain.operators() if plain.code(o) == "FULLY_CONNECTED" and named(quantize.layer_name(plain, o))
+    ]
     doubled = [o for o in graph.operators() if graph.operator_name(o).endswith(f";{ROWS}")]
     layers = [o for o in doubled if graph.code(o) == "FULLY_CONNECTED"]
     sums = [sum(each.code(o) == "SUM" for o in each.operators()) for each in (plain, graph)]
     assert sums[1] - sums[0] == len(layers) >= len(products)  # a layer in blocks is several
-    turned = [quantize.keeper(loaded.int8.rotate)(o) for o in map(plain.operator_name, plain.operators())]
+    turned = [
+        quantize.keeper(loaded.int8.rotate)(o) for o in (quantize.layer_name(plain, o) for o in plain.operators())
+    ]
     assert any(turned) == any(graph.code(o) == "CONV_2D" for o in graph.operators())
     assert products or any(turned)
 

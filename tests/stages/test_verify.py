@@ -21,7 +21,7 @@ from pipeline.core.errors import IntegrityError, UsageError
 from pipeline.core.manifest import Facts
 from pipeline.core.recipe import PROJECT
 from pipeline.core.stage import Context, Outcome, Stage
-from pipeline.judge import examine, sqnr
+from pipeline.judge import sqnr, step_runs
 from pipeline.judge.gates import REFERENCE
 from pipeline.judge.reference import Head, Reference
 from pipeline.runtime.litert import StepModel, measure_speed
@@ -305,7 +305,7 @@ class TestARefusal:
 class TestWhereItGoesWrong:
     def test_the_matrix_that_was_spoilt_is_named(self, built: Line, tmp_path: Path) -> None:
         (tmp_path / STEP).write_bytes(spoilt(step(built), -1.0))
-        one, other = ({view.name(i): view.constant(i) for view in Graph.read(file).each() for i in constants(view)}
+        one, other = ({view.name(i): view.constant(i) for view in Graph.read(file).views() for i in constants(view)}
                       for file in (step(built), tmp_path / STEP))  # fmt: skip
         wrong = [name for name in one if not np.array_equal(one[name], other[name])]
         windows, _, _ = reference(built).corpus()
@@ -462,7 +462,7 @@ class TestStepModel:
             StepModel(tmp_path / STEP)
 
     def test_a_part_of_a_panel_is_the_same_positions(self, reference: Reference) -> None:
-        panel = examine.Panel.of(reference, batch=8, pad=0)
+        panel = step_runs.JudgedPositions.of(reference, batch=8, pad=0)
         part, chosen = panel.part(3)
         assert 0 < len(part.positions) < len(panel.positions)
         assert np.array_equal(part.targets, panel.targets[chosen])
@@ -495,6 +495,6 @@ def test_an_int8_bundle_is_judged_without_an_fp32_one(built: Line, tmp_path: Pat
 
 
 def test_agreement_counts_until_the_first_difference() -> None:
-    assert examine.agreement([1, 2, 3], [1, 2, 4]) == 2
-    assert examine.agreement([1, 2], [1, 2, 4]) == 2
-    assert examine.agreement([], [1]) == 0
+    assert step_runs.agreement([1, 2, 3], [1, 2, 4]) == 2
+    assert step_runs.agreement([1, 2], [1, 2, 4]) == 2
+    assert step_runs.agreement([], [1]) == 0

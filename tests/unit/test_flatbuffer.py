@@ -304,8 +304,8 @@ def test_prune_keeps_signatures_and_what_they_share(tmp_path: Path) -> None:
     graph.prune()
     graph.write(file)
     read = Graph.read(file)
-    assert [(view.place, view.signature()) for view in read.each()] == [(0, "tied"), (1, "rows")]
-    assert [[port.name for port in view.ports()] for view in read.each()] == [["ids"], ["ids"]]
+    assert [(view.place, view.signature()) for view in read.views()] == [(0, "tied"), (1, "rows")]
+    assert [[port.name for port in view.ports()] for view in read.views()] == [["ids"], ["ids"]]
     assert len(read.model.subgraphs) == 2 and read.bytes_by_type() == {"FLOAT32": TABLE.nbytes}
     np.testing.assert_allclose(call(file, "tied", IDS)["result"], TABLE[IDS] @ TABLE.T, rtol=1e-5, atol=1e-5)
     assert np.array_equal(call(file, "rows", IDS[:2])["rows"], TABLE[IDS[:2]])
@@ -339,17 +339,17 @@ def test_what_two_signatures_share_is_made_small_once(
 def test_a_constant_changes_type_in_every_subgraph() -> None:
     graph = two()
     graph.set_constant(1, TABLE.astype(np.float16))
-    assert [view.type_of(index) for view, index in zip(graph.each(), (1, 3), strict=True)] == ["FLOAT16", "FLOAT16"]
+    assert [view.type_of(index) for view, index in zip(graph.views(), (1, 3), strict=True)] == ["FLOAT16", "FLOAT16"]
 
 
 def test_an_input_becomes_a_constant_and_is_no_input_any_more(tmp_path: Path) -> None:
     graph, file = two(), tmp_path / "fixed.tflite"
-    view = graph.each()[1]
+    view = graph.views()[1]
     view.make_constant(view.ports()[0], graph.add_buffer(IDS[:2]), "fixed")
     graph.prune()
     graph.write(file)
     read = Graph.read(file)
-    assert [[port.name for port in view.ports()] for view in read.each()] == [["ids"], []]
+    assert [[port.name for port in view.ports()] for view in read.views()] == [["ids"], []]
     from ai_edge_litert.interpreter import Interpreter
 
     runner = Interpreter(model_path=str(file)).get_signature_runner("rows")

@@ -13,12 +13,12 @@ from pipeline.core.recipe import PROJECT, Gate
 from pipeline.core.recipe import load as load_recipe
 from pipeline.core.stage import DEFAULT_RECIPE
 from pipeline.judge import gates, metrics
-from pipeline.judge.gates import Figure
+from pipeline.judge.gates import Measurement
 from pipeline.judge.metrics import Estimate
 
 
-def kld(value: float | None) -> Figure:
-    return Figure(metric="kld", name="KLD", value=value, against="fp32")
+def kld(value: float | None) -> Measurement:
+    return Measurement(metric="kld", name="KLD", value=value, against="fp32")
 
 
 @pytest.mark.parametrize(
@@ -26,13 +26,13 @@ def kld(value: float | None) -> Figure:
     [
         (Gate(kld=0.01), kld(0.01), True),
         (Gate(kld=0.01), kld(0.010001), False),
-        (Gate(top1=0.96), Figure(metric="top1", name="top-1", value=0.96), True),
-        (Gate(top1=0.96), Figure(metric="top1", name="top-1", value=0.9599), False),
-        (Gate(integer_share=0.9), Figure(metric="integer_share", name="share", value=0.91), True),
-        (Gate(integer_share=0.9), Figure(metric="integer_share", name="share", value=0.89), False),
+        (Gate(top1=0.96), Measurement(metric="top1", name="top-1", value=0.96), True),
+        (Gate(top1=0.96), Measurement(metric="top1", name="top-1", value=0.9599), False),
+        (Gate(integer_share=0.9), Measurement(metric="integer_share", name="share", value=0.91), True),
+        (Gate(integer_share=0.9), Measurement(metric="integer_share", name="share", value=0.89), False),
     ],
 )
-def test_limits_are_inclusive_and_one_sided(gate: Gate, figure: Figure, passed: bool) -> None:
+def test_limits_are_inclusive_and_one_sided(gate: Gate, figure: Measurement, passed: bool) -> None:
     (check,) = gates.judge("int8", gate, [figure])
     assert check.passed is passed
 
@@ -44,8 +44,8 @@ def test_a_value_that_is_no_number_does_not_pass(value: float | None) -> None:
     assert "not known" in check.sentence()
 
 
-def estimated(metric: str, value: float, low: float, high: float, positions: int = 2048) -> Figure:
-    return Figure.estimated(metric, metric, Estimate(value, low, high), positions)
+def estimated(metric: str, value: float, low: float, high: float, positions: int = 2048) -> Measurement:
+    return Measurement.estimated(metric, metric, Estimate(value, low, high), positions)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def estimated(metric: str, value: float, low: float, high: float, positions: int
         (estimated("perplexity_ratio_max", 1.0, 0.9, 1.007), "pass"),
         (estimated("perplexity_ratio_max", 1.0, 0.9, 1.0071), "inconclusive"),
         (estimated("perplexity_ratio_max", 1.01, 1.008, 1.02), "fail"),
-        (Figure(metric="perplexity_ratio_max", name="ratio", value=None), "not measured"),
+        (Measurement(metric="perplexity_ratio_max", name="ratio", value=None), "not measured"),
         (estimated("kld", 0.0, 0.0, 0.0, gates.FEWEST), "pass"),
         (estimated("kld", 0.0, 0.0, 0.0, gates.FEWEST - 1), "inconclusive"),
         (estimated("kld", 0.9, 0.9, 0.9, gates.FEWEST - 1), "inconclusive"),
@@ -74,7 +74,7 @@ def estimated(metric: str, value: float, low: float, high: float, positions: int
         (kld(0.5), "fail"),
     ],
 )
-def test_a_check_ends_in_one_of_four_ways(figure: Figure, status: str) -> None:
+def test_a_check_ends_in_one_of_four_ways(figure: Measurement, status: str) -> None:
     limits = {"kld": 0.01, "top1": 0.96, "perplexity_ratio_min": 0.993, "perplexity_ratio_max": 1.007}
     (check,) = gates.judge("int8", Gate(**{figure.metric: limits[figure.metric]}), [figure])
     assert check.status == status and check.passed == (status == "pass")
@@ -163,7 +163,7 @@ def test_what_holds_in_no_case_is_inconclusive() -> None:
 @given(st.floats(allow_nan=True), st.floats(0, 1))
 def test_nothing_beyond_the_limit_passes(value: float, limit: float) -> None:
     (low,) = gates.judge("v", Gate(kld=limit), [kld(value)])
-    (high,) = gates.judge("v", Gate(top1=limit), [Figure(metric="top1", name="top-1", value=value)])
+    (high,) = gates.judge("v", Gate(top1=limit), [Measurement(metric="top1", name="top-1", value=value)])
     assert low.passed == (math.isfinite(value) and value <= limit)
     assert high.passed == (math.isfinite(value) and value >= limit)
 

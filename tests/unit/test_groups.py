@@ -39,7 +39,7 @@ def test_the_table_is_stored_once_in_blocks_of_int8(tmp_path: Path) -> None:
 def test_parts_are_known_by_where_they_were_cut_from_whatever_they_are_called(tmp_path: Path) -> None:
     graph, parts = twice(Model()), set[tuple[Origin, int]]()
     groups.split_columns(graph, lambda _: True, 16)
-    for view in graph.each():
+    for view in graph.views():
         for tensor in view.main.tensors:
             tensor.name = b"any"
     graph.prune()  # which gives buffers other numbers

@@ -124,7 +124,7 @@ def test_weights_that_signatures_share_are_rotated_once(tmp_path: Path) -> None:
     graph.write(tmp_path / "file")
     read = Graph.read(tmp_path / "file")
     assert read.bytes_by_type()["FLOAT32"] == 4 * (2 * OUTPUTS * INPUTS + INPUTS * 16 + INPUTS)
-    for view in read.each():
+    for view in read.views():
         weight = next(int(o.inputs[1]) for o in view.operators() if view.operator_name(o) == "q")
         np.testing.assert_allclose(view.constant(weight), rotate_blocks(WEIGHTS[0], 16), rtol=1e-5, atol=1e-6)
 

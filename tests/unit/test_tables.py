@@ -171,7 +171,7 @@ def test_attached_weights_are_constants_stored_once(
         graph.write(files[-1])
     assert files[0].read_bytes() == files[1].read_bytes()
     read = Graph.read(files[0])
-    assert [[port.name for port in view.ports()] for view in read.each()] == [["x"], ["x"]]
+    assert [[port.name for port in view.ports()] for view in read.views()] == [["x"], ["x"]]
     assert read.bytes_by_type() == {"FLOAT32": VALUES.nbytes}
     assert "head.weight" in [read.name(tensor) for tensor in range(len(read.main.tensors))]
     x = RANDOM.standard_normal((2, 24)).astype(np.float32)

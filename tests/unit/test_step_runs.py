@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from pipeline.judge import corpus, examine
+from pipeline.judge import corpus, step_runs
 from pipeline.judge.reference import Floats, Head, Reference
 from pipeline.runtime.litert import StepModel
 
@@ -58,8 +58,8 @@ GRID = cast(Reference, Grid())
 RUN = {(batch, length) for batch, length in product(BATCHES, SEQUENCES) if batch * length**2 <= 32**2}
 
 
-def run(model: Model, most: float = math.inf) -> examine.GridResult:
-    return examine.run_grid(cast(StepModel, model), GRID, "by hand", most)
+def run(model: Model, most: float = math.inf) -> step_runs.GridResult:
+    return step_runs.run_grid(cast(StepModel, model), GRID, "by hand", most)
 
 
 def test_without_a_limit_every_case_runs_and_shapes_change_least() -> None:
@@ -101,11 +101,11 @@ def test_a_logit_that_is_not_finite_is_the_worst(error: float) -> None:
 
 def test_corners_are_the_ends_of_the_smallest_and_the_largest_batch() -> None:
     model = Model((3, 8), math.nan)
-    bad, names = examine.count_unsound(cast(StepModel, model), GRID)
+    bad, names = step_runs.count_unsound(cast(StepModel, model), GRID)
     assert [shape for shape, _ in model.ran] == [(1, 1), (1, 32), (3, 1), (3, 8)]
     assert bad == 1 and names[-1].startswith("b3_s8_")
     less = Model((3, 8), math.nan)
-    bad, _ = examine.count_unsound(cast(StepModel, less), GRID, 8**2)
+    bad, _ = step_runs.count_unsound(cast(StepModel, less), GRID, 8**2)
     assert [shape for shape, _ in less.ran] == [(1, 1), (1, 8), (3, 1)] and bad == 0
     least = Model((1, 1), math.nan)
-    assert examine.count_unsound(cast(StepModel, least), GRID, 0)[0] == 1 and len(least.ran) == 1
+    assert step_runs.count_unsound(cast(StepModel, least), GRID, 0)[0] == 1 and len(least.ran) == 1

@@ -1,4 +1,4 @@
-"""Running one file on the reference's inputs: the judged positions, the shape grid, greedy continuations."""
+"""Running a step graph on the reference's inputs: the judged positions, the shape grid, greedy continuations."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Logits = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class Panel:
+class JudgedPositions:
     """The judged positions of a corpus: batches, the reference's hidden states [n, H], the real next tokens [n]."""
 
     positions: corpus.Positions
@@ -30,7 +30,7 @@ class Panel:
     head: Head
 
     @classmethod
-    def of(cls, reference: Reference, *, batch: int, pad: int) -> Panel:
+    def of(cls, reference: Reference, *, batch: int, pad: int) -> JudgedPositions:
         """The reference's positions in batches of at most `batch` rows."""
         windows, positions, hidden = reference.corpus()
         return cls(
@@ -41,8 +41,8 @@ class Panel:
             head=reference.head,
         )
 
-    def part(self, every: int) -> tuple[Panel, NDArray[np.int64]]:
-        """Every `every`-th batch as a panel of its own, for what takes long; and which positions it keeps."""
+    def part(self, every: int) -> tuple[JudgedPositions, NDArray[np.int64]]:
+        """Every `every`-th batch by itself, for what takes long; and which positions it keeps."""
         batches = self.batches[::every]
         chosen = np.concatenate([batch.index for batch in batches])
         starts = np.cumsum([0, *(len(batch.index) for batch in batches)])
@@ -51,32 +51,32 @@ class Panel:
             for batch, start in zip(batches, starts, strict=False)
         ]
         kept = corpus.Positions(self.positions.window[chosen], self.positions.length[chosen])
-        return Panel(kept, renumbered, self.hidden[chosen], self.targets[chosen], self.head), chosen
+        return JudgedPositions(kept, renumbered, self.hidden[chosen], self.targets[chosen], self.head), chosen
 
 
-def run_positions(model: StepModel, panel: Panel, label: str, scratch: Path) -> Logits:
+def run_positions(model: StepModel, judged: JudgedPositions, label: str, scratch: Path) -> Logits:
     """The file's logits float32 [n, V] at each judged position, in a memory map at `scratch` (gigabytes for E2B)."""
-    shape = (len(panel.positions), panel.head.vocabulary)
+    shape = (len(judged.positions), judged.head.vocabulary)
     logits = np.memmap(scratch, dtype=np.float32, mode="w+", shape=shape)
     with log.progress(f"{label}: judged positions", shape[0], "positions") as bar:
-        for batch in panel.batches:
+        for batch in judged.batches:
             logits[batch.index] = model.logits(batch.input_ids, batch.attention_mask)
             bar.advance(len(batch.index))
     return logits
 
 
-def against_reference(files: Sequence[Logits], panel: Panel) -> list[Scores]:
+def against_reference(files: Sequence[Logits], judged: JudgedPositions) -> list[Scores]:
     """Each file's logits [n, V] scored against Hugging Face's, which are computed from the hidden states lot by lot."""
-    return panel.head.score_each(files, panel.hidden, panel.targets)
+    return judged.head.score_each(files, judged.hidden, judged.targets)
 
 
-def against_file(logits: Logits, other: Logits, panel: Panel, chosen: NDArray[np.int64]) -> Scores:
-    """`logits` [n, V] of `panel` scored against another file's, of which they are the positions `chosen` [n].
+def against_file(logits: Logits, other: Logits, judged: JudgedPositions, chosen: NDArray[np.int64]) -> Scores:
+    """`logits` [n, V] of `judged` scored against another file's, of which they are the positions `chosen` [n].
 
     Lot by lot: both are memory maps, and a copy of all would be gigabytes.
     """
-    lots = (slice(start, start + panel.head.rows) for start in range(0, len(logits), panel.head.rows))
-    return metrics.join([metrics.compare(other[chosen[lot]], logits[lot], panel.targets[lot]) for lot in lots])
+    lots = (slice(start, start + judged.head.rows) for start in range(0, len(logits), judged.head.rows))
+    return metrics.join([metrics.compare(other[chosen[lot]], logits[lot], judged.targets[lot]) for lot in lots])
 
 
 @dataclass(frozen=True)
