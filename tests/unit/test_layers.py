@@ -21,7 +21,7 @@ ALLOWED = {
     "release": {"core"},
     "tflite": {"core", "checkpoint"},
     "export": {"core", "tflite"},
-    "quantize": {"core", "tflite", "runtime"},
+    "quantize": {"core", "checkpoint", "tflite", "runtime"},
     "models": {"core", "checkpoint", "tflite", "export"},
     "judge": {"core", "checkpoint", "tflite", "runtime"},
     "reference": {"core", "checkpoint", "judge"},
