@@ -39,6 +39,11 @@ IMAGE ?= hf-to-litert#: name of the container image
 IMAGE_FLAGS ?=#: more options of `docker build`, e.g. --build-arg LOCK=cuda
 NETWORK ?= bridge#: container network of what downloads or uploads
 
+# What a user sets is a name and no text of Make, which would run $(shell …) in a folder's name, also under -n.
+SETTINGS := $(shell sed -n 's/^\([A-Z_]*\) ?=.*#:.*/\1/p' $(firstword $(MAKEFILE_LIST)))
+$(foreach name,$(SETTINGS),$(if $(filter-out file,$(origin $(name))),$(if $(findstring $$,$(subst $$$$,,$(value $(name)))),\
+	$(error $(name)=$(value $(name)) has a dollar sign, which Make reads as its own: write $$$$ for it, or rename the folder or file))))
+
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 MAKEFLAGS += --no-builtin-rules --no-builtin-variables --warn-undefined-variables

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
@@ -282,6 +283,19 @@ def test_a_folder_that_make_can_not_name_is_refused(tmp_path: Path, name: str) -
     ):
         said = refused(setting.replace("$", "$$"))
         assert "can't tell such a name from its own signs" in said and "do:    rename the folder" in said
+    assert not list(PROJECT.glob("PWNED*"))
+
+
+@pytest.mark.parametrize("name", ["$(shell touch PWNED)", "$(touch PWNED)", "${HOME}", "a$b"])
+@pytest.mark.parametrize("setting", ["MODEL_ID", "ARTIFACTS", "RECIPE", "EVAL", "PROMPT", "FILE"])
+def test_a_setting_is_no_text_of_make(tmp_path: Path, setting: str, name: str) -> None:
+    value = f"{tmp_path}/{name}"
+    given_ = [[f"{setting}={value}"], []], [{}, {setting: value}]
+    for arguments, environment in zip(*given_, strict=True):
+        done = subprocess.run(
+            ["make", "-n", *arguments], cwd=PROJECT, env=os.environ | environment, capture_output=True, text=True
+        )
+        assert done.returncode == 2 and f"{setting}={value} has a dollar sign" in done.stderr
     assert not list(PROJECT.glob("PWNED*"))
 
 
