@@ -10,11 +10,11 @@ import mmap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from pipeline.bundling.litertlm import read_sections
 from pipeline.core import log, manifest, parallel
 from pipeline.tflite.graph import model_at, type_name
+from pipeline.tflite.schema import BufferReader
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class Constant:
     sha256: str = ""
 
 
-def digests(files: Mapping[str, Path]) -> dict[str, list[dict[str, Any]]]:
+def digests(files: Mapping[str, Path]) -> dict[str, list[dict[str, object]]]:
     """Every constant of each file (`.tflite` or `.litertlm`), in the order of their places, under the file's key.
 
     Raises:
@@ -42,7 +42,7 @@ def digests(files: Mapping[str, Path]) -> dict[str, list[dict[str, Any]]]:
     found = {key: places(file) for key, file in files.items()}
     with log.progress("hashing tensors", sum(item.size for items in found.values() for item in items)) as bar:
 
-        def hashed(file: Path, items: Sequence[Constant]) -> list[dict[str, Any]]:
+        def hashed(file: Path, items: Sequence[Constant]) -> list[dict[str, object]]:
             def work(item: Constant) -> Constant:
                 digest = manifest.sha256_of_part(file, item.offset, item.size)
                 bar.advance(item.size)
@@ -87,7 +87,7 @@ def _constants(data: mmap.mmap, start: int, section: str) -> Iterator[Constant]:
                 )
 
 
-def _place(buffer: Any, start: int) -> tuple[int, int]:
+def _place(buffer: BufferReader, start: int) -> tuple[int, int]:
     """Offset in the file and size of a buffer's bytes, which stand in the flatbuffer or, in large files, behind it."""
     if buffer.Offset() > 1:  # 1: the writer's mark for a place that is still to be filled in
         return start + buffer.Offset(), buffer.Size()

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from google.protobuf import json_format
 from litert_lm_builder.runtime.proto import llm_metadata_pb2
@@ -15,7 +14,9 @@ from litert_lm_builder.runtime.proto import llm_metadata_pb2
 from pipeline.bundling import litertlm
 from pipeline.core.errors import UsageError
 from pipeline.core.facts import Section
+from pipeline.tflite import schema
 from pipeline.tflite.graph import Graph, text
+from pipeline.tflite.schema import Operator, SignatureDef
 
 _PRODUCTS = ("FULLY_CONNECTED", "BATCH_MATMUL", "CONV_2D")
 _INTEGERS = ("INT4", "INT8", "INT16")
@@ -93,7 +94,7 @@ class Contents:
     file: str
     size: int
     sections: tuple[Section, ...]
-    metadata: Mapping[str, Any]
+    metadata: Mapping[str, object]
     models: tuple[Model, ...]
 
 
@@ -129,7 +130,7 @@ def _model(graph: Graph, name: str, size: int) -> Model:
     return Model(name=name, size=size, signatures=signatures, constants=_constants(graph), metadata=metadata)
 
 
-def _signature(graph: Graph, definition: Any) -> Signature:
+def _signature(graph: Graph, definition: SignatureDef | None) -> Signature:
     operators = list(graph.operators())
     products = Counter(_arithmetic(graph, each) for each in operators if graph.code(each) in _PRODUCTS)
     return Signature(
@@ -141,7 +142,7 @@ def _signature(graph: Graph, definition: Any) -> Signature:
     )
 
 
-def _ports(graph: Graph, ports: Sequence[Any]) -> tuple[Port, ...]:
+def _ports(graph: Graph, ports: Sequence[schema.Port]) -> tuple[Port, ...]:
     return tuple(
         Port(
             name=text(port.name),
@@ -152,7 +153,7 @@ def _ports(graph: Graph, ports: Sequence[Any]) -> tuple[Port, ...]:
     )
 
 
-def _arithmetic(graph: Graph, operator: Any) -> str:
+def _arithmetic(graph: Graph, operator: Operator) -> str:
     left, right = (graph.type_of(int(tensor)) for tensor in operator.inputs[:2])
     if right not in _INTEGERS:
         return "float"
@@ -172,7 +173,7 @@ def _constants(graph: Graph) -> tuple[Constant, ...]:
 
 def _constant(graph: Graph, tensor: int) -> Constant:
     shape = graph.shape(tensor)
-    size = len(graph.model.buffers[graph.main.tensors[tensor].buffer].data)
+    size = len(graph.stored(tensor))
     return Constant(
         name=graph.name(tensor),
         type=graph.type_of(tensor),

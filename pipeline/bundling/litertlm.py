@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from io import StringIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from google.protobuf.message import DecodeError
 from litert_lm_builder import litertlm_builder, litertlm_core, litertlm_peek
@@ -99,7 +99,7 @@ def _files(metadata: Metadata, tokenizer: str, models: Mapping[str, Path], scrat
     return {"metadata": llm, "tokenizer": packed, **{name: models[name] for name in _MODEL_KINDS if name in models}}
 
 
-def _message(metadata: Metadata) -> Any:
+def _message(metadata: Metadata) -> llm_metadata_pb2.LlmMetadata:
     """The metadata as LiteRT-LM's protocol buffer."""
     message = llm_metadata_pb2.LlmMetadata(
         max_num_tokens=metadata.max_tokens,

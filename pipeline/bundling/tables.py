@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -81,7 +81,7 @@ def _graph(table: Blocks, source: Source, precision: Precision) -> Graph:
     graph = Graph.empty()
     rows, columns = table.shape
 
-    def constant(name: str, value: Any, dtype: Any = np.int32) -> int:
+    def constant(name: str, value: Sequence[int] | float, dtype: type[np.generic] = np.int32) -> int:
         return graph.add_constant(np.array(value, dtype), name)
 
     def then(code: str, inputs: Sequence[int], name: str, kind: str, shape: Sequence[int], version: int = 1) -> int:

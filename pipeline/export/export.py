@@ -22,7 +22,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
 from pipeline.core.errors import ExportError
-from pipeline.tflite.graph import Graph
+from pipeline.tflite.graph import Graph, text
 from pipeline.tflite.weights import PREFIX
 
 _NO_RESERVE = 0x4000
@@ -161,7 +161,7 @@ def _tidy(graph: Graph) -> None:
     """Give inputs their own names, and take out the zero biases that `lowering` had to put in."""
     for view in graph.views():
         for port in view.ports():
-            port.name = port.name.removeprefix("inputs_").replace("weights_", PREFIX, 1)
+            port.name = text(port.name).removeprefix("inputs_").replace("weights_", PREFIX, 1)
         for operator in view.operators():
             if view.code(operator) == "FULLY_CONNECTED" and len(operator.inputs) > 2 and operator.inputs[2] >= 0:
                 bias = int(operator.inputs[2])

@@ -21,7 +21,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +28,7 @@ from numpy.typing import NDArray
 from pipeline.quantize.rows import LINEAR, LOOKUP, PRODUCT
 from pipeline.tflite.graph import Graph
 from pipeline.tflite.lazy import Array
+from pipeline.tflite.schema import Operator
 
 # Factors stay within 2^±8: enough for any channel seen, and far from the ends of float32.
 _LARGEST_EXPONENT = 8
@@ -63,7 +63,7 @@ class _Use:
     """Input `place` of `operator`: a constant."""
 
     view: Graph
-    operator: Any
+    operator: Operator
     place: int
 
     @property
@@ -172,7 +172,7 @@ class _Walk:
             operator = self.producers.get(before) if self._alone(before) else None
         return self._factor(operator) if operator is not None and _is_plain(operator) else None
 
-    def _same_channels(self, operator: Any) -> int:
+    def _same_channels(self, operator: Operator) -> int:
         """The input of `operator` that its output's channels are proportional to, −1 if there is none."""
         code, result = self.view.code(operator), self.view.shape(int(operator.outputs[0]))
         if code == PRODUCT:
@@ -180,7 +180,7 @@ class _Walk:
         moved = int(operator.inputs[0]) if code in _MOVES else -1
         return moved if moved >= 0 and self.view.shape(moved)[-1:] == result[-1:] else -1
 
-    def _factor(self, product: Any) -> _Use | None:
+    def _factor(self, product: Operator) -> _Use | None:
         """Of a product of two: its constant, or one factor's constant or rows."""
         feeder = self._constant_of(product)
         makers = [self.producers.get(int(tensor)) for tensor in product.inputs if self._alone(int(tensor))]
@@ -191,7 +191,7 @@ class _Walk:
                 feeder = _Use(self.view, maker, 1)
         return feeder
 
-    def _constant_of(self, operator: Any) -> _Use | None:
+    def _constant_of(self, operator: Operator) -> _Use | None:
         """The constant of a product that has as many channels as a row of it, or is one number."""
         if self.view.code(operator) != "MUL" or not _is_plain(operator):
             return None
@@ -205,19 +205,19 @@ class _Walk:
         """Whether one operator reads `tensor`, and no caller does."""
         return tensor >= 0 and len(self.consumers.get(tensor, [])) == 1 and tensor not in self.results
 
-    def _is_layer(self, operator: Any) -> bool:
+    def _is_layer(self, operator: Operator) -> bool:
         if self.view.code(operator) != LINEAR:
             return False
         weight = int(operator.inputs[1])
         return self.view.is_constant(weight) and self.view.type_of(weight) == "FLOAT32"
 
 
-def _is_plain(operator: Any) -> bool:
+def _is_plain(operator: Operator) -> bool:
     """Whether no activation function is fused into `operator`."""
     return not getattr(operator.builtinOptions, "fusedActivationFunction", 0)
 
 
-def _has_bias(operator: Any) -> bool:
+def _has_bias(operator: Operator) -> bool:
     return len(operator.inputs) > 2 and int(operator.inputs[2]) >= 0
 
 

@@ -6,8 +6,6 @@ and says nothing. See `rows.py` for why the graph is rewritten here.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -15,6 +13,7 @@ from pipeline.core.errors import QuantiseError
 from pipeline.quantize.rows import LOOKUP
 from pipeline.tflite.graph import Graph
 from pipeline.tflite.lazy import Array
+from pipeline.tflite.schema import Operator
 
 # Versions that TFLite's version rules demand of operators that read float16.
 LOOKUP_VERSION, DEQUANTIZE_VERSION = 4, 3
@@ -34,8 +33,8 @@ def make_half(graph: Graph) -> None:
 def _halve_weights(graph: Graph) -> None:
     widened: dict[int, int] = {}
 
-    def change(operator: Any) -> list[Any]:
-        before: list[Any] = []
+    def change(operator: Operator) -> list[Operator]:
+        before: list[Operator] = []
         if graph.code(operator) == LOOKUP:
             return _half_lookup(graph, operator)
         for place, tensor in enumerate(int(i) for i in operator.inputs):
@@ -52,7 +51,7 @@ def _halve_weights(graph: Graph) -> None:
     graph.rewrite(change)
 
 
-def _half_lookup(graph: Graph, operator: Any) -> list[Any]:
+def _half_lookup(graph: Graph, operator: Operator) -> list[Operator]:
     ids, table, result = int(operator.inputs[0]), int(operator.inputs[1]), int(operator.outputs[0])
     _halve(graph, table)
     rows = graph.add_tensor(graph.name(result) + ";float16", "FLOAT16", graph.shape(result))

@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -162,7 +162,7 @@ class Hessians:
         self, factors: list[Factor], file: str, columns: slice, scaled: Array | None, rotation: int
     ) -> list[Factor]:
         """`factors`, with that of each span of `columns`."""
-        stored: NDArray[Any] = np.load(self.folder / file, mmap_mode="r")
+        stored: Array = np.load(self.folder / file, mmap_mode="r")
         width = stored.shape[1]
         for place, whole in enumerate(stored):
             low, high = (min(max(edge - place * width, 0), width) for edge in (columns.start, columns.stop))

@@ -15,13 +15,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import numpy as np
 
 from pipeline.quantize.rows import LINEAR, LOOKUP, Keep, layer_name
 from pipeline.tflite.graph import Graph
 from pipeline.tflite.lazy import Array, Blocks
+from pipeline.tflite.schema import Operator
 
 # Rows of a matrix that are read at a time to cut a group of columns out of them.
 _ROWS = 4096
@@ -77,7 +77,7 @@ class _Splitting:
     def rewrite(self) -> None:
         self.graph.rewrite(self._change)
 
-    def _change(self, operator: Any) -> list[Any]:
+    def _change(self, operator: Operator) -> list[Operator]:
         graph, code = self.graph, self.graph.code(operator)
         matrix = int(operator.inputs[1]) if code in (LINEAR, LOOKUP) else -1
         if not graph.is_constant(matrix) or graph.buffer(matrix) not in self.group_buffers:
@@ -96,7 +96,7 @@ class _Splitting:
                 graph.main.tensors[tensor].buffer = buffer
         return self.weights[matrix]
 
-    def _sum(self, layer: Any, weights: list[int]) -> list[Any]:
+    def _sum(self, layer: Operator, weights: list[int]) -> list[Operator]:
         """`layer` as the sum of one for each group; the first adds the bias, if there is any."""
         graph, result, count = self.graph, int(layer.outputs[0]), len(weights)
         shape = graph.shape(result)
@@ -113,7 +113,7 @@ class _Splitting:
         ]
         return [*before, *layers, *adds]
 
-    def _split(self, x: int, count: int) -> tuple[list[Any], list[int]]:
+    def _split(self, x: int, count: int) -> tuple[list[Operator], list[int]]:
         """What cuts `x` [..., inputs] into `count` groups of channels, unless that is done already, and the groups."""
         if (x, count) in self.inputs:
             return [], self.inputs[x, count]
@@ -123,7 +123,7 @@ class _Splitting:
         axis = graph.add_constant(np.array(len(shape) - 1, np.int32), f"{graph.name(x)};axis")
         return [graph.operator("SPLIT", [axis, x], groups, numSplits=count)], groups
 
-    def _join(self, lookup: Any, tables: list[int]) -> list[Any]:
+    def _join(self, lookup: Operator, tables: list[int]) -> list[Operator]:
         """`lookup` in each group of its table, and the groups of the rows side by side."""
         graph, ids, rows = self.graph, int(lookup.inputs[0]), int(lookup.outputs[0])
         shape = graph.shape(rows)

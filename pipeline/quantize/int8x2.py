@@ -14,12 +14,12 @@ Result: Gemma 3 270M's int8 loses what its weights cost and no more, 0.0070 nats
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from pipeline.quantize.rows import LINEAR, Keep, layer_name
 from pipeline.tflite.graph import Graph
+from pipeline.tflite.lazy import Array
+from pipeline.tflite.schema import Operator
 
 ROWS = "rows"
 _STEPS = 255.0
@@ -48,7 +48,7 @@ class _Int8x2:
     def rewrite(self) -> None:
         self.graph.rewrite(self._change)
 
-    def _change(self, operator: Any) -> list[Any]:
+    def _change(self, operator: Operator) -> list[Operator]:
         graph = self.graph
         if graph.code(operator) != LINEAR or not self.chosen(layer_name(graph, operator)):
             return [operator]
@@ -71,7 +71,7 @@ class _Int8x2:
             after.append(graph.operator("ADD", [total, bias], [result]))
         return [*before, operator, *after]
 
-    def _as_two_layers(self, operator: Any, shape: tuple[int, ...]) -> list[Any]:
+    def _as_two_layers(self, operator: Operator, shape: tuple[int, ...]) -> list[Operator]:
         """The layer once for each term, and the sum: of 4-bit weights XNNPACK has a fast kernel for one row alone."""
         graph, x, result = self.graph, int(operator.inputs[0]), int(operator.outputs[0])
         before = [] if x in self.terms else self._split(x, shape)
@@ -84,13 +84,13 @@ class _Int8x2:
             layer.builtinOptions.asymmetricQuantizeInputs = True  # else the built-in kernels take another step
         return [*before, operator, second, graph.operator("ADD", products, [result])]
 
-    def _stack(self, x: int, shape: tuple[int, ...]) -> list[Any]:
+    def _stack(self, x: int, shape: tuple[int, ...]) -> list[Operator]:
         """The operators that make [..., 2, inputs] of `x` [..., 1, inputs]."""
         before = [] if x in self.terms else self._split(x, shape)
         self.rows[x] = self._tensor(x, ROWS, (*shape[:-2], 2, shape[-1]))
         return [*before, self.graph.operator("CONCATENATION", self.terms[x], [self.rows[x]], axis=len(shape) - 2)]
 
-    def _split(self, x: int, shape: tuple[int, ...]) -> list[Any]:
+    def _split(self, x: int, shape: tuple[int, ...]) -> list[Operator]:
         """The operators that make of `x` its value in the kernel's own steps, and the remainder."""
         graph, per_row = self.graph, (*shape[:-1], 1)
         high, low, width = (self._tensor(x, name, per_row) for name in ("max", "min", "range"))
@@ -120,7 +120,7 @@ class _Int8x2:
     def _scalar(self, name: str, value: float) -> int:
         return self._constant(name, np.array([value], np.float32))
 
-    def _constant(self, name: str, values: Any) -> int:
+    def _constant(self, name: str, values: Array) -> int:
         if name not in self.constants:  # names stand in the files, whose bytes are to stay
             self.constants[name] = self.graph.add_constant(values, f"two_rows;{name}")
         return self.constants[name]

@@ -18,6 +18,7 @@ import numpy as np
 from pipeline.core.errors import PipelineError, QuantiseError
 from pipeline.core.facts import Contents
 from pipeline.tflite.graph import Graph
+from pipeline.tflite.schema import Operator
 
 Arithmetic = Literal["integer", "hybrid", "float"]
 Target = Literal["fp16", "dynamic", "static", "static16", "int4"]
@@ -167,7 +168,7 @@ def _open(file: Path) -> Any:
     return Interpreter(model_path=str(file), experimental_op_resolver_type=kind)
 
 
-def _products(graph: Graph) -> list[tuple[Any, int]]:
+def _products(graph: Graph) -> list[tuple[Operator, int]]:
     """Every matrix product, and in how many rows it takes its input; those of remainders are left out.
 
     What a product is for is seen in the graph: a remainder's is added to one of the value's with the same weights.
@@ -183,7 +184,7 @@ def _products(graph: Graph) -> list[tuple[Any, int]]:
     return products
 
 
-def _added(graph: Graph, product: Any, consumers: Mapping[int, Sequence[Any]]) -> Any:
+def _added(graph: Graph, product: Operator, consumers: Mapping[int, Sequence[Operator]]) -> Operator | None:
     """The addition that alone reads the result of `product`, scaled or not (static.py); None if there is none."""
     while len(readers := consumers.get(int(product.outputs[0]), [])) == 1:
         product = readers[0]
@@ -192,7 +193,7 @@ def _added(graph: Graph, product: Any, consumers: Mapping[int, Sequence[Any]]) -
     return None
 
 
-def _rows(graph: Graph, operator: Any, consumers: Mapping[int, Sequence[Any]]) -> int:
+def _rows(graph: Graph, operator: Operator, consumers: Mapping[int, Sequence[Operator]]) -> int:
     """In how many rows a layer takes its input, which are summed next (int8x2.py): 2 or 1."""
     result = int(operator.outputs[0])
     readers, shape = consumers.get(result, []), graph.shape(result)
@@ -203,7 +204,7 @@ def _rows(graph: Graph, operator: Any, consumers: Mapping[int, Sequence[Any]]) -
     return shape[-2] if summed else 1
 
 
-def _product(graph: Graph, operator: Any, shapes: Sequence[tuple[int, ...]], rows: int) -> Product:
+def _product(graph: Graph, operator: Operator, shapes: Sequence[tuple[int, ...]], rows: int) -> Product:
     """Multiply-adds: elements of the result times the length of what is summed for each, over `rows`."""
     left, right, result = int(operator.inputs[0]), int(operator.inputs[1]), int(operator.outputs[0])
     if graph.code(operator) == "BATCH_MATMUL":
@@ -219,7 +220,7 @@ def _product(graph: Graph, operator: Any, shapes: Sequence[tuple[int, ...]], row
     )
 
 
-def _computes_in_float(graph: Graph, operator: Any) -> bool:
+def _computes_in_float(graph: Graph, operator: Operator) -> bool:
     """Whether an operator does arithmetic in float32."""
     if graph.code(operator) in _NO_ARITHMETIC:
         return False

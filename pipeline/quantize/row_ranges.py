@@ -13,13 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from pipeline.quantize.rows import LINEAR, LOOKUP
 from pipeline.tflite.graph import Graph, Origin
 from pipeline.tflite.lazy import Blocks
+from pipeline.tflite.schema import Operator
 
 _FINE, _COARSE = "fine", "coarse"
 
@@ -95,13 +95,13 @@ class _Splitting:
     def rewrite(self) -> None:
         self.graph.rewrite(self._change)
 
-    def _change(self, operator: Any) -> list[Any]:
+    def _change(self, operator: Operator) -> list[Operator]:
         reads = len(operator.inputs) > 1 and int(operator.inputs[1]) in self.tables
         if not reads:
             return [operator]
         return self._product(operator) if self.graph.code(operator) == LINEAR else self._lookup(operator)
 
-    def _product(self, operator: Any) -> list[Any]:
+    def _product(self, operator: Operator) -> list[Operator]:
         """x · tableᵀ as the results of all ranges side by side."""
         graph, x, result = self.graph, int(operator.inputs[0]), int(operator.outputs[0])
         shape, keep = graph.shape(result), bool(operator.builtinOptions.keepNumDims)
@@ -111,7 +111,7 @@ class _Splitting:
             products.append(graph.operator(LINEAR, [x, part.tensor, -1], results[-1:], keepNumDims=keep))
         return [*products, graph.operator("CONCATENATION", results, [result], axis=len(shape) - 1)]
 
-    def _lookup(self, operator: Any) -> list[Any]:
+    def _lookup(self, operator: Operator) -> list[Operator]:
         """The rows of the first range, and from each further one those of the tokens that it holds."""
         ids, result = int(operator.inputs[0]), int(operator.outputs[0])
         rows, steps = self._look_up(ids, result, self.ranges[0])
@@ -122,7 +122,7 @@ class _Splitting:
         steps[-1].outputs = [result]
         return steps
 
-    def _look_up(self, ids: int, result: int, part: _RowRange) -> tuple[int, list[Any]]:
+    def _look_up(self, ids: int, result: int, part: _RowRange) -> tuple[int, list[Operator]]:
         """The range's rows; of tokens outside it, its first or last row."""
         graph, count = self.graph, self.graph.shape(ids)
         moved, least, held = (self._tensor(part, name, "INT32", count) for name in ("moved", "least", "held"))
@@ -134,7 +134,7 @@ class _Splitting:
             graph.operator(LOOKUP, [held, part.tensor], [rows]),
         ]
 
-    def _choose(self, ids: int, below: int, above: int, part: _RowRange) -> tuple[int, list[Any]]:
+    def _choose(self, ids: int, below: int, above: int, part: _RowRange) -> tuple[int, list[Operator]]:
         """`below` for tokens before the range, `above` for the others."""
         graph, count = self.graph, self.graph.shape(ids)
         before, column = (

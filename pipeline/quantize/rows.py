@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +34,7 @@ from numpy.typing import NDArray
 from pipeline.checkpoint import preflight
 from pipeline.tflite.graph import Graph, Origin
 from pipeline.tflite.lazy import Array, Blocks, Scales
+from pipeline.tflite.schema import Operator
 
 LOOKUP, LINEAR, PRODUCT = "EMBEDDING_LOOKUP", "FULLY_CONNECTED", "BATCH_MATMUL"
 # Versions that TFLite's version rules demand: per-channel int8 weights, int8 rows with float output.
@@ -59,7 +59,7 @@ def keeper(patterns: Iterable[str]) -> Keep:
     return lambda name: any(pattern.search(name) for pattern in compiled)
 
 
-def layer_name(view: Graph, operator: Any) -> str:
+def layer_name(view: Graph, operator: Operator) -> str:
     """The name by which recipes know an operator: its own, and `head;` for the product that gives the logits.
 
     That product is known by its matrix. Its own name is another one in each graph: `head;`, or where it is the graph's

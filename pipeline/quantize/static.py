@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +32,7 @@ from pipeline.quantize.calibrate import Statistics
 from pipeline.quantize.rows import LINEAR, PRODUCT, Keep, layer_name, quantise_weights
 from pipeline.tflite.graph import Graph
 from pipeline.tflite.lazy import Array, Scales
+from pipeline.tflite.schema import Operator
 
 Bits = Literal[8, 16]
 
@@ -111,9 +112,9 @@ def _scores(graph: Graph) -> set[int]:
     return {id(operator) for operator in _last_products(graph, read)}
 
 
-def _last_products(graph: Graph, tensors: Iterable[int]) -> list[Any]:
+def _last_products(graph: Graph, tensors: Iterable[int]) -> list[Operator]:
     """The products that `tensors` come from, without another product between."""
-    producers, products, waiting, seen = graph.producers(), list[Any](), list(tensors), set[int]()
+    producers, products, waiting, seen = graph.producers(), list[Operator](), list(tensors), set[int]()
     while waiting:
         tensor = waiting.pop()
         operator = producers.get(tensor)
@@ -127,20 +128,20 @@ def _last_products(graph: Graph, tensors: Iterable[int]) -> list[Any]:
     return products
 
 
-def _multiplies(graph: Graph, operator: Any) -> bool:
+def _multiplies(graph: Graph, operator: Operator) -> bool:
     return graph.code(operator) in (LINEAR, PRODUCT)
 
 
-def _is_product(graph: Graph, operator: Any) -> bool:
+def _is_product(graph: Graph, operator: Operator) -> bool:
     return _multiplies(graph, operator) and all(graph.type_of(i) == "FLOAT32" for i in _activations(graph, operator))
 
 
-def _is_plain(graph: Graph, operator: Any) -> bool:
+def _is_plain(graph: Graph, operator: Operator) -> bool:
     """Whether it is a linear layer without a bias."""
     return graph.code(operator) == LINEAR and all(int(i) < 0 for i in operator.inputs[2:])
 
 
-def _activations(graph: Graph, operator: Any) -> list[int]:
+def _activations(graph: Graph, operator: Operator) -> list[int]:
     """The float tensors that `operator` reads and writes while running."""
     tensors = [int(i) for i in (*operator.inputs, *operator.outputs)]
     return [i for i in tensors if i >= 0 and not graph.is_constant(i) and graph.type_of(i) == "FLOAT32"]
@@ -198,7 +199,7 @@ class _Static:
             self.graph.opcode(PRODUCT, _PRODUCT_INT16_VERSION)
         self.graph.rewrite(self._change)
 
-    def _change(self, operator: Any) -> list[Any]:
+    def _change(self, operator: Operator) -> list[Operator]:
         if id(operator) in self.int8x2:
             return self._change_int8x2(operator)
         if id(operator) not in self.integer:
@@ -227,13 +228,13 @@ class _Static:
     def _float(self, of: int, name: str) -> int:
         return self.graph.add_tensor(f"{self.graph.name(of)}{name}", "FLOAT32", self.graph.shape(of))
 
-    def _quantise(self, tensor: int, twin: int) -> Any:
+    def _quantise(self, tensor: int, twin: int) -> Operator:
         return self.graph.operator("QUANTIZE", [tensor], [twin], version=_QUANTIZE_VERSION[self.bits])
 
-    def _dequantise(self, twin: int, tensor: int) -> Any:
+    def _dequantise(self, twin: int, tensor: int) -> Operator:
         return self.graph.operator("DEQUANTIZE", [twin], [tensor], version=_DEQUANTIZE_VERSION[self.bits])
 
-    def _set_bias(self, operator: Any) -> None:
+    def _set_bias(self, operator: Operator) -> None:
         """The bias in the unit in which the kernel adds up; at 16 bits a wide one also where none was but sums wrap."""
         graph, bias = self.graph, int(operator.inputs[2]) if len(operator.inputs) > 2 else -1
         weight, step = int(operator.inputs[1]), self.scales[int(operator.inputs[0])].scale[0]
@@ -248,7 +249,7 @@ class _Static:
 
     # --- int8×2: layers of two tensors
 
-    def _change_int8x2(self, operator: Any) -> list[Any]:
+    def _change_int8x2(self, operator: Operator) -> list[Operator]:
         """A linear layer of two int8 tensors, the value and the remainder, whose results are added in float32."""
         x, result = int(operator.inputs[0]), int(operator.outputs[0])
         before = [] if x in self.pairs else self._split(x)
@@ -262,7 +263,7 @@ class _Static:
         terms = [int(layer[-1].outputs[0]) for layer in layers]
         return [*before, *layers[0], *layers[1], self.graph.operator("ADD", terms, [result])]
 
-    def _split(self, x: int) -> list[Any]:
+    def _split(self, x: int) -> list[Operator]:
         """The operators that make two int8 tensors of `x`: rounded to steps, and the rest in steps 254 times finer.
 
         The range of the first has room beyond what calibration saw, for the second gives back what that costs.
@@ -280,7 +281,7 @@ class _Static:
             self._quantise(left, rest),
         ]
 
-    def _layer(self, operator: Any, source: int, name: str, reach: Array) -> list[Any]:
+    def _layer(self, operator: Operator, source: int, name: str, reach: Array) -> list[Operator]:
         """`operator` of the int8 tensor `source`; channel c of the result is at most `reach`[c], up to its sign."""
         graph, result = self.graph, int(operator.outputs[0])
         reach = np.maximum(reach, reach.max() * _SMALLEST_REACH + _NOTHING).astype(np.float32)
@@ -319,7 +320,7 @@ def _wraps(graph: Graph, weight: int) -> bool:
     return int(max(sums)) * 2**15 >= 2**31
 
 
-def _steps(values: Array, unit: Array, kind: Any) -> Array:
+def _steps(values: Array, unit: Array, kind: type[np.signedinteger]) -> Array:
     """`values` in multiples of `unit`, as integers of `kind`."""
     limits = np.iinfo(kind)
     wanted = np.rint(values / unit.astype(np.float64))

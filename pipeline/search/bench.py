@@ -70,7 +70,7 @@ class Measured:
     blocks: metrics.Indices
     size: int
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, object]:
         """The figures with 95 % intervals; none where the file gives no numbers."""
         if not np.isfinite(self.kld).all():
             return {}
@@ -135,7 +135,7 @@ class Bench:
 
     def section(self, candidate: Candidate) -> Int8 | Int4:
         """That of the candidate's recipe; asked for thousands of times, so that no recipe is written and read."""
-        values: dict[str, Any] = {
+        values: dict[str, Any] = {  # of fields of whichever class the section has
             key: tuple(value) if isinstance(value, list) else value for key, value in candidate.values.items()
         }
         return replace(self.given, **values)
@@ -165,7 +165,7 @@ class Bench:
         for view in graph.views():
             for weight in _rounded(view):
                 buffer = view.buffer(weight)
-                made[self._home(view, weight, strength)] = buffer, graph.model.buffers[buffer].data
+                made[self._home(view, weight, strength)] = buffer, view.blocks(weight)
         missing = {file: values for file, (_, values) in made.items() if not file.is_file()}
         with log.progress("rounding weights", sum(map(len, missing.values()))) as bar:
             for file, write in zip(missing, write_all([*missing.values()], bar), strict=True):

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
-from typing import Any, Literal
+from typing import Literal
 
 from pipeline.quantize.rows import keeper
 from pipeline.search import rewrite
@@ -154,12 +154,14 @@ def unit(space: Space, layers: Sequence[Layer], first: Candidate) -> Candidate:
     return priced(name, {**first.values, **space.unit}, layers, space)
 
 
-def priced(name: str, values: Mapping[str, Any], layers: Sequence[Layer], space: Space) -> Candidate:
+def priced(name: str, values: Mapping[str, Value], layers: Sequence[Layer], space: Space) -> Candidate:
     """A candidate of any `values`, with the size and work that its patterns over `layers` mean."""
     elements = sum({layer.weight: layer.elements for layer in layers}.values())
     products, size, work = sum(layer.products for layer in layers), 0.0, 0.0
     for knob in (knob for knob in space.knobs if not knob.values):
-        chosen = keeper(values[knob.key])
+        named = values[knob.key]
+        assert isinstance(named, list)
+        chosen = keeper(named)
         own = [layer for layer in layers if chosen(layer.name)]
         size += knob.size * sum({layer.weight: layer.elements for layer in own}.values()) / elements
         work += knob.work * sum(layer.products for layer in own) / products

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict
-from typing import Any
 
 from pipeline.core import parallel, versions
 from pipeline.core.recipe import Recipe
@@ -17,7 +16,7 @@ from pipeline.search.study import Study
 SCHEMA = 1
 
 
-def report(study: Study, recipe: Recipe, model: str, minutes: float) -> dict[str, Any]:
+def report(study: Study, recipe: Recipe, model: str, minutes: float) -> dict[str, object]:
     """Everything that was measured of `model`, the name of its folder, in a search that was given `minutes`."""
     bench, depth, chosen = study.bench, study.depth, study.chosen()
     points = study.points(depth)
@@ -43,12 +42,12 @@ def report(study: Study, recipe: Recipe, model: str, minutes: float) -> dict[str
     }
 
 
-def _group_facts(study: Study, group: Group) -> dict[str, Any]:
+def _group_facts(study: Study, group: Group) -> dict[str, object]:
     found = study.contributions.get(group.name)
     return {**asdict(group), "weights": found and found.weights, "activations": found and found.activations}
 
 
-def _candidate_facts(study: Study, each: Candidate, depth: int) -> dict[str, Any]:
+def _candidate_facts(study: Study, each: Candidate, depth: int) -> dict[str, object]:
     shards = next((n for n in range(study.bench.shards, 0, -1) if study.bench.found(each, range(n))), 0)
     measured = study.bench.found(each, range(shards))
     facts = measured.facts() if measured else {}

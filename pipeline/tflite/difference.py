@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -12,6 +11,7 @@ from pipeline.checkpoint.headers import LENGTH_BYTES, header_length, parse_heade
 from pipeline.core import manifest
 from pipeline.core.errors import IntegrityError
 from pipeline.tflite.graph import Graph
+from pipeline.tflite.lazy import Array
 
 _BLOCK = 1 << 22
 
@@ -49,7 +49,7 @@ def _graph_tensors(left: Path, right: Path) -> list[str]:
     return [name for name in one if name in other and not np.array_equal(one[name], other[name])]
 
 
-def _constants(file: Path) -> dict[str, Any]:
+def _constants(file: Path) -> dict[str, Array]:
     graph = Graph.read(file)
     return {
         view.name(tensor): view.constant(tensor)

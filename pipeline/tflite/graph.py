@@ -10,17 +10,31 @@ import struct
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from mmap import mmap
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipeline.core.errors import IntegrityError
-from pipeline.tflite import writer
+from pipeline.tflite import schema, writer
 from pipeline.tflite.lazy import Array, Blocks, BlockScales, Scales, flat_bytes, unpack
+from pipeline.tflite.schema import (
+    BlockDetails,
+    Buffer,
+    Model,
+    ModelReader,
+    Name,
+    Operator,
+    OperatorCode,
+    Port,
+    Quantization,
+    SignatureDef,
+    SubGraph,
+    Tensor,
+)
 
-_DTYPES: dict[str, np.dtype[Any]] = {
+_DTYPES: Mapping[str, np.dtype[np.generic]] = {
     "FLOAT32": np.dtype(np.float32),
     "FLOAT16": np.dtype(np.float16),
     "INT32": np.dtype(np.int32),
@@ -52,7 +66,7 @@ class Graph:
     tell each other by it, and none reads what another wrote behind a name.
     """
 
-    def __init__(self, model: Any, place: int = 0, origins: dict[int, Origin] | None = None) -> None:
+    def __init__(self, model: Model, place: int = 0, origins: dict[int, Origin] | None = None) -> None:
         self.model = model
         self.place, self.main = place, model.subgraphs[place]
         self.origins = {} if origins is None else origins
@@ -101,8 +115,9 @@ class Graph:
     @classmethod
     def empty(cls) -> Graph:
         """A model with one subgraph that holds nothing."""
-        s = _schema()
-        model, main = s.ModelT(), s.SubGraphT()
+        s = schema.classes()
+        model: Model = s.ModelT()
+        main: SubGraph = s.SubGraphT()
         model.version, model.buffers, model.operatorCodes = 3, [s.BufferT()], []
         main.tensors, main.operators, main.inputs, main.outputs = [], [], [], []
         model.subgraphs = [main]
@@ -110,26 +125,26 @@ class Graph:
 
     # --- reading
 
-    def operators(self) -> Iterator[Any]:
+    def operators(self) -> Iterator[Operator]:
         """The operators of the main subgraph in order of execution (a copy: edit freely while looping)."""
         yield from list(self.main.operators)
 
-    def code(self, operator: Any) -> str:
+    def code(self, operator: Operator) -> str:
         """What `operator` does, e.g. `FULLY_CONNECTED`."""
         entry = self.model.operatorCodes[operator.opcodeIndex]
-        return _names("BuiltinOperator")[max(entry.builtinCode, entry.deprecatedBuiltinCode)]
+        return schema.names("BuiltinOperator")[max(entry.builtinCode, entry.deprecatedBuiltinCode)]
 
     def name(self, tensor: int) -> str:
         """The name of a tensor; an operator is known by the name of its first output."""
         return text(self.main.tensors[tensor].name)
 
-    def operator_name(self, operator: Any) -> str:
+    def operator_name(self, operator: Operator) -> str:
         """The name of an operator: that of its first output."""
         return self.name(int(operator.outputs[0]))
 
     def type_of(self, tensor: int) -> str:
         """The element type of a tensor, e.g. `FLOAT32`."""
-        return _names("TensorType")[self.main.tensors[tensor].type]
+        return schema.names("TensorType")[self.main.tensors[tensor].type]
 
     def shape(self, tensor: int) -> tuple[int, ...]:
         """The shape of a tensor; −1 where it is chosen at run time."""
@@ -144,14 +159,15 @@ class Graph:
 
     def constant(self, tensor: int) -> Array:
         """The values of a constant tensor, a read-only view of the file."""
-        data = self.model.buffers[self.main.tensors[tensor].buffer].data
+        data = self.stored(tensor)
+        assert not isinstance(data, Blocks)
         if self.type_of(tensor) == "INT4":
             return unpack(np.frombuffer(data, np.uint8)).reshape(self.shape(tensor))
         return np.frombuffer(data, _DTYPES[self.type_of(tensor)]).reshape(self.shape(tensor))
 
     def blocks(self, tensor: int) -> Blocks:
         """The values of a constant tensor, block by block, wherever they are."""
-        data = self.model.buffers[self.main.tensors[tensor].buffer].data
+        data = self.stored(tensor)
         return data if isinstance(data, Blocks) else Blocks.of(self.constant(tensor))
 
     def buffer(self, tensor: int) -> int:
@@ -162,7 +178,13 @@ class Graph:
         """What a constant was cut from; where nothing is known of that, all of what its name says."""
         return self.origins.get(self.buffer(tensor)) or Origin(self.name(tensor))
 
-    def ports(self) -> list[Any]:
+    def stored(self, tensor: int) -> Blocks | NDArray[np.uint8]:
+        """What holds the bytes of a constant."""
+        data = self.model.buffers[self.main.tensors[tensor].buffer].data
+        assert data is not None
+        return data
+
+    def ports(self) -> list[Port]:
         """The named inputs of this subgraph's signature."""
         own = [s for s in self.model.signatureDefs or [] if int(s.subgraphIndex) == self.place]
         ports = [port for signature in own for port in signature.inputs]
@@ -191,18 +213,18 @@ class Graph:
         """What a constant takes in the file, its scales included."""
         scales, blocks = self.scales(tensor), _block_details(self.main.tensors[tensor])
         own = scales.scale.nbytes if scales else self.stored_bytes(int(blocks.scales)) if blocks else 0
-        return len(self.model.buffers[self.main.tensors[tensor].buffer].data) + own
+        return len(self.stored(tensor)) + own
 
-    def consumers(self) -> dict[int, list[Any]]:
+    def consumers(self) -> dict[int, list[Operator]]:
         """Tensor → the operators that read it."""
-        readers: dict[int, list[Any]] = {}
+        readers: dict[int, list[Operator]] = {}
         for operator in self.main.operators:
             for tensor in dict.fromkeys(int(i) for i in operator.inputs):
                 if tensor >= 0:
                     readers.setdefault(tensor, []).append(operator)
         return readers
 
-    def producers(self) -> dict[int, Any]:
+    def producers(self) -> dict[int, Operator]:
         """Tensor → the operator that writes it."""
         return {int(tensor): operator for operator in self.main.operators for tensor in operator.outputs}
 
@@ -211,24 +233,24 @@ class Graph:
 
         No stage asks: a dozen test files do, of what was written.
         """
-        seen: dict[int, str] = {}
+        seen: dict[int, tuple[str, int]] = {}
         for subgraph in self.model.subgraphs:
             for tensor in subgraph.tensors:
-                if self.model.buffers[tensor.buffer].data is not None:
-                    seen.setdefault(int(tensor.buffer), _names("TensorType")[tensor.type])
+                if (data := self.model.buffers[tensor.buffer].data) is not None:
+                    seen.setdefault(int(tensor.buffer), (schema.names("TensorType")[tensor.type], len(data)))
         total: Counter[str] = Counter()
-        for buffer, type_name in seen.items():
-            total[type_name] += len(self.model.buffers[buffer].data)
+        for type_name, size in seen.values():
+            total[type_name] += size
         return dict(sorted(total.items()))
 
     # --- editing
 
-    def make_constant(self, port: Any, buffer: int, name: str) -> None:
+    def make_constant(self, port: Port, buffer: int, name: str) -> None:
         """Turn the named input `port` into a constant called `name` with the values of `buffer`."""
         tensor = self.main.tensors[port.tensorIndex]
         tensor.buffer, tensor.name = buffer, name
         self.main.inputs = [i for i in self.main.inputs if i != port.tensorIndex]
-        for signature in self.model.signatureDefs:
+        for signature in self.model.signatureDefs or []:
             if int(signature.subgraphIndex) == self.place:
                 signature.inputs = [other for other in signature.inputs if other is not port]
 
@@ -249,7 +271,10 @@ class Graph:
             for entry in [entry for entry in view.main.tensors if int(entry.buffer) == buffer]:
                 named = view.add_tensor(f"{text(entry.name)};scales", "FLOAT16", scales.scale.shape)
                 view.main.tensors[named].buffer = shared
-                entry.type, entry.quantization = _schema().TensorType.INT4, _block_parameters(named, scales.block)
+                entry.type, entry.quantization = (
+                    schema.classes().TensorType.INT4,
+                    _block_parameters(named, scales.block),
+                )
 
     def add_constant(self, values: Array | Blocks, name: str, scales: Scales | None = None) -> int:
         """A new constant; returns its tensor index."""
@@ -259,7 +284,7 @@ class Graph:
 
     def add_buffer(self, values: Array | Blocks, origin: Origin | None = None) -> int:
         """Room for a constant's values, cut from `origin`; returns its index, for `make_constant`."""
-        buffer = _schema().BufferT()
+        buffer: Buffer = schema.classes().BufferT()
         buffer.data = values if isinstance(values, Blocks) else flat_bytes(values)
         self.model.buffers.append(buffer)
         index = len(self.model.buffers) - 1
@@ -269,8 +294,8 @@ class Graph:
 
     def add_tensor(self, name: str, type_name: str, shape: Sequence[int], scales: Scales | None = None) -> int:
         """A new tensor without values; −1 in `shape` is chosen at run time. Returns its index."""
-        entry = _schema().TensorT()
-        entry.name, entry.type, entry.buffer = name.encode(), getattr(_schema().TensorType, type_name), 0
+        entry: Tensor = schema.classes().TensorT()
+        entry.name, entry.type, entry.buffer = name.encode(), getattr(schema.classes().TensorType, type_name), 0
         entry.shape = [1 if n < 0 else n for n in shape]
         entry.shapeSignature = list(shape) if any(n < 0 for n in shape) else None
         # As the converter does: a scalar is told from a tensor of unknown rank by this flag.
@@ -281,17 +306,17 @@ class Graph:
 
     def add_signature(self, name: str, inputs: Mapping[str, int], outputs: Mapping[str, int]) -> None:
         """Let callers run this subgraph by `name`, with its tensors under the names given."""
-        signature = _schema().SignatureDefT()
+        signature: SignatureDef = schema.classes().SignatureDefT()
         signature.signatureKey, signature.subgraphIndex = name, self.place
         signature.inputs, signature.outputs = _ports(inputs), _ports(outputs)
         self.model.signatureDefs = [*(self.model.signatureDefs or []), signature]
 
     def operator(
         self, code: str, inputs: Sequence[int], outputs: Sequence[int], version: int = 1, **settings: int | bool
-    ) -> Any:
+    ) -> Operator:
         """A new operator, options default but for `settings`, not yet in the graph: put it into `main.operators`."""
-        s = _schema()
-        operator = s.OperatorT()
+        s = schema.classes()
+        operator: Operator = s.OperatorT()
         operator.inputs, operator.outputs = list(inputs), list(outputs)
         operator.opcodeIndex = self.opcode(code, version)
         options = _OPTIONS.get(code)
@@ -306,17 +331,17 @@ class Graph:
 
     def opcode(self, code: str, version: int = 1) -> int:
         """The index of an operator code, added if the model lacks it; its version is raised if it is lower."""
-        builtin = getattr(_schema().BuiltinOperator, code)
+        builtin: int = getattr(schema.classes().BuiltinOperator, code)
         for index, entry in enumerate(self.model.operatorCodes):
             if max(entry.builtinCode, entry.deprecatedBuiltinCode) == builtin:
                 entry.version = max(int(entry.version), version)
                 return index
-        entry = _schema().OperatorCodeT()
-        entry.builtinCode, entry.deprecatedBuiltinCode, entry.version = builtin, min(builtin, 127), version
-        self.model.operatorCodes.append(entry)
+        new: OperatorCode = schema.classes().OperatorCodeT()
+        new.builtinCode, new.deprecatedBuiltinCode, new.version = builtin, min(builtin, 127), version
+        self.model.operatorCodes.append(new)
         return len(self.model.operatorCodes) - 1
 
-    def rewrite(self, change: Callable[[Any], Iterable[Any]]) -> None:
+    def rewrite(self, change: Callable[[Operator], Iterable[Operator]]) -> None:
         """Replace each operator by what `change` makes of it, in order."""
         self.main.operators = [new for operator in self.operators() for new in change(operator)]
 
@@ -340,7 +365,7 @@ class Graph:
 
     def _drop_dead_operators(self) -> None:
         wanted = {int(tensor) for tensor in self.main.outputs}
-        kept: list[Any] = []
+        kept: list[Operator] = []
         for operator in reversed(self.main.operators):
             if any(int(tensor) in wanted for tensor in operator.outputs):
                 wanted.update(int(tensor) for tensor in operator.inputs)
@@ -371,8 +396,8 @@ class Graph:
             port.tensorIndex = place[port.tensorIndex]
 
     def _drop_unused_buffers(self) -> None:
-        holders = [tensor for subgraph in self.model.subgraphs for tensor in subgraph.tensors]
-        holders += list(self.model.metadata or [])
+        tensors = [tensor for subgraph in self.model.subgraphs for tensor in subgraph.tensors]
+        holders = [*tensors, *(self.model.metadata or [])]
         order = sorted({0, *(int(holder.buffer) for holder in holders)})
         place = {old: new for new, old in enumerate(order)}
         self.model.buffers = [self.model.buffers[old] for old in order]
@@ -418,65 +443,55 @@ _OPTIONS = {
 }
 
 
-def model_at(data: Any, start: int) -> Any:
+def model_at(data: mmap, start: int) -> ModelReader:
     """The schema's reader of the model that begins at byte `start` of mapped `data`; nothing is copied."""
-    return _schema().Model.GetRootAs(data, start)
+    reader: ModelReader = schema.classes().Model.GetRootAs(data, start)
+    return reader
 
 
 def type_name(number: int) -> str:
     """The schema's name of an element type: 0 is FLOAT32."""
-    return _names("TensorType")[number]
+    return schema.names("TensorType")[number]
 
 
-def _schema() -> Any:
-    from ai_edge_litert import schema_py_generated
-
-    return schema_py_generated
-
-
-@lru_cache
-def _names(enumeration: str) -> dict[int, str]:
-    members = vars(getattr(_schema(), enumeration))
-    return {value: name for name, value in members.items() if isinstance(value, int)}
-
-
-def _ports(tensors: Mapping[str, int]) -> list[Any]:
+def _ports(tensors: Mapping[str, int]) -> list[Port]:
     ports = []
     for name, tensor in tensors.items():
-        port = _schema().TensorMapT()
+        port: Port = schema.classes().TensorMapT()
         port.name, port.tensorIndex = name, tensor
         ports.append(port)
     return ports
 
 
-def text(raw: Any) -> str:
+def text(raw: Name) -> str:
     """A name as the schema's classes hold it: bytes, text or nothing."""
     return raw.decode("utf-8", "replace") if isinstance(raw, bytes) else str(raw)
 
 
-def _type_of(dtype: np.dtype[Any]) -> int:
-    return int(getattr(_schema().TensorType, dtype.name.upper()))
+def _type_of(dtype: np.dtype[np.generic]) -> int:
+    return int(getattr(schema.classes().TensorType, dtype.name.upper()))
 
 
-def _block_details(tensor: Any) -> Any:
+def _block_details(tensor: Tensor) -> BlockDetails | None:
     """What a tensor says of its blocks, None if it has none."""
     own = tensor.quantization
-    kind = _schema().QuantizationDetails.BlockwiseQuantization
+    kind = schema.classes().QuantizationDetails.BlockwiseQuantization
     return own.details if own is not None and own.detailsType == kind else None
 
 
-def _block_parameters(scales: int, block: int) -> Any:
-    s = _schema()
-    parameters, details = s.QuantizationParametersT(), s.BlockwiseQuantizationT()
+def _block_parameters(scales: int, block: int) -> Quantization:
+    s = schema.classes()
+    parameters: Quantization = s.QuantizationParametersT()
+    details: BlockDetails = s.BlockwiseQuantizationT()
     details.scales, details.zeroPoints, details.blockSize = scales, -1, block
     parameters.detailsType, parameters.details = s.QuantizationDetails.BlockwiseQuantization, details
     parameters.quantizedDimension = 0
     return parameters
 
 
-def _parameters(scales: Scales | None) -> Any:
+def _parameters(scales: Scales | None) -> Quantization | None:
     if scales is None:
         return None
-    parameters = _schema().QuantizationParametersT()
+    parameters: Quantization = schema.classes().QuantizationParametersT()
     parameters.scale, parameters.zeroPoint, parameters.quantizedDimension = scales.scale, scales.zero_point, scales.axis
     return parameters

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from pipeline.core import parallel
+from pipeline.core.parallel import Result
 
 Array = NDArray[Any]
 
@@ -52,7 +53,7 @@ class BlockScales:
 class Blocks:
     """Values of a constant that are made when they are needed, a block of rows at a time, several blocks at once."""
 
-    def __init__(self, shape: Sequence[int], dtype: Any, rows: Callable[[int, int], Array]) -> None:
+    def __init__(self, shape: Sequence[int], dtype: DTypeLike, rows: Callable[[int, int], Array]) -> None:
         """`rows(start, stop)` gives rows `start` to `stop` (exclusive) of the first axis, in any thread."""
         self.shape, self.dtype, self.rows = tuple(shape), np.dtype(dtype), rows
 
@@ -65,7 +66,7 @@ class Blocks:
         """Bytes in all."""
         return int(math.prod(self.shape) * self.dtype.itemsize)
 
-    def map(self, dtype: Any, change: Callable[[Array, int], Array]) -> Blocks:
+    def map(self, dtype: DTypeLike, change: Callable[[Array, int], Array]) -> Blocks:
         """What `change(block, first row)` makes of each block, of type `dtype`."""
         return Blocks(self.shape, dtype, lambda start, stop: change(self.rows(start, stop), start))
 
@@ -74,7 +75,7 @@ class Blocks:
         step = max(1, _BLOCK_BYTES // max(1, 4 * math.prod(self.shape[1:])))
         return ((start, min(start + step, self.shape[0])) for start in range(0, max(self.shape[0], 1), step))
 
-    def each(self, work: Callable[[Array], Any]) -> Iterator[Any]:
+    def each(self, work: Callable[[Array], Result]) -> Iterator[Result]:
         """What `work` makes of each block, in order; blocks are made and worked on in a thread per core."""
         return parallel.ordered(lambda part: work(self.rows(*part)), self.parts())
 

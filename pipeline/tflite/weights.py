@@ -12,7 +12,7 @@ import numpy as np
 
 from pipeline.checkpoint.reader import Checkpoint, Float32
 from pipeline.core.errors import IntegrityError
-from pipeline.tflite.graph import Graph, Origin
+from pipeline.tflite.graph import Graph, Origin, text
 from pipeline.tflite.lazy import Blocks
 
 PREFIX = "weights."
@@ -30,8 +30,8 @@ def attach(graph: Graph, checkpoint: Checkpoint, names: Mapping[str, str]) -> No
     """
     buffers: dict[str, int] = {}
     for view in graph.views():
-        for port in [port for port in view.ports() if port.name.startswith(PREFIX)]:
-            name = port.name.removeprefix(_MODEL)
+        for port in [port for port in view.ports() if text(port.name).startswith(PREFIX)]:
+            name = text(port.name).removeprefix(_MODEL)
             stored = names[name]
             if stored not in buffers:
                 buffers[stored] = graph.add_buffer(rows(checkpoint, stored), Origin(name))

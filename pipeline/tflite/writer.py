@@ -12,7 +12,7 @@ from functools import lru_cache, partial
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from pipeline.core import log, parallel
 from pipeline.core.errors import IntegrityError
 from pipeline.tflite.lazy import Array, Blocks, flat_bytes
+from pipeline.tflite.schema import Builder, Data, Model
 
 # Flatbuffer offsets are signed 32-bit; leave room for the graph itself.
 _INLINE_LIMIT = 2**30
@@ -27,7 +28,7 @@ _ALIGNMENT = 64
 IDENTIFIER = b"TFL3"
 
 
-def write(model: Any, file: Path) -> None:
+def write(model: Model, file: Path) -> None:
     """Write `model`, a `ModelT` of TFLite's schema, whole or not at all; the same model gives the same bytes."""
     blobs = [buffer.data for buffer in model.buffers]
     total = sum(len(blob) for blob in blobs if blob is not None)
@@ -45,7 +46,7 @@ def write(model: Any, file: Path) -> None:
             buffer.data, buffer.offset, buffer.size = blob, 0, 0
 
 
-def _write_inline(model: Any, stream: BinaryIO, blobs: Sequence[Any], scratch: Path, bar: log.Progress) -> None:
+def _write_inline(model: Model, stream: BinaryIO, blobs: Sequence[Data], scratch: Path, bar: log.Progress) -> None:
     """Write one flatbuffer, built in a mapped file: in memory it would be there twice."""
     for buffer in model.buffers:
         buffer.data = None
@@ -65,7 +66,7 @@ def _write_inline(model: Any, stream: BinaryIO, blobs: Sequence[Any], scratch: P
         stream.write(_pack(model, whole[lazy:]))
 
 
-def _pack(model: Any, space: NDArray[np.uint8] | None = None) -> memoryview:
+def _pack(model: Model, space: NDArray[np.uint8] | None = None) -> memoryview:
     """The flatbuffer, built in `space` if it is given."""
     for subgraph in model.subgraphs:
         for holder in (*subgraph.tensors, *subgraph.operators):
@@ -79,7 +80,7 @@ def _pack(model: Any, space: NDArray[np.uint8] | None = None) -> memoryview:
     return packed
 
 
-def _write_behind(model: Any, stream: BinaryIO, blobs: Sequence[Any], bar: log.Progress) -> None:
+def _write_behind(model: Model, stream: BinaryIO, blobs: Sequence[Data], bar: log.Progress) -> None:
     """Write with the buffers behind the flatbuffer, one at a time.
 
     Offsets are known once the flatbuffer's own size is, and they have a fixed width: pack with a placeholder to
@@ -88,16 +89,17 @@ def _write_behind(model: Any, stream: BinaryIO, blobs: Sequence[Any], bar: log.P
     _place(model, blobs, start=_ALIGNMENT)
     places = _place(model, blobs, start=_aligned(len(_pack(model))))
     stream.write(_pack(model))
-    writing = write_all([blobs[index] for index in places if isinstance(blobs[index], Blocks)], bar)
+    writing = write_all([blob for blob in blobs if isinstance(blob, Blocks)], bar)
     for index, start in places.items():
         stream.write(b"\0" * (start - stream.tell()))
-        if isinstance(blobs[index], Blocks):
+        blob = blobs[index]
+        if isinstance(blob, Blocks):
             next(writing)(stream)
-        else:
-            stream.write(blobs[index].data)
+        elif blob is not None:
+            stream.write(blob.data)
 
 
-def _place(model: Any, blobs: Sequence[Any], start: int) -> dict[int, int]:
+def _place(model: Model, blobs: Sequence[Data], start: int) -> dict[int, int]:
     places: dict[int, int] = {}
     for index, blob in enumerate(blobs):
         if blob is None:
@@ -137,7 +139,7 @@ def write_all(constants: Sequence[Blocks], bar: log.Progress) -> Iterator[Callab
 
 
 @lru_cache
-def _sharing_builder() -> Any:
+def _sharing_builder() -> Callable[[NDArray[np.uint8] | None], Builder]:
     """A flatbuffer builder that stores equal vectors once and aligns weights.
 
     Zero points (8 bytes per channel, all zero, demanded by the runtime) and the shapes of thousands of tensors would

@@ -14,8 +14,7 @@ from running import run
 from pipeline.core.errors import IntegrityError, QuantiseError
 from pipeline.quantize import float16
 from pipeline.quantize import rows as quantize
-from pipeline.tflite import graph as flatbuffer
-from pipeline.tflite import lazy, writer
+from pipeline.tflite import lazy, schema, writer
 from pipeline.tflite.graph import Graph
 from pipeline.tflite.lazy import Blocks, Scales
 
@@ -275,7 +274,7 @@ def two(table: np.ndarray[Any, Any] = TABLE) -> Graph:
     graph = tied(table)
     graph.add_signature("tied", {"ids": 0}, {"result": 3})
     for _ in range(2):
-        other = flatbuffer._schema().SubGraphT()
+        other = schema.classes().SubGraphT()
         other.tensors, other.operators, other.inputs, other.outputs = [], [], [], []
         graph.model.subgraphs.append(other)
     unused, second = Graph(graph.model, 1), Graph(graph.model, 2)

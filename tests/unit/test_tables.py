@@ -14,8 +14,7 @@ from pipeline.bundling import tables
 from pipeline.checkpoint.reader import Checkpoint, open_checkpoint
 from pipeline.core.errors import IntegrityError, QuantiseError
 from pipeline.quantize import blockwise
-from pipeline.tflite import graph as flatbuffer
-from pipeline.tflite import lazy, weights, writer
+from pipeline.tflite import lazy, schema, weights, writer
 from pipeline.tflite.graph import Graph
 
 ROWS, SHAPE = 37, (3, 8)
@@ -144,7 +143,7 @@ def test_a_file_of_another_table_does_not_pass(
 def with_ports() -> Graph:
     """Signatures `a` and `b`, each x [2, 24] times the transposed input `weights.model.head.weight`."""
     graph = Graph.empty()
-    second = flatbuffer._schema().SubGraphT()
+    second = schema.classes().SubGraphT()
     second.tensors, second.operators, second.inputs, second.outputs = [], [], [], []
     graph.model.subgraphs.append(second)
     for view, name in ((graph, "a"), (Graph(graph.model, 1), "b")):
