@@ -2,8 +2,9 @@
 # written by pipeline/core/rules.py from the table in pipeline/core/graph.py. A stage runs again when a stage it reads
 # ran again, or when what artifacts/<model>/.inputs/<stage> records changed. `make help` lists targets and settings.
 
-MODEL_ID ?= examples/tiny-gemma3n#: Hub id or folder of the checkpoint
+MODEL_ID ?= examples/tiny-gemma3n#: Hub id or folder of the checkpoint, or of a LoRA adapter
 REVISION ?=#: branch, tag or commit on the Hub; the commit is recorded
+BASE ?=#: of a LoRA adapter as MODEL_ID: owner/name, owner/name@commit or a folder (default: what the adapter names)
 RECIPE ?= pipeline/recipes/gemma3n.toml#: what to build and how good it must be
 GRAPHS ?=#: step, bundle or all: the step graph, the bundle's sections, or both (default: the recipe's)
 ARTIFACTS ?= artifacts#: where results go
@@ -100,7 +101,7 @@ ASK := $(shell for python in $(PY) $(PYTHON) python3; do if $$python -c 'import 
 ifeq ($(ASK),)
 $(error Python 3.11 is needed and `$(PYTHON)` is not one: install it (Debian, Ubuntu: apt install python3.11 python3.11-venv) or name it: PYTHON=/path/to/python3.11)
 endif
-SAID := MODEL_ID REVISION RECIPE GRAPHS ARTIFACTS CALIBRATION EVAL TASK VARIANTS DEVICE LICENCE_OVERRIDE IN \
+SAID := MODEL_ID REVISION BASE RECIPE GRAPHS ARTIFACTS CALIBRATION EVAL TASK VARIANTS DEVICE LICENCE_OVERRIDE IN \
 	SIGNS CONFIRM HF_REPO GOALS
 RULES := $(shell $(ASK) -m pipeline.core.rules $(foreach name,$(SAID),$(call QUOTE,$(name)=$($(name)))))
 ifneq ($(.SHELLSTATUS),0)

@@ -3,102 +3,96 @@
 The configuration and the safetensors headers are read first (by range from a server), and whatever is wrong with the
 model is said before anything large moves. Downloads wait in `artifacts/<model>/.download/<commit>/`, so that a killed
 run goes on where it stopped, and become hard links in `fetch/checkpoint/`. A local folder becomes links to its files.
+A LoRA adapter is merged into its base on the way: what comes out is a checkpoint like any other.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import os
-import shutil
 import sys
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from pipeline.checkpoint.preflight import Source, plan
+from pipeline.checkpoint import adapters
+from pipeline.checkpoint.preflight import Plan, Source, plan
+from pipeline.checkpoint.reader import CONFIG, open_checkpoint, read_tensors
 from pipeline.core import facts, log, options
-from pipeline.core.errors import UsageError
-from pipeline.core.manifest import describe, dump_json
-from pipeline.core.recipe import PROJECT
 from pipeline.core.stage import Context, Outcome, Stage, main
-from pipeline.models import expected
-from pipeline.release import download, licence
-from pipeline.release.hub import Hub
-
-DOWNLOADS = ".download"
+from pipeline.models import architecture_for, expected
+from pipeline.release import licence, origin
+from pipeline.release.origin import Asked, OnHub
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options(options.Options):
-    """Which state of a repository on the Hub."""
+    """Which state of a repository on the Hub, and of an adapter which base."""
 
     revision: str = field(default="", metadata={"help": "branch, tag or commit on the Hub (default: the main branch)"})
+    base: str = field(default="", metadata={"help": "of an adapter: owner/name, owner/name@revision or a folder"})
 
 
 def work(context: Context) -> Outcome:
-    """Fetch the checkpoint that `--model-id` and `--revision` name into `fetch/checkpoint/`."""
+    """Fetch the checkpoint that `--model-id`, `--revision` and `--base` name into `fetch/checkpoint/`."""
     target = context.folder / "checkpoint"
     target.mkdir()
-    revision = context.chosen(Options).revision
-    if Path(context.model_id).is_dir():
-        if revision:
-            raise UsageError(f"{context.model_id} is a folder: it has no revisions", remedy="leave REVISION= out")
-        return _from_folder(context, target)
-    return _from_hub(context, revision, target)
-
-
-def _from_folder(context: Context, target: Path) -> Outcome:
-    """Link the needed files of a local folder; its revision is a hash over their names, sizes and contents."""
-    folder = Path(context.model_id).resolve()
-    chosen = plan(Source.of_folder(folder), partial(expected, context.recipe))
-    inside = folder.is_relative_to(PROJECT) and target.resolve().is_relative_to(PROJECT)
+    said = context.chosen(Options)
+    asked = origin.ask(context.model_id, said.revision, said.base)
+    chosen = plan(asked.source, partial(expected, context.recipe))
+    origin.drop_downloads(context.root, asked.origins)
+    if asked.adapter:
+        return _merge(context, asked, chosen, target)
+    found = asked.origin
+    there = found.obtain(chosen.names, context.root)
     for name in chosen.names:
-        # Relative links survive when the project is moved or mounted elsewhere as a whole.
-        file = folder / name
-        (target / name).symlink_to(os.path.relpath(file, target.resolve()) if inside else file)
-    records = [vars(record) for record in describe((target / name for name in chosen.names), target)]
-    revision = hashlib.sha256(dump_json(records).encode()).hexdigest()
-    found = facts.Fetch(**vars(chosen.facts), **vars(licence.read_card(target)))
-    return Outcome(model=folder.name, revision=revision, facts=found)
+        found.put(there / name, target / name)
+    if isinstance(found, OnHub):  # what was read by ranges is looked at again, whole
+        _plan_again(context, target, asked)
+    card = licence.read_card(target, asked.card if isinstance(found, OnHub) else None)
+    told = facts.Fetch(**vars(chosen.facts), **vars(card))
+    return Outcome(model=found.model, revision=found.revision(chosen.names), facts=told)
 
 
-def _from_hub(context: Context, revision: str, target: Path) -> Outcome:
-    """Download the needed files at one commit."""
-    hub = Hub()
-    repository = hub.resolve(context.model_id, revision)
-    log.step(f"{repository.model_id} at commit {repository.revision}")
-    where = f"{hub.endpoint}/{repository.model_id}"
-    sizes = {name: file.size for name, file in repository.files.items() if "/" not in name}
-    source = Source(where=where, sizes=sizes, read=lambda *part: hub.read(repository, *part), remote=True)
-    chosen = plan(source, partial(expected, context.recipe))
-    waiting = context.root / DOWNLOADS / repository.revision
-    _drop_other_commits(waiting)
-    download.check_disk(chosen.names, repository, waiting, context.root)
-    for name in chosen.names:
-        _place(hub.download(repository, name, waiting), target / name)
-    plan(dataclasses.replace(Source.of_folder(target), where=where), partial(expected, context.recipe))
-    found = facts.Fetch(**vars(chosen.facts), **vars(licence.read_card(target, hub.card)))
-    return Outcome(model=repository.model_id, revision=repository.revision, facts=found)
+def _merge(context: Context, asked: Asked, chosen: Plan, target: Path) -> Outcome:
+    """Merge the adapter into its base. Both are pinned, and the terms of both come along."""
+    adapter, own, base = asked.adapter, asked.origin, asked.base
+    assert adapter and base
+    canonical = architecture_for(asked.source.json(CONFIG)).canonical
+    names, where = base.source.sizes, base.source.where
+    changes = adapters.changes(adapter, read_tensors(names, names, base.source.read, where), canonical, where)
+    brought = [name for name in own.source.sizes if adapters.brought(name, own.source.sizes)]
+    kept = [name for name in chosen.names if name not in brought]
+    terms = [name for name in brought if name in names and adapters.TERMS.fullmatch(name)]
+    weights = sum(names[name] for name in kept if name.endswith(".safetensors"))
+    there = base.obtain([*kept, *terms], context.root, extra=weights)
+    trained = own.obtain([*brought, adapters.CONFIG, adapters.WEIGHTS], context.root)
+    adapters.check_tokens(own.source, base.source, changes.tokens)
+    from pipeline.checkpoint import merging  # PyTorch, which nothing else here needs
+
+    written = merging.write(open_checkpoint(there), adapter, trained, changes.changed, target)
+    for name in (name for name in kept if name not in written):
+        base.put(there / name, target / name)
+    for name in terms:
+        base.put(there / name, target / f"{name}.base")
+    for name in brought:
+        own.put(trained / name, target / name)
+    judged = _plan_again(context, target, asked).facts
+    log.step(changes.text(own.model, base.model))
+    card = licence.read_card(target, asked.card, (adapter.base, base.model))
+    merged = facts.Merged(base=base.model, base_revision=base.revision(kept), changed=len(changes.changed))
+    told = facts.Fetch(**vars(judged), **vars(card), adapter=merged)
+    return Outcome(model=own.model, revision=own.revision([*brought, adapters.CONFIG, adapters.WEIGHTS]), facts=told)
 
 
-def _drop_other_commits(waiting: Path) -> None:
-    """Remove what earlier runs downloaded for other commits."""
-    for folder in waiting.parent.glob("*"):
-        if folder != waiting:
-            shutil.rmtree(folder)
-
-
-def _place(file: Path, target: Path) -> None:
-    """Link a downloaded file into place; it stays where it waited until the stage is finished."""
-    try:
-        target.hardlink_to(file)
-    except OSError:  # a file system without hard links: a kill from here on costs this file
-        file.replace(target)
+def _plan_again(context: Context, target: Path, asked: Asked) -> Plan:
+    """The judgement of what is here now."""
+    return plan(
+        dataclasses.replace(Source.of_folder(target), where=asked.source.where), partial(expected, context.recipe)
+    )
 
 
 def _tidy(context: Context) -> None:
-    shutil.rmtree(context.root / DOWNLOADS, ignore_errors=True)
+    origin.drop_downloads(context.root)
 
 
 STAGE = Stage(

@@ -31,7 +31,7 @@ def work(arguments: argparse.Namespace) -> None:
         ResourceError: the disk or the memory is too small for it.
     """
     recipe = load_recipe(arguments.recipe)
-    model = look(arguments.model_id, arguments.revision, recipe, arguments.graphs or recipe.graphs)
+    model = look(arguments.model_id, arguments.revision, arguments.base, recipe, arguments.graphs or recipe.graphs)
     root = arguments.artifacts / model_name(arguments.model_id)
     stages = arguments.stages or behind(["publish"], Choice(recipe=recipe, graphs=model.graphs))
     needs = {name: NEEDS[name](model) for name in stages}
@@ -88,6 +88,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     made = common_parser("plan", "Say what the stages will make and need, from the checkpoint's headers alone.")
     made.add_argument("--revision", default="", help="branch, tag or commit on the Hub (default: the main branch)")
+    made.add_argument("--base", default="", help="of an adapter: owner/name, owner/name@revision or a folder")
     made.add_argument("--stages", nargs="*", choices=tuple(NEEDS), help="those to plan (default: what publish needs)")
     return made
 

@@ -43,7 +43,8 @@ def work(arguments: argparse.Namespace) -> None:
     files = 0
     for name, made in finished.items():
         module = f"pipeline.{graph.STAGES[name].module}"
-        command = [sys.executable, "-m", module, *where, *_options(name, made, finished), *_texts(name, arguments)]
+        options = [*_options(name, made, finished), *(_base(made, arguments.base) if name == "fetch" else [])]
+        command = [sys.executable, "-m", module, *where, *options, *_texts(name, arguments)]
         if code := process.run(command, cwd=PROJECT):
             raise errors.of_code(code)(
                 f"stage {name} failed with exit code {code}", remedy=f"what it needs is said above; {root} is unharmed"
@@ -71,6 +72,15 @@ def _options(name: str, made: Manifest, finished: Mapping[str, Manifest]) -> lis
     return options
 
 
+def _base(made: Manifest, said: str) -> list[str]:
+    """The base of an adapter: that of the Hub at its commit; a folder as it was `said`, if it was."""
+    merged = made.told(facts.Fetch).adapter
+    if not merged:
+        return []
+    named = f"{merged.base}@{merged.base_revision}" if "/" in merged.base else said
+    return ["--base", named] if named else []
+
+
 def _texts(name: str, arguments: argparse.Namespace) -> list[str]:
     """The user's own texts, for the stages that read them; a manifest knows their contents, not where they are."""
     read = {
@@ -89,6 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--again", type=Path, help="the second folder, removed if all is the same (default: ARTIFACTS/reproduced)"
     )
+    parser.add_argument("--base", default="", help="the folder of an adapter's base, if it was given")
     parser.add_argument("--eval", type=Path, metavar="FILE", help="the text that golden and verify were given, if any")
     parser.add_argument("--calibration", type=Path, metavar="FILE", help="the text that int8 was given, if any")
     arguments = parser.parse_args(argv)

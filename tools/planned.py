@@ -23,7 +23,7 @@ from pipeline.planning.needs import NEEDS
 def rows(arguments: argparse.Namespace) -> Iterator[list[str]]:
     """A row per finished stage: its name, and of seconds and GiB what was planned, what was measured, and the ratio."""
     recipe = load(arguments.recipe)
-    model = look(arguments.model_id, "", recipe, arguments.graphs or recipe.graphs)
+    model = look(arguments.model_id, "", "", recipe, arguments.graphs or recipe.graphs)
     root = arguments.artifacts / model_name(arguments.model_id)
     for name, need in NEEDS.items():
         file = root / name / "run.json"

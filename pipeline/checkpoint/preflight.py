@@ -149,19 +149,12 @@ def check_kind(names: Collection[str], where: str) -> None:
     """Refuse a set of files that is no plain safetensors checkpoint; `names` are those at the top of `where`.
 
     Raises:
-        FetchError: says what it is instead (adapter, pickle, another format) and what to do.
+        FetchError: says what it is instead (pickle, another format) and what to do.
     """
     if INDEX in names or SINGLE in names:
         if CONFIG not in names:
             raise FetchError(f"{where} has no {CONFIG}", cause="it is not a whole Hugging Face checkpoint")
         return
-    if "adapter_config.json" in names:
-        raise FetchError(
-            f"{where} is an adapter (LoRA), not a model",
-            cause="an adapter holds only what was added to its base model",
-            remedy="merge it with peft: `PeftModel.from_pretrained(base, ADAPTER).merge_and_unload()"
-            ".save_pretrained(FOLDER)`, save the tokenizer there too, then MODEL_ID=FOLDER",
-        )
     if any(name.endswith(".safetensors") and "-of-" in name for name in names):
         raise FetchError(
             f"{where} has shards but no {INDEX}", cause="the copy is incomplete", remedy="copy or upload the index too"

@@ -151,7 +151,7 @@ def read_tensors(
         IntegrityError: a shard is missing, a file is not what its header or the index says.
     """
     if SINGLE in names:  # the order of transformers
-        return _read_header(SINGLE, sizes[SINGLE], read)
+        return read_header(SINGLE, sizes[SINGLE], read)
     weight_map = headers.parse_index(read(INDEX, 0, sizes[INDEX]), INDEX)
     shards = sorted(set(weight_map.values()))
     missing = [shard for shard in shards if shard not in names]
@@ -161,10 +161,15 @@ def read_tensors(
             cause="the download or upload was not finished",
             remedy="copy the missing files too",
         )
-    return headers.merge({shard: _read_header(shard, sizes[shard], read) for shard in shards}, weight_map)
+    return headers.merge({shard: read_header(shard, sizes[shard], read) for shard in shards}, weight_map)
 
 
-def _read_header(file: str, size: int, read: Callable[[str, int, int], bytes]) -> dict[str, TensorInfo]:
+def read_header(file: str, size: int, read: Callable[[str, int, int], bytes]) -> dict[str, TensorInfo]:
+    """The tensors of one safetensors `file` of `size` bytes; `read` as in `read_tensors`.
+
+    Raises:
+        IntegrityError: it is not what its header says.
+    """
     length = headers.header_length(read(file, 0, min(size, headers.LENGTH_BYTES)), size, file)
     return headers.parse_header(read(file, headers.LENGTH_BYTES, headers.LENGTH_BYTES + length), size, file)
 

@@ -43,8 +43,19 @@ class Card:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Merged:
+    """An adapter's base, its commit or the hash of its contents, and how many of its tensors the adapter changed."""
+
+    base: str
+    base_revision: str
+    changed: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Fetch(Checkpoint, Card):
-    """Stage fetch."""
+    """Stage fetch; `adapter` of one that was merged."""
+
+    adapter: Merged | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -109,6 +109,18 @@ class Request:
         return Path(self.model_id).resolve() if Path(self.model_id).is_dir() else None
 
     @property
+    def folders(self) -> list[Path]:
+        """The folders that fetch reads: the checkpoint's, and that of an adapter's base."""
+        base = self.settings.get("base", "")
+        return [*([self.folder] if self.folder else []), *([Path(base)] if base and Path(base).is_dir() else [])]
+
+    @property
+    def online(self) -> bool:
+        """Whether fetch asks the Hub: for a model, or for the base of an adapter that is here."""
+        adapter = bool(self.folder) and (Path(self.model_id) / "adapter_config.json").is_file()
+        return len(self.folders) < (2 if adapter else 1)
+
+    @property
     def root(self) -> Path:
         """The model's artefact folder."""
         return self.artifacts / model_name(self.model_id)
@@ -152,8 +164,9 @@ class Request:
 def record(request: Request, stage: str) -> str:
     """What `.inputs/<stage>` says: everything that the stage's result depends on, beside the stages that it reads."""
     lines = [shlex.join(["options", *request.words(stage)])]
-    if stage == "fetch" and request.folder:
-        lines += [f"{file} {stat.st_size} {stat.st_mtime_ns}" for file, stat in _checkpoint(request.folder)]
+    if stage == "fetch":
+        rows = (row for folder in request.folders for row in _checkpoint(folder))
+        lines += [f"{file} {stat.st_size} {stat.st_mtime_ns}" for file, stat in rows]
     texts = dict.fromkeys(filter(None, map(request.text, STAGES[stage].texts)))
     paths = [*modules(stage), request.recipe, *(PROJECT / text for text in texts), PROJECT / "locks" / "cpu.txt"]
     lines += [f"{_digest(path)} {_shown(path)}" for path in paths]
@@ -191,8 +204,8 @@ def rules(request: Request) -> str:
         f"FILES_MADE := {' '.join([*steps, *(f'{root}/bundle/{name}.litertlm' for name in choice.bundles)])}",
         f"WHERE := {_quoted(request.where)}",
         f"CALIBRATED := {_quoted(_option(request, 'calibration'))}",
-        f"TEXTS := {_quoted([*_option(request, 'eval'), *_option(request, 'calibration')])}",
-        f"ON_HUB := {'' if request.folder else 'yes'}",
+        f"TEXTS := {_quoted([*_option(request, 'eval'), *_option(request, 'calibration'), *_option(request, 'base')])}",
+        f"ON_HUB := {'yes' if request.online else ''}",
         f"MOUNTS := {_quoted(_mounts(request)) if request.docker else ''}",
         "",
         f"{plan}: {' '.join(f'{root}/.inputs/{name}' for name in request.planned)} | $(READY)",
@@ -219,7 +232,7 @@ def _option(request: Request, name: str) -> list[str]:
 
 
 def _plan_words(request: Request) -> list[str]:
-    options = [*_option(request, "revision"), *_option(request, "graphs")]
+    options = [word for name in ("revision", "base", "graphs") for word in _option(request, name)]
     return [*request.where, *options, "--stages", *request.planned]
 
 
@@ -227,9 +240,9 @@ def _mounts(request: Request) -> list[str]:
     """What a stage in the container reads, at the path that it has here; a recipe's texts in the project."""
     texts = [request.text(kind) for kind in ("verification", "calibration")]
     own = [request.settings[name] for name in _FILES if request.settings.get(name)]
-    linked = {file.resolve().parent for file in request.folder.iterdir()} if request.folder else set()
+    linked = {file.resolve().parent for folder in request.folders for file in folder.iterdir()}
     read = {request.recipe.absolute(), *map(Path, own), *(Path(text) for text in texts if Path(text).is_absolute())}
-    read |= {request.folder, *linked} if request.folder else set()
+    read |= {*request.folders, *linked}
     if odd := [path for path in read if ":" in str(path) or not str(path).isprintable()]:
         raise UsageError(f"{str(odd[0])!r} can't be mounted into a container", remedy="rename that folder, or copy it")
     mounts = [f"{path}:{path}:ro" for path in sorted(read)]
@@ -296,6 +309,8 @@ def ask(said: Mapping[str, str]) -> Request:
     graphs = cast(Graphs, said["GRAPHS"] or recipe.graphs)
     settings = {name.lower().replace("_", "-"): value for name, value in said.items()}
     files = {name: str(Path(settings[name]).absolute()) for name in _FILES if settings[name]}
+    if (base := settings.get("base", "")) and Path(base).is_dir():
+        files["base"] = str(Path(base).resolve())
     request = Request(
         model_id=said["MODEL_ID"],
         artifacts=Path(said["ARTIFACTS"]),

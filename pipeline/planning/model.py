@@ -16,7 +16,7 @@ from pipeline.core.recipe import STEP, Graphs, Recipe
 from pipeline.judge import kv_cache
 from pipeline.models import architecture_for, expected, sizes, terms
 from pipeline.models.sizes import Weights
-from pipeline.release.hub import Hub
+from pipeline.release import origin
 from pipeline.release.licence import Claim, claimed, resolve
 
 
@@ -24,7 +24,8 @@ from pipeline.release.licence import Claim, claimed, resolve
 class Model:
     """A checkpoint, and what is to be made of it.
 
-    `facts` as fetch records them; `download` the bytes to get (none of a local folder), `stored` those of its files;
+    `facts` as fetch records them; `download` the bytes to get (none of a local folder), `stored` those of its files,
+    `merged` those that are written anew with an adapter;
     `shapes` of its tensors; `multiplied` the parameters that each token is multiplied with; `files` what each precision
     stores, by file.
     """
@@ -34,6 +35,7 @@ class Model:
     licence: str
     download: int
     stored: int
+    merged: int
     text: Mapping[str, Any]
     shapes: Mapping[str, tuple[int, ...]]
     multiplied: int
@@ -68,22 +70,24 @@ class Model:
         return schedule.length
 
 
-def look(model_id: str, revision: str, recipe: Recipe, graphs: Graphs) -> Model:
-    """Read the headers of the checkpoint `model_id`, a folder or on the Hub at `revision`.
+def look(model_id: str, revision: str, base: str, recipe: Recipe, graphs: Graphs) -> Model:
+    """Read the headers of the checkpoint `model_id`, a folder or on the Hub at `revision`; of an adapter its `base`'s.
 
     Raises:
         FetchError, IntegrityError, UsageError: as fetch would.
     """
-    source, kept, where = _source(model_id, revision)
+    asked = origin.ask(model_id, revision, base)
+    source = asked.source
     chosen = preflight.plan(source, partial(expected, recipe))
     config = source.json(CONFIG)
     architecture = architecture_for(config)
     stored = sum(source.sizes[name] for name in chosen.names)
     return Model(
         facts=chosen.facts,
-        where=where,
+        where=", an adapter for ".join(one.where for one in asked.origins),
         licence=_licence(source, Path(model_id).name, str(config["model_type"])),
-        download=0 if kept else stored,
+        download=0 if isinstance(asked.base or asked.origin, origin.Folder) else stored,
+        merged=stored if asked.base else 0,
         stored=stored,
         text=config.get("text_config", config),
         shapes=architecture.tensors(),
@@ -92,19 +96,6 @@ def look(model_id: str, revision: str, recipe: Recipe, graphs: Graphs) -> Model:
         recipe=recipe,
         graphs=graphs,
     )
-
-
-def _source(model_id: str, revision: str) -> tuple[preflight.Source, bool, str]:
-    """Where the checkpoint lies, whether that is a folder here, and in words."""
-    folder = Path(model_id)
-    if folder.is_dir():
-        return preflight.Source.of_folder(folder), True, "local folder"
-    hub = Hub()
-    found = hub.resolve(model_id, revision)
-    sizes_ = {name: file.size for name, file in found.files.items() if "/" not in name}
-    where = f"{hub.endpoint}/{found.model_id}"
-    source = preflight.Source(where=where, sizes=sizes_, read=partial(hub.read, found), remote=True)
-    return source, False, f"{where} at {found.revision}, accessible"
 
 
 def _licence(source: preflight.Source, name: str, model_type: str) -> str:

@@ -48,9 +48,11 @@ class Need:
 
 
 def fetch(model: Model) -> Need:
-    """The download, and hashing it."""
-    seconds = 2 + model.download / _DOWNLOAD + model.stored / _HASH
-    return Need(what="checkpoint", size=model.download, memory=0.25 * _GIB, seconds=seconds)
+    """The download, hashing it, and merging an adapter: what was downloaded for that is scratch."""
+    seconds = 2 + model.download / _DOWNLOAD + model.stored / _HASH + model.merged / _WRITE
+    size, scratch = (model.merged, model.download) if model.merged else (model.download, 0)
+    used = (0.6 if model.merged else 0.25) * _GIB
+    return Need(what="checkpoint", size=size, memory=used, seconds=seconds, scratch=scratch)
 
 
 def golden(model: Model) -> Need:

@@ -63,14 +63,32 @@ class Check:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Base:
+    """What an adapter was merged into: Hub id or folder name, commit or content hash, and its card's licence."""
+
+    model: str
+    revision: str
+    licence: str
+
+    @property
+    def on_hub(self) -> bool:
+        """Whether it came from the Hub."""
+        return "/" in self.model
+
+
+@dataclass(frozen=True, kw_only=True)
 class Subject:
-    """What was converted: Hub id or folder name, commit or content hash, the bases that its card names, and theirs."""
+    """What was converted: Hub id or folder name, commit or content hash, the bases that its card names, and theirs.
+
+    `base` of an adapter: what it was merged into, with its commit or content hash, and its licence.
+    """
 
     model: str
     revision: str
     base_models: tuple[str, ...]
     lineage: tuple[str, ...]
     model_type: str
+    base: Base | None = None
 
     @property
     def on_hub(self) -> bool:
@@ -148,7 +166,7 @@ def text(
 
 def _metadata(subject: Subject, licence: Licence, source: Mapping[str, Any]) -> str:
     """Front matter. What came from a folder is no model of the Hub: its own bases are named, as a fine-tune of them."""
-    bases = [subject.model] if subject.on_hub else list(subject.base_models)
+    bases = [subject.model] if subject.on_hub else [name for name in subject.base_models if name != _here(subject)]
     relation = "quantized" if subject.on_hub else "finetune"
     card = ModelCardData(
         license=licence.identifier,
@@ -170,11 +188,27 @@ def _gate(licence: Licence, source: Mapping[str, Any]) -> dict[str, Any]:
     return asked or (dict(_GATE) if licence.identifier == GEMMA else {})
 
 
+def _here(subject: Subject) -> str:
+    """The base of an adapter that is a folder, whose name says nothing on the Hub."""
+    return subject.base.model if subject.base and not subject.base.on_hub else ""
+
+
 def _origin(subject: Subject) -> str:
     made_from = f" (made from {', '.join(subject.lineage or subject.base_models)})" if subject.base_models else ""
+    kind = "checkpoint"
+    if subject.base:
+        kind, terms = "LoRA adapter", subject.base.licence or "not named by its card"
+        made_from = f", a LoRA adapter that was merged into {_pinned(subject.base)} (licence: {terms})"
     if subject.on_hub:
-        return f"[{subject.model}](https://huggingface.co/{subject.model}) at commit `{subject.revision}`{made_from}"
-    return f"The checkpoint `{subject.model}`{made_from}"
+        return f"{_pinned(subject)}{made_from}"
+    return f"The {kind} `{subject.model}`{made_from}"
+
+
+def _pinned(model: Subject | Base) -> str:
+    """A model of the Hub with its page and commit, or a folder's name with the hash of its contents."""
+    if not model.on_hub:
+        return f"`{model.model}` (contents `{model.revision[:12]}`)"
+    return f"[{model.model}](https://huggingface.co/{model.model}) at commit `{model.revision}`"
 
 
 def _files(products: Sequence[Product]) -> str:
@@ -210,9 +244,15 @@ def _checks(checks: Sequence[Check]) -> str:
 
 
 def _command(subject: Subject) -> str:
+    base = ""
+    if subject.base:
+        said = (
+            f"{subject.base.model}@{subject.base.revision}" if subject.base.on_hub else "path/to/" + subject.base.model
+        )
+        base = f" BASE={said}"
     if subject.on_hub:
-        return f"make publish MODEL_ID={subject.model} REVISION={subject.revision}"
-    return f"make publish MODEL_ID=path/to/{subject.model}"
+        return f"make publish MODEL_ID={subject.model} REVISION={subject.revision}{base}"
+    return f"make publish MODEL_ID=path/to/{subject.model}{base}"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

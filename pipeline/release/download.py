@@ -42,8 +42,10 @@ def obtain(files: str, downloads: Path) -> Path:
     return folder
 
 
-def check_disk(names: Iterable[str], repository: Repository, waiting: Path, root: Path) -> None:
+def check_disk(names: Iterable[str], repository: Repository, waiting: Path, root: Path, extra: int = 0) -> None:
     """Refuse files, by name, that do not fit on the disk of `root` beside what is in `waiting` already.
+
+    `extra`: bytes that will be written besides.
 
     Raises:
         ResourceError: says how much is missing.
@@ -52,8 +54,8 @@ def check_disk(names: Iterable[str], repository: Repository, waiting: Path, root
     needed = sum(repository.files[name].size for name in names) - there
     free = shutil.disk_usage(root).free
     log.step(f"to download: {log.human_bytes(needed)}; free on the disk: {log.human_bytes(free)}")
-    if needed > free:
+    if needed + extra > free:
         raise ResourceError(
-            f"the checkpoint needs {log.human_bytes(needed)}, the disk has {log.human_bytes(free)} left",
+            f"the checkpoint needs {log.human_bytes(needed + extra)}, the disk has {log.human_bytes(free)} left",
             remedy="free some space, or set ARTIFACTS= to a folder on another disk",
         )

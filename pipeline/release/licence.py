@@ -118,14 +118,22 @@ def trace(bases: Sequence[str], read: Callable[[str], Mapping[str, Any] | None])
     return tuple(found.values())
 
 
-def read_card(folder: Path, read: Callable[[str], Mapping[str, Any] | None] | None = None) -> Card:
-    """What the checkpoint's own card says of its licence and base models, and what theirs say, which `read` gets."""
+def read_card(
+    folder: Path, read: Callable[[str], Mapping[str, Any] | None] | None = None, base: tuple[str, str] | None = None
+) -> Card:
+    """What the checkpoint's own card says of its licence and base models, and what theirs say, which `read` gets.
+
+    `base` is what an adapter calls its base, and what was taken: that is a base, whatever the card says.
+    """
     file = folder / "README.md"
     said = claimed(file.read_text(encoding="utf-8", errors="replace") if file.is_file() else "")
-    lineage = trace(said.base_models, read) if read else ()
+    named = said.base_models
+    if base:
+        named = tuple(dict.fromkeys((base[1], *(one for one in named if one != base[0]))))
+    lineage = trace(named, read) if read else ()
     if strangers := [one.model for one in lineage if not one.known]:
         log.warn(f"not to be seen on the Hub, so that nobody knows their terms: {', '.join(strangers)}")
-    return Card(licence=said.licence, base_models=said.base_models, lineage=lineage)
+    return Card(licence=said.licence, base_models=named, lineage=lineage)
 
 
 def _said(data: Mapping[str, Any]) -> Said:

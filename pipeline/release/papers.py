@@ -11,6 +11,7 @@ from pipeline.core.recipe import PROJECT
 from pipeline.core.stage import Context
 from pipeline.release import folder, preflight, provenance, sbom
 from pipeline.release.card import Product
+from pipeline.release.subject import base_of
 
 MEASURED = (*preflight.REPORTS, provenance.NAME)
 """Files that hold timings, or cover such: they differ from build to build."""
@@ -47,6 +48,7 @@ def _parameters(context: Context, override: str) -> dict[str, str]:
     return {
         "MODEL_ID": fetched.model,
         "REVISION": fetched.revision,
+        **({"BASE": f"{base.model}@{base.revision}"} if (base := base_of(fetched.told(Fetch))) else {}),
         "RECIPE": context.recipe.name,
         "GRAPHS": context.graphs,
         **({"LICENCE_OVERRIDE": override} if override else {}),

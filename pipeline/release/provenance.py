@@ -16,6 +16,7 @@ from typing import Any
 
 from pipeline.core import manifest
 from pipeline.core.errors import IntegrityError, PublishError
+from pipeline.core.facts import Fetch
 from pipeline.core.manifest import FileRecord, Manifest
 
 NAME = "SHA256SUMS"
@@ -23,7 +24,7 @@ STATEMENT = "provenance.json"
 TENSORS = "tensors.json"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 BUILD_TYPE = "urn:hf-to-litert:build:1"
-"""How the predicate's parameters are to be read: MODEL_ID, REVISION, RECIPE and GRAPHS of `make publish`."""
+"""How the predicate's parameters are to be read: MODEL_ID, REVISION, BASE, RECIPE and GRAPHS of `make publish`."""
 
 
 def write_sums(folder: Path, files: Iterable[Path]) -> Path:
@@ -124,11 +125,9 @@ def statement(
         {"name": record.path.removeprefix("fetch/checkpoint/"), "digest": {"sha256": record.sha256}}
         for record in fetched.outputs
     ]
-    hub = "/" in fetched.model
-    origin = {
-        **({"uri": f"pkg:huggingface/{fetched.model}@{fetched.revision}"} if hub else {"name": fetched.model}),
-        "digest": {"gitCommit" if hub else "sha256": fetched.revision},
-    }
+    origins = [_origin(fetched.model, fetched.revision)]
+    if merged := fetched.told(Fetch).adapter:
+        origins.append(_origin(merged.base, merged.base_revision))
     dirty = any(made.source.dirty for made in stages.values())
     source = {"name": "source", "digest": {"gitCommit": last.source.commit}, "annotations": {"dirty": dirty}}
     return {
@@ -141,7 +140,7 @@ def statement(
                 "externalParameters": {**parameters, "recipe_sha256": last.recipe_sha256},
                 "internalParameters": {"tools": dict(last.tools)},
                 "resolvedDependencies": [
-                    origin,
+                    *origins,
                     source,
                     *checkpoint,
                     *_resources(locks),
@@ -150,6 +149,13 @@ def statement(
             "runDetails": {"builder": {"id": _builder(last)}, "byproducts": _resources(papers)},
         },
     }
+
+
+def _origin(model: str, revision: str) -> dict[str, Any]:
+    """A model by its commit on the Hub, or a folder by the hash of its contents."""
+    if "/" in model:
+        return {"uri": f"pkg:huggingface/{model}@{revision}", "digest": {"gitCommit": revision}}
+    return {"name": model, "digest": {"sha256": revision}}
 
 
 def _resources(digests: Mapping[str, str]) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from pipeline.core.manifest import Manifest
 from pipeline.core.recipe import STEP
 from pipeline.core.stage import Context
 from pipeline.release import licence
-from pipeline.release.card import Build, Product, Subject
+from pipeline.release.card import Base, Build, Product, Subject
 from pipeline.release.licence import Claim
 
 PRECISIONS = {"fp32": "float32", "fp16": "float16", "int8": "int8", "int4": "int4"}
@@ -66,7 +66,16 @@ def subject_of(fetched: Manifest) -> Subject:
         base_models=found.base_models,
         lineage=tuple(one.model for one in found.lineage),
         model_type=found.model_type,
+        base=base_of(found),
     )
+
+
+def base_of(found: Fetch) -> Base | None:
+    """What an adapter was merged into; None for a whole model."""
+    merged, licences = found.adapter, {one.model: one.licence for one in found.lineage}
+    if not merged:
+        return None
+    return Base(model=merged.base, revision=merged.base_revision, licence=licences.get(merged.base, ""))
 
 
 def claim_of(fetched: Manifest, source: Mapping[str, object], terms: str) -> Claim:

@@ -76,6 +76,7 @@ class Line:
     licence: str = "cc0-1.0"
     base_models: list[str] = field(default_factory=list)
     lineage: list[manifest.Fact] = field(default_factory=list)
+    adapter: dict[str, manifest.Fact] = field(default_factory=dict)
     tags: list[str] = field(default_factory=lambda: ["trained-from-scratch"])
     licence_files: tuple[str, ...] = ("LICENSE",)
     passed: bool = True
@@ -111,6 +112,7 @@ class Line:
                 "parameters": 1,
                 "dtype": "bfloat16",
                 "shards": 1,
+                **({"adapter": self.adapter} if self.adapter else {}),
             }
             return Outcome(model=self.model, revision="a" * 40, facts=facts)
 

@@ -26,7 +26,7 @@ from transformers import Gemma3nForCausalLM, Gemma3nTextConfig
 from pipeline import fetch
 from pipeline.core import manifest, stage
 from pipeline.core.recipe import PROJECT
-from pipeline.release import hub
+from pipeline.release import hub, origin
 
 NAME = "org/tiny"
 Files = dict[str, bytes]
@@ -149,7 +149,7 @@ def test_only_what_is_needed_is_fetched_and_recorded(server: HubServer, model: F
         "licence": "apache-2.0", "base_models": ["org/base"],
         "lineage": [{"model": "org/base", "known": False, "licence": "", "base_models": [], "from_scratch": False}],
     }  # fmt: skip
-    assert not (run.root / fetch.DOWNLOADS).exists()
+    assert not (run.root / origin.DOWNLOADS).exists()
 
 
 def test_the_base_models_are_followed_to_the_root_gated_ones_too(server: HubServer, model: Files, run: Run) -> None:
@@ -281,7 +281,7 @@ def test_links_inside_the_project_are_relative(model: Files, run: Run, monkeypat
     project = run.artifacts.parent / "project"
     folder = write(model, project / "examples" / "mine")
     run.artifacts = project / "artifacts"
-    monkeypatch.setattr(fetch, "PROJECT", project)
+    monkeypatch.setattr(origin, "PROJECT", project)
     assert run(str(folder)) == 0, run.text
     moved = project.rename(project.with_name("moved"))
     manifest.check(manifest.read(moved / "artifacts/mine/fetch").outputs, moved / "artifacts/mine")
@@ -430,10 +430,6 @@ class TestRefusedModel:
         server.add(NAME, {**model, "quantize_config.json": b"{}"})
         refused(run, 3, "is quantised already (quantize_config.json)")
 
-    def test_adapter(self, server: HubServer, model: Files, run: Run) -> None:
-        server.add(NAME, {"adapter_config.json": b"{}", "adapter_model.safetensors": model["model.safetensors"]})
-        refused(run, 3, "is an adapter (LoRA)", "merge_and_unload()", "save_pretrained(FOLDER)")
-
     def test_too_little_disk(self, server: HubServer, model: Files, run: Run) -> None:
         rows = 1 << 45  # a header that describes petabytes; no machine has room for them
         table = json.loads(model["model.safetensors"][8 : 8 + int.from_bytes(model["model.safetensors"][:8], "little")])
@@ -455,7 +451,7 @@ class TestRefusedModel:
 def test_folders_are_refused_alike(model: Files, run: Run, tmp_path: Path, fault: str) -> None:
     files: Files
     if fault == "lora":
-        files, phrase, code = {"adapter_config.json": b"{}", "adapter_model.safetensors": b""}, "is an adapter", 3
+        files, phrase, code = {"adapter_config.json": b"{}", "adapter_model.safetensors": b""}, "no peft_type", 3
     elif fault == "truncated":
         cut = model["model.safetensors"][:-1]
         files, phrase, code = {**model, "model.safetensors": cut}, "is truncated", 4
@@ -673,7 +669,7 @@ def test_killed_run_goes_on(server: HubServer, model: Files, run: Run, weights: 
     server.faults = [Fault("storage.*safetensors", range=weights.whole, cut=weights.half, stall=True)]
     command = [sys.executable, "-m", "pipeline.fetch", "--model-id", NAME, "--artifacts", str(run.artifacts)]
     killed = subprocess.Popen(command, cwd=PROJECT, stderr=subprocess.DEVNULL)
-    partials = run.root / fetch.DOWNLOADS
+    partials = run.root / origin.DOWNLOADS
     try:
         deadline = time.monotonic() + 600  # however busy the machine is
         while sum(file.stat().st_size for file in partials.rglob("*.safetensors.partial")) < weights.half:
@@ -693,11 +689,11 @@ def test_downloads_of_another_commit_are_dropped(server: HubServer, model: Files
     old = server.add(NAME, model)
     server.faults = [Fault("storage.*safetensors", range=weights.whole, status=404)]
     assert run() == 3
-    assert (run.root / fetch.DOWNLOADS / old).is_dir()
+    assert (run.root / origin.DOWNLOADS / old).is_dir()
     new = server.add(NAME, {**model, "LICENSE": b"another"})
     server.faults = [Fault("storage.*safetensors", range=weights.whole, status=404)]
     assert run() == 3
-    assert [folder.name for folder in (run.root / fetch.DOWNLOADS).iterdir()] == [new]
+    assert [folder.name for folder in (run.root / origin.DOWNLOADS).iterdir()] == [new]
     assert run() == 0, run.text
     assert (run.root / "fetch/checkpoint/LICENSE").read_bytes() == b"another"
 

@@ -30,7 +30,9 @@ def planned(line: Line, *options: str) -> tuple[int, Model]:
     """The exit code, and what the plan knows."""
     common = ["--model-id", str(line.model), "--artifacts", str(line.artifacts), "--recipe", str(line.recipe)]
     given, recipe = plan.parser().parse_args([*common, *options]), load_recipe(line.recipe)
-    return plan.main([*common, *options]), look(given.model_id, given.revision, recipe, given.graphs or recipe.graphs)
+    return plan.main([*common, *options]), look(
+        given.model_id, given.revision, given.base, recipe, given.graphs or recipe.graphs
+    )
 
 
 def test_sizes_are_those_of_the_files(built: Line) -> None:

@@ -431,7 +431,6 @@ def test_float_type_is_that_of_most_parameters() -> None:
 @pytest.mark.parametrize(
     ("names", "phrase"),
     [
-        ({"adapter_config.json", "adapter_model.safetensors", "config.json"}, "is an adapter"),
         ({"config.json", "pytorch_model-00001-of-00002.bin"}, "pickle files only"),
         ({"config.json", "training_args.bin", "optimizer.pt"}, "it holds no model"),
         ({"config.json", "tf_model.h5"}, "another format (tf_model.h5)"),

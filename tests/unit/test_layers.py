@@ -18,7 +18,7 @@ ALLOWED = {
     "core": set(),
     "checkpoint": {"core"},
     "runtime": {"core"},
-    "release": {"core"},
+    "release": {"core", "checkpoint"},
     "tflite": {"core", "checkpoint"},
     "export": {"core", "tflite"},
     "quantize": {"core", "checkpoint", "tflite", "runtime"},

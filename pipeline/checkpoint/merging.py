@@ -1,0 +1,152 @@
+"""An adapter merged into its base, from file to file, a block of rows at a time: an ordinary checkpoint comes out.
+
+The values are those of PEFT's `merge_and_unload` (0.21.2) on a base that was loaded in its stored type: W + s · B A in
+float32, rounded once; with DoRA each row scaled to its trained length first; of an embedding s · B A is rounded before
+it is added. In memory are a few blocks of rows and one module's A and B.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+
+from pipeline.checkpoint.adapters import Adapter, Change, Part
+from pipeline.checkpoint.headers import TensorInfo
+from pipeline.checkpoint.reader import CONFIG, FLOATS, INDEX, Checkpoint, Float32, item_size, read_json, read_part
+from pipeline.core import log
+from pipeline.core.manifest import dump_json
+
+_BLOCK = 4 << 20
+"""Elements of a block of rows (16 MiB in float32), and bytes that are copied at a time."""
+_LEAST_ROWS = 64
+"""Rows of the smallest block: few rows are multiplied in another order."""
+
+
+def write(base: Checkpoint, adapter: Adapter, weights: Path, changes: Mapping[str, Change], out: Path) -> set[str]:
+    """Write the files of `base` that differ in the merged checkpoint into the folder `out`, and return their names.
+
+    Args:
+        base: the base.
+        adapter: what holds the parts.
+        weights: the folder of its weights.
+        changes: what happens to the base's tensors, by name in the merged checkpoint (`adapters.changes`).
+        out: an empty folder.
+    """
+    held = Checkpoint(folder=weights, tensors=adapter.tensors)
+    files = _layout(base, changes)
+    total = sum(_size(info) for tensors in files.values() for info in tensors.values())
+    with log.progress(f"merging {len(changes)} tensors", total) as bar:
+        for file, tensors in files.items():
+            with (out / file).open("wb") as stream:
+                stream.write(_header(tensors))
+                for name, info in tensors.items():
+                    blocks = _merged(base, changes[name], held, info) if name in changes else _stored(base, name)
+                    for block in blocks:
+                        bar.advance(stream.write(block))
+    return {*files, *_write_tables(base, changes, out)}
+
+
+def _layout(base: Checkpoint, changes: Mapping[str, Change]) -> dict[str, dict[str, TensorInfo]]:
+    """The tensors of each file that is written anew; a new tensor joins the one that it begins as."""
+    touched = sorted({base.tensors[change.base].file for change in changes.values()})
+    files: dict[str, dict[str, TensorInfo]] = {file: {} for file in touched}
+    for name in dict.fromkeys((*base.tensors, *changes)):
+        change = changes.get(name)
+        info = base.tensors[change.base if change else name]
+        if info.file in files:
+            shape = change.shape if change else info.shape
+            files[info.file][name] = TensorInfo(shape=shape, dtype=info.dtype, file=info.file, offset=0, size=info.size)
+    return files
+
+
+def _size(info: TensorInfo) -> int:
+    return math.prod(info.shape) * item_size(info) if info.dtype in FLOATS else info.size
+
+
+def _header(tensors: Mapping[str, TensorInfo]) -> bytes:
+    """A safetensors header for `tensors`, whose data follow in this order."""
+    table: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    place = 0
+    for name, info in tensors.items():
+        end = place + _size(info)
+        table[name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": [place, end]}
+        place = end
+    text = json.dumps(table, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _stored(base: Checkpoint, name: str) -> Iterator[bytes]:
+    """The bytes of a tensor of the base."""
+    info = base.tensors[name]
+    for start in range(info.offset, info.offset + info.size, _BLOCK):
+        yield read_part(base.folder, info.file, start, min(start + _BLOCK, info.offset + info.size))
+
+
+def _merged(base: Checkpoint, change: Change, held: Checkpoint, info: TensorInfo) -> Iterator[memoryview]:
+    """The bytes of a changed tensor, as many rows at a time as fit into a block."""
+    kind = getattr(torch, FLOATS[info.dtype])
+    loaded = [
+        (part, {role: held.read(name) for role, name in part.names.items() if role != "whole"}) for part in change.parts
+    ]
+    count = change.shape[0]
+    step = max(_LEAST_ROWS, _BLOCK // math.prod(change.shape[1:]))
+    starts = [*range(0, max(1, count - _LEAST_ROWS + 1), step), count]
+    replaced = bool(change.parts) and "whole" in change.parts[0].names
+    for start, stop in pairwise(starts):
+        rows = None if replaced else _tensor(base.rows(change.base, start, stop)).to(kind)
+        for part, tensors in loaded:
+            if "whole" in part.names:
+                rows = _tensor(held.rows(part.names["whole"], start, stop)).to(kind)
+            else:
+                assert rows is not None
+                rows = _changed(part, {role: _tensor(value) for role, value in tensors.items()}, rows, start).to(kind)
+        assert rows is not None
+        yield rows.contiguous().view(torch.uint8).numpy().data.cast("B")
+
+
+def _changed(part: Part, tensors: Mapping[str, torch.Tensor], rows: torch.Tensor, start: int) -> torch.Tensor:
+    """What a part makes of `rows`, which stand at `start` of their matrix, before it is rounded to their type."""
+    stop = start + len(rows)
+    if "tokens" in tensors:
+        rows = rows.clone()
+        for place, row in enumerate(part.rows):
+            if start <= row < stop:
+                rows[row - start] = tensors["tokens"][place].to(rows.dtype)
+        return rows
+    down, up = tensors["A"], tensors["B"]
+    if part.embedding:  # [r, V] and [H, r]
+        return rows + ((up @ down[:, start:stop]).T * part.scale).to(rows.dtype)
+    merged = rows + up[start:stop] @ down * part.scale
+    if "magnitude" not in tensors:
+        return merged
+    lengths: torch.Tensor = torch.linalg.norm(merged, dim=1)
+    return (tensors["magnitude"][start:stop] / lengths).view(-1, 1) * merged
+
+
+def _tensor(values: Float32) -> torch.Tensor:
+    """`values` as a tensor; what is mapped from a file can't be written to, which PyTorch does not know."""
+    return torch.from_numpy(values if values.flags.writeable else values.copy())
+
+
+def _write_tables(base: Checkpoint, changes: Mapping[str, Change], out: Path) -> set[str]:
+    """The configuration and the index, where a vocabulary was resized or a tensor is new; returns what was written."""
+    written = {}
+    sizes = {change.shape[0] for name, change in changes.items() if change.shape != base.tensors[change.base].shape}
+    if sizes:
+        config = json.loads(json.dumps(base.config))
+        holder = config if "vocab_size" in config else config.setdefault("text_config", {})
+        holder["vocab_size"] = sizes.pop()
+        written[CONFIG] = config
+    new = {name: base.tensors[change.base].file for name, change in changes.items() if name not in base.tensors}
+    if new and (base.folder / INDEX).is_file():
+        index = read_json(base.folder / INDEX)
+        written[INDEX] = {**index, "weight_map": {**index["weight_map"], **new}}
+    for name, table in written.items():
+        (out / name).write_text(dump_json(table), encoding="utf-8")
+    return set(written)
