@@ -64,6 +64,7 @@ def export(signatures: Sequence[Signature], out: Path) -> None:
     from pipeline.export.decompose import by_node
     from pipeline.export.lowering import dynamic_shapes
 
+    # Its progress bar writes over our lines, and into logs.
     _config.config.show_progress = False
     converter: Any = litert_torch
     try:
@@ -71,6 +72,7 @@ def export(signatures: Sequence[Signature], out: Path) -> None:
             warnings.simplefilter("ignore")
             for each in signatures:
                 converter = _add(converter, each)
+            # Constants are then taken as they are, when they are needed: without it memory grows with them.
             model = converter.convert(lightweight_conversion=True)
         raw = out.with_name(out.name + ".raw")
         model.export(str(raw))
@@ -93,6 +95,8 @@ class _WithWeights(nn.Module):
     def __init__(self, module: nn.Module, vector: Vector) -> None:
         """Raises ExportError for a buffer: one that is not in the checkpoint would hold whatever was in memory."""
         super().__init__()
+        # Such a buffer is filled by nobody on the meta device: litert-torch 0.10.0 wrote 2e-34 or 5e+32 into files for
+        # it.
         buffers = [name for name, _ in module.named_buffers()]
         if buffers:
             raise ExportError(
@@ -116,6 +120,7 @@ def _example(shape: torch.Size) -> Tensor:
 
     It takes no memory, and none is set aside for it: a table of 9 GB is refused on a smaller machine otherwise.
     """
+    # MAP_NORESERVE: else the kernel refuses what is larger than its memory, although no page of it is ever touched.
     room = mmap.mmap(-1, 4 * shape.numel(), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE)
     return torch.frombuffer(room, dtype=torch.float32).view(shape)
 
@@ -127,6 +132,7 @@ def _add(converter: Any, signature: Signature) -> Any:
         signature.name,
         module.eval(),
         sample_kwargs={"weights": module.matrices, "inputs": _apart(signature.inputs)},
+        # None for each: weights have the shape that they have.
         dynamic_shapes={"weights": dict.fromkeys(module.matrices), "inputs": symbols} if signature.dimensions else None,
     )
 
@@ -161,10 +167,12 @@ def _tidy(graph: Graph) -> None:
     """Give inputs their own names, and take out the zero biases that `lowering` had to put in."""
     for view in graph.views():
         for port in view.ports():
+            # The converter names an input by the path of its keyword arguments, joined by `_`.
             port.name = text(port.name).removeprefix("inputs_").replace("weights_", PREFIX, 1)
         for operator in view.operators():
             if view.code(operator) == "FULLY_CONNECTED" and len(operator.inputs) > 2 and operator.inputs[2] >= 0:
                 bias = int(operator.inputs[2])
+                # A bias of zeros would cost an addition per row, and in full-integer files a constant and its scales.
                 if view.is_constant(bias) and not np.any(view.constant(bias)):
                     operator.inputs = [*operator.inputs[:2], -1]
         _read_reshaped(view)
@@ -181,8 +189,10 @@ def _read_reshaped(view: Graph) -> None:
         inputs, result = [int(tensor) for tensor in operator.inputs], int(operator.outputs[0])
         if view.code(operator) == "RESHAPE" and not view.is_constant(inputs[0]):
             shape, other = view.shape(inputs[0]), view.shape(result)
+            # Only where axes of 1 were put in front: any other reshape would give each element another partner.
             if -1 not in shape and other == (1,) * (len(other) - len(shape)) + shape:
                 longer[inputs[0]] = result
         elif view.code(operator) in ("ADD", "SUB", "MUL"):
+            # A longer operand than the result would make the result longer.
             rank = len(view.shape(result))
             operator.inputs = [longer[i] if i in longer and len(view.shape(longer[i])) <= rank else i for i in inputs]

@@ -30,6 +30,7 @@ _SWITCH = "LITERT_TORCH_FULL_TFL_DECOMPS"
 
 @registry.lower(torch.ops.pipeline.matmul.default)
 def _lower_matmul(context: Any, x: ir.Value, y: ir.Value, transposed: bool) -> Any:
+    # A TRANSPOSE before would copy the cache at every step; the kernel reads its rows as they lie.
     flags = {"adj_x": False, "adj_y": transposed, "asymmetric_quantize_inputs": False}
     attributes = {name: ir.BoolAttr.get(value) for name, value in flags.items()}
     return _lowerings._ir_operation(
@@ -45,7 +46,9 @@ def _lower_linear(context: Any, x: ir.Value, weight: ir.Value) -> Any:
     attributes = {
         "fused_activation_function": ir.StringAttr.get("NONE"),
         "weights_format": ir.StringAttr.get("DEFAULT"),
+        # Else the result is [rows, outputs], and each layer needs reshapes of unknown sizes.
         "keep_num_dims": ir.BoolAttr.get(True),
+        # Of no effect in float; the quantiser sets it where weights become int8.
         "asymmetric_quantize_inputs": ir.BoolAttr.get(False),
     }
     return _lowerings._ir_operation(
@@ -67,6 +70,7 @@ def _lower_normalise(_context: Any, x: ir.Value, weight: ir.Value | None, eps: f
     fused = {"fused_activation_function": ir.StringAttr.get("NONE")}
     last_axis = lowering_utils.numpy_array_constant(np.array([whole.rank - 1], dtype=np.int32))
     square = _lowerings._ir_operation("tfl.mul", [whole], [x, x], fused)
+    # MEAN and not SUM over a constant: the width is then nowhere in the graph but in its shapes.
     mean = _lowerings._ir_operation("tfl.mean", [single], [square, last_axis], {"keep_dims": ir.BoolAttr.get(True)})
     shifted = _lowerings._ir_operation(
         "tfl.add", [single], [mean, lowering_utils.numpy_array_constant(np.array(eps, dtype=np.float32))], fused
@@ -91,6 +95,7 @@ def _lower_update(context: Any, x: ir.Value, part: ir.Value, start: ir.Value) ->
 
 @registry.lower(torch.ops.pipeline.window.default)
 def _lower_window(context: Any, x: ir.Value, start: ir.Value, size: Sequence[int]) -> Any:
+    # SLICE takes its size as a tensor; a constant keeps the shape of the result known.
     sizes = lowering_utils.numpy_array_constant(np.array(size, dtype=np.int32))
     return _lowerings._ir_operation("tfl.slice", lowering_utils.node_meta_to_ir_types(context.node), [x, start, sizes])
 
@@ -109,7 +114,9 @@ def _module_path(node: torch.fx.Node) -> str:
 def dynamic_shapes() -> Iterator[None]:
     """Convert with unknown dimensions, and tensors named by module path."""
     before = os.environ.get(_SWITCH)
+    # There is no public way to name tensors in litert-torch 0.10.0.
     named = _build._get_hierarchy
+    # Read at each conversion, so it must stand in the environment, and only as long as one runs.
     os.environ[_SWITCH] = "1"
     _build._get_hierarchy = _module_path
     try:

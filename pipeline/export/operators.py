@@ -34,6 +34,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 @linear.register_fake
 def _(x: Tensor, weight: Tensor) -> Tensor:
+    # Of shapes alone: torch.export traces with symbols, and weights that have no memory.
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
@@ -56,6 +57,7 @@ def normalise(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     is multiplied with the inverse root and not with the result: the converter folds a constant factor on the input of a
     linear layer into a copy of the layer's weights, in memory, and one copy per signature.
     """
+    # In the order that the lowering has, so that eager and file round alike.
     inverse = torch.rsqrt(torch.mean(x * x, dim=-1, keepdim=True) + eps)
     return x * (inverse if weight is None else inverse * weight)
 
@@ -91,6 +93,7 @@ def _(x: Tensor, start: Tensor, size: Sequence[int]) -> Tensor:
 
 def _place(x: Tensor, start: Tensor, size: Sequence[int]) -> tuple[slice, ...]:
     begins = [max(0, min(int(at), whole - part)) for at, whole, part in zip(start, x.shape, size, strict=True)]
+    # As DYNAMIC_UPDATE_SLICE and SLICE do: what would not fit is moved back, and no error tells.
     return tuple(slice(begin, begin + part) for begin, part in zip(begins, size, strict=True))
 
 
@@ -116,5 +119,6 @@ class Embedding(nn.Embedding):
             super().reset_parameters()
 
     def forward(self, ids: Tensor) -> Tensor:
+        # EMBEDDING_LOOKUP takes a vector of ids.
         rows: Tensor = lookup(ids.reshape(-1), self.weight)
         return rows.reshape(*ids.shape, self.embedding_dim)

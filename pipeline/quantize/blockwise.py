@@ -29,14 +29,19 @@ from pipeline.quantize import rows as quantize
 from pipeline.tflite.graph import Graph
 from pipeline.tflite.lazy import Array, Blocks, BlockScales, pack
 
+# The smallest block that XNNPACK knows: the finer, the closer.
 BLOCK = 32
 """Neighbours that share a scale: 4.5 bits per weight."""
+# What TFLite's version rules demand of a lookup in 4-bit rows.
 LOOKUP_VERSION = 4
+# All sixteen values: a scale is chosen by its error, so the range need not be symmetric as that of int8 is.
 _LOW, _HIGH = -8, 7
 # Scales that are tried for a block, over its largest magnitude: smaller ones clip a few values, and the rest is finer.
 _TRIED = tuple(share / 7.5 for share in (1.0, 0.94, 0.88, 0.82, 0.76, 0.7))
+# At the smallest scale tried the largest value becomes 7 steps; 2⁻⁹ is what rounding the scale to bfloat16 takes off.
 LARGEST_ERROR = 1 - 7 * _TRIED[-1] * (1 - 2**-9)
 """By which a value may be clipped, over the largest in its block."""
+# The least float16 above zero, and the largest that bfloat16 holds too: 65504 is none of its values.
 _SMALLEST, _LARGEST = 2.0**-24, 65280.0
 
 
@@ -61,6 +66,8 @@ def quantise_weights(
                 operator.builtinOptions.asymmetricQuantizeInputs = True  # else the built-in kernels take another step
             if view.type_of(weight) == "FLOAT32":
                 values = view.blocks(weight)
+                # A lookup and the head may share the matrix: whichever comes first makes it small, and the other finds
+                # it so.
                 rounded_by = rounding(view.origin(weight), values.shape[-1])
                 wide = keep_int8(quantize.layer_name(view, operator)) or view.buffer(weight) in int8_buffers
                 if not wide and not values.shape[-1] % BLOCK:
@@ -103,6 +110,7 @@ def best_scales(values: Array) -> NDArray[np.float16]:
 def round_blocks(values: Array, scale: NDArray[np.float16]) -> NDArray[np.int8]:
     """Rows as integers, −8 … 7, each block by its scale."""
     blocks = values.reshape(len(values), -1, BLOCK)
+    # In float32: a quotient of float16 has 11 bits, too few to tell which integer is nearest.
     return _nearest(blocks, scale.astype(np.float32)[..., None]).astype(np.int8).reshape(values.shape)
 
 
@@ -112,6 +120,8 @@ def _nearest(blocks: Array, scale: Array) -> Array:
 
 def _storable(scale: Array) -> NDArray[np.float16]:
     """The nearest scale that bfloat16 and float16 both hold exactly."""
+    # uint64, since adding half a unit may carry out of 32 bits.
     bits = scale.astype(np.float32).view(np.uint32).astype(np.uint64)
+    # bfloat16 is the upper half of a float32; half of its last place is added to round to the nearest.
     short = ((bits + 0x8000) & 0xFFFF0000).astype(np.uint32).view(np.float32)
     return np.clip(short, _SMALLEST, _LARGEST).astype(np.float16)

@@ -22,6 +22,7 @@ Encode = Callable[[str], Sequence[int]]
 _SHORTEST = 2
 # Real text in any language is far above this; a repeated sentence or one token is below.
 _FEWEST_EFFECTIVE_TOKENS = 24.0
+# 12 bits for a range that int8 cuts into 255 steps: 16 bins a step.
 _BINS = 4096
 # Elements of one tensor that one sample adds to a histogram; the extremes are always counted exactly.
 _ELEMENTS = 2**16
@@ -39,6 +40,7 @@ def make_samples(texts: Iterable[str], encode: Encode, bos: int, *, count: int, 
         raise QuantiseError(
             f"the calibration text gives {len(windows)} samples, the recipe wants {count}", remedy=remedy
         )
+    # Evenly over the text and not at random: the file's bytes follow from the text alone.
     chosen = [windows[i * len(windows) // count] for i in range(count)]
     effective = _effective_tokens(chosen)
     if effective < _FEWEST_EFFECTIVE_TOKENS:
@@ -60,6 +62,7 @@ def _windows(ids: Sequence[int], bos: int, window: int) -> list[Tokens]:
 def _effective_tokens(samples: Sequence[Tokens]) -> float:
     """exp(entropy) of the token frequencies, the bos of each sample left out."""
     _, counts = np.unique(np.concatenate([sample[1:] for sample in samples]), return_counts=True)
+    # Weighted by use, so that a text of one sentence a thousand times over does not count as its words.
     share = counts / counts.sum()
     return float(np.exp(-(share * np.log(share)).sum()))
 
@@ -76,6 +79,7 @@ class Statistics:
 
     def add(self, values: Array) -> None:
         """Count the values of one sample; the last axis is the channel."""
+        # Extremes and peaks of all elements: a rare outlier is what a range has to decide on.
         flat = values.reshape(-1)
         self.low, self.high = min(self.low, float(flat.min())), max(self.high, float(flat.max()))
         if values.ndim:
@@ -83,6 +87,7 @@ class Statistics:
             if self.peak is None or self.peak.shape == peak.shape:
                 self.peak = peak if self.peak is None else np.maximum(self.peak, peak)
         self._widen(max(-self.low, self.high))
+        # Evenly spaced elements, and each counts for those left out: attention scores have millions a sample.
         taken = flat[:: -(-flat.size // _ELEMENTS)]
         place = np.minimum(((taken + self.bound) * (_BINS / (2 * self.bound))).astype(np.int64), _BINS - 1)
         self.counts += np.bincount(np.maximum(place, 0), minlength=_BINS) * (flat.size / taken.size)
@@ -92,6 +97,7 @@ class Statistics:
         if self.bound == 0.0:
             self.bound = float(2.0 ** np.ceil(np.log2(max(reach, 1e-30))))
         while self.bound < reach:
+            # Bounds are powers of two, so doubling maps pairs of bins on bins exactly: no count is moved by rounding.
             self.counts = np.concatenate(
                 [np.zeros(_BINS // 4), self.counts.reshape(-1, 2).sum(1), np.zeros(_BINS // 4)]
             )
@@ -109,6 +115,7 @@ def collect(file: Path, wanted: Sequence[int], samples: Sequence[Tokens]) -> dic
     Raises:
         QuantiseError: a tensor was the same everywhere, or not finite.
     """
+    # It keeps every tensor: the plain interpreter writes one over another once it has been read.
     interpreter = open_traced(file)
     seen = {tensor: Statistics() for tensor in wanted}
     with log.progress("calibrate", len(samples), "samples") as bar:

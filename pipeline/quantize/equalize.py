@@ -104,10 +104,13 @@ def _closed_sites(graph: Graph) -> list[_Site]:
     for walk in walks:
         users.update(use.buffer for use in walk.matrices())
         for local in walk.sites():
+            # One matrix may read differently fed inputs in two signatures; then all of those take the factors, or none
+            # does.
             _merge(sites, local)
     for walk in walks:
         for table in walk.tables():
             if table.buffer in sites:
+                # After all matrices are known: only a table that is also the head of some signature needs undoing.
                 sites[table.buffer].add(walk.undoing(table))
     unique = {id(site): site for site in sites.values()}.values()
     return [site for site in unique if site.closed and _rows_are_free(site, users)]
@@ -123,6 +126,7 @@ def _merge(sites: dict[int, _Site], local: _Site) -> None:
 
 def _rows_are_free(site: _Site, users: Counter[int]) -> bool:
     """Whether matrices that take the factors in their rows give nothing to anyone else."""
+    # A matrix gives its rows away once per signature; one more reader than that would see them changed.
     taking = Counter(feeder.buffer for feeder in site.feeders if feeder.is_matrix)
     return all(users[buffer] == count for buffer, count in taking.items())
 
@@ -153,6 +157,7 @@ class _Walk:
 
     def _site(self, x: int, uses: list[_Use]) -> _Site:
         feeder = self._feeder(x)
+        # Whoever else reads x, or a caller, would see what was divided.
         alone = len(self.consumers[x]) == len(uses) and x not in self.results
         return _Site({use.buffer: use for use in uses}, [feeder] if feeder else [], alone and feeder is not None)
 
@@ -167,6 +172,7 @@ class _Walk:
     def _feeder(self, tensor: int) -> _Use | None:
         """The constant that the channels (last axis) of `tensor` are proportional to."""
         operator = self.producers.get(tensor)
+        # Back to the nearest product: a norm ends in one with its weight, and gelu(gate) · up is one.
         while operator is not None and self.view.code(operator) != "MUL":
             before = self._same_channels(operator)
             operator = self.producers.get(before) if self._alone(before) else None
@@ -175,6 +181,7 @@ class _Walk:
     def _same_channels(self, operator: Operator) -> int:
         """The input of `operator` that its output's channels are proportional to, −1 if there is none."""
         code, result = self.view.code(operator), self.view.shape(int(operator.outputs[0]))
+        # Attention mixes rows of v by scores: channels of the result are those of its right operand, unless transposed.
         if code == PRODUCT:
             return -1 if operator.builtinOptions.adjY else int(operator.inputs[1])
         moved = int(operator.inputs[0]) if code in _MOVES else -1
@@ -197,6 +204,7 @@ class _Walk:
             return None
         width = self.view.shape(int(operator.outputs[0]))[-1:]
         for place, tensor in enumerate(int(i) for i in operator.inputs):
+            # A scalar becomes a vector when it takes the factors. Of width 1 nothing can be evened out.
             if self.view.is_constant(tensor) and self.view.shape(tensor) in ((), (1,), width) and width != (1,):
                 return _Use(self.view, operator, place)
         return None
@@ -226,12 +234,16 @@ def _has_bias(operator: Operator) -> bool:
 
 def _factors(site: _Site, strength: float) -> Factors:
     """Powers of two by column, from the columns' mean squares over all matrices."""
+    # One set of factors for all that read the channels: q, k and v divide the same norm.
     total = sum((_squares(use) for use in site.matrices.values()), np.zeros(()))
     exponents = np.zeros(total.shape)
+    # A column of zeros has no size to even out, and its logarithm would be infinite.
     used = total > 0
     sizes = -0.5 * strength * np.log2(total[used])
+    # Without the mean the factors would grow or shrink all weights, which changes no rounding and strains ranges.
     exponents[used] = sizes - sizes.mean() if sizes.size else 0.0
     whole = np.clip(np.rint(exponents), -_LARGEST_EXPONENT, _LARGEST_EXPONENT)
+    # Powers of two: multiplying and dividing by them changes exponents alone, so in float nothing changes at all.
     factors: Factors = np.exp2(whole).astype(np.float32)
     return factors
 
@@ -246,6 +258,7 @@ def _squares(matrix: _Use) -> NDArray[np.float64]:
 def _apply(site: _Site, factors: Factors) -> None:
     for use in site.matrices.values():
         _change(use, lambda block, _: block * factors)
+    # Once per buffer: signatures share it.
     for use in {feeder.buffer: feeder for feeder in site.feeders if feeder.is_matrix}.values():
         _change(use, lambda block, row: block / factors[row : row + len(block), None])
     _divide((feeder for feeder in site.feeders if not feeder.is_matrix), factors)
@@ -262,6 +275,7 @@ def _divide(feeders: Iterable[_Use], factors: Factors) -> None:
         view, values = use.view, use.view.constant(use.tensor) / factors
         if use.buffer not in divided:
             divided[use.buffer] = view.add_buffer(values)
+        # The name of old: it stands in files, whose bytes are to stay.
         tensor = view.add_tensor(f"{view.operator_name(use.operator)};folded", "FLOAT32", values.shape)
         view.main.tensors[tensor].buffer = divided[use.buffer]
         use.operator.inputs[use.place] = tensor

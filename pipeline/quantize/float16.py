@@ -38,9 +38,11 @@ def _halve_weights(graph: Graph) -> None:
         if graph.code(operator) == LOOKUP:
             return _half_lookup(graph, operator)
         for place, tensor in enumerate(int(i) for i in operator.inputs):
+            # Vectors are a thousandth of a file and set the scale of everything behind them: they stay float32.
             matrix = graph.is_constant(tensor) and len(graph.shape(tensor)) >= 2
             if not matrix or graph.type_of(tensor) not in ("FLOAT32", "FLOAT16"):
                 continue
+            # One DEQUANTIZE for all that read the matrix: XNNPACK folds it into each, the plain kernels run it once.
             if tensor not in widened:
                 _halve(graph, tensor)
                 widened[tensor] = graph.add_tensor(graph.name(tensor) + ";float32", "FLOAT32", graph.shape(tensor))

@@ -37,6 +37,7 @@ from pipeline.tflite.lazy import Array
 
 DAMPING = 0.01
 """Added to the diagonal of H, over its mean: the paper's value."""
+# Within a chunk errors go column by column, behind it all at once as a product of matrices (the paper's lazy batches).
 _CHUNK = 32
 _ROWS = 1024
 """Rows that are rounded together: 32 columns of them stay in a core's cache."""
@@ -57,9 +58,11 @@ class Factor:
         """
         wide = np.array(hessian, np.float64)
         diagonal = np.einsum("ii->i", wide)
+        # A layer that read nothing but zeros: any H is right, and the identity is one.
         mean = float(diagonal.mean()) or 1.0
         diagonal[diagonal <= 0] = mean
         diagonal += damping * mean
+        # Stable, so that equal channels keep one order on every machine, and files their bytes.
         order = np.argsort(-diagonal, kind="stable")
         # H = R Rᵀ with R upper triangular, by the Cholesky factor of H read backwards; then U = R⁻¹.
         backwards = np.linalg.cholesky(wide[np.ix_(order[::-1], order[::-1])])[::-1, ::-1]
@@ -90,6 +93,7 @@ def _round_lot(values: Array, scale: Array, factors: Sequence[Factor], low: int,
     rounded, block, first = np.empty(values.shape[::-1], np.int8), values.shape[1] // scale.shape[1], 0
     for factor in factors:
         columns = first + factor.order
+        # Columns as rows: each step below then works on memory that lies together.
         rest, steps = values.T[columns].astype(np.float64), scale.T[columns // block].astype(np.float64)
         rounded[columns] = _round_span(rest, steps, factor.upper, low, high)
         first += len(columns)
@@ -105,6 +109,7 @@ def _round_span(rest: Array, steps: Array, upper: Array, low: int, high: int) ->
         for column in range(start, stop):
             whole = rounded[column] = np.clip(np.rint(rest[column] / steps[column]), low, high)
             error = errors[column - start] = (rest[column] - whole * steps[column]) / upper[column, column]
+            # `rest` holds what the columns to come should be by now; those behind the chunk catch up below.
             rest[column + 1 : stop] -= upper[column, column + 1 : stop, None] * error
         rest[stop:] -= upper[start:stop, stop:].T @ errors
     return rounded
@@ -152,16 +157,20 @@ class Hessians:
         """Those of each span, made once for matrices that read the same and for rows that come in lots."""
         key = (file, start, columns, rotation, b"" if scaled is None else scaled.tobytes())
         with self._lock:
+            # Taken out and put back: the last used stands last, and the first are the ones to drop.
             own, factors = self._cache[key] = self._cache.pop(key, (threading.Lock(), []))
+            # As many as rows are worked on at once: a factor of 2,048 columns takes 32 MB.
             for old in list(self._cache)[: -parallel.threads()]:
                 del self._cache[old]
         with own:
+            # Under a lock of its own: others that need the same factor wait for it, those of other layers do not.
             return factors or self._fill(factors, file, slice(start, start + columns), scaled, rotation)
 
     def _fill(
         self, factors: list[Factor], file: str, columns: slice, scaled: Array | None, rotation: int
     ) -> list[Factor]:
         """`factors`, with that of each span of `columns`."""
+        # Mapped: of a wide layer only the spans that are asked for are read.
         stored: Array = np.load(self.folder / file, mmap_mode="r")
         width = stored.shape[1]
         for place, whole in enumerate(stored):
@@ -171,8 +180,11 @@ class Hessians:
                 part = np.array(whole[first:last, first:last], np.float64)
                 if scaled is not None:
                     scale = scaled[place * width + first : place * width + last].astype(np.float64)
+                    # Columns of weights times f means inputs over f, and H is a product of two inputs.
                     part /= scale[:, None] * scale
                 if rotation > 1:
+                    # Bᵀ H B: once for the rows, once for the columns; B and H are symmetric, so one transposition is
+                    # enough.
                     part = rotate_blocks(rotate_blocks(part, rotation).T, rotation)
                 kept = slice(low - first, high - first)
                 factors.append(Factor.of(part[kept, kept]))

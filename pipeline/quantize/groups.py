@@ -48,6 +48,7 @@ def _cut(view: Graph, matrix: int, group_size: int, group_buffers: dict[int, lis
         return
     buffer, values = view.buffer(matrix), view.blocks(matrix)
     columns, whole = values.shape[1], view.origin(matrix)
+    # One group would be the layer itself with a name more.
     if buffer not in group_buffers and columns > group_size and not columns % group_size:
         starts = range(0, columns, group_size)
         group_buffers[buffer] = [
@@ -60,6 +61,7 @@ def _columns(values: Blocks, first: int, width: int) -> Blocks:
 
     def rows(start: int, stop: int) -> Array:
         lots = [values.rows(at, min(at + _ROWS, stop)) for at in range(start, stop, _ROWS)]
+        # Each lot is cut before the next is read, so that a whole row of a wide table is never held.
         return np.concatenate([lot[:, first : first + width] for lot in lots])
 
     return Blocks((values.shape[0], width), values.dtype, rows)
@@ -100,12 +102,14 @@ class _Splitting:
         """`layer` as the sum of one for each group; the first adds the bias, if there is any."""
         graph, result, count = self.graph, int(layer.outputs[0]), len(weights)
         shape = graph.shape(result)
+        # All layers that read x share its groups: SPLIT copies.
         before, inputs = self._split(int(layer.inputs[0]), count)
         partial_sums, totals = self._tensors(result, shape, count), self._tensors(result, shape, count - 2, "sum")
         layers = [
             graph.operator(LINEAR, [x, weight, *(layer.inputs[2:] if not i else [-1])], [partial_sum], keepNumDims=True)
             for i, (x, weight, partial_sum) in enumerate(zip(inputs, weights, partial_sums, strict=True))
         ]
+        # From left to right: the order of float additions is part of what the file computes.
         lefts, results = [partial_sums[0], *totals], [*totals, result]
         adds = [
             graph.operator("ADD", [left, right], [total])
@@ -120,6 +124,7 @@ class _Splitting:
         graph, shape = self.graph, self.graph.shape(x)
         groups = self._tensors(x, (*shape[:-1], shape[-1] // count), count)
         self.inputs[x, count] = groups
+        # SPLIT reads its axis as its first input, a scalar.
         axis = graph.add_constant(np.array(len(shape) - 1, np.int32), f"{graph.name(x)};axis")
         return [graph.operator("SPLIT", [axis, x], groups, numSplits=count)], groups
 

@@ -19,6 +19,7 @@ def hadamard(size: int) -> NDArray[np.float32]:
     signs = np.ones((1, 1))
     while len(signs) < size:
         signs = np.block([[signs, signs], [signs, -signs]])
+    # Divided in float64 and rounded once: 1/√n is not a float32 for odd powers of two.
     unit: NDArray[np.float32] = (signs / np.sqrt(size)).astype(np.float32)
     return unit
 
@@ -26,5 +27,6 @@ def hadamard(size: int) -> NDArray[np.float32]:
 def rotate_blocks(values: Array, size: int) -> NDArray[np.float64]:
     """Each row of `values` [..., columns], every `size` columns of it rotated by themselves."""
     blocks = values.reshape(*values.shape[:-1], -1, size).astype(np.float64)
+    # In float64, which the caller rounds once.
     rotated: NDArray[np.float64] = (blocks @ hadamard(size).astype(np.float64)).reshape(values.shape)
     return rotated

@@ -12,6 +12,7 @@ SPAN = 2048
 def span(columns: int) -> int:
     """How many columns are treated together: all, or the largest equal part of them that is at most `SPAN`."""
     parts = -(-columns // SPAN)
+    # Equal parts, so that one array holds them all.
     while columns % parts:
         parts += 1
     return columns // parts

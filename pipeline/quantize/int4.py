@@ -14,6 +14,8 @@ from pipeline.tflite.graph import Graph
 def make_int4(graph: Graph, int4: Int4, hessians: gptq.Hessians | None = None) -> None:
     """Give `graph`, its weights attached in float32, 4-bit ones, and 8-bit ones where the recipe says so."""
     rounding = prepare.prepare(graph, int4, hessians)
+    # After rotating, before rounding: a range is a constant of its own, with its own scales.
     frequent = row_ranges.split_rows(graph, EMBEDDING, int4.int8_tokens) if int4.int8_tokens else frozenset()
     blockwise.quantise_weights(graph, rows.keeper(int4.keep_int8), rounding, frequent)
+    # Last: whether a layer takes two rows or two products depends on the bits of its weights.
     int8x2.split_inputs(graph, rows.keeper(int4.int8x2))

@@ -19,6 +19,7 @@ from pipeline.tflite.graph import Graph
 def make_int8(graph: Graph, int8: Int8, hessians: gptq.Hessians | None = None) -> None:
     """Make `graph`, its weights attached in float32, int8: weights now, activations while it runs."""
     rounding = prepare.prepare(graph, int8, hessians)
+    # After rotating: a rotation mixes channels of one block, which a group may cut through.
     groups.split_columns(graph, rows.keeper(int8.groups), int8.group_size)
     rows.quantise_weights(graph, rows.keeper(int8.keep_float), rounding)
     int8x2.split_inputs(graph, rows.keeper(int8.int8x2))
@@ -30,6 +31,7 @@ def make_static(graph: Graph, int8: Int8, scheme: Scheme, fp32: Path, samples: S
     The head, which stays dynamic, takes two rows where others take two tensors.
     """
     keep = rows.keeper(int8.keep_float)
+    # At 16 bits the value alone is fine enough; two terms would be for nothing.
     bits: static.Bits = 16 if scheme == "static16" else 8
     plan = partial(
         static.plan_static,

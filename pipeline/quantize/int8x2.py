@@ -22,6 +22,7 @@ from pipeline.tflite.lazy import Array
 from pipeline.tflite.schema import Operator
 
 ROWS = "rows"
+# The kernel cuts a row's range into as many steps, for its integers are −128 … 127.
 _STEPS = 255.0
 # Keeps a row of zeros from a division by zero; activations are many orders above.
 _SMALLEST_STEP = 1e-30
@@ -54,6 +55,7 @@ class _Int8x2:
             return [operator]
         x, result = int(operator.inputs[0]), int(operator.outputs[0])
         shape = graph.shape(x)
+        # Rows on another axis would be other tokens; and what is no float32 has been made integer already.
         if len(shape) < 2 or shape[-2] != 1 or graph.type_of(x) != "FLOAT32":
             return [operator]
         weight = int(operator.inputs[1])
@@ -61,6 +63,7 @@ class _Int8x2:
             return self._as_two_layers(operator, shape)
         before = [] if x in self.rows else self._stack(x, shape)
         products = self._tensor(result, ROWS, (*graph.shape(result)[:-2], 2, graph.shape(result)[-1]))
+        # A kernel would add it to each of the two rows, that is twice.
         bias = int(operator.inputs[2]) if len(operator.inputs) > 2 else -1
         total = result if bias < 0 else self._tensor(result, "sum", graph.shape(result))
         operator.inputs = [self.rows[x], weight, -1]
@@ -78,6 +81,7 @@ class _Int8x2:
         value, remainder = self.terms[x]
         products = [self._tensor(result, name, graph.shape(result)) for name in ("coarse", "fine")]
         keep = bool(operator.builtinOptions.keepNumDims)
+        # The same tensor of weights in both: the file holds it once.
         second = graph.operator(LINEAR, [remainder, int(operator.inputs[1]), -1], products[1:], keepNumDims=keep)
         operator.inputs, operator.outputs = [value, *operator.inputs[1:]], products[:1]
         for layer in (operator, second):
@@ -87,6 +91,7 @@ class _Int8x2:
     def _stack(self, x: int, shape: tuple[int, ...]) -> list[Operator]:
         """The operators that make [..., 2, inputs] of `x` [..., 1, inputs]."""
         before = [] if x in self.terms else self._split(x, shape)
+        # On the axis before the channels: the kernel quantises each row by itself, with a step of its own.
         self.rows[x] = self._tensor(x, ROWS, (*shape[:-2], 2, shape[-1]))
         return [*before, self.graph.operator("CONCATENATION", self.terms[x], [self.rows[x]], axis=len(shape) - 2)]
 

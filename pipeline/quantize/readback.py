@@ -24,6 +24,7 @@ Arithmetic = Literal["integer", "hybrid", "float"]
 Target = Literal["fp16", "dynamic", "static", "static16", "int4"]
 
 _STATIC = ("static", "static16")
+# As long as a prefill: at one token attention would hardly count.
 _SEQUENCE = 128
 _PRODUCTS = ("FULLY_CONNECTED", "BATCH_MATMUL", "CONV_2D")
 _NARROW = ("INT8", "INT4")
@@ -36,6 +37,7 @@ _ARITHMETIC: Mapping[tuple[str, str], Arithmetic] = {
     ("FLOAT32", "INT8"): "hybrid",
     ("FLOAT32", "INT4"): "hybrid",
 }
+# They move, pick or convert values, and none of them has an integer kernel to be missed.
 _NO_ARITHMETIC = (
     *("QUANTIZE", "DEQUANTIZE", "CAST", "EMBEDDING_LOOKUP", "GATHER", "SELECT_V2"),
     *("RESHAPE", "TRANSPOSE", "SQUEEZE", "EXPAND_DIMS", "STRIDED_SLICE", "SLICE", "BROADCAST_TO", "CONCATENATION"),
@@ -44,6 +46,7 @@ _NO_ARITHMETIC = (
 _LEAST_WEIGHTS = 0.9
 _LEAST_FOUR_BITS = 0.4
 _LEAST_INTEGER = 0.5
+# A manifest is read by people too.
 _LISTED = 40
 
 
@@ -92,8 +95,10 @@ def read_back(file: Path) -> ReadBack:
     A step graph is run once, with the plain kernels, to learn its shapes.
     """
     views = {view.signature(): view for view in Graph.read(file).views()}
+    # `decode` alone computes logits; all weights are shared with the others.
     graph = views.get("decode") or next(iter(views.values()))
     elements = _elements(graph)
+    # Bits per weight of matrices and tables: norms are few, and stay float32 in every file.
     stored, weight_bytes = _stored([graph])
     shapes = _shapes(graph, file)
     operators, products = list(graph.operators()), _products(graph)
@@ -116,6 +121,7 @@ def _stored(graphs: Iterable[Graph]) -> tuple[int, int]:
     stored = size = 0
     for graph in graphs:
         for view, tensor in _constants(graph):
+            # A scale or a norm is no weight in the sense of "4 bits per weight".
             if len(view.shape(tensor)) >= 2:
                 stored += math.prod(view.shape(tensor))
                 size += view.stored_bytes(tensor)
@@ -155,6 +161,7 @@ def _live_shapes(file: Path, count: int) -> list[tuple[int, ...]]:
     """
     interpreter = _open(file)
     ones = np.ones((1, _SEQUENCE), np.int32)
+    # Shapes are settled when the graph runs: a RESHAPE reads its size from a tensor.
     interpreter.get_signature_runner()(input_ids=ones, attention_mask=ones)
     details = {detail["index"]: detail["shape"] for detail in interpreter.get_tensor_details()}
     return [tuple(int(n) for n in details.get(index, ())) for index in range(count)]
@@ -164,6 +171,7 @@ def _open(file: Path) -> Any:
     """LiteRT's interpreter with its built-in kernels."""
     from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
+    # Without XNNPACK, which would pack all weights anew: twice the file in memory.
     kind = OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
     return Interpreter(model_path=str(file), experimental_op_resolver_type=kind)
 
@@ -207,12 +215,14 @@ def _rows(graph: Graph, operator: Operator, consumers: Mapping[int, Sequence[Ope
 def _product(graph: Graph, operator: Operator, shapes: Sequence[tuple[int, ...]], rows: int) -> Product:
     """Multiply-adds: elements of the result times the length of what is summed for each, over `rows`."""
     left, right, result = int(operator.inputs[0]), int(operator.inputs[1]), int(operator.outputs[0])
+    # Its left operand is [..., rows, summed], the right one may be stored either way round.
     if graph.code(operator) == "BATCH_MATMUL":
         summed = shapes[left][-2 if operator.builtinOptions.adjX else -1]
     else:
         summed = int(np.prod(shapes[right][1:]))
     name, types = graph.operator_name(operator), (graph.type_of(left), graph.type_of(right))
     return Product(
+        # Operators outside all modules have no path; a name has to begin with something.
         name=name if not name.startswith(";") else f"step{name}",
         multiply_adds=int(np.prod(shapes[result])) * summed // rows,
         arithmetic=_ARITHMETIC.get(types, "float"),
@@ -226,6 +236,7 @@ def _computes_in_float(graph: Graph, operator: Operator) -> bool:
         return False
     tensors = [int(i) for i in (*operator.inputs, *operator.outputs) if i >= 0]
     types = [graph.type_of(tensor) for tensor in tensors]
+    # Float activations times integer weights are multiplied in integers, though both ends are float32.
     hybrid = graph.code(operator) in _PRODUCTS and types[1] in _NARROW
     return "FLOAT32" in types and not hybrid
 
@@ -241,6 +252,7 @@ def check(contents: ReadBack, target: Target, file: Path) -> Contents:
     """
     wanted = {"fp16": ("FLOAT16",), "int4": _NARROW}.get(target, ("INT8",))
     share = sum(contents.shares.get(kind, 0.0) for kind in wanted)
+    # In a full-integer file a hybrid product is one that was left over.
     kinds: tuple[Arithmetic, ...] = ("integer",) if target in _STATIC else ("integer", "hybrid")
     integer, linear = contents.share(*kinds), contents.share(*kinds, weights_only=True)
     wrong = []
@@ -249,8 +261,10 @@ def check(contents: ReadBack, target: Target, file: Path) -> Contents:
         wrong.append(f"its weights are {types}")
     if target == "int4" and contents.shares.get("INT4", 0.0) < _LEAST_FOUR_BITS:
         wrong.append(f"only {contents.shares.get('INT4', 0.0):.1%} of its weights have 4 bits")
+    # A table is half of a small model and no product, so shares of products would not show it.
     if set(contents.tables) - {*wanted}:
         wrong.append(f"its embedding tables are {', '.join(sorted({t.lower() for t in contents.tables}))}")
+    # Of weights' products alone: attention over a long sequence outweighs them, and stays float where it has to.
     if target != "fp16" and linear < _LEAST_INTEGER:
         wrong.append(f"only {linear:.1%} of the multiply-adds with its weights are integer")
     if wrong:
@@ -302,6 +316,7 @@ def round_trip(file: Path, error: type[PipelineError] = QuantiseError) -> None:
         for index, value in inputs.items():
             interpreter.set_tensor(index, value)
         interpreter.invoke()
+        # One at a time: a copy of all would take the memory of the cache once more.
         results = (interpreter.get_tensor(detail["index"]) for detail in interpreter.get_output_details())
         if not all(np.isfinite(values).all() for values in results):
             raise error(f"{file} gives values that are not finite", cause="a range or a weight is out of bounds")

@@ -41,6 +41,7 @@ def rotate_inputs(graph: Graph, chosen: Keep, size: int) -> dict[str, int]:
                 rotated[_buffer(view, operator)] = view, int(operator.inputs[1])
             else:
                 others.add(_buffer(view, operator))
+    # A matrix that any layer reads unrotated, in any signature, can't hold rotated columns.
     rotated = {buffer: place for buffer, place in rotated.items() if buffer not in others}
     constants: dict[int, tuple[int, int]] = {}
     for view in views:
@@ -51,6 +52,7 @@ def rotate_inputs(graph: Graph, chosen: Keep, size: int) -> dict[str, int]:
 
 
 def _columns(block: Array, size: int) -> Array:
+    # Rounded once, from float64.
     return rotate_blocks(block, size).astype(np.float32)
 
 
@@ -107,6 +109,7 @@ class _Rotation:
         constants, settings = self._constants(shape[-1]), {"strideW": 1, "strideH": 1}
         if len(shape) == 4:
             return [graph.operator("CONV_2D", [x, *constants], [result], **settings)]
+        # A RESHAPE can work out one unknown size, not two.
         rows = -1 if -1 in shape else math.prod(shape[:-1])
         before, after = (self._tensor(x, name, (1, rows, 1, shape[-1])) for name in ("wide", "turned"))
         rotation = graph.operator("CONV_2D", [before, *constants], [after], **settings)
@@ -124,7 +127,10 @@ class _Rotation:
         """The filter [width, 1, 1, size] and the bias of a convolution with width / size groups."""
         graph, size = self.graph, self.size
         if width not in self.done:
+            # Filters of a grouped convolution, [output channels, 1, 1, channels of a group]: the same matrix for each
+            # block.
             basis = np.tile(hadamard(size), (width // size, 1)).reshape(width, 1, 1, size)
+            # Both are shared by all layers of that width.
             self.done[width] = graph.add_buffer(basis), graph.add_buffer(np.zeros(width, np.float32))
         tensors = [
             graph.add_tensor(f"hadamard;{width}{end}", "FLOAT32", shape)

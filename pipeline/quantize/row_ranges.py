@@ -35,6 +35,7 @@ def split_rows(graph: Graph, table: str, int8: Sequence[tuple[int, int]]) -> fro
     Returns:
         The buffers of the ranges that are to have 8 bits.
     """
+    # A prefill has no head and a decoder no table: a signature may lack the matrix.
     views = [view for view in graph.views() if _holders(view, table)]
     if not views:
         return frozenset()
@@ -52,10 +53,13 @@ def split_rows(graph: Graph, table: str, int8: Sequence[tuple[int, int]]) -> fro
 def _ranges(int8: Sequence[tuple[int, int]], rows: int) -> dict[str, tuple[int, int]]:
     """Every range by its name: those of `int8`, and the rows before, between and behind them."""
     ranges, end = {}, 0
+    # An empty range behind the last closes the loop: what is before it are the rows that no range names.
     for place, (start, stop) in enumerate((*int8, (rows, rows))):
+        # Cut at the end of the table: a recipe is for checkpoints of several vocabularies.
         ranges[f"{_COARSE}_{place}"] = (end, min(start, rows))
         ranges[f"{_FINE}_{place}"] = (min(start, rows), min(stop, rows))
         end = min(stop, rows)
+    # Empty ranges would be operators on nothing.
     return {name: (start, stop) for name, (start, stop) in ranges.items() if start < stop}
 
 
@@ -109,6 +113,7 @@ class _Splitting:
         for part in self.ranges:
             results.append(self._result(result, part, (*shape[:-1], part.rows)))
             products.append(graph.operator(LINEAR, [x, part.tensor, -1], results[-1:], keepNumDims=keep))
+        # In the order of rows: column i of the logits stays token i.
         return [*products, graph.operator("CONCATENATION", results, [result], axis=len(shape) - 1)]
 
     def _lookup(self, operator: Operator) -> list[Operator]:
@@ -119,6 +124,7 @@ class _Splitting:
             above, lookup = self._look_up(ids, result, part)
             rows, choice = self._choose(ids, rows, above, part)
             steps += [*lookup, *choice]
+        # The last step gives what the lookup gave, so whoever reads it need not change.
         steps[-1].outputs = [result]
         return steps
 
@@ -129,6 +135,7 @@ class _Splitting:
         rows = self._result(result, part, graph.shape(result))
         return rows, [
             graph.operator("SUB", [ids, self._number(part.start)], [moved]),
+            # Every range is looked up for every token, and a kernel refuses an id outside its table: it is held inside.
             graph.operator("MAXIMUM", [moved, self._number(0)], [least]),
             graph.operator("MINIMUM", [least, self._number(part.rows - 1)], [held]),
             graph.operator(LOOKUP, [held, part.tensor], [rows]),
@@ -144,6 +151,7 @@ class _Splitting:
         rows = self._tensor(part, "chosen", "FLOAT32", graph.shape(below))
         return rows, [
             graph.operator("LESS", [ids, self._number(part.start)], [before]),
+            # [tokens, 1], which SELECT_V2 spreads over a row.
             graph.operator("EXPAND_DIMS", [before, self._number(1)], [column]),
             graph.operator("SELECT_V2", [column, below, above], [rows]),
         ]

@@ -39,6 +39,7 @@ from pipeline.tflite.schema import Operator
 LOOKUP, LINEAR, PRODUCT = "EMBEDDING_LOOKUP", "FULLY_CONNECTED", "BATCH_MATMUL"
 # Versions that TFLite's version rules demand: per-channel int8 weights, int8 rows with float output.
 LINEAR_VERSION, LOOKUP_INT8_VERSION = 12, 3
+# Far below anything that counts in a layer, and far inside what XNNPACK takes.
 _SMALLEST_ROW = 2.0**-20
 HEAD = "head"
 """What recipes call the product that gives the logits."""
@@ -97,12 +98,14 @@ def quantise_rows(values: Blocks, rounded_by: RoundRows | None = None) -> tuple[
 
 def row_peaks(values: Array) -> NDArray[np.float64]:
     """The largest magnitude in each row."""
+    # Two passes without a copy, where abs() would make one of the block.
     peaks: NDArray[np.float64] = np.maximum(values.max(axis=1), -values.min(axis=1)).astype(np.float64)
     return peaks
 
 
 def scales_of_peaks(peak: NDArray[np.float64]) -> NDArray[np.float32]:
     """The scale of each row of a whole tensor, from the rows' largest magnitudes."""
+    # A matrix of zeros: any scale will do but 0.
     if not peak.any():
         return np.ones(peak.shape, np.float32)
     scale: NDArray[np.float32] = (np.maximum(peak, peak.max() * _SMALLEST_ROW) / 127).astype(np.float32)
@@ -111,6 +114,7 @@ def scales_of_peaks(peak: NDArray[np.float64]) -> NDArray[np.float32]:
 
 def round_rows(values: Array, scale: Array) -> NDArray[np.int8]:
     """Rows as int8, each by its scale."""
+    # TFLite's 8-bit specification keeps weights within −127 … 127.
     return np.clip(np.rint(values / scale[:, None]), -127, 127).astype(np.int8)
 
 
@@ -121,6 +125,7 @@ def quantise_weights(graph: Graph, keep: Keep, rounding: Rounding = to_nearest) 
             code, weight = view.code(operator), int(operator.inputs[1]) if len(operator.inputs) > 1 else -1
             if code not in (LINEAR, LOOKUP) or not view.is_constant(weight):
                 continue
+            # Also where this one stays float: code and version are one entry, which all operators of a kind share.
             view.opcode(code, LINEAR_VERSION if code == LINEAR else LOOKUP_INT8_VERSION)
             if view.type_of(weight) == "FLOAT32" and not keep(layer_name(view, operator)):
                 values = view.blocks(weight)

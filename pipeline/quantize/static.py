@@ -81,9 +81,11 @@ def plan_static(graph: Graph, keep: Keep, int8x2: Keep = lambda _: False, *, flo
         for place in products
         if _is_plain(graph, operators[place]) and int8x2(layer_name(graph, operators[place]))
     }
+    # int8×2 layers read a float tensor, which they split themselves.
     moves = _moves_into(graph, products - split)
     moved = {int(i) for place in moves for i in operators[place].outputs}
     wanted: dict[int, None] = {}
+    # In the order of the graph: calibration and rewriting then agree on it.
     for place in sorted(products | moves):
         wanted.update(dict.fromkeys(_activations(graph, operators[place])))
     return Plan(
@@ -101,6 +103,7 @@ def _heads(graph: Graph) -> set[int]:
     """
     heads = _last_products(graph, map(int, graph.main.outputs))
     producers = graph.producers()
+    # The product before a head is the one that picks rows; a linear layer there is an ordinary one.
     before = [producers.get(int(head.inputs[0])) for head in heads if graph.code(head) == LINEAR]
     picking = [operator for operator in before if operator is not None and graph.code(operator) == PRODUCT]
     return {id(operator) for operator in (*heads, *picking)}
@@ -108,6 +111,7 @@ def _heads(graph: Graph) -> set[int]:
 
 def _scores(graph: Graph) -> set[int]:
     """Identities of the products that a softmax reads."""
+    # Between the product and the softmax stand only scaling, soft-cap and mask.
     read = [int(operator.inputs[0]) for operator in graph.operators() if graph.code(operator) == "SOFTMAX"]
     return {id(operator) for operator in _last_products(graph, read)}
 
@@ -152,12 +156,14 @@ def _moves_into(graph: Graph, chosen: set[int]) -> set[int]:
     integer = {id(graph.main.operators[place]) for place in chosen}
     consumers, results = graph.consumers(), {int(i) for i in graph.main.outputs}
     moves: set[int] = set()
+    # Against the flow: a move into a move into a product is one too.
     for place in reversed(range(len(graph.main.operators))):
         operator = graph.main.operators[place]
         output = int(operator.outputs[0])
         if graph.code(operator) not in _MOVES or graph.type_of(output) != "FLOAT32" or output in results:
             continue
         readers = consumers.get(output, [])
+        # One float reader would need a DEQUANTIZE behind the move, and nothing would be saved.
         if readers and all(id(reader) in integer for reader in readers):
             integer.add(id(operator))
             moves.add(place)
@@ -182,6 +188,7 @@ class _Static:
 
     def __init__(self, graph: Graph, plan: Plan, seen: Mapping[int, Statistics], bits: Bits) -> None:
         self.graph, self.seen, self.bits = graph, seen, bits
+        # 255 steps are too few to waste on outliers; of 65,535 half may stand idle.
         choose = best_scales if bits == 8 else wide_scales
         self.scales = _activation_scales(
             graph, plan, {tensor: choose(statistics) for tensor, statistics in seen.items()}
@@ -212,6 +219,7 @@ class _Static:
         operator.inputs = [self.twins.get(int(i), int(i)) for i in operator.inputs]
         operator.outputs = [self._twin(result)]
         readers = self.consumers.get(result, [])
+        # Both twins may live: float readers get theirs from the integer one, so they see the same values.
         back = result in self.results or any(id(reader) not in self.integer for reader in readers)
         return [*before, operator, *([self._dequantise(self._twin(result), result)] if back else [])]
 
@@ -256,6 +264,7 @@ class _Static:
         value, rest = self.pairs[x]
         peak = self.seen[result].peak
         assert peak is not None
+        # Rounding errors are uniform in a step.
         rounding = self.steps[x] / np.sqrt(12)  # its standard deviation
         noise = _DEVIATIONS * rounding * _row_norms(self.graph, int(operator.inputs[1]))
         reach = np.hypot(peak, noise)  # the value alone is further from zero than with its remainder
@@ -269,6 +278,7 @@ class _Static:
         The range of the first has room beyond what calibration saw, for the second gives back what that costs.
         """
         seen = self.seen[x]
+        # Symmetric: the remainder of a value beyond the range must have room on either side.
         step = _ROOM * max(-seen.low, seen.high) / 127
         self.steps[x] = step
         value, rest = (self._integer(x, n, Scales.tensor(s)) for n, s in ((";value", step), (";rest", step / 254)))
@@ -284,7 +294,9 @@ class _Static:
     def _layer(self, operator: Operator, source: int, name: str, reach: Array) -> list[Operator]:
         """`operator` of the int8 tensor `source`; channel c of the result is at most `reach`[c], up to its sign."""
         graph, result = self.graph, int(operator.outputs[0])
+        # A channel that is always zero would divide weights by zero.
         reach = np.maximum(reach, reach.max() * _SMALLEST_REACH + _NOTHING).astype(np.float32)
+        # After the division every channel lies within −1 … 1: one scale serves all of them exactly.
         share = self._integer(result, name, Scales.tensor(1 / 127))
         weight = self._divided(int(operator.inputs[1]), f"{graph.name(result)}{name}", reach)
         factors = graph.add_constant(reach, f"{graph.name(result)}{name};reach")
@@ -302,6 +314,7 @@ class _Static:
         divided = graph.add_tensor(
             f"{graph.name(weight)};{name}", "INT8", graph.shape(weight), Scales.channels(scales.scale / by)
         )
+        # The same bytes under other scales: value and remainder, each with its division, cost the file no weights.
         graph.main.tensors[divided].buffer = graph.main.tensors[weight].buffer
         return divided
 
@@ -317,12 +330,14 @@ def _row_norms(graph: Graph, weight: int) -> NDArray[np.float64]:
 def _wraps(graph: Graph, weight: int) -> bool:
     """Whether a row of int8 weights times the largest int16 activations can go beyond 32 bits."""
     sums = graph.blocks(weight).each(lambda block: np.abs(block.astype(np.int64)).sum(axis=1).max())
+    # The worst case: every input at its limit, with the sign of its weight.
     return int(max(sums)) * 2**15 >= 2**31
 
 
 def _steps(values: Array, unit: Array, kind: type[np.signedinteger]) -> Array:
     """`values` in multiples of `unit`, as integers of `kind`."""
     limits = np.iinfo(kind)
+    # In float64: beyond 2²⁴ a float32 skips integers.
     wanted = np.rint(values / unit.astype(np.float64))
     return np.clip(wanted, limits.min, limits.max).astype(kind)
 
@@ -330,6 +345,7 @@ def _steps(values: Array, unit: Array, kind: type[np.signedinteger]) -> Array:
 def _activation_scales(graph: Graph, plan: Plan, own: Mapping[int, Scales]) -> dict[int, Scales]:
     """The scales of every integer activation: its own, or that of the tensor it is moved from."""
     scales = dict(own)
+    # In order, so that a move of a move finds the scale of its source.
     for place in sorted(plan.integer):
         operator = graph.main.operators[place]
         if graph.code(operator) in _MOVES:
@@ -348,11 +364,14 @@ def best_scales(seen: Statistics) -> Scales:
     Both ends of the observed range are drawn in by a common factor, 0.3 to 1; what lies outside is clipped.
     """
     values, weight = seen.centres(), seen.counts / seen.counts.sum()
+    # Zero has to be exact: it pads, and it is what a mask leaves.
     low, high = min(seen.low, 0.0), max(seen.high, 0.0)
     best, least = (low, high), np.inf
+    # Steps of a hundredth: between two of them the error hardly changes.
     for factor in np.linspace(0.3, 1.0, 71):
         inside = np.clip(values, low * factor, high * factor)
         step = (high - low) * factor / 255
+        # What clipping costs outside, and inside a step's uniform rounding error.
         error = float((weight * ((values - inside) ** 2 + (values == inside) * step**2 / 12)).sum())
         if error < least:
             best, least = (low * factor, high * factor), error

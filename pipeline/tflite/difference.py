@@ -18,6 +18,7 @@ _BLOCK = 1 << 22
 
 def where_different(left: Path, right: Path) -> str:
     """The first tensor that differs, if the files have tensors, and the first byte."""
+    # The byte is what counts; a name says where to look.
     place = _first_byte(left, right)
     tensors: Sequence[str] = []
     if left.suffix == ".tflite":
@@ -34,6 +35,7 @@ def _first_byte(left: Path, right: Path) -> int:
         while True:
             a, b = one.read(_BLOCK), other.read(_BLOCK)
             if a != b or not a:
+                # A file that ends early differs at its end.
                 short = min(len(a), len(b))
                 differs = np.flatnonzero(np.frombuffer(a[:short], np.uint8) != np.frombuffer(b[:short], np.uint8))
                 return start + (int(differs[0]) if len(differs) else short)
@@ -44,6 +46,7 @@ def _graph_tensors(left: Path, right: Path) -> list[str]:
     """Names of constants that differ, in the order of the file."""
     try:
         one, other = (_constants(file) for file in (left, right))
+    # A damaged file has no tensors to name, and the byte is known all the same.
     except (IntegrityError, ValueError, IndexError):
         return []
     return [name for name in one if name in other and not np.array_equal(one[name], other[name])]

@@ -73,6 +73,7 @@ class Graph:
 
     def views(self) -> list[Graph]:
         """The model seen through the subgraph of each signature, in their order in the file."""
+        # By place in the file, not by signature: two signatures may run one subgraph, which must be edited once.
         places = sorted({int(signature.subgraphIndex) for signature in self.model.signatureDefs or []})
         return [self.seen_through(place) for place in places or [0]]
 
@@ -99,6 +100,7 @@ class Graph:
         with file.open("rb") as stream:
             stream.seek(offset)
             head = stream.read(8)
+        # Bytes 0 to 4 are the offset of the root table, bytes 4 to 8 name the format.
         if head[4:] != writer.IDENTIFIER:
             raise IntegrityError(f"{file} is not a TFLite file", file=file)
         try:
@@ -118,6 +120,7 @@ class Graph:
         s = schema.classes()
         model: Model = s.ModelT()
         main: SubGraph = s.SubGraphT()
+        # 3 is the version of the schema that every runtime reads; buffer 0 has to be empty: it means "no values".
         model.version, model.buffers, model.operatorCodes = 3, [s.BufferT()], []
         main.tensors, main.operators, main.inputs, main.outputs = [], [], [], []
         model.subgraphs = [main]
@@ -132,6 +135,7 @@ class Graph:
     def code(self, operator: Operator) -> str:
         """What `operator` does, e.g. `FULLY_CONNECTED`."""
         entry = self.model.operatorCodes[operator.opcodeIndex]
+        # Codes below 127 once stood in a field of one byte, which converters still fill; above, that field says 127.
         return schema.names("BuiltinOperator")[max(entry.builtinCode, entry.deprecatedBuiltinCode)]
 
     def name(self, tensor: int) -> str:
@@ -149,12 +153,14 @@ class Graph:
     def shape(self, tensor: int) -> tuple[int, ...]:
         """The shape of a tensor; −1 where it is chosen at run time."""
         entry = self.main.tensors[tensor]
+        # `shape` has 1 where a size is unknown, so that old readers find something; only `shapeSignature` has −1.
         signature = entry.shapeSignature
         shape = signature if signature is not None and len(signature) else entry.shape
         return tuple(int(n) for n in shape) if shape is not None else ()
 
     def is_constant(self, tensor: int) -> bool:
         """Whether the tensor's values stand in the file."""
+        # An input that is left out has index −1, e.g. the bias of a linear layer without one.
         return tensor >= 0 and self.model.buffers[self.main.tensors[tensor].buffer].data is not None
 
     def constant(self, tensor: int) -> Array:
@@ -162,6 +168,7 @@ class Graph:
         data = self.stored(tensor)
         assert not isinstance(data, Blocks)
         if self.type_of(tensor) == "INT4":
+            # NumPy knows no integers of 4 bits.
             return unpack(np.frombuffer(data, np.uint8)).reshape(self.shape(tensor))
         return np.frombuffer(data, _DTYPES[self.type_of(tensor)]).reshape(self.shape(tensor))
 
@@ -197,6 +204,7 @@ class Graph:
         own = self.main.tensors[tensor].quantization
         if own is None or own.scale is None or not len(own.scale):
             return None
+        # Some writers leave out zero points that are all 0.
         zero = own.zeroPoint if own.zeroPoint is not None else np.zeros(len(own.scale))
         return Scales(np.asarray(own.scale, np.float32), np.asarray(zero, np.int64), int(own.quantizedDimension))
 
@@ -219,6 +227,7 @@ class Graph:
         """Tensor → the operators that read it."""
         readers: dict[int, list[Operator]] = {}
         for operator in self.main.operators:
+            # An operator that reads a tensor twice (x · x) is one reader of it.
             for tensor in dict.fromkeys(int(i) for i in operator.inputs):
                 if tensor >= 0:
                     readers.setdefault(tensor, []).append(operator)
@@ -249,6 +258,7 @@ class Graph:
         """Turn the named input `port` into a constant called `name` with the values of `buffer`."""
         tensor = self.main.tensors[port.tensorIndex]
         tensor.buffer, tensor.name = buffer, name
+        # Both lists name the inputs: the subgraph for the interpreter, the signature for its callers. They must agree.
         self.main.inputs = [i for i in self.main.inputs if i != port.tensorIndex]
         for signature in self.model.signatureDefs or []:
             if int(signature.subgraphIndex) == self.place:
@@ -258,6 +268,7 @@ class Graph:
         """Give a constant tensor, and all that share its buffer, new values, element type and quantisation."""
         buffer = self.buffer(tensor)
         self.model.buffers[buffer].data = values if isinstance(values, Blocks) else flat_bytes(values)
+        # One buffer has one type: the tensors of other signatures that point to it would misread its bytes.
         for entry in (tensor for subgraph in self.model.subgraphs for tensor in subgraph.tensors):
             if entry.buffer == buffer:
                 entry.type = _type_of(values.dtype)
@@ -269,6 +280,8 @@ class Graph:
         self.model.buffers[buffer].data = packed
         for view in map(self.seen_through, range(len(self.model.subgraphs))):
             for entry in [entry for entry in view.main.tensors if int(entry.buffer) == buffer]:
+                # A tensor can only name scales of its own subgraph, so each gets a tensor; the values behind are one
+                # buffer.
                 named = view.add_tensor(f"{text(entry.name)};scales", "FLOAT16", scales.scale.shape)
                 view.main.tensors[named].buffer = shared
                 entry.type, entry.quantization = (
@@ -295,7 +308,9 @@ class Graph:
     def add_tensor(self, name: str, type_name: str, shape: Sequence[int], scales: Scales | None = None) -> int:
         """A new tensor without values; −1 in `shape` is chosen at run time. Returns its index."""
         entry: Tensor = schema.classes().TensorT()
+        # Buffer 0 is the empty one: a tensor that points to it gets its values while the graph runs.
         entry.name, entry.type, entry.buffer = name.encode(), getattr(schema.classes().TensorType, type_name), 0
+        # As the converter does: 1 stands where the signature says −1.
         entry.shape = [1 if n < 0 else n for n in shape]
         entry.shapeSignature = list(shape) if any(n < 0 for n in shape) else None
         # As the converter does: a scalar is told from a tensor of unknown rank by this flag.
@@ -334,9 +349,11 @@ class Graph:
         builtin: int = getattr(schema.classes().BuiltinOperator, code)
         for index, entry in enumerate(self.model.operatorCodes):
             if max(entry.builtinCode, entry.deprecatedBuiltinCode) == builtin:
+                # A version only says which kernels may run it, and later ones do what earlier ones did.
                 entry.version = max(int(entry.version), version)
                 return index
         new: OperatorCode = schema.classes().OperatorCodeT()
+        # Old readers know the one-byte field alone, for which 127 says: look at the other.
         new.builtinCode, new.deprecatedBuiltinCode, new.version = builtin, min(builtin, 127), version
         self.model.operatorCodes.append(new)
         return len(self.model.operatorCodes) - 1
@@ -350,6 +367,7 @@ class Graph:
         views = self.views()
         for view in views:
             view._drop_dead_operators()
+        # A composite operator names its decomposition by number: while one is left, no subgraph can go.
         if not any(view.code(operator) == "STABLEHLO_COMPOSITE" for view in views for operator in view.main.operators):
             self._drop_subgraphs_but([view.place for view in views])
         for view in self.views():
@@ -365,6 +383,7 @@ class Graph:
 
     def _drop_dead_operators(self) -> None:
         wanted = {int(tensor) for tensor in self.main.outputs}
+        # Against the flow, so that what feeds only a dead operator is seen to be dead as well.
         kept: list[Operator] = []
         for operator in reversed(self.main.operators):
             if any(int(tensor) in wanted for tensor in operator.outputs):
@@ -376,11 +395,15 @@ class Graph:
         used = {int(i) for i in (*self.main.inputs, *self.main.outputs)}
         for operator in self.main.operators:
             used.update(int(i) for i in (*operator.inputs, *operator.outputs))
+            # For scratch tensors of LSTM kernels, which no graph here has; an empty list would take bytes in every
+            # operator.
             operator.intermediates = None
+        # Scales in blocks are named by their matrix and by no operator.
         used.update(int(blocks.scales) for i in used - {-1} if (blocks := _block_details(self.main.tensors[i])))
         for tensor in self.main.tensors:
             if tensor.quantization is not None and tensor.quantization.scale is None and not _block_details(tensor):
                 tensor.quantization = None  # the converter writes empty ones
+        # In their old order, so that the same edits give the same bytes, whatever was dropped between.
         order = sorted(used - {-1})
         place = {old: new for new, old in enumerate(order)} | {-1: -1}
         self.main.tensors = [self.main.tensors[old] for old in order]
@@ -398,9 +421,11 @@ class Graph:
     def _drop_unused_buffers(self) -> None:
         tensors = [tensor for subgraph in self.model.subgraphs for tensor in subgraph.tensors]
         holders = [*tensors, *(self.model.metadata or [])]
+        # Buffer 0 stays even if nothing points to it: it means "no values" for whoever adds a tensor.
         order = sorted({0, *(int(holder.buffer) for holder in holders)})
         place = {old: new for new, old in enumerate(order)}
         self.model.buffers = [self.model.buffers[old] for old in order]
+        # An old list of buffer numbers beside `metadata`; it would go stale with the numbers.
         self.model.metadataBuffer = None
         for holder in holders:
             holder.buffer = place[int(holder.buffer)]
@@ -483,6 +508,7 @@ def _block_parameters(scales: int, block: int) -> Quantization:
     s = schema.classes()
     parameters: Quantization = s.QuantizationParametersT()
     details: BlockDetails = s.BlockwiseQuantizationT()
+    # No tensor of zero points: −1 says that all are 0.
     details.scales, details.zeroPoints, details.blockSize = scales, -1, block
     parameters.detailsType, parameters.details = s.QuantizationDetails.BlockwiseQuantization, details
     parameters.quantizedDimension = 0

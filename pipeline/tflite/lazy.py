@@ -17,6 +17,7 @@ Array = NDArray[Any]
 
 
 # Of float32 rows that are worked on at a time, per thread.
+# Large enough that threads seldom wait for each other, small enough that a table of 8 GB never is in memory.
 _BLOCK_BYTES = 2**25
 
 
@@ -31,11 +32,13 @@ class Scales:
     @classmethod
     def tensor(cls, scale: float, zero_point: int = 0) -> Scales:
         """One scale and zero point for the whole tensor."""
+        # The types of the schema: the runtime reads a float and a long for each.
         return cls(np.array([scale], np.float32), np.array([zero_point], np.int64))
 
     @classmethod
     def channels(cls, scale: Array, axis: int = 0) -> Scales:
         """Symmetric, one scale per index along `axis`."""
+        # The runtime wants a zero point per channel, also where all are 0; the writer stores such vectors once.
         return cls(scale.astype(np.float32), np.zeros(scale.size, np.int64), axis)
 
 
@@ -72,7 +75,9 @@ class Blocks:
 
     def parts(self) -> Iterator[tuple[int, int]]:
         """First and last (exclusive) row of the blocks that are worked on at a time."""
+        # By the width in float32, whatever the type: that is what a block takes while it is worked on.
         step = max(1, _BLOCK_BYTES // max(1, 4 * math.prod(self.shape[1:])))
+        # A constant without rows has one empty part: whoever joins the parts needs one to learn the type from.
         return ((start, min(start + step, self.shape[0])) for start in range(0, max(self.shape[0], 1), step))
 
     def each(self, work: Callable[[Array], Result]) -> Iterator[Result]:
@@ -82,6 +87,7 @@ class Blocks:
 
 def pack(values: Array) -> NDArray[np.uint8]:
     """4-bit integers, −8 … 7, two in a byte, the first in its low half: [rows, columns] → [rows, columns / 2]."""
+    # The order of nibbles that TFLite reads, little end first. As uint8 a negative number keeps its low four bits.
     low, high = (values[:, start::2].astype(np.int8).view(np.uint8) for start in (0, 1))
     packed: NDArray[np.uint8] = (low & np.uint8(15)) | (high << np.uint8(4))
     return packed
@@ -89,6 +95,7 @@ def pack(values: Array) -> NDArray[np.uint8]:
 
 def unpack(packed: NDArray[np.uint8]) -> NDArray[np.int8]:
     """The integers in the bytes of `pack`, as int8."""
+    # Shifts of signed numbers carry the sign along: −8 … 7 again, not 0 … 15.
     both = packed.view(np.int8)
     return np.stack([(both << 4) >> 4, both >> 4], axis=-1).astype(np.int8)
 

@@ -28,6 +28,7 @@ def attach(graph: Graph, checkpoint: Checkpoint, names: Mapping[str, str]) -> No
         checkpoint: where the values are.
         names: canonical → checkpoint name.
     """
+    # By the name in the checkpoint: what is tied there, or the same in two signatures, stands in the file once.
     buffers: dict[str, int] = {}
     for view in graph.views():
         for port in [port for port in view.ports() if text(port.name).startswith(PREFIX)]:
@@ -57,6 +58,7 @@ def vector(checkpoint: Checkpoint, tensor: str) -> Float32:
 
 def _finite(checkpoint: Checkpoint, tensor: str, start: int, stop: int) -> Float32:
     block = checkpoint.rows(tensor, start, stop)
+    # Here and not later: an int8 scale made of a NaN turns a whole row into zeros without a word.
     if not np.isfinite(block).all():
         raise IntegrityError(
             f"tensor {tensor} holds values that are not finite",

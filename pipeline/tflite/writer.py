@@ -30,6 +30,7 @@ IDENTIFIER = b"TFL3"
 
 def write(model: Model, file: Path) -> None:
     """Write `model`, a `ModelT` of TFLite's schema, whole or not at all; the same model gives the same bytes."""
+    # Taken out while the file is written and put back at the end: packing would copy them into the flatbuffer.
     blobs = [buffer.data for buffer in model.buffers]
     total = sum(len(blob) for blob in blobs if blob is not None)
     try:
@@ -43,6 +44,7 @@ def write(model: Model, file: Path) -> None:
         raise
     finally:
         for buffer, blob in zip(model.buffers, blobs, strict=True):
+            # The model stays as it was, so that it can be edited and written again.
             buffer.data, buffer.offset, buffer.size = blob, 0, 0
 
 
@@ -50,9 +52,11 @@ def _write_inline(model: Model, stream: BinaryIO, blobs: Sequence[Data], scratch
     """Write one flatbuffer, built in a mapped file: in memory it would be there twice."""
     for buffer in model.buffers:
         buffer.data = None
+    # What the graph itself takes, and for each buffer its bytes, its length and what it may take to align both.
     room = len(_pack(model)) + sum(len(blob) + 2 * _ALIGNMENT for blob in blobs if blob is not None)
     lazy = sum(len(blob) for blob in blobs if isinstance(blob, Blocks))
     with scratch.open("w+b") as file:
+        # Without a name already: whatever ends this process, no file stays behind.
         scratch.unlink()
         for write in write_all([blob for blob in blobs if isinstance(blob, Blocks)], bar):
             write(file)
@@ -68,6 +72,8 @@ def _write_inline(model: Model, stream: BinaryIO, blobs: Sequence[Data], scratch
 
 def _pack(model: Model, space: NDArray[np.uint8] | None = None) -> memoryview:
     """The flatbuffer, built in `space` if it is given."""
+    # As arrays: of these `Pack` makes vectors through CreateNumpyVector, which shares equal ones (below); a list is
+    # written number by number.
     for subgraph in model.subgraphs:
         for holder in (*subgraph.tensors, *subgraph.operators):
             for field in ("shape", "shapeSignature", "inputs", "outputs"):
@@ -76,6 +82,7 @@ def _pack(model: Model, space: NDArray[np.uint8] | None = None) -> memoryview:
                     setattr(holder, field, np.asarray(numbers, np.int32))
     builder = _sharing_builder()(space)
     builder.Finish(model.Pack(builder), file_identifier=IDENTIFIER)
+    # A builder fills its space from the end to the front.
     packed: memoryview = memoryview(builder.Bytes)[builder.Head() :]
     return packed
 
@@ -86,11 +93,13 @@ def _write_behind(model: Model, stream: BinaryIO, blobs: Sequence[Data], bar: lo
     Offsets are known once the flatbuffer's own size is, and they have a fixed width: pack with a placeholder to
     learn the size, then pack again.
     """
+    # Any number but 0 will do here: fields that are 0 are left out of a flatbuffer, and the size would be another.
     _place(model, blobs, start=_ALIGNMENT)
     places = _place(model, blobs, start=_aligned(len(_pack(model))))
     stream.write(_pack(model))
     writing = write_all([blob for blob in blobs if isinstance(blob, Blocks)], bar)
     for index, start in places.items():
+        # Zeros and not a seek: the bytes between are part of the file, whose sha256 is published.
         stream.write(b"\0" * (start - stream.tell()))
         blob = blobs[index]
         if isinstance(blob, Blocks):
@@ -155,15 +164,20 @@ def _sharing_builder() -> Callable[[NDArray[np.uint8] | None], Builder]:
             self.known: dict[tuple[str, bytes], int] = {}
 
         def CreateNumpyVector(self, x: Array) -> int:  # noqa: N802 - the library's name
+            # Smaller buffers share their bytes where they are equal; weights never are, and to hash them would take its
+            # time.
             if x.dtype == np.uint8 and x.size >= _ALIGNMENT:
                 return self._aligned_vector(x)
+            # With the type: eight zero bytes are one long or two ints, of which a reader takes the length.
             key = (x.dtype.str, x.tobytes())
             if key not in self.known:
                 self.known[key] = super().CreateNumpyVector(x)
             return self.known[key]
 
         def _aligned_vector(self, x: Array) -> int:
+            # 16 is what the schema demands of a buffer; kernels read whole SIMD words from there.
             self.StartVector(1, x.size, 16)
+            # By hand what the library does byte by byte: one copy, which numpy does at the speed of memory.
             self.head -= x.size
             self.Bytes[self.Head() : self.Head() + x.size] = x.data
             self.vectorNumElems = x.size
