@@ -59,11 +59,13 @@ def places(file: Path) -> list[Constant]:
     Raises:
         BundleError: a bundle's header can't be read.
     """
+    # A file of one model is its own and only section.
     starts = {"": 0}
     if file.suffix == ".litertlm":
         starts = {item.model_type: item.offset for item in read_sections(file) if item.kind == "TFLiteModel"}
     with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
         found = [item for section, start in starts.items() for item in _constants(data, start, section)]
+    # Ascending, so that a checker reads the file from front to end.
     return sorted(found, key=lambda item: item.offset)
 
 
@@ -72,6 +74,7 @@ def _constants(data: mmap.mmap, start: int, section: str) -> Iterator[Constant]:
     model, seen = model_at(data, start), {0}  # buffer 0 is empty by convention
     for graph in map(model.Subgraphs, range(model.SubgraphsLength())):
         for tensor in map(graph.Tensors, range(graph.TensorsLength())):
+            # Tied weights are one buffer: whoever checks a file need hash it once.
             if tensor.Buffer() in seen:
                 continue
             seen.add(tensor.Buffer())
@@ -89,6 +92,7 @@ def _constants(data: mmap.mmap, start: int, section: str) -> Iterator[Constant]:
 
 def _place(buffer: BufferReader, start: int) -> tuple[int, int]:
     """Offset in the file and size of a buffer's bytes, which stand in the flatbuffer or, in large files, behind it."""
+    # Of files over 2 GB, whose flatbuffer can't reach so far; offsets count from the beginning of the model.
     if buffer.Offset() > 1:  # 1: the writer's mark for a place that is still to be filled in
         return start + buffer.Offset(), buffer.Size()
     table = buffer._tab

@@ -21,6 +21,7 @@ from pipeline.tflite.schema import Operator, SignatureDef
 _PRODUCTS = ("FULLY_CONNECTED", "BATCH_MATMUL", "CONV_2D")
 _INTEGERS = ("INT4", "INT8", "INT16")
 _ARITHMETIC = ("integer", "hybrid", "float")
+# As litert-lm-builder names the kinds of sections.
 _TFLITE, _METADATA = "TFLiteModel", "LlmMetadataProto"
 _WORD_BITS = 8
 
@@ -149,12 +150,14 @@ def _ports(graph: Graph, ports: Sequence[schema.Port]) -> tuple[Port, ...]:
             type=graph.type_of(int(port.tensorIndex)),
             shape=graph.shape(int(port.tensorIndex)),
         )
+        # A signature keeps its ports in no order that means anything.
         for port in sorted(ports, key=lambda each: text(each.name))
     )
 
 
 def _arithmetic(graph: Graph, operator: Operator) -> str:
     left, right = (graph.type_of(int(tensor)) for tensor in operator.inputs[:2])
+    # By the weights first: a kernel is hybrid where they alone are integers.
     if right not in _INTEGERS:
         return "float"
     return "integer" if left in _INTEGERS else "hybrid"

@@ -53,6 +53,7 @@ def write(metadata: Metadata, tokenizer: str, models: Mapping[str, Path], out: P
         BundleError: a section is missing or no TFLite file, or what was written is not what was given.
     """
     _check_models(models, metadata)
+    # A name that no stage looks for, in the same folder: only so is the rename at the end one step.
     partial = out.with_name(out.name + ".partial")
     try:
         with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
@@ -65,6 +66,7 @@ def write(metadata: Metadata, tokenizer: str, models: Mapping[str, Path], out: P
     return sections
 
 
+# The order in which they stand in the file; the runtime finds them by kind.
 _MODEL_KINDS = {
     "decoder": litertlm_builder.TfLiteModelType.PREFILL_DECODE,
     "embedder": litertlm_builder.TfLiteModelType.EMBEDDER,
@@ -94,6 +96,7 @@ def _check_models(models: Mapping[str, Path], metadata: Metadata) -> None:
 def _files(metadata: Metadata, tokenizer: str, models: Mapping[str, Path], scratch: Path) -> dict[str, Path]:
     """All sections as files, by name in the order in which they are written."""
     llm, packed = scratch / "metadata.pb", scratch / "tokenizer.zlib"
+    # Protocol buffers promise no order of bytes without it.
     llm.write_bytes(_message(metadata).SerializeToString(deterministic=True))
     packed.write_bytes(_pack(tokenizer))
     return {"metadata": llm, "tokenizer": packed, **{name: models[name] for name in _MODEL_KINDS if name in models}}
@@ -107,10 +110,12 @@ def _message(metadata: Metadata) -> llm_metadata_pb2.LlmMetadata:
         supports_function_calling=False,
         llm_model_type=llm_model_type_pb2.LlmModelType(),
     )
+    # The type is which field of a union is set; the message in it stays empty.
     getattr(message.llm_model_type, metadata.model_type).SetInParent()
     if metadata.start is not None:
         message.start_token.token_ids.ids.append(metadata.start)
     for token in metadata.stop:
+        # A stop sequence of one token each: several ids in one entry would have to come one after the other.
         message.stop_tokens.add().token_ids.ids.append(token)
     if metadata.chat_template:
         message.jinja_prompt_template = metadata.chat_template
@@ -125,6 +130,7 @@ def _message(metadata: Metadata) -> llm_metadata_pb2.LlmMetadata:
 def _pack(tokenizer: str) -> bytes:
     """The tokenizer as its section holds it: length, then zlib data."""
     data = tokenizer.encode("utf-8")
+    # The reader sets the text's length aside before it inflates.
     return len(data).to_bytes(8, "little") + zlib.compress(data)
 
 
@@ -139,6 +145,7 @@ def _build(files: Mapping[str, Path], out: Path) -> None:
     label = f"writing {out.name.removesuffix('.partial')}"
     expected = _total(files) / _COPIED_PER_SECOND
     with _system_metadata(_identity(files)), out.open("wb") as stream, log.waiting(label, expected):
+        # The builder's own check; `_check` below reads what really stands in the file.
         builder.build(stream, validate_metadata=True)
 
 
@@ -151,7 +158,9 @@ def _identity(files: Mapping[str, Path]) -> dict[str, str]:
     content = hashlib.sha256()
     with log.progress("hashing sections", _total(files)) as bar:
         for name, file in files.items():
+            # Of hashes, not of the files one after another: a byte that moved from one to the next would not show.
             content.update(f"{name} {FileRecord.of(file, file.parent, bar).sha256}\n".encode())
+    # The reproducible-builds convention; the Makefile sets it to the commit's time.
     date = datetime.fromtimestamp(int(os.environ.get("SOURCE_DATE_EPOCH", _DEFAULT_EPOCH)), tz=UTC)
     return {"uuid": str(uuid.uuid5(_NAMESPACE, content.hexdigest())), "creation_timestamp": date.isoformat()}
 
@@ -167,6 +176,7 @@ def _system_metadata(entries: Mapping[str, str]) -> Iterator[None]:
         for key, value in entries.items()
     ]
     original = litertlm_builder.populate_system_metadata
+    # The entries that were asked for stay; only the two of the builder's own are ours.
     litertlm_builder.populate_system_metadata = lambda given: [*given, *items]
     try:
         yield
@@ -184,6 +194,7 @@ def read_sections(bundle: Path) -> list[Section]:
         BundleError: the header is not one.
     """
     try:
+        # It prints what it finds into the stream that it is given.
         table = litertlm_peek.read_litertlm_header(str(bundle), StringIO()).SectionMetadata()
         objects = [table.Objects(index) for index in range(table.ObjectsLength())]
         return [
@@ -213,6 +224,7 @@ def _check(
     try:
         if llm_metadata_pb2.LlmMetadata.FromString(read(bundle, sections[0])) != _message(metadata):
             _refuse(bundle, "has other metadata than was given")
+        # Behind the 8 bytes of the length.
         if zlib.decompress(read(bundle, sections[1])[8:]).decode("utf-8") != tokenizer:
             _refuse(bundle, "has another tokenizer than was given")
     except (DecodeError, zlib.error, UnicodeDecodeError) as error:

@@ -92,6 +92,7 @@ def describe(
     source = _template_source(tokenizer.chat_template)
     chat = template.prepare(source, tokenizer) if source else None
     begins = chat.starts_with_bos if chat else prompts_begin_with_bos(tokenizer)
+    # As a set: fine-tunes name the same token in several files.
     stop = set(_eos(generation, config, tokenizer))
     if chat:
         stop |= _turn_end(chat.after_reply, tokenizer)
@@ -130,9 +131,11 @@ def _template_source(templates: Any) -> str:
 def _eos(generation: Mapping[str, Any], config: Mapping[str, Any], tokenizer: Tokenizer) -> list[int]:
     """The eos ids of the first source that has any, as `generate` looks for them."""
     text_config = config.get("text_config") or {}
+    # generation_config wins: instruction-tuned models add the end of a turn there alone.
     for value in (*(table.get("eos_token_id") for table in (generation, config, text_config)), tokenizer.eos_token_id):
         if value is not None:
             ids = value if isinstance(value, list) else [value]
+            # type() and not isinstance: true is an int in Python.
             if not ids or not all(type(item) is int for item in ids):
                 raise BundleError(
                     f"eos_token_id is {value!r}, expected token ids", remedy="correct generation_config.json"
@@ -148,6 +151,7 @@ def _eos(generation: Mapping[str, Any], config: Mapping[str, Any], tokenizer: To
 def _turn_end(after_reply: str, tokenizer: Tokenizer) -> set[int]:
     """The special token that ends the model's turn in the template, if one does."""
     ids = tokenizer(after_reply, add_special_tokens=False)["input_ids"]
+    # The first: behind the end of the turn templates put line breaks, or the next turn's beginning.
     return set([token for token in ids if token in tokenizer.all_special_ids][:1])
 
 
@@ -169,6 +173,7 @@ def _check_tokens(ids: set[int], what: str, vocabulary: int) -> None:
 
 
 def _sampler(generation: Mapping[str, Any]) -> Sampler:
+    # transformers decodes greedily then, whatever temperature stands beside it.
     if not generation.get("do_sample"):
         return Sampler()
     names = {"top_k": _DEFAULT_TOP_K, "top_p": _DEFAULT_TOP_P, "temperature": _DEFAULT_TEMPERATURE}
@@ -194,8 +199,10 @@ def tokenizer_json(tokenizer: Tokenizer, vocabulary: int) -> str:
             cause="the tokenizer belongs to another model",
             remedy="put the tokenizer files of this model into the checkpoint",
         )
+    # Saved settings of the training: the runtime must get every token of a prompt, and no more.
     backend.no_truncation()
     backend.no_padding()
+    # Cut out of the text: to parse and dump all of it would write floats of scores another way.
     text = str(backend.to_str())
     place = text.index(key := '"added_tokens":') + len(key)
     added, end = json.JSONDecoder().raw_decode(text, place)

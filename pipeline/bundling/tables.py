@@ -66,6 +66,7 @@ def write(checkpoint: Checkpoint, source: Source, precision: Precision, file: Pa
 
 def _store(graph: Graph, table: Blocks, source: Source, precision: Precision) -> int:
     """The table as a constant of `precision`."""
+    # Lazy, as the float32 that it is read as; what follows changes type and bytes of the same constant.
     tensor = graph.add_constant(table, "table")
     if precision == "int8":
         graph.set_constant(tensor, *quantize.quantise_rows(table))
@@ -90,7 +91,9 @@ def _graph(table: Blocks, source: Source, precision: Precision) -> Graph:
         return result
 
     token = graph.add_tensor(INPUT, "INT32", (1, 1))
+    # A lookup takes a vector.
     flat = then("RESHAPE", [token, constant("one", [1])], "token", "INT32", (1,))
+    # A kernel refuses an id beyond the table, and Gemma 3n's image and audio tokens have no row in the per-layer one.
     known = then("LESS", [flat, constant("rows", [rows])], "known", "BOOL", (1,))
     first = constant("first", [0])
     row = then("SELECT_V2", [known, flat, first], "row", "INT32", (1,))
@@ -99,6 +102,7 @@ def _graph(table: Blocks, source: Source, precision: Precision) -> Graph:
     found = then("EMBEDDING_LOOKUP", [row, stored], "found", kind, (1, columns), _VERSIONS[precision])
     if precision == "fp16":
         found = then("DEQUANTIZE", [found], "wide", "FLOAT32", (1, columns), float16.DEQUANTIZE_VERSION)
+    # In the section and not in the table: int8 rows keep their scales, and the decoder gets what it was exported for.
     scaled = then("MUL", [found, constant("scale", source.scale, np.float32)], "scaled", "FLOAT32", (1, columns))
     shape = (1, 1, *source.shape)
     result = then("RESHAPE", [scaled, constant("shape", shape)], OUTPUT, "FLOAT32", shape)
@@ -116,7 +120,9 @@ def check(checkpoint: Checkpoint, source: Source, precision: Precision, file: Pa
     from ai_edge_litert.interpreter import Interpreter
 
     rows = checkpoint.tensors[source.tensor].shape[0]
+    # With the default kernels, which are what an application runs.
     lookup = Interpreter(model_path=str(file)).get_signature_runner(SIGNATURE)
+    # Beginning, middle and end: a table that was cut, shifted or padded shows at one of them.
     for token in sorted({0, 1, rows // 3, rows // 2, rows - 1} & set(range(rows))):
         expected = checkpoint.rows(source.tensor, token, token + 1)[0] * np.float32(source.scale)
         found = lookup(**{INPUT: np.array([[token]], np.int32)})[OUTPUT]
@@ -140,6 +146,7 @@ def write_tables(
     for table in architecture_for(checkpoint.config).tables():
         source = tables.Source(tensor=names[table.tensor], scale=table.scale, shape=table.shape)
         file = folder / f"{table.name}.tflite"
+        # As `blockwise.quantise_weights` does with the graphs' matrices.
         whole = checkpoint.tensors[source.tensor].shape[-1] % blockwise.BLOCK == 0
         made: tables.Precision = "int8" if precision == "int4" and (fine(table.tensor) or not whole) else precision
         tables.write(checkpoint, source, made, file)

@@ -13,6 +13,7 @@ def open_tokenizer(checkpoint: Path) -> Any:
     """The tokenizer in the folder `checkpoint`, one of transformers'."""
     from transformers import AutoTokenizer
 
+    # Nothing is fetched behind the user's back, and no code of the checkpoint runs: trust_remote_code stays off.
     return AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)
 
 
@@ -28,6 +29,7 @@ def prompts_begin_with_bos(tokenizer: Any) -> bool:
     if not bos or not tokenizer.chat_template:
         return bool(bos) and _adds_bos(tokenizer)
     hello = [{"role": "user", "content": "Hi"}]
+    # With bos left empty, a template that has it as a variable loses it, and one that spells it out does not.
     return _apply(tokenizer, hello, prompt=True) == bos + _apply(tokenizer, hello, prompt=True, bos_token="")
 
 
@@ -47,6 +49,7 @@ def first_token(tokenizer: Any) -> int:
 
 
 def _adds_bos(tokenizer: Any) -> bool:
+    # Tried, since tokenizers say it in several ways: a flag, a post-processor, a class.
     return bool(tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id])
 
 

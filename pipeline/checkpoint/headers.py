@@ -18,7 +18,9 @@ from pipeline.core.errors import IntegrityError
 
 LENGTH_BYTES = 8
 LONGEST_HEADER = 100_000_000  # bytes; the limit of the reference reader
+# No model has as many; numpy itself stops there.
 _MOST_DIMENSIONS = 64
+# In bits: the format has types of four and six.
 _BITS = {
     **dict.fromkeys(("F4",), 4),
     **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
@@ -46,6 +48,7 @@ def header_length(start: bytes, file_size: int, file: str) -> int:
     Raises:
         IntegrityError: the file is too short, or the length can't be true.
     """
+    # Such a pointer is text of some 130 bytes, whose first eight would be read as a length.
     if start.startswith(b"version "):
         raise IntegrityError(
             f"{file} is a Git LFS pointer, not the file itself",
@@ -55,6 +58,7 @@ def header_length(start: bytes, file_size: int, file: str) -> int:
     if file_size < LENGTH_BYTES or len(start) < LENGTH_BYTES:
         _refuse(file, f"has only {min(file_size, len(start))} bytes")
     length = int.from_bytes(start[:LENGTH_BYTES], "little")
+    # Before anything is read: a length of 2⁶³ would be asked of memory, or of a server.
     if length > LONGEST_HEADER:
         _refuse(file, f"gives its header a length of {length} bytes, more than the format allows")
     if LENGTH_BYTES + length > file_size:
@@ -70,10 +74,12 @@ def parse_header(header: bytes, file_size: int, file: str) -> dict[str, TensorIn
     """
     table = _load(header, file)
     metadata = table.pop("__metadata__", {})
+    # Text alone, as the format says: other readers refuse the file, so this one must not make a model of it.
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         _refuse(file, "has a `__metadata__` that does not map text to text")
     base = LENGTH_BYTES + len(header)
     tensors = {name: _tensor(name, entry, base, file) for name, entry in table.items()}
+    # Empty tensors share their place with the next one, and come first by their size.
     placed = dict(sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].size, item[0])))
     _check_places(placed, base, file_size, file)
     return placed
@@ -89,6 +95,8 @@ def parse_index(text: bytes, file: str) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         _refuse(file, "has no `weight_map`")
     for shard in weight_map.values():
+        # A name is joined to the folder: `../` would read, and on a server ask for, files that are none of the
+        # checkpoint.
         if not isinstance(shard, str) or "/" in shard or "\\" in shard or not shard.endswith(".safetensors"):
             _refuse(file, f"names {shard!r} as a shard, which is not a safetensors file beside it")
     return weight_map
@@ -134,6 +142,7 @@ def _load(data: bytes, file: str, unit: str = "header") -> dict[str, Any]:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    # Python takes the last of two equal keys, others the first: two readers would see two models.
     table = dict(pairs)
     if len(table) != len(pairs):
         raise ValueError("a key appears twice")
@@ -157,6 +166,7 @@ def _tensor(name: str, entry: object, base: int, file: str) -> TensorInfo:
     if not _sizes(offsets) or len(offsets) != 2:
         _refuse(file, f"gives tensor {name!r} data_offsets that are none")
     size = offsets[1] - offsets[0]
+    # Multiplied and not divided: an odd number of 4-bit values is no whole number of bytes.
     if size * 8 != math.prod(shape) * _BITS[dtype]:
         _refuse(
             file, f"gives tensor {name!r} {size} bytes, its shape and dtype need {math.prod(shape) * _BITS[dtype] // 8}"
@@ -166,6 +176,7 @@ def _tensor(name: str, entry: object, base: int, file: str) -> TensorInfo:
 
 def _sizes(value: object) -> bool:
     """Whether `value` is a list of integers that fit an unsigned 64-bit integer."""
+    # JSON's true would pass for 1 as an instance of int, and 1.0 is no size either.
     return isinstance(value, list) and all(type(item) is int and 0 <= item < 1 << 64 for item in value)
 
 
@@ -173,6 +184,7 @@ def _check_places(placed: Mapping[str, TensorInfo], base: int, file_size: int, f
     """Make sure that the tensors, in order of place, cover the data from end to end without gap or overlap."""
     end = base
     for name, tensor in placed.items():
+        # Overlaps would let one tensor's bytes be two, and gaps can hide data that no one looks at.
         if tensor.offset != end:
             fault = "overlaps the tensor before it" if tensor.offset < end else "leaves a gap before it"
             _refuse(file, f"places tensor {name!r} so that it {fault}")

@@ -35,6 +35,7 @@ def float_type(tensors: Iterable[TensorInfo]) -> str:
     counts = Counter[str]()
     for tensor in tensors:
         counts[FLOATS.get(tensor.dtype, tensor.dtype)] += math.prod(tensor.shape)
+    # Sorted first, so that of equals the same one is taken each time.
     return max(sorted(counts), key=lambda name: counts[name])
 
 
@@ -63,6 +64,7 @@ class Checkpoint:
 
     @cached_property
     def _maps(self) -> dict[str, npt.NDArray[np.uint8]]:
+        # Opened once and kept: a block of rows is asked for thousands of times.
         return {file: np.memmap(self.folder / file, dtype=np.uint8, mode="r") for file in self.files}
 
     def read(self, name: str) -> Float32:
@@ -106,6 +108,7 @@ def item_size(tensor: TensorInfo) -> int:
 def widen(stored: npt.NDArray[np.uint8], dtype: str) -> Float32:
     """Stored bytes of a float tensor of `dtype` (as safetensors spells it) as float32, exactly."""
     if dtype == "F32":
+        # No copy: callers get the file's own pages.
         return stored.view("<f4")
     if dtype == "F16":
         return stored.view("<f2").astype(np.float32)
@@ -122,6 +125,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         FetchError: it holds no safetensors weights.
         IntegrityError: a shard is missing, a file is not what its header or the index says.
     """
+    # Through links: fetch links a local folder's files.
     names = {file.name for file in folder.iterdir() if file.is_file()}
     if not names & {SINGLE, INDEX}:
         raise FetchError(
@@ -188,6 +192,7 @@ def parse_json(data: bytes, name: str) -> dict[str, Any]:
         IntegrityError: it is none.
     """
     try:
+        # Editors on Windows put a byte order mark in front, which JSON has no room for.
         value = json.loads(data.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise IntegrityError(

@@ -22,6 +22,7 @@ from pipeline.core.errors import IntegrityError
 
 SCHEMA = 1
 NAME = "manifest.json"
+# Large enough that calls do not count, small enough to stay in the cache between read and hash.
 _BLOCK = 4 << 20
 Fact: TypeAlias = "str | int | float | bool | None | list[Fact] | dict[str, Fact]"
 Facts: TypeAlias = Mapping[str, Fact]
@@ -39,6 +40,7 @@ class FileRecord:
     @classmethod
     def of(cls, file: Path, base: Path, bar: log.Progress | None = None) -> FileRecord:
         """Hash `file`; its path is recorded relative to `base`, and `bar` is advanced by the bytes read."""
+        # Unbuffered, into one block: nothing is copied on the way from the page cache to the hash.
         digest, size, block = hashlib.sha256(), 0, memoryview(bytearray(_BLOCK))
         with file.open("rb", buffering=0) as stream:
             while count := stream.readinto(block):
@@ -91,6 +93,7 @@ class Manifest:
             IntegrityError: the manifest has no such output.
         """
         for record in self.outputs:
+            # With the slash, or `step.tflite` would find `my-step.tflite`.
             if record.path == name or record.path.endswith("/" + name):
                 return record
         raise self._wrong(f"the manifest of stage {self.stage} lists no file {name}")
@@ -132,16 +135,19 @@ class Manifest:
 
 def dump_json(value: object) -> str:
     """Deterministic JSON text: sorted keys, two spaces, no NaN, a newline at the end."""
+    # Two builds are compared byte for byte, so nothing may depend on the order in which facts were found.
     return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def write_atomically(file: Path, text: str) -> None:
     """Write `text` to `file` so that the file is either whole or absent, also after a power cut or with two writers."""
+    # Another name for each writer: two that shared one would mix their lines.
     partial = file.with_name(f"{file.name}.{secrets.token_hex(4)}.partial")
     try:
         with partial.open("w", encoding="utf-8") as stream:
             stream.write(text)
             stream.flush()
+            # Before the rename: after a power cut a file system may know the new name and not yet the bytes.
             os.fsync(stream.fileno())
         partial.replace(file)
     finally:
@@ -179,6 +185,7 @@ def _parse(raw: object) -> Manifest:
         raise ValueError(f"schema {schema}, expected {SCHEMA}")
     made = records.build(Manifest, raw)
     for record in (*made.inputs, *made.outputs):
+        # A manifest can come from elsewhere, and its paths are joined to the folder and read.
         if Path(record.path).is_absolute() or ".." in Path(record.path).parts:
             raise ValueError(f"{record.path!r} is not a path inside the model's folder")
     return made

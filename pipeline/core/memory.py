@@ -31,6 +31,7 @@ def _limits(root: Path) -> Iterator[int]:
     meminfo = root / "proc" / "meminfo"
     if meminfo.is_file():
         rows = dict(line.split(":", 1) for line in meminfo.read_text(encoding="ascii").splitlines() if ":" in line)
+        # Not MemFree: what the page cache holds is given up when somebody needs it.
         if "MemAvailable" in rows:
             yield int(rows["MemAvailable"].split()[0]) * 1024
     for kind, group in _groups(root):
@@ -38,6 +39,7 @@ def _limits(root: Path) -> Iterator[int]:
         folder = root / mount / group
         if (folder / limit).is_file() and (folder / used).is_file():
             most = (folder / limit).read_text(encoding="ascii").strip()
+            # Version 2 says `max` for no limit, version 1 a number near 2⁶³.
             if most.isdigit() and int(most) < _UNLIMITED:
                 held = int((folder / used).read_text(encoding="ascii")) - _reclaimable(folder, prefix)
                 yield max(0, int(most) - max(0, held))
@@ -51,6 +53,7 @@ def _groups(root: Path) -> Iterator[tuple[tuple[str, str, str, str], str]]:
     for kind, names in zip(_KINDS, ("", "memory"), strict=True):
         inner = next((path for _, controllers, path in rows if names in controllers.split(",")), "/")
         parts = [part for part in inner.split("/") if part not in ("", "..")]
+        # Every group on the way counts: the tightest limit is the one that kills.
         for depth in range(len(parts) + 1):
             yield kind, "/".join(parts[:depth])
 

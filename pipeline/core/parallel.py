@@ -20,6 +20,7 @@ _given_up: ContextVar[tuple[threading.Event, ...]] = ContextVar("given_up", defa
 def threads() -> int:
     """What `THREADS=` says (the Makefile hands it on as OMP_NUM_THREADS), else one per core this process may use."""
     wanted = os.environ.get("OMP_NUM_THREADS", "")
+    # sched_getaffinity and not cpu_count: in a container or under taskset there are fewer.
     return int(wanted) if wanted.isdecimal() and int(wanted) else len(os.sched_getaffinity(0))
 
 
@@ -35,7 +36,10 @@ def ordered(work: Callable[[Part], Result], parts: Iterable[Part]) -> Iterator[R
         try:
             for part in parts:
                 check()
+                # In the caller's context, which a thread of a pool would not have: part of part knows what it is part
+                # of.
                 waiting.append(pool.submit(_context(over).run, work, part))
+                # One more than threads, so that none waits while the caller looks at a result.
                 if len(waiting) > count:
                     yield waiting.popleft().result()
             while waiting:

@@ -58,6 +58,7 @@ def parse(data: bytes, file: Path | str, kind: Kind) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{kind.name} {file} is not TOML: {error}", remedy="correct that line") from error
     schema = table.pop("schema", None)
+    # `schema = true` equals 1 in Python.
     if type(schema) is not int or schema != SCHEMA:
         raise UsageError(f"{kind.name} {file} has no `schema = {SCHEMA}`", remedy=f"start from {kind.example}")
     return table
@@ -76,6 +77,7 @@ def build(kind: Any, value: object, where: str) -> object:
         return _build_dataclass(kind, value, where)
     if origin is tuple:
         items = _expect(list, value, where)
+        # tuple[T, ...] takes any number, tuple[A, B] its own.
         kinds = arguments[:1] * len(items) if Ellipsis in arguments else arguments
         if len(items) != len(kinds):
             raise ValueError(f"`{where}` is {value!r}, expected {len(kinds)} values")
@@ -100,6 +102,7 @@ def build(kind: Any, value: object, where: str) -> object:
 def _build_number(kind: type, value: object, where: str, least: int) -> object:
     """Integers are counts, floats are limits; one that is not finite would judge nothing."""
     number = _expect(int if kind is float and type(value) is int else kind, value, where)
+    # NaN fails every comparison, infinity the last one.
     if not least <= number < 2**63:
         raise ValueError(f"`{where}` is {value!r}, expected a finite number of at least {least}")
     return kind(number)
@@ -114,6 +117,7 @@ def _build_pattern(value: object, where: str) -> object:
 
 
 def _expect(kind: type, value: object, where: str) -> Any:
+    # true and false are ints in Python, and would pass for counts.
     if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
         raise ValueError(f"`{where}` is {value!r}, expected {kind.__name__}")
     return value
@@ -121,6 +125,7 @@ def _expect(kind: type, value: object, where: str) -> Any:
 
 def _build_dataclass(kind: Any, value: object, where: str) -> object:
     table = dict(_expect(dict, value, where))
+    # Unknown keys before missing ones: a misspelt key is both, and its own name helps more.
     _check_keys(kind, table, where)
     types = typing.get_type_hints(kind)
     arguments = {}

@@ -37,6 +37,7 @@ def installed(packages: tuple[str, ...] = RECORDED) -> dict[str, str]:
 
 def locked(lock: Path) -> dict[str, str]:
     """Versions that a requirements-style lock pins."""
+    # Up to white space or a marker; hashes follow on lines of their own.
     return dict(re.findall(r"^([a-z0-9-]+)==([^\s;\\]+)", lock.read_text(encoding="utf-8"), flags=re.MULTILINE))
 
 
@@ -55,6 +56,7 @@ def check(versions: Mapping[str, str], lock: Path) -> None:
     wrong = [
         f"{package} is {version.split('+')[0]}, the lock says {pins[package]}"
         for package, version in versions.items()
+        # The CPU and the CUDA build of one torch differ in what follows the plus.
         if package in pins and version.split("+")[0] != pins[package].split("+")[0]
     ]
     if wrong:
