@@ -126,6 +126,8 @@ all: publish ## set-up, then everything for MODEL_ID: fp32, fp16, int8, bundles,
 	@echo "files:   $(FILES_MADE)"
 	@echo "report:  $(ROOT)/verify/report.html"
 	@echo "publish: $(ROOT)/publish"
+	@find $(ROOT) -maxdepth 2 -name run.json -exec cat {} + | awk '/"seconds"/ { sum += $$2 } \
+		END { printf "took:    %d:%02d minutes in its stages; make plan says it of each\n", sum / 60, sum % 60 }'
 
 setup: .venv/.ready ## make the hash-locked environment .venv (LOCK=, TORCH_INDEX=, PYTHON=)
 plan: ## say what the stages will make and need, from the checkpoint's headers alone

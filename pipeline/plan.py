@@ -10,6 +10,7 @@ for (pipeline/planning/needs.py).
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -35,7 +36,7 @@ def work(arguments: argparse.Namespace) -> None:
     root = arguments.artifacts / model_name(arguments.model_id)
     stages = arguments.stages or behind(["publish"], Choice(recipe=recipe, graphs=model.graphs))
     needs = {name: NEEDS[name](model) for name in stages}
-    done = {name for name in needs if (root / name / manifest.NAME).is_file()}
+    done = {name: _took(root / name) for name in needs if (root / name / manifest.NAME).is_file()}
     facts = model.facts
     log.line(f"plan · {root.name} · {model.where}")
     log.line(
@@ -44,7 +45,16 @@ def work(arguments: argparse.Namespace) -> None:
     )
     for row in _table(needs, done):
         log.line(f"  {row}")
+    if done:
+        expected, took = sum(needs[name].seconds for name in done), sum(done.values())
+        log.line(f"  done: {log.human_seconds(took)}, by this plan {log.human_seconds(expected)}")
     _check([need for name, need in needs.items() if name not in done], root)
+
+
+def _took(folder: Path) -> float:
+    """Seconds that the finished stage in `folder` took; 0 where nothing says that."""
+    run = folder / "run.json"
+    return float(json.loads(run.read_text(encoding="utf-8"))["seconds"]) if run.is_file() else 0.0
 
 
 def _check(needs: Sequence[Need], root: Path) -> None:
@@ -75,12 +85,12 @@ def _existing(folder: Path) -> Path:
     return next(each for each in (folder.absolute(), *folder.absolute().parents) if each.is_dir())
 
 
-def _table(needs: Mapping[str, Need], done: set[str]) -> list[str]:
-    rows = [f"{'stage':<13}{'disk':>9}{'scratch':>9}{'memory':>9}{'about':>14}  makes"]
+def _table(needs: Mapping[str, Need], done: Mapping[str, float]) -> list[str]:
+    rows = [f"{'stage':<13}{'disk':>9}{'scratch':>9}{'memory':>9}{'about':>18}  makes"]
     for name, need in needs.items():
         sizes_ = (log.human_bytes(size) if size else "–" for size in (need.size, need.scratch, need.memory))
-        about = "done" if name in done else log.human_seconds(need.seconds)
-        rows.append(f"{name:<13}" + "".join(f"{size:>9}" for size in sizes_) + f"{about:>14}  {need.what}")
+        about = f"took {log.human_seconds(done[name])}" if name in done else log.human_seconds(need.seconds)
+        rows.append(f"{name:<13}" + "".join(f"{size:>9}" for size in sizes_) + f"{about:>18}  {need.what}")
     return rows
 
 

@@ -1,14 +1,14 @@
 """What each stage makes and needs, by a checkpoint's sizes.
 
-Sizes follow from the configuration. Memory and time follow from constants. Those that grow with a model were measured
-with the random checkpoints of `tools/make_random_checkpoint.py` on two cores (AMD EPYC, 2026-11-24, `make bench`), the
-rest with `make` of the shipped one (2026-11-29, `python -m tools.planned`). They are right to a factor of two, which is
-what a plan is for.
+Sizes follow from the configuration. Memory and time follow from constants, measured on two cores (AMD EPYC, 2026-11-29,
+`python -m tools.planned`) with the shipped model, Gemma 3 270M and the random checkpoints of
+`tools/make_random_checkpoint.py`. They are right to a factor of two, which is what a plan is for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -26,12 +26,24 @@ _HASH = 0.8e9
 """Bytes per second of reading and hashing a stage's inputs."""
 _WRITE = 0.35e9
 """Bytes per second of writing a file of weights and hashing it, conversion included."""
-_FLOPS = 5e10
-"""Multiply-adds per second of a float32 forward in PyTorch on two cores, counted twice as is usual."""
+_FLOPS = 1.2e11
+"""Multiply-adds per second of a float32 forward on two cores, counted twice as is usual."""
+_INTEGER_FLOPS = 4e11
+"""The same of an int8 file in LiteRT."""
+_IMPORTS = 4.0
+"""Seconds until torch and transformers are there."""
 _READ = 1.5e9
 """Parameters per second that golden lays out in float32 when it streams, and that a decoder reads per token."""
 _CALL = 5e-3
 """Seconds that PyTorch takes for a layer whatever its size: small models are bound by that, token by token."""
+_STEP_READ = 1.5e10
+"""Bytes of weights per second that a decoder reads, token by token."""
+_ROUNDED, _ROUNDED_COLUMN = 1.6e-8, 2.5e-11
+"""Seconds per weight that GPTQ rounds on two cores, and per column of its span that takes up the error."""
+_FACTORED = 7e-8
+"""Seconds per value of a Hessian that GPTQ factors."""
+_HALVES = 5.5
+"""Bytes of memory per fp16 weight of a file that is run: LiteRT widens them, and packs what it has widened."""
 _TRACED = 8e-3
 """Seconds per layer and sample of running a file whose every tensor is kept, for the ranges of static files."""
 
@@ -75,24 +87,50 @@ def golden(model: Model) -> Need:
     return Need(
         what="Hugging Face in fp32, " + ("streamed" if streamed else "loaded"),
         size=4 * kept * model.table[1],
-        memory=1.9 * _GIB if streamed else 0.6 * _GIB + 4 * parameters,
-        seconds=2 * model.multiplied * tokens / _FLOPS
+        memory=_streamed(model) if streamed else 0.6 * _GIB + 4 * parameters,
+        seconds=_IMPORTS
+        + 2 * _read_by_tokens(model) * tokens / _FLOPS
         + steps * (model.multiplied / _READ + _CALL * sizes.layers(model.shapes)),
     )
+
+
+def _read_by_tokens(model: Model) -> int:
+    """Parameters that every token of the reference is multiplied with: hidden states are kept, so not the head's."""
+    return model.multiplied - math.prod(model.table)
+
+
+def _streamed(model: Model) -> float:
+    """Memory of the reference that reads each matrix when it is needed."""
+    return (0.7 + 0.018 * sizes.layers(model.shapes)) * _GIB
 
 
 def moments(model: Model) -> Need:
     """A forward pass over the calibration text; a square of each input's width, span by span."""
     recipe = model.recipe
     tokens = recipe.int8.calibration_samples * recipe.corpus.window
-    widths = {(name.rsplit(".", 2)[0], shape[1]) for name, shape in model.shapes.items() if len(shape) == 2}
-    size = sum(4 * width * hessians.span(width) for _, width in widths)
+    size = sum(4 * width * hessians.span(width) for width in _inputs(model))
+    work = 2 * tokens * (_read_by_tokens(model) + size / 4)
     return Need(
         what="second moments of what layers read",
         size=size,
-        memory=1.9 * _GIB,
-        seconds=(2 * model.multiplied * tokens + 2 * tokens * size / 4) / _FLOPS + size / _WRITE,
+        memory=_streamed(model),
+        seconds=_IMPORTS + work / _FLOPS + size / _WRITE,
     )
+
+
+def _inputs(model: Model) -> Sequence[int]:
+    """The widths of all that linear layers read; those that read the same count once."""
+    linear = {(name.rsplit(".", 2)[0], shape[1]) for name, shape in _linear(model).items()}
+    return [width for _, width in sorted(linear)]
+
+
+def _linear(model: Model) -> Mapping[str, tuple[int, ...]]:
+    """Shapes of the matrices of the layers and of the head."""
+    return {
+        name: shape
+        for name, shape in model.shapes.items()
+        if len(shape) == 2 and (name.startswith("layers.") or name == sizes.HEAD)
+    }
 
 
 def graph(model: Model) -> Need:
@@ -111,7 +149,21 @@ def _filled(model: Model, precision: str, *, sections: bool = True) -> Need:
     size = model.size(precision) if sections else model.files[STEP].bytes(precision)
     seconds = 2 + (size + model.stored) / _WRITE
     taken = 0.3 * _GIB + 2 * model.cache  # each file is run once, with a cache in and a cache out
+    section = {"int8": model.recipe.int8, "int4": model.recipe.int4}.get(precision)
+    if sections and section and section.gptq:
+        seconds += _gptq(model)
+    if precision == "fp16":
+        taken += _HALVES * model.multiplied
     return Need(what=" ".join(model.files if sections else [STEP]), size=size, memory=taken, seconds=seconds)
+
+
+def _gptq(model: Model) -> float:
+    """Seconds of rounding every graph's weights, and of the factors that they are rounded by."""
+    rounded = sum(
+        math.prod(shape) * (_ROUNDED + _ROUNDED_COLUMN * hessians.span(shape[1])) for shape in _linear(model).values()
+    )
+    factored = sum(width * hessians.span(width) * _FACTORED for width in _inputs(model))
+    return (rounded + factored) * len([name for name, held in model.files.items() if held.graph_layers])
 
 
 def _static(model: Model) -> Need:
@@ -137,13 +189,15 @@ def verify(model: Model) -> Need:
     judged = 3 * settings.decode + settings.positions
     decoders = [model.files[DECODER].bytes(precision) for precision in model.bundles]
     decoded = judged + settings.prompts * settings.continuation
-    seconds = 30.0 + len(decoders) * 3 * 2 * model.multiplied * model.conversation / _FLOPS
-    seconds += sum(decoders) * (decoded / (4 * _READ) + 2 / _HASH)
+    seconds = _IMPORTS + sum(decoders) * (decoded / _STEP_READ + 2 / _HASH)
+    for precision in model.bundles:
+        flops = _FLOPS if precision == "fp32" else _INTEGER_FLOPS
+        seconds += 2.0 + 3 * 2 * model.multiplied * model.conversation / flops
     if model.graphs != "bundle":
-        seconds += 2 * golden(model).seconds
-    taken = 0.7 * _GIB + 6.5 * model.cache
+        seconds += 25.0 + 2 * golden(model).seconds
+    taken = 0.35 * _GIB + 6.5 * model.cache
     if model.graphs != "bundle":
-        taken += 4 * model.multiplied  # XNNPACK packs a step graph's weights into memory
+        taken += 0.35 * _GIB + 4 * model.multiplied  # XNNPACK packs a step graph's weights into memory
     logits = 4 * judged * model.table[0] * len(decoders)
     return Need(
         what="report.html", size=1 << 20, memory=taken, seconds=seconds, scratch=max(decoders, default=0) + logits

@@ -61,7 +61,9 @@ def test_a_configuration_that_leaves_keys_to_their_defaults_is_planned_too(judge
 def test_what_is_done_takes_no_more_disk(built: Line, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     planned(built, "--stages", "fetch", "graph", "fp32")
     text = capsys.readouterr().err
-    assert len(re.findall(r"^  (fetch|graph|fp32) .* done ", text, flags=re.MULTILINE)) == 3
+    took = json.loads((built.root / "graph" / "run.json").read_text())["seconds"]
+    assert len(re.findall(r"^  (fetch|graph|fp32) .* took \d+ s ", text, flags=re.MULTILINE)) == 3
+    assert f" took {took:.0f} s " in text and re.search(r"^  done: .* s, by this plan .* s$", text, flags=re.MULTILINE)
     assert "in all: 0 B of disk" in text
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -45,6 +46,15 @@ def finished(tmp_path: Path) -> tuple[str, ...]:
         folder.mkdir()
         (folder / "manifest.json").write_text("{}")
     return settings
+
+
+def test_make_says_at_its_end_what_the_stages_took(finished: tuple[str, ...], tmp_path: Path) -> None:
+    for stage, seconds in {"graph": 17.25, "verify": 101.5}.items():
+        run = {"processor_seconds": 400.0, "seconds": seconds}
+        (tmp_path / "out" / "tiny" / stage / "run.json").write_text(json.dumps(run, indent=2))
+    *_, command = make("-n", "all", *finished).partition("find ")
+    said = subprocess.run(["bash", "-c", f"find {command}"], capture_output=True, text=True, check=True).stdout
+    assert said == "took:    1:58 minutes in its stages; make plan says it of each\n"
 
 
 def test_help_lists_every_target_and_every_setting() -> None:
