@@ -121,6 +121,7 @@ def judge(subject: Subject, setting: Setting) -> Verdict:
     Every bundle is held against Hugging Face. Whether fp32 is exact few positions tell, so it does not read the texts.
     """
     exact = subject.precision == BASELINE
+    # What precision costs is a mean, which takes thousands of positions; a fault of a conversion shows in each.
     trace = setting.trace.conversations() if exact else setting.trace
     logits = kv_cache.replay(subject.sections, trace, subject.name, setting.scratch)
 

@@ -108,6 +108,7 @@ def require_disjoint(verification: Iterable[str], calibration: Iterable[str]) ->
     Raises:
         UsageError: a document is in both.
     """
+    # What differs in spaces and case alone is the same text to a model.
     seen = {" ".join(document.split()).casefold() for document in calibration}
     both = [document for document in verification if " ".join(document.split()).casefold() in seen]
     if both:
@@ -130,6 +131,7 @@ def pack_windows(documents: Sequence[str], tokenize: Tokenize, *, bos: int, wind
     Raises:
         UsageError: the text does not fill one window.
     """
+    # One stream: texts shorter than a window would give positions with little context only.
     stream = [token for document in documents for token in without_start(tokenize(document + "\n"), bos)]
     available = len(stream) // (window - 1)
     if not available:
@@ -138,6 +140,7 @@ def pack_windows(documents: Sequence[str], tokenize: Tokenize, *, bos: int, wind
             remedy="give more text, or make `corpus.window` in the recipe smaller",
         )
     count = min(available, limit)
+    # A window less its bos: each begins with one, as the model saw text.
     body = np.array(stream[: available * (window - 1)], dtype=np.int32).reshape(available, window - 1)
     chosen = body[np.arange(count) * available // count]
     return np.concatenate([np.full((count, 1), bos, dtype=np.int32), chosen], axis=1)
@@ -167,6 +170,7 @@ def spread_positions(windows: int, window: int, count: int) -> Positions:
     """
     predictions = window - 1
     count = min(count, windows * predictions)
+    # Rounded down as a running sum, so that shares differ by one at most and add up to `count`.
     shares = np.diff(np.arange(windows + 1) * count // windows)
     rows, lengths = [], []
     for row, share in enumerate(shares):
@@ -191,6 +195,7 @@ def prefix_batches(windows: Tokens, positions: Positions, size: int, pad: int) -
     Prefixes of like length share a batch, and lengths are rounded up to a multiple of 8: this costs little padding
     and keeps the number of different shapes small. Shapes come in ascending order.
     """
+    # Stable: equal lengths keep the order of the text, and two runs judge the same batches.
     order = np.argsort(positions.length, kind="stable")
     rounded = -(-positions.length[order] // LENGTH_STEP) * LENGTH_STEP
     padded = np.minimum(rounded, windows.shape[1])
@@ -236,6 +241,7 @@ def shape_cases(batch: Sequence[int], sequence: Sequence[int], padding: Sequence
     The rows of one (sequence, padding) family are shared: its largest batch takes all, the smaller ones take rows in
     turn. The reference is then computed once per row, and each file still meets every batch size.
     """
+    # Attention grows with batch × sequence², and is what runs out of memory first.
     most = min(batch) * max(sequence) ** 2
     for length in sequence:
         sizes = [size for size in batch if size * length**2 <= most or length == min(sequence)]
@@ -263,6 +269,7 @@ def shape_family(count: int, sequence: int, padding: Padding, *, vocabulary: int
     The first row always has padding (where `sequence` allows any), the last has a single token attended to.
     """
     side = {"none": 0, "left": 1, "right": 2}[padding]
+    # By the shape alone: a case has the same tokens in whatever grid it stands.
     random = np.random.default_rng([20251124, sequence, side])
     lengths = random.integers(1, sequence + 1, size=count)
     lengths[0], lengths[-1] = random.integers(1, max(sequence, 2)), 1
@@ -294,6 +301,7 @@ def _script(text: str) -> str:
     if any(unicodedata.category(letter) == "So" for letter in text):
         return "emoji"
     names = [unicodedata.name(letter, "OTHER").split()[0] for letter in text if letter.isalpha()]
+    # Sorted first, so that a tie is decided the same way each time.
     return max(sorted(set(names)), key=names.count, default="OTHER")
 
 

@@ -95,6 +95,7 @@ class Measurement:
         )
 
 
+# All other metrics are distances, sizes or times, of which less is better.
 _AT_LEAST = frozenset({"top1", "perplexity_ratio_min", "integer_share"})
 
 
@@ -168,10 +169,14 @@ def _status(figure: Measurement, limit: float | None, direction: Direction) -> S
     """How a check ends. An interval that reaches its limit and not beyond does not cross it."""
     if limit is None or figure.value is None:
         return "not measured"
+    # Before any comparison: NaN would be neither within a limit nor beyond it.
     if not math.isfinite(figure.value):
         return "fail"
+    # The whole interval must agree with the value: a limit inside it says that more text is needed, not that all is
+    # well.
     bounds = [bound for bound in (figure.value, *(figure.interval or ())) if bound is not None]
     kept = {bound >= limit if direction == ">=" else bound <= limit for bound in bounds}
+    # A tight interval of few positions is no comfort: they may all come from one text.
     few = figure.positions is not None and figure.positions < FEWEST
     if few or len(kept) > 1:
         return "inconclusive"

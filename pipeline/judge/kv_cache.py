@@ -191,11 +191,13 @@ def _logits(sections: Sections, trace: Trace, bar: log.Progress) -> Iterator[tup
         _run(conversation, schedule, tokens, bar)
         for conversation, schedule, tokens in zip(conversations, trace.schedules, trace.tokens, strict=True)
     ]
+    # If the two shared any state, each would now and then read the other's.
     for pair in zip_longest(*turns):  # in turns, call by call
         for place, logits in zip(places, pair, strict=False):
             yield from ((next(place), row) for row in logits or [])
     after, whole = itertools.count(first + second), Schedule((("decode", trace.texts.shape[1] - 1),))
     for schedule, tokens in [(trace.schedules[0], trace.tokens[0]), *((whole, text) for text in trace.texts)]:
+        # The cache keeps what the conversation before left in it; only the position goes back to 0.
         conversations[1].reset()
         for logits in _run(conversations[1], schedule, tokens, bar):
             yield from ((next(after), row) for row in logits)

@@ -24,6 +24,7 @@ Indices = NDArray[np.int64]
 TOP = 5
 _CHUNK = 1 << 18
 """Logits that a thread compares at a time: 2 MiB per float64 copy, which a core's cache holds (four times as fast)."""
+# The ends of a 95 % interval then rest on 50 draws each.
 _RESAMPLES = 2000
 _SEED = 20251124
 _LEVEL = 0.95
@@ -88,6 +89,7 @@ def compare(reference: NDArray[Any], logits: NDArray[Any], targets: NDArray[Any]
 
 
 def _compare_chunk(reference: NDArray[Any], logits: NDArray[Any], targets: NDArray[Any] | None) -> Scores:
+    # A KLD of 1e-6 is the difference of sums near 1, of which float32 keeps seven digits.
     expected, actual = reference.astype(np.float64), logits.astype(np.float64)
     with np.errstate(invalid="ignore", over="ignore"):
         log_p, log_q = log_softmax(expected), log_softmax(actual)
@@ -100,6 +102,7 @@ def _compare_chunk(reference: NDArray[Any], logits: NDArray[Any], targets: NDArr
     second = _second(expected, first)
     # A reference token is among the file's five if fewer than five are strictly more likely.
     ahead = (actual > actual[rows, expected.argmax(axis=1)][:, None]).sum(axis=1)
+    # argmax of NaN is a place like any other, and could agree by chance.
     sound = np.isfinite(actual).all(axis=1)
     missing = np.full(len(actual), np.nan)
     return Scores(
@@ -125,6 +128,7 @@ def _second(logits: Doubles, first: Doubles) -> Doubles:
 
 def log_softmax(logits: Doubles) -> Doubles:
     """Log p over the last axis, computed from the differences to the largest logit."""
+    # exp() of a logit beyond 709 is infinite.
     shifted = logits - logits.max(axis=-1, keepdims=True)
     normalised: Doubles = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
     return normalised
@@ -155,6 +159,7 @@ class Draws:
         """Draws of the blocks that `blocks` [n] names."""
         names, member = np.unique(blocks, return_inverse=True)
         equally = np.full(len(names), 1 / len(names))
+        # How often each block is drawn is all that a mean needs: no resample is ever laid out.
         times = np.random.default_rng(_SEED).multinomial(len(names), equally, size=_RESAMPLES)
         return cls(times=times, member=member.astype(np.int64))
 
@@ -164,12 +169,14 @@ def bootstrap(figure: Callable[[Doubles], Doubles], columns: Sequence[Doubles], 
 
     `figure` maps means [..., columns] to values [...].
     """
+    # An interval of what is not finite would be one of the rest.
     if not all(np.isfinite(column).all() for column in columns):
         value = float(figure(np.array([column.mean() for column in columns])))
         return Estimate(value, math.nan, math.nan)
     count = draws.times.shape[1]
     sums = np.stack([np.bincount(draws.member, weights=column, minlength=count) for column in columns], axis=1)
     counts = np.bincount(draws.member, minlength=count).astype(np.float64)
+    # Blocks may differ in length: each mean is over the positions drawn, not over blocks.
     means = (draws.times @ sums) / (draws.times @ counts)[:, None]
     return estimate(float(figure(sums.sum(axis=0) / counts.sum())), figure(means))
 
@@ -238,6 +245,7 @@ class Summary:
 def summarise(scores: Scores, blocks: Indices) -> Summary:
     """Figures over all positions; `blocks` [n] says which window, or stretch of text, each position is in."""
     nmse, draws = scores.nmse, Draws.of(blocks)
+    # NaN is not 0: positions without a sound answer are counted elsewhere.
     wrong = scores.margin[scores.top1 == 0]
     median, p99, p999, most = quantiles(scores.kld, (0.5, 0.99, 0.999, 1.0), draws)
     return Summary(
@@ -312,6 +320,7 @@ def _ratio(means: Doubles) -> Doubles:
 
 def histogram(values: Doubles, edges: Doubles) -> list[int]:
     """How many of `values` lie between neighbouring `edges`; what is outside counts in the first or last bin."""
+    # So that the bins add up to all positions, however far out one lies.
     inside = np.clip(values[np.isfinite(values)], edges[0], edges[-1])
     return [int(count) for count in np.histogram(inside, bins=edges)[0]]
 

@@ -114,6 +114,7 @@ def compare(
     with tempfile.TemporaryDirectory(dir=scratch) as cache, LmRuntime(bundle, cache=Path(cache)) as runtime:
         greedy = _generate(runtime, tokenizer, rows, stop, bundle.stem)
         reached = {row.continuation_ids[-1] for row, ours in zip(rows, greedy, strict=True) if ours.same} & stop
+        # A stop sequence of several tokens ends no answer of a model that says one of them.
         declared = {ids[0] for ids in runtime.stop if len(ids) == 1}
         missing = sorted(stop - declared)
         errors = _score(runtime, tokenizer, rows, stop)
@@ -157,6 +158,7 @@ def _generate(
         for row in rows:
             ids = row.continuation_ids
             text, fault = _greedy(runtime, row.prompt, len(ids))
+            # The runtime swallows the stop token.
             words = ids[:-1] if ids and ids[-1] in stop else ids
             expected = str(tokenizer.decode(words))
             same = not fault and text == expected
@@ -169,6 +171,8 @@ def _generate(
                     tokens=len(ids),
                     agree=agree,
                     same=same,
+                    # The lead at the token where they part: a near-tie there is decided by the order of float
+                    # additions.
                     tie=not same and not fault and row.margins[min(agree, len(row.margins) - 1)] <= TIE,
                 )
             )

@@ -54,6 +54,7 @@ class Head:
             IntegrityError: the checkpoint has neither tensor.
         """
         files = sorted(folder.glob("*.safetensors"))
+        # A stored head first, as transformers takes it whatever config.json says of tying.
         for name in (*HEADS, *_EMBEDDINGS):
             for file in files:
                 weight = _map_tensor(file, name)
@@ -121,6 +122,7 @@ def _map_tensor(file: Path, name: str) -> NDArray[Any] | None:
         return None
     kinds = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32}
     start = 8 + size + entry["data_offsets"][0]
+    # Offsets in the header count from its end.
     return np.memmap(file, dtype=kinds[entry["dtype"]], mode="r", offset=start, shape=tuple(entry["shape"]))
 
 

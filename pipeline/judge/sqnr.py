@@ -135,6 +135,7 @@ def decibels(signal: float, noise: float) -> float:
     """10 log10(signal / noise), at most 200; −200 where either is not finite."""
     if not math.isfinite(signal) or not math.isfinite(noise):
         return -MOST
+    # Both zero is the same, noise on silence is as far off as can be.
     if noise == 0 or signal == 0:
         return MOST if noise == 0 else -MOST
     return max(-MOST, min(MOST, 10 * math.log10(signal / noise)))
@@ -197,6 +198,7 @@ def _pairs(ours: Running, theirs: Running) -> dict[int, int]:
     Where the file has no operator of that kind and name, one of the name alone: the last of those that a layer became.
     """
     mine = ours.results()
+    # Quantised layers end in another kind of operator under the same name: DEQUANTIZE, ADD, SUM.
     named = {name: tensor for (_, name), tensor in mine.items()}
     pairs = {tensor: mine.get(key, named.get(key[1])) for key, tensor in theirs.results().items()}
     return {tensor: other for tensor, other in pairs.items() if other is not None}
@@ -206,6 +208,7 @@ def _powers(reference: NDArray[np.float64], values: NDArray[np.float64]) -> tupl
     """Sums of squares of the reference and of the difference, where no mask stands; other shapes are infinitely off."""
     if reference.shape != values.shape:
         return float((reference**2).sum()), math.inf
+    # Where the reference has a mask; the file's own value there is never looked at by anyone.
     open_ = np.abs(reference) < _MASK
     return float((reference[open_] ** 2).sum()), float(((values - reference)[open_] ** 2).sum())
 

@@ -37,6 +37,7 @@ class JudgedPositions:
             positions=positions,
             batches=corpus.prefix_batches(windows, positions, batch, pad),
             hidden=hidden,
+            # A prefix of `length` tokens ends before the token at that place, which is the one to predict.
             targets=windows[positions.window, positions.length],
             head=reference.head,
         )
@@ -57,6 +58,7 @@ class JudgedPositions:
 def run_positions(model: StepModel, judged: JudgedPositions, label: str, scratch: Path) -> Logits:
     """The file's logits float32 [n, V] at each judged position, in a memory map at `scratch` (gigabytes for E2B)."""
     shape = (len(judged.positions), judged.head.vocabulary)
+    # 5,000 positions of 262,144 tokens are 5 GB.
     logits = np.memmap(scratch, dtype=np.float32, mode="w+", shape=shape)
     with log.progress(f"{label}: judged positions", shape[0], "positions") as bar:
         for batch in judged.batches:
@@ -111,6 +113,7 @@ def run_grid(model: StepModel, reference: Reference, label: str, most: float = m
     scores = metrics.join(parts)
     names = [f"{name}, row {row}" for name, ids, _, _ in cases for row in range(len(ids))]
     nmse = scores.nmse
+    # A row that is not finite is the worst there can be, and argmax would skip it.
     worst = int(np.argmax(np.where(np.isfinite(nmse), nmse, math.inf)))
     return GridResult(
         cases=len(cases),

@@ -179,10 +179,12 @@ def _judge(
 def _play(subject: Subject, setting: Setting, kernels: str) -> Played:
     """Run the file with one kind of kernels; the slow ones on a part of the positions, and for fp32 on none."""
     exact, delegated = subject.name == BASELINE, kernels == "xnnpack"
+    # Half of the threads each: both kinds of kernels run at once.
     model = StepModel(subject.path, xnnpack=delegated, threads=max(1, parallel.threads() // len(KERNELS)))
     label, reference, judged = f"{subject.name}, {KERNELS[kernels]}", setting.reference, setting.judged
     part, chosen, continuations = judged, np.arange(len(judged.positions)), list[list[int]]()
     if not delegated:
+        # Never so few that the verdict would be inconclusive for that alone.
         part, chosen = judged.part(max(1, min(_BUILTIN_PART, len(judged.positions) // _BUILTIN_LEAST)))
     logits: Logits = np.empty((0, judged.head.vocabulary), np.float32)
     if delegated or not exact:

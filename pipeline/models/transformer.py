@@ -76,6 +76,7 @@ class Rotation:
 
         Su et al., RoFormer, 2021; `factor` is linear scaling (Chen et al., Position Interpolation, 2023).
         """
+        # On the CPU, also where the module is on the meta device: the values become constants of the graph.
         exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
         return cls.of(positions, 1.0 / (theta**exponents) / factor)
 
@@ -84,6 +85,7 @@ class Rotation:
         """Angles positions · frequencies, float [B, S] and [D / 2], in radians."""
         angles = positions[:, :, None, None] * frequencies
         cos, sin = torch.cos(angles), torch.sin(angles)
+        # The sign stands in the sine, so that `apply` swaps halves and negates nothing.
         return cls(torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1))
 
     def scaled(self, factor: float) -> Rotation:
@@ -164,6 +166,7 @@ class CacheAttention:
         self.zero = torch.zeros(1, dtype=torch.int32)
         self.attended: dict[int, tuple[Tensor, Tensor]] = {}
         size = config.sliding_window if SLIDING in config.layer_types else None
+        # W behind the first of T tokens, and the T themselves.
         self.near = self.length if size is None else min(self.length, size + self.tokens)
         self.start = self._window_start()
         self.masks = {FULL: self._tiled(mask, FULL)}
@@ -197,6 +200,7 @@ class CacheAttention:
 
     def _window_start(self) -> Tensor:
         """The first position that sliding layers read, int32 [1]: the last `near` ones up to the newest token."""
+        # SLICE moves a window that would not fit, and `start` would no longer be where it begins.
         last = torch.tensor([self.length - self.near], dtype=torch.int32)
         return torch.maximum(torch.minimum(self.first + (self.tokens - self.near), last), self.zero)
 
@@ -277,6 +281,7 @@ class StepGraph(nn.Module):
         if self.every:
             scaled = hidden * self.head.factor if self.head.cap else hidden
             return {"logits": self.head(scaled, self.model.embed_tokens.weight).squeeze(2)}
+        # Before the head: of 2,048 positions a caller wants one, and the head is the largest product.
         chosen = self._last(hidden, attended, distance, self.head.factor)
         return {"logits": self.head(chosen, self.model.embed_tokens.weight).squeeze(1)}
 
@@ -351,6 +356,7 @@ def cache_tensors(config: Config, length: int) -> dict[str, Tensor]:
 
 def _positions(causal: Tensor) -> Tensor:
     """Each token's position among its row's attended ones, from 0: bool [B, S, S] → float [B, S]."""
+    # By counting what is attended: with left padding the first token is at position 0, as in transformers.
     count = torch.sum(torch.where(causal, torch.tensor(1.0), torch.tensor(0.0)), dim=-1)
     return torch.maximum(count - 1.0, torch.tensor(0.0))
 

@@ -135,6 +135,7 @@ class HuggingFace:
     def hidden(self, ids: Tokens, mask: Tokens, bar: log.Progress | None = None) -> Floats:
         """Final hidden states float32 [B, S, H] of `ids` and `mask` [B, S], in batches that bound the memory."""
         length = ids.shape[1]
+        # Eager attention lays all scores of a layer out.
         scores = self.model.config.num_attention_heads * length**2
         rows = max(1, min(_MAX_ROWS, _SCORES // scores, _MAX_TOKENS // length))
         parts = []
@@ -146,6 +147,7 @@ class HuggingFace:
                 output = self.model.model(
                     input_ids=tokens,
                     attention_mask=attention,
+                    # Padding on the left moves no token: its positions count attended ones alone.
                     position_ids=(attention.cumsum(-1) - 1).clamp(min=0),
                     use_cache=False,
                 )
@@ -221,6 +223,7 @@ class _Leads(LogitsProcessor):
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """`scores` as they are."""
+        # A lead of 1e-4 between logits near 30 is at the end of what float32 holds.
         wide = scores.double()
         first, second = torch.topk(wide, 2).values.unbind(-1)
         self.margins.append((first - second).tolist())

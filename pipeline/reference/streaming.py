@@ -126,6 +126,7 @@ class _Laid:
     def __call__(self, module: nn.Module, _inputs: Any) -> None:
         shape = self.weight.shape
         if shape not in self.room:
+            # Layers of one shape run one after the other, so one room is enough for all of them.
             self.room[shape] = torch.empty(shape)
         setattr(module, self.attribute, _parameter(self.room[shape].copy_(self.weight)))
 
@@ -147,6 +148,7 @@ class _Rows:
         self.table = table
 
     def __call__(self, module: nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        # Rows are read in ascending order, each once: a table of 9 GB is touched at a few hundred places.
         tokens, places = torch.unique(inputs[0], return_inverse=True)
         module.weight = _parameter(self.table[tokens].to(torch.float32))
         return (places,)

@@ -27,6 +27,7 @@ LENGTH_STEP = 8
 
 SIGNATURE = "serving_default"
 INPUTS, OUTPUT = ("attention_mask", "input_ids"), "logits"
+# The first run packs weights and plans memory.
 _WARM_UP, _RUNS, _SECONDS = 1, 15, 0.5
 
 
@@ -85,6 +86,7 @@ class MappedModel:
         """A buffer of zeros for an input; a run can write the output of this name and shape into it as well."""
         detail = self._model.get_input_tensor_details(signature)[name]
         buffer = self._model.create_input_buffer_by_name(signature, name)
+        # A fresh buffer holds whatever was in memory, and a cache must begin as the runtime's does.
         buffer.write(np.zeros(detail["shape"], np.dtype(detail["dtype"])))
         return buffer
 
@@ -136,6 +138,7 @@ def _environment() -> Any:
     from ai_edge_litert.environment import Environment
 
     nowhere = os.open(os.devnull, os.O_WRONLY)
+    # At the very end of the process, when nothing of ours speaks any more.
     atexit.register(os.dup2, nowhere, 2)
     return Environment.create()
 
@@ -150,6 +153,7 @@ def _quiet() -> Iterator[None]:
 @contextmanager
 def standard_error(target: int) -> Iterator[None]:
     """Send what native code prints to standard error to the file descriptor `target`."""
+    # The descriptor and not sys.stderr, which native code does not know of.
     saved = os.dup(2)
     try:
         os.dup2(target, 2)
@@ -214,6 +218,7 @@ class StepModel:
             CancelledError: in a thread whose work is given up.
         """
         parallel.check()
+        # Allocation plans all memory anew, which takes longer than a short run.
         if input_ids.shape != self._shape:
             for index in self._inputs.values():
                 self._interpreter.resize_tensor_input(index, list(input_ids.shape))
@@ -222,6 +227,7 @@ class StepModel:
         for name, value in (("input_ids", input_ids), ("attention_mask", attention_mask)):
             self._interpreter.set_tensor(self._inputs[name], np.ascontiguousarray(value, dtype=np.int32))
         self._interpreter.invoke()
+        # A copy: the next run writes over the tensor itself.
         logits: NDArray[np.float32] = self._interpreter.get_tensor(self._output)
         return logits
 

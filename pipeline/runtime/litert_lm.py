@@ -24,6 +24,7 @@ Message: TypeAlias = "Mapping[str, str]"
 """`role` (system, user or assistant) and `content`."""
 NO_CACHE = ":nocache"
 """Weights that XNNPACK has repacked stay in memory; by default the runtime writes them to a file beside the bundle."""
+# The one sampler there is (TOP_P), held to a single candidate.
 _GREEDY = {"top_k": 1, "top_p": 1.0, "temperature": 1.0, "seed": 0}
 
 
@@ -105,6 +106,7 @@ class LmRuntime:
         for message in messages:
             _checked(message["content"])
         history = [dict(message) for message in messages]
+        # The runtime renders one message at a time, with those before it as history.
         with self._engine.create_conversation(messages=history[:-1]) as conversation:
             text = str(conversation.render_message_to_string(history[-1]))
         if not text:

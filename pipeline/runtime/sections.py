@@ -141,12 +141,14 @@ class Sections:
         """
         shapes = self._shapes[signature]
         length, count = shapes["input_pos"][0], len(tokens)
+        # The padded length: the update is one slice, which would be moved back over older tokens.
         if position + length > self.cache_length:
             raise VerificationError(f"position {position} + {length} is beyond the cache of {self.cache_length}")
         input_pos = np.zeros(length, np.int32)
         input_pos[:count] = np.arange(position, position + count)
         mask = np.full(shapes["mask"], _MASKED, np.float32)
         for row in range(count):
+            # A token sees all before it and itself; rows of padding see nothing.
             mask[0, 0, row, : position + row + 1] = 0
         inputs: dict[str, Any] = {"input_pos": input_pos, "mask": mask, **self._embed(tokens, shapes)}
         inputs |= {name: cache[name] for name in shapes if name.startswith("kv_cache_")}
