@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from pipeline.checkpoint.preflight import HEADS
+from pipeline.checkpoint.preflight import EMBEDDING, HEADS
 from pipeline.core.errors import IntegrityError
 from pipeline.judge import metrics
 from pipeline.judge.corpus import Positions, Tokens
@@ -25,11 +25,7 @@ from pipeline.judge.metrics import Scores
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 
-_EMBEDDINGS = (
-    "model.embed_tokens.weight",
-    "model.language_model.embed_tokens.weight",
-    "language_model.model.embed_tokens.weight",
-)
+_EMBEDDINGS = tuple(f"{tower}{EMBEDDING}" for tower in ("model.", "model.language_model.", "language_model.model."))
 _BLOCK = 1 << 24
 """Head elements that are widened to float64 at a time (128 MiB)."""
 _LOGITS = 1 << 25

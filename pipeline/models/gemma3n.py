@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pipeline.checkpoint.preflight import HEAD, HEADS
+from pipeline.checkpoint.preflight import EMBEDDING, HEAD, HEADS
 from pipeline.core.errors import FetchError
 from pipeline.export.operators import Embedding, Linear, matmul
 from pipeline.models.transformer import (
@@ -450,7 +450,7 @@ class Gemma3n:
         """The sections that LiteRT-LM looks tokens up in."""
         per_layer = (self.text.num_hidden_layers, self.text.hidden_size_per_layer_input)
         return (
-            Table("embedder", "embed_tokens.weight", self.text.hidden_size**0.5, (self.text.hidden_size,)),
+            Table("embedder", EMBEDDING, self.text.hidden_size**0.5, (self.text.hidden_size,)),
             Table(
                 "per_layer_embedder",
                 "embed_tokens_per_layer.weight",

@@ -18,11 +18,12 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from pipeline.checkpoint.preflight import HEAD
+
 KEPT = 1 << 16
 """Elements up to which a matrix stays in memory; norms and other vectors always do."""
 _HEAD_BLOCK = 1 << 24
 """Elements of the head that are laid out at a time (64 MiB in float32)."""
-_HEAD = "lm_head.weight"
 
 Report = dict[str, list[Any]]
 
@@ -42,7 +43,7 @@ def load(kind: Any, config: Any, checkpoint: Path, renamed: Mapping[str, str]) -
     stored = {_model_name(name, renamed): tensor for name, tensor in _stored(checkpoint)}
     report = _fit(model, stored)
     if not report["missing_keys"] and not report["mismatched_keys"]:
-        model.lm_head = Head(stored[_HEAD if _HEAD in stored else _tied(model)[_HEAD]])
+        model.lm_head = Head(stored[HEAD if HEAD in stored else _tied(model)[HEAD]])
         _stream(model, stored)
     return model, report
 
