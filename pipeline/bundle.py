@@ -27,7 +27,7 @@ def work(context: Context) -> Outcome:
     metadata = describe(
         folder,
         tokenizer,
-        model_type=architecture.runtime_type,
+        runtime=architecture.runtime,
         sections=names,
         vocabulary=vocabulary,
         max_tokens=context.recipe.bundle.max_tokens,

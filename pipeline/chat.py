@@ -1,6 +1,7 @@
 """chat: talk to a bundle in the terminal, or ask it one thing.
 
-What the model says goes to standard output, everything else to standard error, so that an answer can be piped on.
+What the model says goes to standard output, everything else, its thoughts too, to standard error, so that an answer can
+be piped on.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from pipeline.bundling import litertlm
 from pipeline.core import log
 from pipeline.core.stage import guard
 from pipeline.runtime.litert_lm import Dialogue, LmRuntime
 from pipeline.runtime.terminal import report, talk, turn
+from pipeline.runtime.thoughts import Channel
 
 _MAX_TOKENS = 512
 
@@ -32,9 +35,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _open(arguments: argparse.Namespace) -> None:
+    around = litertlm.thoughts(arguments.bundle) if arguments.bundle.is_file() else None
+    channel = Channel(*around) if around else None
     with (
         LmRuntime(arguments.bundle, threads=arguments.threads, cache=arguments.cache) as runtime,
-        Dialogue(runtime, arguments.max_tokens) as dialogue,
+        Dialogue(runtime, arguments.max_tokens, thoughts=channel, aside=log.aside) as dialogue,
     ):
         log.line(f"{arguments.bundle.name} · loaded in {runtime.load_seconds:.1f} s")
         if arguments.prompt is None:

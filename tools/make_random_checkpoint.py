@@ -1,4 +1,4 @@
-"""Make a checkpoint of true Gemma 3n geometry with random weights, to measure memory and time without a real one.
+"""Make a checkpoint of true Gemma 3n or Gemma 4 geometry with random weights, to measure memory and time.
 
     python -m tools.make_random_checkpoint e2b FOLDER [--seed N]
 
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from pipeline.core import log
 from pipeline.core.recipe import PROJECT
-from pipeline.models.gemma3n import ARCHITECTURE
+from pipeline.models import architecture_for
 
 SHARD_BYTES = 5_000_000_000
 _BLOCK = 1 << 24
@@ -56,25 +56,59 @@ COMMON = {
     "eos_token_id": 1,
     "pad_token_id": 0,
 }
+GEMMA4 = {
+    "model_type": "gemma4_text",
+    "architectures": ["Gemma4ForCausalLM"],
+    "vocab_size": 262_144,
+    "vocab_size_per_layer_input": 262_144,
+    "hidden_size_per_layer_input": 256,
+    "num_attention_heads": 8,
+    "head_dim": 256,
+    "global_head_dim": 512,
+    "sliding_window": 512,
+    "final_logit_softcapping": 30.0,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
 GEOMETRIES = {
     # vocabulary cut, so that a size between the shipped model and the real ones has layers and tables in proportion
     "0.3b": COMMON | _layers(5, 4096, 0) | {"vocab_size": 32_768, "vocab_size_per_layer_input": 32_768},
     "e2b": COMMON | _layers(30, 8192, 10),
     "e4b": COMMON | _layers(35, 16_384, 15),
+    "gemma4-e2b": GEMMA4
+    | {
+        "hidden_size": 1536,
+        "intermediate_size": 6144,
+        "num_hidden_layers": 35,
+        "num_key_value_heads": 1,
+        "num_kv_shared_layers": 20,
+        "use_double_wide_mlp": True,
+        "layer_types": [("sliding_attention", "full_attention")[(i + 1) % 5 == 0] for i in range(35)],
+    },
+    "gemma4-e4b": GEMMA4
+    | {
+        "hidden_size": 2560,
+        "intermediate_size": 10_240,
+        "num_hidden_layers": 42,
+        "num_key_value_heads": 2,
+        "num_kv_shared_layers": 18,
+        "layer_types": [("sliding_attention", "full_attention")[(i + 1) % 6 == 0] for i in range(42)],
+    },
 }
-"""Gemma 3n E2B and E4B as their config.json gives them (Google, 2025), and a smaller one of the same make."""
+"""Gemma 3n and Gemma 4, E2B and E4B, as their config.json gives them (Google), and a smaller Gemma 3n like them."""
 
 CARD = """---
 license: cc0-1.0
 tags: [trained-from-scratch]
 ---
-Random weights of Gemma 3n geometry: they say nothing, and serve to measure memory and time.
+Random weights of true geometry: they say nothing, and serve to measure memory and time.
 """
 
 
 def make(config: Mapping[str, Any], folder: Path, seed: int = 0) -> Path:
     """Write the checkpoint; returns `folder`."""
-    shapes = {f"model.{name}": shape for name, shape in ARCHITECTURE(config).tensors().items()}
+    shapes = {f"model.{name}": shape for name, shape in architecture_for(config).tensors().items()}
     shards = _split(shapes)
     folder.mkdir(parents=True)
     total = 2 * sum(map(math.prod, shapes.values()))

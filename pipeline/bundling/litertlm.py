@@ -35,6 +35,8 @@ _DEFAULT_EPOCH = 315532800  # 1980-01-01, what the Makefile uses outside git
 _TFLITE = b"TFL3"  # bytes 4 to 8 of every TFLite file
 _COPIED_PER_SECOND = 4e8
 _CHUNK = 1 << 20
+_THOUGHTS = "thought"
+"""The channel of what a model thinks, as Google's own bundles call it."""
 
 
 def write(metadata: Metadata, tokenizer: str, models: Mapping[str, Path], out: Path) -> list[Section]:
@@ -106,12 +108,18 @@ def _message(metadata: Metadata) -> llm_metadata_pb2.LlmMetadata:
     """The metadata as LiteRT-LM's protocol buffer."""
     message = llm_metadata_pb2.LlmMetadata(
         max_num_tokens=metadata.max_tokens,
-        supports_thinking=False,
-        supports_function_calling=False,
+        supports_thinking=metadata.thoughts is not None,
+        supports_function_calling=metadata.tools,
         llm_model_type=llm_model_type_pb2.LlmModelType(),
     )
-    # The type is which field of a union is set; the message in it stays empty.
-    getattr(message.llm_model_type, metadata.model_type).SetInParent()
+    # The type is which field of a union is set.
+    kind = getattr(message.llm_model_type, metadata.model_type)
+    kind.SetInParent()
+    for name, text in metadata.calls.items():
+        setattr(kind, name, text)
+    if metadata.thoughts:
+        start, end = metadata.thoughts
+        message.channels.add(channel_name=_THOUGHTS, start=start, end=end)
     if metadata.start is not None:
         message.start_token.token_ids.ids.append(metadata.start)
     for token in metadata.stop:
@@ -236,6 +244,18 @@ def _check(
                 stream.seek(section.offset)
                 if section.size != file.stat().st_size or not _same(source, stream, section.size, bar):
                     _refuse(bundle, f"has another {section.model_type} than {file}")
+
+
+def thoughts(bundle: Path) -> tuple[str, str] | None:
+    """The texts around what the model of a bundle thinks, if it says so.
+
+    Raises:
+        BundleError: the header is not one.
+    """
+    held = [section for section in read_sections(bundle) if section.kind == "LlmMetadataProto"]
+    message = llm_metadata_pb2.LlmMetadata.FromString(read(bundle, held[0])) if held else None
+    found = [channel for channel in message.channels if channel.channel_name == _THOUGHTS] if message else []
+    return (found[0].start, found[0].end) if found else None
 
 
 def read(bundle: Path, section: Section) -> bytes:

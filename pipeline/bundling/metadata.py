@@ -8,8 +8,9 @@ control tokens such as `<eos>` as ordinary text and can't tell U+2581 from a spa
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +19,7 @@ from litert_lm_builder.runtime.proto import llm_model_type_pb2
 from pipeline.bundling import template
 from pipeline.checkpoint.chat import prompts_begin_with_bos
 from pipeline.core.errors import BundleError
+from pipeline.models import Runtime
 
 _DEFAULT_TOP_K, _DEFAULT_TOP_P, _DEFAULT_TEMPERATURE = 50, 1.0, 1.0
 """What transformers samples with where generation_config.json says no more than `do_sample`."""
@@ -51,7 +53,8 @@ class Metadata:
 
     `model_type` is LiteRT-LM's name of the family: another one there means another way to treat prompts. `sections` are
     the TFLite files that the bundle has: a decoder that takes token ids looks embeddings up itself. `max_tokens` bounds
-    prompt and answer together. `chat_template` is empty for a base model.
+    prompt and answer together. `chat_template` is empty for a base model; `thoughts` are the texts around thoughts,
+    `tools` whether it takes tools, `calls` what the runtime needs to know of their calls.
     """
 
     model_type: str
@@ -60,6 +63,9 @@ class Metadata:
     stop: tuple[int, ...]
     max_tokens: int
     chat_template: str = ""
+    thoughts: tuple[str, str] | None = None
+    tools: bool = False
+    calls: Mapping[str, str] = field(default_factory=dict)
     sampler: Sampler = Sampler()
 
 
@@ -67,7 +73,7 @@ def describe(
     checkpoint: Path,
     tokenizer: Tokenizer,
     *,
-    model_type: str,
+    runtime: Runtime,
     sections: tuple[str, ...],
     vocabulary: int,
     max_tokens: int,
@@ -77,7 +83,7 @@ def describe(
     Args:
         checkpoint: the folder with `generation_config.json` and `config.json`.
         tokenizer: the checkpoint's, as transformers loads it.
-        model_type: what LiteRT-LM calls the family.
+        runtime: what the architecture says to LiteRT-LM.
         sections: the TFLite files of the bundle.
         vocabulary: how many tokens the embedding table holds.
         max_tokens: the length of the KV cache.
@@ -86,26 +92,32 @@ def describe(
         BundleError: LiteRT-LM has no such model type, the template fails, or a token is not in the vocabulary.
     """
     known = llm_model_type_pb2.LlmModelType.DESCRIPTOR.fields_by_name
-    if model_type not in known:
-        raise BundleError(f"LiteRT-LM has no model type {model_type!r}", remedy=f"use one of {', '.join(known)}")
+    if runtime.type not in known:
+        raise BundleError(f"LiteRT-LM has no model type {runtime.type!r}", remedy=f"use one of {', '.join(known)}")
     generation, config = (_read_json(checkpoint / name) for name in ("generation_config.json", "config.json"))
     source = _template_source(tokenizer.chat_template)
     chat = template.prepare(source, tokenizer) if source else None
+    tools = runtime.tools and bool(re.search(r"\btools\b", source))
     begins = chat.starts_with_bos if chat else prompts_begin_with_bos(tokenizer)
     # As a set: fine-tunes name the same token in several files.
     stop = set(_eos(generation, config, tokenizer))
     if chat:
         stop |= _turn_end(chat.after_reply, tokenizer)
+    if tools and runtime.response and (token := tokenizer.backend_tokenizer.token_to_id(runtime.response)) is not None:
+        stop.add(token)
     _check_tokens(stop, "stop token", vocabulary)
     if chat:
         _check_tokens(_prompt_tokens(source, tokenizer), "token of the chat template", vocabulary)
     return Metadata(
-        model_type=model_type,
+        model_type=runtime.type,
         sections=sections,
         start=tokenizer.bos_token_id if begins else None,
         stop=tuple(sorted(stop)),
         max_tokens=max_tokens,
         chat_template=chat.source if chat else "",
+        thoughts=runtime.thoughts if runtime.thoughts and runtime.thoughts[1].strip() in source else None,
+        tools=tools,
+        calls=runtime.calls if tools else {},
         sampler=_sampler(generation),
     )
 

@@ -5,6 +5,8 @@ rewritten so that both give the same text (seen in litert-lm 0.18.1):
 
 - Jinja drops one newline at the end of the source, the runtime keeps it;
 - Jinja's `trim` removes what Python calls white space, the runtime's leaves U+001C to U+001F;
+- Jinja's maps have Python's `get`, the runtime's do not;
+- the runtime's test `is none` is true of what is undefined and false of none;
 - the runtime hands message content over as a list of text parts, never as a string;
 - the runtime leaves `bos_token` and `eos_token` empty and knows no other special token; it puts the bundle's start
   token in front of the first prompt itself.
@@ -66,6 +68,14 @@ WHITE_SPACE = (
 )
 """What Python's `str.strip` removes, as a string literal of either template language writes it."""
 _TRIM = re.compile(r"\|\s*trim\b(?!\s*\()|\.strip\(\)")
+_CODE = re.compile(r"{%.*?%}|{{.*?}}", re.DOTALL)
+_TEXT = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\""""
+_FOREIGN = re.compile(
+    rf"\.get\(\s*(?P<key>{_TEXT})\s*(?:,\s*(?P<otherwise>{_TEXT}|[\w.]+|\[\]|{{}})\s*)?\)"
+    rf"|\bis\s+(?P<negated>not\s+)?none\b|{_TEXT}",
+    re.DOTALL,
+)
+"""What the runtime lacks or means otherwise; or text, which is left alone."""
 _JOIN_PARTS = """\
 {%- set flat = namespace(messages=[]) -%}
 {%- for message in messages -%}
@@ -135,7 +145,8 @@ def _rewrite(
     source: str, wanted: Sequence[tuple[Conversation, str]], renderer: Renderer, *, keep_bos_name: bool
 ) -> str:
     """`source` with the differences in the module's docstring taken out."""
-    body = _TRIM.sub(lambda _: f'| trim("{WHITE_SPACE}")', source.removesuffix("\n"))
+    body = _CODE.sub(lambda code: _FOREIGN.sub(_native, code[0]), source.removesuffix("\n"))
+    body = _TRIM.sub(lambda _: f'| trim("{WHITE_SPACE}")', body)
     names = [name for name in sorted(renderer.special_tokens_map) if not (keep_bos_name and name == "bos_token")]
     tokens = "".join(
         f"{{%- set {name} = {_literal(str(renderer.special_tokens_map[name]))} -%}}\n"
@@ -147,6 +158,15 @@ def _rewrite(
         for conversation, _ in wanted
     )
     return tokens + ("" if takes_parts else _JOIN_PARTS) + body
+
+
+def _native(found: re.Match[str]) -> str:
+    """An expression that both engines understand alike."""
+    if key := found["key"]:
+        return f"[{key}]" + (f"|default({found['otherwise']})" if found["otherwise"] else "")
+    if found[0].endswith("none"):
+        return "!= none" if found["negated"] else "== none"
+    return found[0]
 
 
 def _literal(text: str) -> str:

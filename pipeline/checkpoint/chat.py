@@ -2,19 +2,39 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 from pipeline.core.errors import IntegrityError, UsageError
 
+TODAY = date(2024, 7, 26)
+"""The day that templates write: Llama 3.2's own where it is told none."""
+_NOW = re.compile(r"""strftime_now\(\s*(?P<quote>["'])(?P<format>[^"']*)(?P=quote)\s*\)""")
+
 
 def open_tokenizer(checkpoint: Path) -> Any:
-    """The tokenizer in the folder `checkpoint`, one of transformers'."""
+    """The tokenizer in the folder `checkpoint`, one of transformers', its templates with `TODAY` as the date.
+
+    A template that writes the day (Llama 3.2's) would give another reference and another bundle tomorrow.
+    """
     from transformers import AutoTokenizer
 
     # Nothing is fetched behind the user's back, and no code of the checkpoint runs: trust_remote_code stays off.
-    return AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)
+    templates = tokenizer.chat_template
+    if isinstance(templates, dict):
+        tokenizer.chat_template = {name: dated(source) for name, source in templates.items()}
+    elif templates:
+        tokenizer.chat_template = dated(templates)
+    return tokenizer
+
+
+def dated(source: str) -> str:
+    """A chat template with `TODAY` in place of the day on which it is rendered."""
+    return _NOW.sub(lambda found: f"'{TODAY.strftime(found['format'])}'", source)
 
 
 def prompts_begin_with_bos(tokenizer: Any) -> bool:

@@ -46,6 +46,11 @@ def answer(text: str) -> None:
     print(text, end="", flush=True)
 
 
+def aside(text: str) -> None:
+    """Print a piece of what goes along with an answer to standard error, as it comes and without a line's end."""
+    print(text, end="", flush=True, file=sys.stderr)
+
+
 def align(rows: Sequence[Sequence[str]]) -> list[str]:
     """Rows of cells as lines of text, columns below each other."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]

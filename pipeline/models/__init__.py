@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from pipeline.checkpoint.preflight import Canonical
@@ -20,6 +21,10 @@ MODELS: Mapping[str, str] = {
     "gemma3_text": "gemma3",
     "gemma3n": "gemma3n",
     "gemma3n_text": "gemma3n",
+    "gemma4": "gemma4",
+    "gemma4_text": "gemma4",
+    "gemma4_unified": "gemma4",
+    "gemma4_unified_text": "gemma4",
     "qwen2": "plain",
     "qwen3": "plain",
 }
@@ -30,13 +35,30 @@ DECODER = "decoder"
 """The section of a bundle that every architecture has, beside those of its `tables`."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Runtime:
+    """What LiteRT-LM is told of a family.
+
+    `type` is its name there: it decides how prompts are split and tool calls are told from text, `tools` whether they
+    are. Where a chat template has them, `thoughts` are the texts around what a model thinks before it answers, `calls`
+    the fields of the type's message about tool calls (empty where the runtime's own values serve), and `response` is
+    the token after which a tool speaks.
+    """
+
+    type: str
+    tools: bool = False
+    thoughts: tuple[str, str] | None = None
+    calls: Mapping[str, str] = field(default_factory=dict)
+    response: str = ""
+
+
 class Architecture(Protocol):
     """What the stages need to know of a model: a family, bound to a checkpoint's configuration.
 
-    `runtime_type` is what LiteRT-LM calls the family.
+    `runtime` is what LiteRT-LM is told of it.
     """
 
-    runtime_type: str
+    runtime: Runtime
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         """Read a checkpoint's `config.json`.

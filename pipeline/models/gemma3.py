@@ -18,6 +18,7 @@ from torch.nn import functional
 from pipeline.checkpoint.preflight import HEAD, HEADS
 from pipeline.core.errors import FetchError
 from pipeline.export.operators import Embedding, Linear
+from pipeline.models import Runtime
 from pipeline.models.transformer import (
     FULL,
     SLIDING,
@@ -229,7 +230,7 @@ class Gemma3Decoder(DecoderGraph):
 class Gemma3:
     """The `Architecture` of both Gemma 3 model types, bound to a checkpoint's configuration."""
 
-    runtime_type = "gemma3"
+    runtime = Runtime(type="gemma3")
     _prefixes = ("model.language_model.", "language_model.model.", "model.")
     _left_out = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")
 

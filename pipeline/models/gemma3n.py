@@ -26,6 +26,7 @@ from torch.nn import functional
 from pipeline.checkpoint.preflight import EMBEDDING, HEAD, HEADS
 from pipeline.core.errors import FetchError
 from pipeline.export.operators import Embedding, Linear, matmul
+from pipeline.models import Runtime
 from pipeline.models.transformer import (
     FULL,
     SLIDING,
@@ -415,7 +416,7 @@ class Gemma3nDecoder(DecoderGraph):
 class Gemma3n:
     """The `Architecture` of both Gemma 3n model types, bound to a checkpoint's configuration."""
 
-    runtime_type = "gemma3n"
+    runtime = Runtime(type="gemma3n")
     _prefixes = ("model.language_model.", "language_model.model.", "model.")
     _left_out = re.compile(r"(model\.)?(vision_tower|audio_tower|embed_vision|embed_audio)\.")
     _own_kv = re.compile(r"layers\.(\d+)\.self_attn\.(k_proj|v_proj|k_norm|v_norm)\.")

@@ -20,6 +20,7 @@ from torch.nn import functional
 from pipeline.checkpoint.preflight import HEAD
 from pipeline.core.errors import FetchError
 from pipeline.export.operators import Embedding, Linear
+from pipeline.models import Runtime
 from pipeline.models.transformer import (
     FULL,
     Attend,
@@ -37,10 +38,10 @@ from pipeline.models.transformer import (
 class Family:
     """What a model type has, whatever its config.json says.
 
-    `runtime_type` is LiteRT-LM's name; biases and the head size are None where config.json sets them.
+    `runtime` is what LiteRT-LM is told; biases and the head size are None where config.json sets them.
     """
 
-    runtime_type: str
+    runtime: Runtime
     qk_norm: bool = False
     qkv_bias: bool | None = None
     o_bias: bool | None = None
@@ -48,8 +49,10 @@ class Family:
 
 
 FAMILIES = {
-    "qwen2": Family(runtime_type="qwen2p5", qkv_bias=True, o_bias=False),
-    "qwen3": Family(runtime_type="qwen3", qk_norm=True, head_dim=128),
+    "qwen2": Family(runtime=Runtime(type="qwen2p5", tools=True), qkv_bias=True, o_bias=False),
+    "qwen3": Family(
+        runtime=Runtime(type="qwen3", tools=True, thoughts=("<think>\n", "\n</think>")), qk_norm=True, head_dim=128
+    ),
 }
 _DEFAULTS = {
     "vocab_size": 151_936,
@@ -299,7 +302,7 @@ class Plain:
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.text = TextConfig.from_config(config)
-        self.runtime_type = FAMILIES[config["model_type"]].runtime_type
+        self.runtime = FAMILIES[config["model_type"]].runtime
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Every tensor of the text model: canonical name → shape."""

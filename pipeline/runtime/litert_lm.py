@@ -19,6 +19,7 @@ import litert_lm
 from pipeline.core import parallel
 from pipeline.core.errors import IntegrityError, UsageError
 from pipeline.runtime.litert import standard_error
+from pipeline.runtime.thoughts import Channel
 
 Message: TypeAlias = "Mapping[str, str]"
 """`role` (system, user or assistant) and `content`."""
@@ -237,8 +238,18 @@ class Dialogue:
     answers. A test fails when the first is gone.
     """
 
-    def __init__(self, runtime: LmRuntime, count: int, *, greedy: bool = False) -> None:
+    def __init__(
+        self,
+        runtime: LmRuntime,
+        count: int,
+        *,
+        greedy: bool = False,
+        thoughts: Channel | None = None,
+        aside: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        """Answers have at most `count` tokens. What stands in the channel `thoughts` goes to `aside` by pieces."""
         self._runtime, self._count, self._greedy = runtime, count, greedy
+        self._thoughts, self._aside = thoughts, aside
         self._messages: list[Message] = []
         self._session: Session | None = None
 
@@ -256,6 +267,8 @@ class Dialogue:
     def answer(self, text: str) -> Iterator[str]:
         """The model's answer to `text`, piece by piece; it joins the conversation once it has been read to its end.
 
+        Thoughts do not: templates leave those of earlier turns out.
+
         Raises:
             UsageError: the conversation does not fit into the KV cache.
         """
@@ -264,10 +277,19 @@ class Dialogue:
         self._session = self._runtime.session(self._count, greedy=self._greedy)
         self._session.prefill(self._runtime.render(messages))
         pieces = []
-        for piece in self._session.decode():
-            pieces.append(piece)
-            yield piece
+        thought = False
+        for thinking, piece in self._told_apart(self._session.decode()):
+            if thinking:
+                self._aside(piece)
+            else:
+                self._aside("\n" if thought else "")
+                pieces.append(piece)
+                yield piece
+            thought = thinking
         self._messages = [*messages, {"role": "assistant", "content": "".join(pieces)}]
+
+    def _told_apart(self, pieces: Iterator[str]) -> Iterator[tuple[bool, str]]:
+        return self._thoughts.split(pieces) if self._thoughts else ((False, piece) for piece in pieces)
 
     def cancel(self) -> None:
         """End the running answer; may be called from a signal handler."""

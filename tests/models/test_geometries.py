@@ -18,6 +18,7 @@ from pipeline.runtime.litert import StepModel
 FAMILIES = {
     "gemma3n": (geometry.reference, geometry.geometries()),
     "gemma3": (partial(geometry.reference, kind=Gemma3ForCausalLM), geometry.gemma3_geometries()),
+    "gemma4": (geometry.gemma4_reference, geometry.gemma4_geometries()),
     "plain": (geometry.plain_reference, geometry.plain_geometries()),
 }
 drawn_once = settings(

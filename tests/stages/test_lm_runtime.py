@@ -20,6 +20,7 @@ from pipeline.bundling import litertlm, metadata, template
 from pipeline.core.errors import IntegrityError, UsageError
 from pipeline.core.recipe import PROJECT
 from pipeline.core.recipe import load as load_recipe
+from pipeline.models import Runtime
 from pipeline.runtime.litert_lm import Dialogue, LmRuntime
 
 CHECKPOINT = PROJECT / "examples" / "tiny-gemma3n"
@@ -66,7 +67,7 @@ class Maker:
         self.metadata = metadata.describe(
             CHECKPOINT,
             tokenizer,
-            model_type="gemma3n",
+            runtime=Runtime(type="gemma3n"),
             sections=SECTIONS,
             vocabulary=VOCABULARY,
             max_tokens=max_tokens,

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.core import errors, recipe
-from pipeline.core.recipe import PROJECT
+from pipeline.core.recipe import PROJECT, load
+from pipeline.models import MODELS
 from tools import figures, house, tables
 from tools.tables import Column, Measured, Row, Table, Value
 
@@ -203,3 +204,12 @@ def test_the_house_of_the_project_has_no_circles_and_nothing_upward() -> None:
     found = {figure.name: figure.value for figure in house.figures()}
     assert found["rooms in a circle of imports"] == found["imports upward"] == 0
     assert 0 < found["biggest room, share of pipeline's lines"] < 100 and found["lines with `Any` in pipeline/"] > 0
+
+
+def test_every_family_and_its_recipe_stand_in_the_table() -> None:
+    page = (PROJECT / "docs" / "families.md").read_text(encoding="utf-8")
+    rows = [line for line in page.splitlines() if line.startswith("| ")]
+    for file in sorted((PROJECT / "pipeline" / "recipes").glob("*.toml")):
+        for kind in load(file).model_types:
+            assert [row for row in rows if f"`{kind}`" in row and f"`pipeline/recipes/{file.name}`" in row], kind
+    assert {kind for kind in MODELS if f"`{kind}`" in page} == set(MODELS)

@@ -21,6 +21,7 @@ from pipeline.checkpoint import chat
 from pipeline.core.errors import BundleError, IntegrityError
 from pipeline.core.facts import Section
 from pipeline.core.recipe import PROJECT
+from pipeline.models import Runtime
 
 CHECKPOINT = PROJECT / "examples" / "tiny-gemma3n"
 VOCABULARY = 2048
@@ -67,7 +68,13 @@ def models(tmp_path: Path) -> dict[str, Path]:
 
 
 def described(source: Any = None, *, folder: Path = CHECKPOINT, **options: Any) -> metadata.Metadata:
-    wanted = {"model_type": "gemma3n", "sections": SECTIONS, "vocabulary": VOCABULARY, "max_tokens": 512, **options}
+    wanted = {
+        "runtime": Runtime(type="gemma3n"),
+        "sections": SECTIONS,
+        "vocabulary": VOCABULARY,
+        "max_tokens": 512,
+        **options,
+    }
     return metadata.describe(folder, Rendering(source), **wanted)
 
 
@@ -113,6 +120,38 @@ def test_a_base_model_starts_with_bos_and_stops_at_eos(tmp_path: Path) -> None:
     assert (found.start, found.stop, found.chat_template) == (BOS, (EOS,), "")
 
 
+THINKING = Runtime(
+    type="gemma4",
+    tools=True,
+    thoughts=("<start_of_turn>thought\n", "<mask>"),
+    calls={"code_fence_start": "<start_of_turn>", "open_quote": "|"},
+    response="<mask>",
+)
+"""A family with control tokens of the shipped tokenizer in place of its own."""
+
+
+def test_thoughts_and_tools_are_told_where_the_template_has_them(models: dict[str, Path], tmp_path: Path) -> None:
+    mask = Rendering().backend_tokenizer.token_to_id("<mask>")
+    source = SIMPLE + "{% if tools %}{{ tools }}<mask>{% endif %}"
+    found = described(source, runtime=THINKING)
+    assert found.thoughts == THINKING.thoughts and found.tools and found.calls == THINKING.calls
+    assert found.stop == tuple(sorted((EOS, END_OF_TURN, mask)))
+    out = tmp_path / "x.litertlm"
+    litertlm.write(found, "{}", models, out)
+    message = llm_metadata_pb2.LlmMetadata.FromString(litertlm.read(out, litertlm.read_sections(out)[0]))
+    assert message.supports_thinking and message.supports_function_calling
+    assert message.llm_model_type.gemma4.code_fence_start == "<start_of_turn>"
+    assert [(each.channel_name, each.start, each.end) for each in message.channels] == [("thought", *THINKING.thoughts)]
+    assert litertlm.thoughts(out) == THINKING.thoughts
+
+
+def test_a_template_without_them_says_so(models: dict[str, Path], tmp_path: Path) -> None:
+    found = described(SIMPLE, runtime=THINKING)
+    assert (found.thoughts, found.tools, found.calls, found.stop) == (None, False, {}, (EOS, END_OF_TURN))
+    litertlm.write(found, "{}", models, tmp_path / "x.litertlm")
+    assert litertlm.thoughts(tmp_path / "x.litertlm") is None
+
+
 def test_the_default_of_several_templates_is_taken() -> None:
     source = Rendering().chat_template
     assert described({"default": source, "tool_use": "x"}) == described(source)
@@ -127,7 +166,7 @@ def test_sampler_is_what_generate_would_do(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"model_type": "gemma5"}, "no model type 'gemma5'"),
+        ({"runtime": Runtime(type="gemma5")}, "no model type 'gemma5'"),
         ({"vocabulary": END_OF_TURN}, "stop token 6 is not in the model's vocabulary of 6 tokens"),
         ({"vocabulary": 300}, "token of the chat template"),
         ({"source": "{% for %}"}, "fails to render"),
@@ -230,6 +269,28 @@ def test_a_tokenizer_without_bos_and_eos_is_refused(monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(Rendering, name, None)
     with pytest.raises(IntegrityError, match="neither a bos nor an eos token"):
         chat.first_token(Rendering(""))
+
+
+@pytest.mark.parametrize(
+    ("foreign", "native"),
+    [
+        ("{% if message.get('name') %}", "{% if message['name'] %}"),
+        ('{{ message.get( "a\'b" , none) }}', '{{ message["a\'b"]|default(none) }}'),
+        ("{{ tool.get('x', {}) }}", "{{ tool['x']|default({}) }}"),
+        ("{% if tools is not none %}", "{% if tools != none %}"),
+        ("{%- set x = y  is none -%}", "{%- set x = y  == none -%}"),
+        ("{{ 'nothing is none, see .get(\\'x\\')' }}", "{{ 'nothing is none, see .get(\\'x\\')' }}"),
+        ("The answer is none. .get('x')", "The answer is none. .get('x')"),
+    ],
+)
+def test_what_the_runtime_lacks_is_said_otherwise_and_text_left_alone(foreign: str, native: str) -> None:
+    assert template._CODE.sub(lambda code: template._FOREIGN.sub(template._native, code[0]), foreign) == native
+
+
+def test_a_template_writes_a_fixed_date() -> None:
+    """Reference and bundle of tomorrow are those of today."""
+    source = "{%- set day = strftime_now('%d %b %Y') -%}{{ strftime_now( \"%Y\" ) }}{{ strftime_now(format) }}"
+    assert chat.dated(source) == "{%- set day = '26 Jul 2024' -%}{{ '2024' }}{{ strftime_now(format) }}"
 
 
 def test_a_template_that_takes_parts_keeps_its_own_way() -> None:

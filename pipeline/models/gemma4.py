@@ -1,0 +1,443 @@
+"""Gemma 4, text, dense: E2B and E4B, and 12B and 31B, which have no table of per-layer embeddings.
+
+The modules follow the Gemma 4 text models of transformers 5.23.0 (`models/gemma4`, `models/gemma4_unified`) and keep
+their parameter names, so a checkpoint loads by name. Beside Gemma 3n: no AltUp, no Laurel, no sparse gates; full layers
+have heads of another size and turn a part of them only; layers that share keys and values may have twice the MLP; each
+layer's result is multiplied with a number that is stored. Shapes in docstrings as in `transformer.py`, L layers, P
+per-layer input size.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pipeline.checkpoint.preflight import HEAD, HEADS
+from pipeline.core.errors import FetchError
+from pipeline.export.operators import Embedding, Linear
+from pipeline.models import Runtime
+from pipeline.models.transformer import (
+    FULL,
+    SLIDING,
+    Attend,
+    DecoderGraph,
+    RMSNorm,
+    Rotation,
+    StepGraph,
+    Table,
+    cache_tensors,
+    split_heads,
+)
+
+_ACTIVATION = "gelu_pytorch_tanh"
+_LOCAL = {"rope_theta": 1e4, "rope_type": "default"}
+_GLOBAL = {"rope_theta": 1e6, "rope_type": "proportional", "partial_rotary_factor": 0.25}
+"""Rotary positions of sliding and of full layers where config.json says nothing."""
+_UNIFIED = ("gemma4_unified", "gemma4_unified_text")
+"""12B: images and audio go straight into the text model, which has no per-layer embeddings and a longer window."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextConfig:
+    """The numbers that define a Gemma 4 text model; names as in transformers' `Gemma4TextConfig`.
+
+    Of each layer type, `heads` are key/value heads and their size, and `frequencies` the rotary ones in radians per
+    position [D / 2]. `hidden_size_per_layer_input` is 0 where there are no per-layer embeddings.
+    """
+
+    vocab_size: int
+    vocab_size_per_layer_input: int
+    hidden_size: int
+    hidden_size_per_layer_input: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    heads: Mapping[str, tuple[int, int]]
+    attention_bias: bool
+    attention_k_eq_v: bool
+    rms_norm_eps: float
+    sliding_window: int
+    layer_types: tuple[str, ...]
+    frequencies: Mapping[str, tuple[float, ...]]
+    final_logit_softcapping: float | None
+    num_kv_shared_layers: int
+    use_double_wide_mlp: bool
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> TextConfig:
+        """Read a checkpoint's `config.json` (any of the model types); absent keys have transformers' defaults.
+
+        Raises:
+            FetchError: a value that these modules do not implement.
+        """
+        text: Mapping[str, Any] = config.get("text_config", config)
+        _refuse_unknown(text)
+        unified = str(config.get("model_type")) in _UNIFIED
+        layers = int(text.get("num_hidden_layers", 30))
+        types = list(text.get("layer_types") or [SLIDING if (i + 1) % 6 else FULL for i in range(layers)])
+        types[-1:] = [FULL]  # as transformers has it, whatever is said
+        heads = _heads(text, types)
+        made = cls(
+            vocab_size=text.get("vocab_size", 262_144),
+            vocab_size_per_layer_input=text.get("vocab_size_per_layer_input", 262_144),
+            hidden_size=text.get("hidden_size", 2304),
+            hidden_size_per_layer_input=text.get("hidden_size_per_layer_input", 0 if unified else 256) or 0,
+            intermediate_size=text.get("intermediate_size", 9216),
+            num_hidden_layers=layers,
+            num_attention_heads=text.get("num_attention_heads", 8),
+            heads=heads,
+            attention_bias=text.get("attention_bias", False),
+            attention_k_eq_v=text.get("attention_k_eq_v", False),
+            rms_norm_eps=text.get("rms_norm_eps", 1e-6),
+            sliding_window=text.get("sliding_window", 1024 if unified else 512),
+            layer_types=tuple(types),
+            frequencies={kind: _frequencies(text, kind, size) for kind, (_, size) in heads.items()},
+            final_logit_softcapping=text.get("final_logit_softcapping"),
+            num_kv_shared_layers=text.get("num_kv_shared_layers", 0),
+            use_double_wide_mlp=text.get("use_double_wide_mlp", False),
+        )
+        _refuse_layers(made)
+        return made
+
+    def kv_source(self, layer: int) -> int:
+        """The layer whose keys and values `layer` attends to: itself, or the last unshared layer of its type."""
+        unshared = self.num_hidden_layers - self.num_kv_shared_layers
+        if layer < unshared:
+            return layer
+        return max(i for i in range(unshared) if self.layer_types[i] == self.layer_types[layer])
+
+    def kv_shape(self, kind: str) -> tuple[int, int]:
+        """Key/value heads of the layers of type `kind`, and their size."""
+        return self.heads[kind]
+
+    def mlp_size(self, layer: int) -> int:
+        """The width of a layer's MLP."""
+        doubled = self.use_double_wide_mlp and self.kv_source(layer) != layer
+        return self.intermediate_size * (2 if doubled else 1)
+
+
+def _heads(text: Mapping[str, Any], types: list[str]) -> dict[str, tuple[int, int]]:
+    """Key/value heads and head size by layer type: transformers 5.23's `per_layer_config`, or published files' keys.
+
+    Raises:
+        FetchError: layers of one type differ.
+    """
+    common = {"head_dim": text.get("head_dim", 256), "num_key_value_heads": text.get("num_key_value_heads", 4)}
+    full = {"head_dim": text.get("global_head_dim", 512)}
+    if text.get("attention_k_eq_v") and text.get("num_global_key_value_heads"):
+        full["num_key_value_heads"] = text["num_global_key_value_heads"]
+    table = text.get("per_layer_config")
+    layers = {int(layer): own for layer, own in (table or {}).items()}  # `05` where there are more than ten
+    found: dict[str, tuple[int, int]] = {}
+    for layer, kind in enumerate(types):
+        own = (full if kind == FULL else {}) if table is None else layers.get(layer, {})
+        if strange := own.keys() - common.keys():
+            raise FetchError(f"per_layer_config with {strange.pop()!r} of layer {layer} is not supported")
+        said = {**common, **own}
+        shape = int(said["num_key_value_heads"]), int(said["head_dim"])
+        if found.setdefault(kind, shape) != shape:
+            raise FetchError(
+                f"config.json gives layers of type {kind} different heads (number, size): {found[kind]} and {shape}"
+            )
+    return {kind: found[kind] for kind in (FULL, SLIDING) if kind in found}
+
+
+def _frequencies(text: Mapping[str, Any], kind: str, size: int) -> tuple[float, ...]:
+    """Radians per position of each pair of channels.
+
+    `proportional` ones stand still beyond the first part of a head, and their exponents' denominator is the whole head
+    all the same. In torch's float32, in transformers' order: a frequency that is rounded otherwise is an angle off at
+    position 2,000.
+    """
+    usual: Mapping[str, Any] = {SLIDING: _LOCAL, FULL: _GLOBAL}[kind]
+    said = (text.get("rope_parameters") or {}).get(kind)
+    rope: Mapping[str, Any] = usual if said is None else said
+    rope_type = rope.get("rope_type", "default")
+    if rope_type not in ("default", "proportional"):
+        raise FetchError(f"rope type {rope_type!r} of {kind} is not supported, only 'default' and 'proportional'")
+    proportional = rope_type == "proportional"
+    turning = int(rope.get("partial_rotary_factor", 1.0) * size // 2) if proportional else size // 2
+    theta, factor = float(rope.get("rope_theta", usual["rope_theta"])), rope.get("factor", 1.0)
+    with torch.device("cpu"):  # the modules may be made without memory
+        turned = 1.0 / theta ** (torch.arange(0, 2 * turning, 2, dtype=torch.float32) / size)
+        found = torch.cat((turned, torch.zeros(size // 2 - turning))) / (factor if proportional else 1.0)
+    return tuple(found.tolist())
+
+
+def _refuse_unknown(text: Mapping[str, Any]) -> None:
+    if text.get("hidden_activation", _ACTIVATION) != _ACTIVATION:
+        raise FetchError(f"hidden_activation {text['hidden_activation']!r} is not supported, only {_ACTIVATION!r}")
+    if not text.get("tie_word_embeddings", True):
+        raise FetchError("an output head that is not tied to the token embedding is not supported")
+    if text.get("enable_moe_block"):
+        raise FetchError(
+            "enable_moe_block true is not supported: Gemma 4 with experts (26B-A4B)",
+            cause="which experts a token goes to is decided while the model runs, and these graphs are fixed",
+            remedy="take a dense one: E2B, E4B, 12B or 31B",
+        )
+    if text.get("use_bidirectional_attention") == "all":
+        raise FetchError("use_bidirectional_attention 'all' is not supported: such a model writes no text")
+
+
+def _refuse_layers(config: TextConfig) -> None:
+    if len(config.layer_types) != config.num_hidden_layers or set(config.layer_types) - {FULL, SLIDING}:
+        raise FetchError(f"config.json gives layer types {config.layer_types} for {config.num_hidden_layers} layers")
+    if config.num_kv_shared_layers and not config.hidden_size_per_layer_input:
+        raise FetchError(
+            f"num_kv_shared_layers {config.num_kv_shared_layers} without per-layer embeddings is not supported: "
+            "transformers 5.23.0, which files are held against, can't run it"
+        )
+    if set(config.layer_types) - set(config.layer_types[: config.num_hidden_layers - config.num_kv_shared_layers]):
+        raise FetchError("config.json shares keys and values of a layer type that no unshared layer has")
+
+
+class MLP(nn.Module):
+    """Gated MLP. [B, S, 1, H] → [B, S, 1, H]."""
+
+    def __init__(self, config: TextConfig, layer: int) -> None:
+        super().__init__()
+        width = config.mlp_size(layer)
+        self.gate_proj = Linear(config.hidden_size, width, bias=False)
+        self.up_proj = Linear(config.hidden_size, width, bias=False)
+        self.down_proj = Linear(width, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = functional.gelu(self.gate_proj(x), approximate="tanh")
+        product: Tensor = self.down_proj(gate * self.up_proj(x))
+        return product
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with normalised queries, keys and values; scores are not scaled."""
+
+    def __init__(self, config: TextConfig, layer: int) -> None:
+        super().__init__()
+        kind, bias, eps = config.layer_types[layer], config.attention_bias, config.rms_norm_eps
+        self.layer, self.heads = layer, config.num_attention_heads
+        self.kv_heads, size = config.kv_shape(kind)
+        self.q_proj = Linear(config.hidden_size, self.heads * size, bias=bias)
+        self.q_norm = RMSNorm(size, eps)
+        self.shared = config.kv_source(layer) != layer
+        if not self.shared:
+            equal = config.attention_k_eq_v and kind == FULL
+            self.k_proj = Linear(config.hidden_size, self.kv_heads * size, bias=bias)
+            self.v_proj = None if equal else Linear(config.hidden_size, self.kv_heads * size, bias=bias)
+            self.k_norm = RMSNorm(size, eps)
+            self.v_norm = RMSNorm(size, eps, scaled=False)
+        self.o_proj = Linear(self.heads * size, config.hidden_size, bias=bias)
+
+    def forward(self, x: Tensor, rotation: Rotation, attend: Attend) -> Tensor:
+        """[B, S, 1, H] → [B, S, 1, H]."""
+        queries = rotation.apply(self.q_norm(split_heads(self.q_proj(x), self.heads)))
+        own = None if self.shared else self._keys_values(x, rotation)
+        mixed: Tensor = self.o_proj(attend(self.layer, queries, own))
+        return mixed
+
+    def _keys_values(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
+        """[B, S, 1, H] → keys and values, each [B, S, K, D]; without a projection of their own values are raw keys."""
+        keys = split_heads(self.k_proj(x), self.kv_heads)
+        values = keys if self.v_proj is None else split_heads(self.v_proj(x), self.kv_heads)
+        return rotation.apply(self.k_norm(keys)), self.v_norm(values)
+
+
+class DecoderLayer(nn.Module):
+    """One layer. [B, S, 1, H] and, where there is one, the layer's own token embedding [B, S, 1, P] → [B, S, 1, H]."""
+
+    def __init__(self, config: TextConfig, layer: int) -> None:
+        super().__init__()
+        size, eps, own = config.hidden_size, config.rms_norm_eps, config.hidden_size_per_layer_input
+        self.self_attn = Attention(config, layer)
+        self.mlp = MLP(config, layer)
+        self.input_layernorm = RMSNorm(size, eps)
+        self.post_attention_layernorm = RMSNorm(size, eps)
+        self.pre_feedforward_layernorm = RMSNorm(size, eps)
+        self.post_feedforward_layernorm = RMSNorm(size, eps)
+        if own:
+            self.per_layer_input_gate = Linear(size, own, bias=False)
+            self.per_layer_projection = Linear(own, size, bias=False)
+            self.post_per_layer_input_norm = RMSNorm(size, eps)
+        self.layer_scalar = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor, per_layer_input: Tensor | None, rotation: Rotation, attend: Attend) -> Tensor:
+        mixed = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), rotation, attend))
+        output = mixed + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(mixed)))
+        if per_layer_input is not None:
+            gate = functional.gelu(self.per_layer_input_gate(output), approximate="tanh")
+            output = output + self.post_per_layer_input_norm(self.per_layer_projection(gate * per_layer_input))
+        return self._scaled(output)
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        return x * self.layer_scalar
+
+
+class TextModel(nn.Module):
+    """The text model without its head: token ids to final hidden states.
+
+    Without `lookup` it has no per-layer table and can't `embed`: LiteRT-LM has looked that up.
+    """
+
+    def __init__(self, config: TextConfig, *, lookup: bool = True) -> None:
+        super().__init__()
+        self.config = config
+        size, own = config.hidden_size, config.hidden_size_per_layer_input
+        self.embed_tokens = Embedding(config.vocab_size, size)
+        if own:
+            if lookup:
+                rows = config.vocab_size_per_layer_input
+                self.embed_tokens_per_layer = Embedding(rows, config.num_hidden_layers * own)
+            self.per_layer_model_projection = Linear(size, config.num_hidden_layers * own, bias=False)
+            # As in Gemma 3n: the projection is scaled by H^(−1/2) before its norm, the same as a norm with H · ε.
+            self.per_layer_projection_norm = RMSNorm(own, size * config.rms_norm_eps)
+        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(size, config.rms_norm_eps)
+
+    def forward(self, positions: Tensor, attend: Attend, embedded: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """Final hidden states [B, S, 1, H].
+
+        Args:
+            positions: float [B, S].
+            attend: where keys and values go and what is seen of them.
+            embedded: the scaled token embedding [B, S, 1, H].
+            tokens: the scaled rows of the per-layer table [B, S, L, P], if there is one.
+        """
+        per_layer = None if tokens is None else self._per_layer_inputs(embedded, tokens)
+        rotations = {kind: self._rotation(positions, kind) for kind in self.config.frequencies}
+        x = embedded
+        for i, layer in enumerate(self.layers):
+            own = None if per_layer is None else per_layer[:, :, i : i + 1]
+            x = layer(x, own, rotations[self.config.layer_types[i]], attend)
+        normed: Tensor = self.norm(x)
+        return normed
+
+    def _rotation(self, positions: Tensor, kind: str) -> Rotation:
+        return Rotation.of(positions, torch.tensor(self.config.frequencies[kind]))
+
+    def _per_layer_inputs(self, embedded: Tensor, tokens: Tensor) -> Tensor:
+        """[B, S, L, P]: the token's own rows of the per-layer table plus a projection of its embedding."""
+        context = self.per_layer_projection_norm(self.per_layer_model_projection(embedded).reshape(tokens.shape))
+        mixed: Tensor = (context + tokens) * (1 / math.sqrt(2))
+        return mixed
+
+    def embed(self, input_ids: Tensor) -> tuple[Tensor, ...]:
+        """Token ids [B, S] → scaled embedding [B, S, 1, H], and rows of a per-layer table, scaled [B, S, L, P]."""
+        config = self.config
+        embedded = self.embed_tokens(input_ids)[:, :, None] * config.hidden_size**0.5
+        if not config.hidden_size_per_layer_input:
+            return (embedded,)
+        tokens = self.embed_tokens_per_layer(input_ids) * config.hidden_size_per_layer_input**0.5
+        return embedded, tokens.reshape(*input_ids.shape, config.num_hidden_layers, config.hidden_size_per_layer_input)
+
+
+class Decoder(DecoderGraph):
+    """The decoder section where LiteRT-LM looks both embeddings up and passes them."""
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        per_layer_embeddings: Tensor,
+        input_pos: Tensor,
+        mask: Tensor,
+        kv_cache: Mapping[str, Tensor],
+    ) -> dict[str, Any]:
+        """`embeddings` [1, T, H] and `per_layer_embeddings` [1, T, L, P] are scaled; the rest as in `run`."""
+        return self.run((embeddings[:, :, None], per_layer_embeddings), input_pos, mask, kv_cache)
+
+
+class TokenDecoder(DecoderGraph):
+    """The decoder section of a model without per-layer embeddings. It looks tokens up itself."""
+
+    def forward(
+        self, tokens: Tensor, input_pos: Tensor, mask: Tensor, kv_cache: Mapping[str, Tensor]
+    ) -> dict[str, Any]:
+        """`tokens` are int32 [1, T]; the rest as in `run`."""
+        return self.run(self.model.embed(tokens), input_pos, mask, kv_cache)
+
+
+class Gemma4:
+    """The `Architecture` of the Gemma 4 model types, bound to a checkpoint's configuration."""
+
+    runtime = Runtime(
+        type="gemma4",
+        tools=True,
+        thoughts=("<|channel>thought\n", "<channel|>"),
+        calls={
+            "code_fence_start": "<|tool_call>",
+            "code_fence_end": "<tool_call|>",
+            "open_quote": '<|"|>',
+            "close_quote": '<|"|>',
+            "function_response_start": "<|tool_response>",
+        },
+        response="<|tool_response>",
+    )
+    _prefixes = ("model.language_model.", "language_model.model.", "model.")
+    _left_out = re.compile(r"(model\.)?(vision_tower|audio_tower|embed_vision|embed_audio)\.")
+    _own_kv = re.compile(r"layers\.(\d+)\.self_attn\.(k_proj|v_proj|k_norm|v_norm)\.")
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self.text = TextConfig.from_config(config)
+
+    @property
+    def _looks_up(self) -> bool:
+        """Whether the runtime looks embeddings up, and not the decoder: there is a per-layer table."""
+        return bool(self.text.hidden_size_per_layer_input)
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor of the text model: canonical name → shape."""
+        with torch.device("meta"):
+            state = TextModel(self.text).state_dict()
+        return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+    def step(self, *, every: bool = False) -> StepGraph:
+        """The step graph, its weights still to be assigned."""
+        return StepGraph(TextModel(self.text), every)
+
+    def decoder(self, *, logits: bool) -> DecoderGraph:
+        """The decoder graph, its weights still to be assigned."""
+        return (Decoder if self._looks_up else TokenDecoder)(TextModel(self.text, lookup=False), logits)
+
+    def decoder_inputs(self, tokens: int, length: int) -> dict[str, Any]:
+        """Examples of what the decoder graph takes beside `input_pos` and `mask`, for `tokens` tokens."""
+        cache, text = cache_tensors(self.text, length), self.text
+        if not self._looks_up:
+            return {"tokens": torch.zeros((1, tokens), dtype=torch.int32), "kv_cache": cache}
+        per_layer = (1, tokens, text.num_hidden_layers, text.hidden_size_per_layer_input)
+        return {
+            "embeddings": torch.zeros(1, tokens, text.hidden_size),
+            "per_layer_embeddings": torch.zeros(per_layer),
+            "kv_cache": cache,
+        }
+
+    def tables(self) -> tuple[Table, ...]:
+        """The sections that LiteRT-LM looks tokens up in, if there is a per-layer table."""
+        text, own = self.text, self.text.hidden_size_per_layer_input
+        if not own:
+            return ()
+        return (
+            Table("embedder", "embed_tokens.weight", text.hidden_size**0.5, (text.hidden_size,)),
+            Table("per_layer_embedder", "embed_tokens_per_layer.weight", own**0.5, (text.num_hidden_layers, own)),
+        )
+
+    def canonical(self, name: str) -> str | None:
+        """The text model's name of checkpoint tensor `name`.
+
+        None for the vision and audio towers, and keys and values of layers that share another layer's.
+        """
+        if self._left_out.match(name):
+            return None
+        if name in HEADS:
+            return HEAD
+        prefix = next((p for p in self._prefixes if name.startswith(p)), "")
+        own = name.removeprefix(prefix)
+        match = self._own_kv.match(own)
+        layer = int(match[1]) if match else self.text.num_hidden_layers
+        return None if layer < self.text.num_hidden_layers and self.text.kv_source(layer) != layer else own
+
+
+ARCHITECTURE = Gemma4
