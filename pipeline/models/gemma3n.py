@@ -78,6 +78,7 @@ class TextConfig:
         layers = int(text.get("num_hidden_layers", 35))
         widths = text.get("intermediate_size", 16_384)
         default_types = [FULL if (i + 1) % 5 == 0 else SLIDING for i in range(layers)]
+        # As transformers' configuration has it where config.json says nothing.
         sparse = 10 if layers > 10 else 0
         sparsity = text.get("activation_sparsity_pattern")
         if sparsity is None:
@@ -187,6 +188,7 @@ class MLP(nn.Module):
         """max(0, gate − (mean + deviations · standard deviation)), over the last axis."""
         mean = torch.mean(gate, dim=-1, keepdim=True)
         centred = gate - mean
+        # Over n and not n − 1, as transformers' unbiased=False.
         spread = torch.sqrt(torch.mean(centred * centred, dim=-1, keepdim=True))
         return torch.maximum(gate - (mean + spread * deviations), torch.tensor(0.0))
 
@@ -220,6 +222,7 @@ class AltUp(nn.Module):
 
     def correct(self, predictions: Tensor, activated: Tensor) -> Tensor:
         """Move each prediction [B, S, A, H] by the layer's error on the active one."""
+        # The stored coefficients are what they differ from 1 by.
         coefficients = self.correction_coefs(self.modalities(activated)) + 1.0
         innovation = activated - state(predictions, self.active)
         return innovation * coefficients.transpose(2, 3) + predictions

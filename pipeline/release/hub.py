@@ -98,6 +98,7 @@ class Hash:
         assert place == self._size
 
     def truncate(self, size: int, /) -> None:
+        # A digest can't be wound back: whoever wants fewer bytes begins again.
         assert size == 0
         self.__init__()  # type: ignore[misc]  # as new
 
@@ -121,10 +122,12 @@ class Hub:
         api = HfApi(endpoint=self.endpoint)
 
         def ask() -> Repository:
+            # With sizes and hashes of all files: what comes is held against them.
             info = api.model_info(model_id, revision=revision or None, files_metadata=True, timeout=_ANSWER_SECONDS)
             if not info.sha or info.siblings is None:
                 raise ValueError("no commit or no files")
             files = {item.rfilename: _remote(item) for item in info.siblings}
+            # The commit and not the branch: every later request names it, so that a push in between changes nothing.
             return Repository(model_id=info.id, revision=info.sha, files=files)
 
         try:
@@ -200,12 +203,15 @@ class Hub:
             IntegrityError: what came is not what the Hub lists; the partial file is removed.
         """
         expected, done, waiting = repository.files[name], folder / name, folder / f"{name}.partial"
+        # A repository's file names are its author's, and are joined to our folder.
         if ".." in PurePosixPath(name).parts or PurePosixPath(name).is_absolute():
             raise IntegrityError(f"{name!r} on the Hub is no path inside a repository", remedy="do not use this model")
+        # By size alone: it bore this name only after its hash was checked.
         if done.is_file() and done.stat().st_size == expected.size:
             return done
         done.parent.mkdir(parents=True, exist_ok=True)
         with waiting.open("ab") as stream:
+            # Of another version of the file: nothing of it can be gone on with.
             if stream.tell() > expected.size:
                 stream.truncate(0)
             elif stream.tell():
@@ -259,6 +265,7 @@ class Hub:
     def _open(self, repository: Repository, name: str, start: int, stop: int) -> Iterator[httpx2.Response]:
         """The answer to a request for bytes `start` to `stop` of a file; its body is still to be read."""
         url = hf_hub_url(repository.model_id, name, revision=repository.revision, endpoint=self.endpoint)
+        # Unpacked on the way, a range would be one of other bytes.
         headers = {**build_hf_headers(), "range": f"bytes={start}-{stop - 1}", "accept-encoding": "identity"}
         timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
         # The session follows redirects to a storage host and leaves the token out there.
@@ -278,6 +285,7 @@ class Hub:
             except FAILURES as error:
                 if wait is None or not is_passing(error):
                     raise explain(error) from error
+                # A server may ask for a day; then it is better to end with a sentence.
                 pause = max(wait, min(_asked_wait(error), LONGEST_WAIT))
                 log.warn(f"{self.endpoint}: {brief(error)}; trying again in {log.human_seconds(pause)}")
                 time.sleep(pause)
@@ -386,6 +394,7 @@ def has_token() -> bool:
 
 def is_identity(error: Exception) -> bool:
     """Whether a CI job's identity was not taken, or there was none."""
+    # There the client changes a CI job's identity for a token; the answer 401 means another thing than elsewhere.
     refused = isinstance(error, HfHubHTTPError) and error.response.request.url.path == "/oauth/token"
     return refused or isinstance(error, OIDCError)
 
@@ -415,6 +424,7 @@ def _asked_wait(error: Exception) -> float:
     if not isinstance(error, HfHubHTTPError):
         return 0.0
     asked = error.response.headers.get("retry-after", "")
+    # It may be a date as well, which the Hub does not send.
     return float(asked) if asked.isdecimal() else 0.0
 
 

@@ -100,9 +100,11 @@ def trace(bases: Sequence[str], read: Callable[[str], Mapping[str, Any] | None])
     `read` gives the front matter of a model's card, or None where there is no such model or nobody may look.
     """
     found: dict[str, Ancestor] = {}
+    # Nearest first: the bases of a merge before the bases of those.
     waiting = list(bases)
     while waiting and len(found) < _MOST_ANCESTORS:
         model = waiting.pop(0)
+        # Cards may name each other in a circle.
         if model in found:
             continue
         card = read(model)
@@ -140,6 +142,7 @@ def _said(data: Mapping[str, Any]) -> Said:
     """What front matter says."""
     licence, name = (str(data.get(key) or "") for key in ("license", "license_name"))
     return Said(
+        # The Hub's word for a licence outside its list, whose name stands beside it.
         licence=name if name and licence == "other" else licence,
         base_models=texts(data.get("base_model")),
         tags=texts(data.get("tags")),
@@ -173,6 +176,7 @@ def resolve(claim: Claim, override: str = "") -> Licence:
             + _OVERRIDE,
         )
     licence = _known(name, claim.model)
+    # One chain of comparisons: the family carries Gemma's terms, and the card says another licence.
     if claim.terms == GEMMA != licence.identifier:
         _refuse_unless_own(claim, licence)
     return licence

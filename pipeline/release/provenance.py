@@ -35,6 +35,7 @@ def write_sums(folder: Path, files: Iterable[Path]) -> Path:
     """
     records = sorted((FileRecord.of(file, folder) for file in files), key=lambda record: record.path)
     for record in records:
+        # coreutils escapes such names and marks the line, which readers of the plain form take for a damaged one.
         if set(record.path) & set("\n\r\\"):
             raise PublishError(f"{record.path!r} can't stand in {NAME}", remedy="rename the checkpoint's folder")
     return list_sums(folder, {record.path: record.sha256 for record in records})
@@ -53,6 +54,7 @@ def _written(sums: Mapping[str, str]) -> str:
 
 def _inside(path: str) -> bool:
     """Whether `path` names a file in the folder or below it."""
+    # The list may come from elsewhere, and what it names is opened.
     return bool(path) and not path.startswith("/") and ".." not in path.split("/")
 
 
@@ -75,6 +77,7 @@ def read_sums(folder: Path) -> dict[str, str]:
         if not _SHA256.fullmatch(digest) or not _inside(path) or path in sums:
             raise IntegrityError(f"{file} has a line that is no checksum: {row!r}", remedy="run `make publish` again")
         sums[path] = digest
+    # One form only: two lists with the same sums would have two hashes, and one could hide behind the other.
     if text != _written(sums):
         raise IntegrityError(
             f"{file} is not as it was written", cause="lines were moved or added", remedy="run `make publish` again"
@@ -218,6 +221,7 @@ def check_tensors(folder: Path, models: Iterable[str]) -> int:
             raise ValueError("it lists other files than these")
         for name, row in rows:
             file, start, size = folder / name, row["offset"], row["size"]
+            # Hashing would end at the end of the file, and the rest could be anything.
             if start + size > file.stat().st_size:
                 raise ValueError(f"tensor {row['name']!r} of {name} would end behind the file")
             if manifest.sha256_of_part(file, start, size) != row["sha256"]:

@@ -47,6 +47,7 @@ class Model:
 def packages(lock: Path) -> list[Package]:
     """What a hash-locked requirements file pins."""
     found = []
+    # A requirement and its hashes are one block; continuation lines are indented.
     for block in re.split(r"\n(?=[a-z0-9])", lock.read_text(encoding="utf-8")):
         if pin := _PIN.match(block):
             hashes = tuple(sorted(re.findall(r"--hash=sha256:([0-9a-f]{64})\b", block)))
@@ -78,6 +79,7 @@ def text(base: Model, made: Model, locked: list[Package]) -> str:
     for file in files:
         bom.register_dependency(file, [origin, *tools])
     written = json.loads(JsonV1Dot6(bom).output_as_string())
+    # The library has no way to leave them out.
     del written["serialNumber"], written["metadata"]["timestamp"]
     return dump_json(written)
 

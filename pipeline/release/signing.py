@@ -117,6 +117,7 @@ def _holds(folder: Path, how: str, signer: str) -> bool:
         return False
     if how == "keyless":
         return provenance.check_sums(folder) > 0
+    # By the signer's Python, which has the cryptography; the key's path goes as a word, its content nowhere.
     public = process.output([signer, "-c", _PUBLIC_HALF, os.environ[KEY]])
     with tempfile.NamedTemporaryFile("w", suffix=".pub", encoding="utf-8") as file:
         file.write(public or "")

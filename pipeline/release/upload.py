@@ -100,6 +100,7 @@ class Target:
             PublishError: as `head`; the tag is there and holds other files.
         """
         refs = self._patiently(lambda: self._api().list_repo_refs(self.repo))
+        # Of the list and not by asking for the tag: a branch of that name would answer too.
         commits = [ref.target_commit for ref in refs.tags if ref.name == self.tag]
         if not commits:
             return None
@@ -174,6 +175,7 @@ class Target:
             return head
         if head.revision != parent:
             raise self._moved_on(parent, head.revision)
+        # What an earlier version had and this one has not would otherwise stay, unlisted in SHA256SUMS.
         operations = [CommitOperationDelete(path_in_repo=name, is_folder=False) for name in diff.removed]
         sent = [*diff.changed, *diff.added]
         bar.total, bar.done = sum(self.files[name].size for name in sent), 0
@@ -183,6 +185,7 @@ class Target:
             [*operations, *additions],
             commit_message=f"Publish {self.tag}",
             revision=BRANCH,
+            # The Hub refuses if the branch has moved: the one check that nobody can slip in behind.
             parent_commit=parent,
         )
         found = self._resolve(made.oid)
@@ -198,6 +201,7 @@ class Target:
             IntegrityError: it is not the one that was cleared.
         """
         made = _Addition(path_in_repo=name, path_or_fileobj=self.folder / name)
+        # The client hashes the file as it is now; what was cleared is what the sums say.
         if made.upload_info.sha256.hex() != self.files[name].sha256:
             raise IntegrityError(
                 f"{self.folder / name} was changed while it was published",
@@ -213,6 +217,7 @@ class Target:
         if there.sha256:
             return record.sha256 == there.sha256
         data = (self.folder / record.path).read_bytes()
+        # A blob's name in git; small files have no other hash on the Hub.
         return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest() == there.git_sha1
 
     def _sha256(self, repository: Repository, name: str, bar: log.Progress) -> str:

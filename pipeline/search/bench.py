@@ -206,6 +206,7 @@ class Bench:
         """Build the candidate, run the shards, keep what was found; the figures in words."""
         started = time.monotonic()
         file = self.write(candidate, self.every, self.record(candidate, shards[0]).stem)
+        # One thread: candidates run side by side, and a graph this small gains little from more.
         model = litert.StepModel(file, threads=1)
         found = []
         for shard in shards:
@@ -225,6 +226,8 @@ class Bench:
         first = self.scratch / "plain.tflite"
         if not first.is_file():
             self.write(plain, self.step, first.stem)
+        # On the step graph, as applications run it; the graph of every position pays for logits that they do not ask
+        # for.
         files, bos = [first, self.write(candidate, self.step, "other")], int(self.windows[0, 0])
         return {str(length): litert.measure_in_turns(files, length, bos=bos, rounds=_ROUNDS) for length in SEQUENCES}
 

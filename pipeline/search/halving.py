@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+# Below what rounding leaves of a KLD in float64; the logarithm of 0 would win every race.
 _SMALLEST = 1e-12
 _DIGITS = 9
 """Of a cost: differences beyond would be lost in the products that tell a hull's corners."""
@@ -30,6 +31,7 @@ def better_half(points: Mapping[str, Point], fewest: int) -> list[str]:
     """
     keep = max(fewest, -(-len(points) // 2))
     distance = regrets(points)
+    # Names last, so that equals are ordered the same way at every run.
     best = min(points, key=lambda name: (_log(points[name].kld), points[name].cost, name), default="")
     ranked = sorted(points, key=lambda name: (name != best, distance[name], points[name].cost, name))
     return [name for name in points if name in ranked[:keep]]
@@ -50,10 +52,12 @@ def _hull(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     """The lower hull of points in ascending order (Andrew's monotone chain, 1979), as far as it falls."""
     corners: list[tuple[float, float]] = []
     for point in points:
+        # A corner that does not turn left lies on or above the line of its neighbours.
         while len(corners) > 1 and _turn(corners[-2], corners[-1], point) <= 0:
             corners.pop()
         corners.append(point)
     lowest = min(range(len(corners)), key=lambda place: corners[place][1])
+    # Beyond the lowest point the hull rises: there more cost buys nothing.
     return corners[: lowest + 1]
 
 

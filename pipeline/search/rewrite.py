@@ -26,12 +26,14 @@ def with_values(text: str, section: str, values: Mapping[str, object], comment: 
     start = next((place + 1 for place, row in enumerate(rows) if row.partition("#")[0].strip() == f"[{section}]"), 0)
     if not start:
         raise UsageError(f"the recipe has no [{section}] section", remedy="start from pipeline/recipes/gemma3n.toml")
+    # A line that begins with a bracket begins a table, mostly; where not, reading back finds it.
     stop = next((place for place in range(start, len(rows)) if rows[place].startswith("[")), len(rows))
     own = [row for row in rows[start:stop] if not row.startswith(_MARK)]
     for key, value in values.items():
         own = _set(own, key, value)
     made = "\n".join([*rows[:start], *(f"{_MARK}{line}" for line in comment), *own, *rows[stop:]])
     wanted = tomllib.loads(text)
+    # Read back as TOML: lines were moved as text, and any TOML may have been there.
     wanted[section] |= {key: value for key, value in values.items() if key in wanted[section] or not _empty(value)}
     if tomllib.loads(made) != wanted:
         raise UsageError(f"[{section}] of the recipe can't be rewritten", remedy="write one `key = value` a line")
@@ -44,6 +46,7 @@ def _set(rows: list[str], key: str, value: object) -> list[str]:
         if row.partition("=")[0].strip() != key:
             continue
         stop, old = _extent(rows, start)
+        # 1, 1.0 and true are equal in Python and three values in TOML.
         same = type(old) is type(value) and old == value
         return rows if same else [*rows[:start], *_line(key, value), *rows[stop:]]
     if _empty(value):
