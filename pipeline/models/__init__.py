@@ -25,6 +25,7 @@ MODELS: Mapping[str, str] = {
     "gemma4_text": "gemma4",
     "gemma4_unified": "gemma4",
     "gemma4_unified_text": "gemma4",
+    "llama": "plain",
     "qwen2": "plain",
     "qwen3": "plain",
 }

@@ -1,9 +1,9 @@
-"""Decoders of the common kind, dense: Qwen 2.5 and Qwen 3.
+"""Decoders of the common kind, dense: Llama 3.x, SmolLM2, Qwen 2.5, Qwen 3.
 
 One residual stream, a norm before attention and one before a gated MLP with SiLU, rotary positions. Families differ in
-what is on: normalised queries and keys (Qwen 3), biases of queries, keys and values (Qwen 2.5). The modules follow
-transformers 5.23.0 (`models/qwen2`, `models/qwen3`) and keep its parameter names, so a checkpoint loads by name. Shapes
-in docstrings as in `transformer.py`.
+what is on: normalised queries and keys (Qwen 3), biases of queries, keys and values (Qwen 2.5), rotary scaling (Llama).
+The modules follow transformers 5.23.0 (`models/llama`, `models/qwen2`, `models/qwen3`) and keep its parameter names, so
+a checkpoint loads by name. Shapes in docstrings as in `transformer.py`.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ class Family:
 
 
 FAMILIES = {
+    "llama": Family(runtime=Runtime(type="generic_model")),
     "qwen2": Family(runtime=Runtime(type="qwen2p5", tools=True), qkv_bias=True, o_bias=False),
     "qwen3": Family(
         runtime=Runtime(type="qwen3", tools=True, thoughts=("<think>\n", "\n</think>")), qk_norm=True, head_dim=128
@@ -61,7 +62,7 @@ _DEFAULTS = {
     "num_hidden_layers": 32,
     "num_attention_heads": 32,
 }
-"""transformers' for Qwen. Checkpoints say all of it."""
+"""transformers' for Qwen. Checkpoints of all families say all of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,7 +204,15 @@ def _yarn_scale(rope: Mapping[str, Any]) -> float:
     return scale(1.0)
 
 
-_SCALINGS = {"default": _unscaled, "linear": _linear, "yarn": _yarn}
+def _llama3(periods: Tensor, _theta: float, rope: Mapping[str, Any]) -> tuple[Tensor, float]:
+    """Llama 3.1's: waves that are long beside the original context are stretched, short ones kept, a ramp between."""
+    turned, length = 1.0 / periods, rope["original_max_position_embeddings"]
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    kept = ((length * turned / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+    return (1 - kept) * turned / rope["factor"] + kept * turned, 1.0
+
+
+_SCALINGS = {"default": _unscaled, "linear": _linear, "yarn": _yarn, "llama3": _llama3}
 
 
 class MLP(nn.Module):

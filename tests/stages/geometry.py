@@ -16,6 +16,7 @@ from transformers import (
     Gemma3nForCausalLM,
     Gemma4ForCausalLM,
     Gemma4UnifiedForCausalLM,
+    LlamaForCausalLM,
     Qwen2ForCausalLM,
     Qwen3ForCausalLM,
 )
@@ -31,7 +32,7 @@ from pipeline.runtime.sections import Sections
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 Model = Gemma3nForCausalLM | Gemma3ForCausalLM
-PLAIN = {"qwen2": Qwen2ForCausalLM, "qwen3": Qwen3ForCausalLM}
+PLAIN = {"llama": LlamaForCausalLM, "qwen2": Qwen2ForCausalLM, "qwen3": Qwen3ForCausalLM}
 BUNDLE = Bundle(cache_length=160, prefill=(8,), precisions=("fp32",), decode=40, prompts=1, continuation=1)
 """One prefill and a short cache: a decoder that converts quickly, and conversations that cross windows up to 32."""
 
@@ -166,17 +167,24 @@ SCALINGS: dict[str, dict[str, Any]] = {
     "default": {},
     "linear": {"factor": 4.0},
     "yarn": {"factor": 4.0, "original_max_position_embeddings": 64},
+    "llama3": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
 }
 """Kinds of rotary scaling of `plain_geometries`; each changes angles within the sequences that tests read."""
 
 
 @st.composite
-def plain_geometries(draw: st.DrawFn, kinds: tuple[str, ...] = ("qwen2", "qwen3")) -> dict[str, Any]:
-    """Arguments of `Qwen2Config` or `Qwen3Config`, as `geometries`; `model_type` says whose."""
+def plain_geometries(draw: st.DrawFn, kinds: tuple[str, ...] = ("llama", "qwen2", "qwen3")) -> dict[str, Any]:
+    """Arguments of `LlamaConfig`, `Qwen2Config` or `Qwen3Config`, as `geometries`; `model_type` says whose."""
     kv_heads, size = draw(st.sampled_from([1, 2, 3])), draw(st.sampled_from([8, 12, 32]))
     heads, kind = kv_heads * draw(st.sampled_from([1, 2, 3])), draw(st.sampled_from(kinds))
     scaling = draw(st.sampled_from([*SCALINGS]))
     own = {"attention_bias": draw(st.booleans())} if kind != "qwen2" else {}
+    own |= {"mlp_bias": draw(st.booleans())} if kind == "llama" else {}
     return own | {
         "model_type": kind,
         "vocab_size": draw(st.integers(40, 300)),

@@ -41,6 +41,13 @@ IN_FILES: dict[str, dict[str, Any]] = {
         "attention_bias": True,
         "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6, **geometry.SCALINGS["yarn"]},
     },
+    "llama": {
+        "model_type": "llama",
+        "hidden_size": 48,
+        "attention_bias": True,
+        "mlp_bias": True,
+        "rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **geometry.SCALINGS["llama3"]},
+    },
     "qwen2": {
         "model_type": "qwen2",
         "hidden_size": 48,
@@ -94,6 +101,7 @@ def test_without_a_defect_the_gate_is_green(name: str, models: dict[str, Any]) -
     ("what", "name", "changes"),
     [
         ("rope scaling dropped", "qwen3, yarn", {"frequencies": tuple(1e6 ** (-i / 6) for i in range(6))}),
+        ("rope scaling dropped", "llama", {"frequencies": tuple(5e5 ** (-i / 4) for i in range(4))}),
         ("YaRN's attention factor dropped", "qwen3, yarn", {"rotary_scale": 1.0}),
         ("rope base", "qwen2", {"frequencies": tuple(1e6 ** (-i / 4) for i in range(4))}),
         ("epsilon", "qwen3, yarn", {"rms_norm_eps": 1e-3}),
@@ -113,6 +121,7 @@ def test_a_wrong_setting_is_red(
         ("bias of the queries dropped", "qwen2", "q_proj.bias"),
         ("bias of the values dropped", "qwen2", "v_proj.bias"),
         ("bias of what attention gives dropped", "qwen3, yarn", "o_proj.bias"),
+        ("bias in the MLP dropped", "llama", "down_proj.bias"),
         ("norm of the queries dropped", "qwen3, yarn", "q_norm.weight"),
         ("norm of the keys dropped", "qwen3, yarn", "k_norm.weight"),
     ],
@@ -121,16 +130,17 @@ def test_a_dropped_part_is_red(
     what: str, name: str, part: str, models: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module, kind = part.split(".")
-    made = plain.Attention.__init__
+    block: Any = plain.MLP if module == "down_proj" else plain.Attention
+    made = block.__init__
 
     def neutral(owner: torch.nn.Module, _keys: Any) -> None:
         getattr(owner, kind).data.fill_(float(kind == "weight"))
 
-    def without(self: Any, config: TextConfig, layer: int) -> None:
-        made(self, config, layer)
+    def without(self: Any, *about: Any) -> None:
+        made(self, *about)
         getattr(self, module).register_load_state_dict_post_hook(neutral)
 
-    monkeypatch.setattr(plain.Attention, "__init__", without)
+    monkeypatch.setattr(block, "__init__", without)
     assert worst(models[name]) > 1e-6, what
 
 
@@ -169,7 +179,11 @@ def test_keys_of_version_4_mean_the_same() -> None:
 
 def test_each_is_what_litert_lm_calls_it() -> None:
     kinds = {name: architecture_for({"model_type": name, "tie_word_embeddings": True}) for name in plain.FAMILIES}
-    assert {name: each.runtime.type for name, each in kinds.items()} == {"qwen2": "qwen2p5", "qwen3": "qwen3"}
+    assert {name: each.runtime.type for name, each in kinds.items()} == {
+        "llama": "generic_model",
+        "qwen2": "qwen2p5",
+        "qwen3": "qwen3",
+    }
     assert not any(each.tables() for each in kinds.values())
     assert kinds["qwen3"].canonical("model.layers.0.self_attn.rotary_emb.inv_freq") is None
     with torch.device("meta"):  # where exports make the modules
