@@ -16,12 +16,12 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from pipeline.core import facts, log, manifest, memory, options, versions
 from pipeline.core.errors import UsageError
 from pipeline.core.stage import Context, Outcome, Stage, main
 from pipeline.judge import tasks
+from pipeline.judge.reference import Greedy
 from pipeline.judge.tasks import ORIGINAL, Item
 from pipeline.reference.model import HuggingFace
 from pipeline.report import verification as pages
@@ -86,11 +86,11 @@ def _load(context: Context) -> HuggingFace:
 def _original(reference: HuggingFace, items: Sequence[Item], count: int) -> list[str]:
     """What Hugging Face's model answers."""
     prompts = [reference.as_prompt(item.messages) for item in items]
-    rows: list[dict[str, Any]] = []
+    rows: list[Greedy] = []
     with log.progress(f"{ORIGINAL}: answers", len(prompts) * count, "tokens") as bar:
         for start in range(0, len(prompts), _AT_ONCE):
             rows += reference.continue_greedily(prompts[start : start + _AT_ONCE], count, bar)
-    return [reference.without_stop(row["continuation_ids"]) for row in rows]
+    return [reference.without_stop(row.continuation_ids) for row in rows]
 
 
 def _bundle(file: Path, items: Sequence[Item], count: int, scratch: Path, *, templated: bool) -> list[str]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -73,7 +73,9 @@ def work(context: Context) -> Outcome:
     traced = None
     if context.graphs != "step":
         traced = golden.make_cache_trace(reference, documents, recipe, context.folder)
-    manifest.write_atomically(context.folder / "greedy.json", json.dumps(greedy, ensure_ascii=False, indent=1) + "\n")
+    manifest.write_atomically(
+        context.folder / "greedy.json", json.dumps([asdict(row) for row in greedy], ensure_ascii=False, indent=1) + "\n"
+    )
     bos, pad, stop, cap = reference.bos, reference.pad, reference.stop, reference.cap
     del reference  # its memory is for the same model in another precision
     return Outcome(

@@ -16,7 +16,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from pipeline.bundling import contents
 from pipeline.core import log, manifest
@@ -35,7 +34,7 @@ _SPOKEN = 1
 _SEED = 20251124
 
 
-def describe(file: Path, against: Path | None, biggest: int) -> dict[str, Any]:
+def describe(file: Path, against: Path | None, biggest: int) -> dict[str, object]:
     """What is in `file`, and where it leaves `against`, as JSON; `biggest` constants are listed."""
     found = contents.read(file)
     models = [
@@ -69,7 +68,7 @@ class Decoder(sqnr.Running):
         super().__init__(decode, litert.open_traced(file))
         self._conversation = Conversation(Sections(file.parent, decoder=self.interpreter))
 
-    def play(self, sample: Any) -> Iterator[int]:
+    def play(self, sample: litert.Tokens) -> Iterator[int]:
         """Decode its tokens."""
         self._conversation.reset()
         for token in sample:
@@ -83,7 +82,7 @@ def _vocabulary(found: contents.Contents) -> int:
     return max([2, *sizes])
 
 
-def _samples(file: Path, vocabulary: int) -> tuple[str, list[Any]]:
+def _samples(file: Path, vocabulary: int) -> tuple[str, list[litert.Tokens]]:
     """Tokens to run: windows of the text that the reference was computed on, or drawn where there is none nearby."""
     import numpy as np
     from safetensors.numpy import load_file

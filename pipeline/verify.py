@@ -18,7 +18,6 @@ import sys
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from pipeline.bundling import constants
 from pipeline.bundling.template import CONVERSATIONS
@@ -32,7 +31,7 @@ from pipeline.judge import steps as verdict
 from pipeline.judge.reference import Head, Reference
 from pipeline.judge.steps import BASELINE, Verdict
 from pipeline.judge.verdicts import judge_bundles, judge_steps, judged_files
-from pipeline.report.judgement import refuse_failed, summarise, write_report
+from pipeline.report.judgement import refuse_failed, required_checks, summarise, write_report
 
 VARIANTS = (BASELINE, "fp16", "int8")
 
@@ -63,7 +62,7 @@ def work(context: Context) -> Outcome:
     _check_texts(context, tokenizer)
     verdicts: list[Verdict] = []
     bundle_verdicts: list[bundles.Verdict] = []
-    judgement: dict[str, Any] = {}
+    judgement: dict[str, object] = {}
     if context.graphs != "bundle":
         verdicts, judgement = judge_steps(context, variants, reference, tokenizer)
     if context.graphs != "step":
@@ -77,14 +76,14 @@ def work(context: Context) -> Outcome:
     return Outcome(
         facts=facts.Verify(
             passed=True,
-            checks=len(judgement["checks"]),
+            checks=len(required_checks(verdicts, bundle_verdicts)),
             fit=tuple(item.subject.name for item in (*verdicts, *bundle_verdicts) if item.fit),
             not_fit=tuple(item.subject.name for item in (*verdicts, *bundle_verdicts) if not item.fit),
         )
     )
 
 
-def _check_texts(context: Context, tokenizer: Any) -> None:
+def _check_texts(context: Context, tokenizer: chat.Tokenizer) -> None:
     """Make sure that the reference speaks of the text to judge on, and that no file was calibrated on it.
 
     Raises:

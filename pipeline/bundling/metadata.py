@@ -9,33 +9,19 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
 
 from litert_lm_builder.runtime.proto import llm_model_type_pb2
 
 from pipeline.bundling import template
-from pipeline.checkpoint.chat import prompts_begin_with_bos
+from pipeline.checkpoint.chat import Tokenizer, prompts_begin_with_bos
 from pipeline.core.errors import BundleError
 from pipeline.models import Runtime
 
 _DEFAULT_TOP_K, _DEFAULT_TOP_P, _DEFAULT_TEMPERATURE = 50, 1.0, 1.0
 """What transformers samples with where generation_config.json says no more than `do_sample`."""
-
-
-class Tokenizer(template.Renderer, Protocol):
-    """The part of a transformers tokenizer that a bundle is made from."""
-
-    chat_template: Any
-    backend_tokenizer: Any
-    bos_token_id: int | None
-    eos_token_id: int | None
-    all_special_ids: Sequence[int]
-
-    def __call__(self, text: str, *, add_special_tokens: bool = True) -> Any:
-        """A mapping with `input_ids`, a list of token ids."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +108,7 @@ def describe(
     )
 
 
-def _read_json(file: Path) -> Mapping[str, Any]:
+def _read_json(file: Path) -> Mapping[str, object]:
     """The object in `file`; empty if there is no such file."""
     try:
         table = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
@@ -133,22 +119,24 @@ def _read_json(file: Path) -> Mapping[str, Any]:
     return table
 
 
-def _template_source(templates: Any) -> str:
+def _template_source(templates: str | Mapping[str, str] | None) -> str:
     """The template that `apply_chat_template` takes by default; some checkpoints have several, by name."""
     if isinstance(templates, Mapping):
         return str(templates.get("default", ""))
     return str(templates or "")
 
 
-def _eos(generation: Mapping[str, Any], config: Mapping[str, Any], tokenizer: Tokenizer) -> list[int]:
+def _eos(generation: Mapping[str, object], config: Mapping[str, object], tokenizer: Tokenizer) -> list[int]:
     """The eos ids of the first source that has any, as `generate` looks for them."""
-    text_config = config.get("text_config") or {}
+    nested = config.get("text_config")
+    tables = (generation, config, nested if isinstance(nested, dict) else {})
     # generation_config wins: instruction-tuned models add the end of a turn there alone.
-    for value in (*(table.get("eos_token_id") for table in (generation, config, text_config)), tokenizer.eos_token_id):
+    for value in (*(table.get("eos_token_id") for table in tables), tokenizer.eos_token_id):
         if value is not None:
-            ids = value if isinstance(value, list) else [value]
+            given = value if isinstance(value, list) else [value]
             # type() and not isinstance: true is an int in Python.
-            if not ids or not all(type(item) is int for item in ids):
+            ids = [item for item in given if type(item) is int]
+            if not ids or len(ids) < len(given):
                 raise BundleError(
                     f"eos_token_id is {value!r}, expected token ids", remedy="correct generation_config.json"
                 )
@@ -184,15 +172,24 @@ def _check_tokens(ids: set[int], what: str, vocabulary: int) -> None:
         )
 
 
-def _sampler(generation: Mapping[str, Any]) -> Sampler:
+def _sampler(generation: Mapping[str, object]) -> Sampler:
     # transformers decodes greedily then, whatever temperature stands beside it.
     if not generation.get("do_sample"):
         return Sampler()
-    names = {"top_k": _DEFAULT_TOP_K, "top_p": _DEFAULT_TOP_P, "temperature": _DEFAULT_TEMPERATURE}
-    top_k, top_p, temperature = (
-        default if generation.get(name) is None else generation[name] for name, default in names.items()
+    return Sampler(
+        top_k=int(_number(generation, "top_k", _DEFAULT_TOP_K)),
+        top_p=float(_number(generation, "top_p", _DEFAULT_TOP_P)),
+        temperature=float(_number(generation, "temperature", _DEFAULT_TEMPERATURE)),
     )
-    return Sampler(top_k=int(top_k), top_p=float(top_p), temperature=float(temperature))
+
+
+def _number(generation: Mapping[str, object], name: str, default: float) -> float:
+    value = generation.get(name)
+    if value is None:
+        return default
+    if not isinstance(value, int | float):
+        raise BundleError(f"{name} is {value!r}, expected a number", remedy="correct generation_config.json")
+    return value
 
 
 def tokenizer_json(tokenizer: Tokenizer, vocabulary: int) -> str:

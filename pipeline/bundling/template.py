@@ -20,7 +20,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import Protocol, TypeAlias
 
 from pipeline.core.errors import BundleError
 
@@ -31,10 +31,12 @@ Conversation: TypeAlias = "Sequence[Message]"
 class Renderer(Protocol):
     """The part of a transformers tokenizer that renders."""
 
-    special_tokens_map: Mapping[str, Any]
+    special_tokens_map: Mapping[str, str | Sequence[str]]
     bos_token: str | None
 
-    def apply_chat_template(self, conversation: Conversation, **options: Any) -> Any:
+    def apply_chat_template(
+        self, conversation: Conversation, *, tokenize: bool, add_generation_prompt: bool, **variables: str
+    ) -> str:
         """The conversation as text."""
 
 

@@ -6,16 +6,52 @@ import re
 from collections.abc import Mapping, Sequence
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Protocol, cast
 
 from pipeline.core.errors import IntegrityError, UsageError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as Backend
+
 
 TODAY = date(2024, 7, 26)
 """The day that templates write: Llama 3.2's own where it is told none."""
 _NOW = re.compile(r"""strftime_now\(\s*(?P<quote>["'])(?P<format>[^"']*)(?P=quote)\s*\)""")
 
 
-def open_tokenizer(checkpoint: Path) -> Any:
+class Tokenizer(Protocol):
+    """What is used of a tokenizer of transformers, which has no types."""
+
+    chat_template: str | Mapping[str, str] | None
+    bos_token: str | None
+    bos_token_id: int | None
+    eos_token_id: int | None
+    pad_token_id: int | None
+    all_special_ids: Sequence[int]
+    special_tokens_map: Mapping[str, str | Sequence[str]]
+    backend_tokenizer: Backend
+
+    def __call__(self, text: str, *, add_special_tokens: bool = True) -> Mapping[str, list[int]]:
+        """Token ids in `input_ids`."""
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """The token ids alone."""
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        """The text of `ids`."""
+
+    def apply_chat_template(
+        self,
+        conversation: Sequence[Mapping[str, object]],
+        *,
+        tokenize: bool,
+        add_generation_prompt: bool,
+        **variables: str,
+    ) -> str:
+        """The conversation as text, with `tokenize` False."""
+
+
+def open_tokenizer(checkpoint: Path) -> Tokenizer:
     """The tokenizer in the folder `checkpoint`, one of transformers', its templates with `TODAY` as the date.
 
     A template that writes the day (Llama 3.2's) would give another reference and another bundle tomorrow.
@@ -23,7 +59,7 @@ def open_tokenizer(checkpoint: Path) -> Any:
     from transformers import AutoTokenizer
 
     # Nothing is fetched behind the user's back, and no code of the checkpoint runs: trust_remote_code stays off.
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)
+    tokenizer = cast("Tokenizer", AutoTokenizer.from_pretrained(checkpoint, local_files_only=True))
     templates = tokenizer.chat_template
     if isinstance(templates, dict):
         tokenizer.chat_template = {name: dated(source) for name, source in templates.items()}
@@ -37,7 +73,7 @@ def dated(source: str) -> str:
     return _NOW.sub(lambda found: f"'{TODAY.strftime(found['format'])}'", source)
 
 
-def prompts_begin_with_bos(tokenizer: Any) -> bool:
+def prompts_begin_with_bos(tokenizer: Tokenizer) -> bool:
     """Whether the runtime must put bos in front of a prompt: the chat template does, or a base model's tokenizer.
 
     A template that has bos as text of its own, or none, says no.
@@ -53,7 +89,7 @@ def prompts_begin_with_bos(tokenizer: Any) -> bool:
     return _apply(tokenizer, hello, prompt=True) == bos + _apply(tokenizer, hello, prompt=True, bos_token="")
 
 
-def first_token(tokenizer: Any) -> int:
+def first_token(tokenizer: Tokenizer) -> int:
     """What stands before a text that is read from its beginning: bos; where prompts have none, what ended the last one.
 
     Raises:
@@ -68,12 +104,14 @@ def first_token(tokenizer: Any) -> int:
     return int(chosen)
 
 
-def _adds_bos(tokenizer: Any) -> bool:
+def _adds_bos(tokenizer: Tokenizer) -> bool:
     # Tried, since tokenizers say it in several ways: a flag, a post-processor, a class.
     return bool(tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id])
 
 
-def render(tokenizer: Any, messages: Sequence[Mapping[str, str]], *, prompt: bool = False, where: str = "") -> str:
+def render(
+    tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]], *, prompt: bool = False, where: str = ""
+) -> str:
     """`messages` (`role` and `content` of each) by the template of `tokenizer`, one of transformers'.
 
     `prompt`: up to where the model answers. `where` they stand, for the error. Without a template the contents follow
@@ -88,7 +126,7 @@ def render(tokenizer: Any, messages: Sequence[Mapping[str, str]], *, prompt: boo
 
 
 def _apply(
-    tokenizer: Any, messages: Sequence[Mapping[str, str]], *, prompt: bool, where: str = "", **variables: str
+    tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]], *, prompt: bool, where: str = "", **variables: str
 ) -> str:
     try:
         return str(

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from pipeline.checkpoint.chat import Tokenizer
 from pipeline.core.manifest import FileRecord
 from pipeline.core.recipe import Gate
 from pipeline.judge import gates, kv_cache, metrics, parity
 from pipeline.judge.gates import REFERENCE, Check, Measurement
 from pipeline.judge.kv_cache import Logits, Trace
 from pipeline.judge.metrics import Divergence, Summary
-from pipeline.judge.parity import Parity, Tokenizer
+from pipeline.judge.parity import Parity
 from pipeline.judge.reference import Floats, Greedy, Head
 from pipeline.runtime.litert_lm import Message
 
@@ -87,7 +87,7 @@ class Verdict:
         """Whether every check passed, and there was one."""
         return bool(self.checks) and all(check.passed for check in self.checks)
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, object]:
         """The entry in the report."""
         subject, result = self.subject, self.parity
         return {
@@ -230,5 +230,5 @@ def _examples(tally: parity.Tally) -> str:
     return f"{tally.total} in all" + (f"; e.g. {'; '.join(tally.examples)}" if tally.examples else "")
 
 
-def _facts(summary: Summary | Divergence | None) -> Mapping[str, Any] | None:
+def _facts(summary: Summary | Divergence | None) -> Mapping[str, object] | None:
     return asdict(summary) if summary else None

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 from pipeline.core.recipe import Gate
 from pipeline.judge.metrics import Estimate, Summary
@@ -59,7 +59,7 @@ class Check:
         against = f" (against {self.against})" if self.against else ""
         return f"{self.variant}: {self.name} is {value}, the limit is {limit}{against}"
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, object]:
         """The check as JSON."""
         return asdict(self) | {"passed": self.passed}
 

@@ -12,11 +12,12 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TypeVar
 
 import numpy as np
 from jinja2 import TemplateError
 
+from pipeline.checkpoint.chat import Tokenizer
 from pipeline.core import log
 from pipeline.core.errors import UsageError
 from pipeline.judge.reference import Greedy
@@ -42,19 +43,7 @@ ALPHABETS: Mapping[str, Sequence[str]] = {
 }
 
 
-class Tokenizer(Protocol):
-    """What is needed of transformers' tokenizer."""
-
-    chat_template: Any
-
-    def __call__(self, text: str, *, add_special_tokens: bool) -> Any:
-        """Token ids in `input_ids`."""
-
-    def decode(self, ids: Sequence[int]) -> Any:
-        """The text of `ids`, special tokens included."""
-
-    def apply_chat_template(self, conversation: Sequence[Message], **options: Any) -> Any:
-        """The conversation as a prompt."""
+Case = TypeVar("Case")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,12 +129,12 @@ def _render(runtime: LmRuntime, tokenizer: Tokenizer, conversations: Sequence[Se
     rendered = []
     for conversation in conversations:
         with suppress(*_REFUSED):
-            options = {"tokenize": False, "add_generation_prompt": True}
-            rendered.append((conversation, str(tokenizer.apply_chat_template(conversation, **options))))
+            text = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+            rendered.append((conversation, str(text)))
     return _tally(rendered, lambda pair: runtime.render(pair[0]) == pair[1])
 
 
-def _tally(cases: Sequence[Any], holds: Callable[[Any], bool]) -> Tally:
+def _tally(cases: Sequence[Case], holds: Callable[[Case], bool]) -> Tally:
     wrong = [case for case in cases if not holds(case)]
     return Tally(total=len(cases), wrong=len(wrong), examples=[repr(case)[:200] for case in wrong[:_SHOWN]])
 

@@ -12,7 +12,6 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +20,7 @@ from pipeline.core import log
 from pipeline.core.errors import UsageError
 from pipeline.core.manifest import Fact
 from pipeline.runtime import litert
+from pipeline.runtime.interface import Interpreter
 from pipeline.runtime.litert import Tokens
 from pipeline.tflite.graph import Graph
 
@@ -144,7 +144,7 @@ def decibels(signal: float, noise: float) -> float:
 class Running:
     """A graph that keeps all tensors of its last run."""
 
-    def __init__(self, graph: Graph, interpreter: Any) -> None:
+    def __init__(self, graph: Graph, interpreter: Interpreter) -> None:
         self.graph, self.interpreter = graph, interpreter
 
     def play(self, sample: Tokens) -> Iterator[int]:

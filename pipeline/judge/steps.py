@@ -86,7 +86,7 @@ class Verdict:
         """Whether every check passed, and there was one."""
         return bool(self.checks) and all(check.passed for check in self.checks)
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, object]:
         """The entry in the report."""
         subject, contents = self.subject, self.subject.contents
         return {

@@ -156,7 +156,7 @@ def compared(found: Answers, original: Answers) -> dict[str, Comparison]:
     return told
 
 
-def figures(texts: Mapping[str, Sequence[str]], items: Sequence[Item]) -> dict[str, Any]:
+def figures(texts: Mapping[str, Sequence[str]], items: Sequence[Item]) -> dict[str, object]:
     """Scores of every model, and each bundle's beside the original's."""
     found: dict[str, Answers] = {name: answers(said, items) for name, said in texts.items()}
     original = found[ORIGINAL]
@@ -175,7 +175,7 @@ def figures(texts: Mapping[str, Sequence[str]], items: Sequence[Item]) -> dict[s
     }
 
 
-def rows(texts: Mapping[str, Sequence[str]], items: Sequence[Item]) -> list[dict[str, Any]]:
+def rows(texts: Mapping[str, Sequence[str]], items: Sequence[Item]) -> list[dict[str, object]]:
     """Every prompt with its references and what each model said."""
     return [
         {

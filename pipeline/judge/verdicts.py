@@ -5,8 +5,8 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
+from pipeline.checkpoint import chat
 from pipeline.core import log
 from pipeline.core.errors import UsageError
 from pipeline.core.facts import Bundle, Fetch, Golden, Precision
@@ -26,8 +26,8 @@ _TRACED = 4
 
 
 def judge_steps(
-    context: Context, variants: Sequence[str], reference: Reference, tokenizer: Any
-) -> tuple[list[Verdict], dict[str, Any]]:
+    context: Context, variants: Sequence[str], reference: Reference, tokenizer: chat.Tokenizer
+) -> tuple[list[Verdict], dict[str, object]]:
     """The verdicts on the step graphs of `variants`, and what of the judgement is theirs alone."""
     recipe, golden = context.recipe, context.upstream["golden"].told(Golden)
     judged = JudgedPositions.of(
@@ -56,9 +56,9 @@ def judge_steps(
     }
 
 
-def _losses(verdicts: Sequence[Verdict], reference: Reference) -> dict[str, Any]:
+def _losses(verdicts: Sequence[Verdict], reference: Reference) -> dict[str, object]:
     """Where each file that is not close enough to the fp32 file leaves it, operator by operator."""
-    found: dict[str, Any] = {}
+    found: dict[str, object] = {}
     for item in (item for item in verdicts[1:] if _leaves(item)):
         samples = list(reference.corpus()[0][:_TRACED])
         trace = sqnr.trace(item.subject.path, verdicts[0].subject.path, samples)
@@ -73,7 +73,7 @@ def _leaves(item: Verdict) -> bool:
 
 
 def judge_bundles(
-    context: Context, reference: Reference, tokenizer: Any, conversations: Sequence[Sequence[Message]]
+    context: Context, reference: Reference, tokenizer: chat.Tokenizer, conversations: Sequence[Sequence[Message]]
 ) -> list[bundles.Verdict]:
     """The verdicts on the bundles, fp32 first; `conversations` are rendered by template and runtime."""
     recipe, golden = context.recipe, context.upstream["golden"].told(Golden)

@@ -11,12 +11,13 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from pipeline.core.errors import PipelineError, QuantiseError
 from pipeline.core.facts import Contents
+from pipeline.runtime.interface import Array, Detail, Interpreter
 from pipeline.tflite.graph import Graph
 from pipeline.tflite.schema import Operator
 
@@ -167,13 +168,14 @@ def _live_shapes(file: Path, count: int) -> list[tuple[int, ...]]:
     return [tuple(int(n) for n in details.get(index, ())) for index in range(count)]
 
 
-def _open(file: Path) -> Any:
+def _open(file: Path) -> Interpreter:
     """LiteRT's interpreter with its built-in kernels."""
-    from ai_edge_litert.interpreter import Interpreter, OpResolverType
+    from ai_edge_litert import interpreter
 
     # Without XNNPACK, which would pack all weights anew: twice the file in memory.
-    kind = OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
-    return Interpreter(model_path=str(file), experimental_op_resolver_type=kind)
+    kind = interpreter.OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
+    opened: Interpreter = interpreter.Interpreter(model_path=str(file), experimental_op_resolver_type=kind)
+    return opened
 
 
 def _products(graph: Graph) -> list[tuple[Operator, int]]:
@@ -326,7 +328,7 @@ def round_trip(file: Path, error: type[PipelineError] = QuantiseError) -> None:
         ) from fault
 
 
-def _example(detail: Mapping[str, Any]) -> Any:
+def _example(detail: Detail) -> Array:
     """Zeros for floats, a mask or a cache; ones for integers, tokens and what masks them; 8 where any size will do."""
     shape = [8 if wanted < 0 else size for size, wanted in zip(detail["shape"], detail["shape_signature"], strict=True)]
     make = np.ones if np.issubdtype(detail["dtype"], np.integer) else np.zeros  # zeros of a long cache take no memory

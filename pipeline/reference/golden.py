@@ -22,7 +22,7 @@ from pipeline.core.recipe import Bundle, Corpus, Graphs, Recipe, Shapes
 from pipeline.judge import corpus, kv_cache, metrics
 from pipeline.judge.corpus import Tokens
 from pipeline.judge.metrics import Summary
-from pipeline.judge.reference import Head
+from pipeline.judge.reference import Greedy, Head
 from pipeline.reference.model import HuggingFace
 
 Floats = NDArray[np.float32]
@@ -178,9 +178,7 @@ def is_streamed(wanted: str, device: str, parameters: int) -> bool:
     return wanted == "streamed" or (wanted == "auto" and memory.must_stream(parameters))
 
 
-def make_greedy(
-    reference: HuggingFace, openings: Sequence[str], recipe: Recipe, graphs: Graphs
-) -> list[dict[str, Any]]:
+def make_greedy(reference: HuggingFace, openings: Sequence[str], recipe: Recipe, graphs: Graphs) -> list[Greedy]:
     """As many continuations, and as long, as step graph and bundles are held against.
 
     Every fourth prompt of a bundle is the same beginning as a chat turn, so that answers end at a stop token.

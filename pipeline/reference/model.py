@@ -23,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 from pipeline.checkpoint import chat
 from pipeline.core import log
 from pipeline.core.errors import IntegrityError
+from pipeline.judge.reference import Greedy
 from pipeline.reference import streaming
 
 Floats = NDArray[np.float32]
@@ -45,8 +46,8 @@ class HuggingFace:
     `bos` stands before every text, and before a prompt if `begins`, as in LiteRT-LM.
     """
 
-    model: Any
-    tokenizer: Any
+    model: Any  # its class is the checkpoint's, and transformers' types stop short of calls
+    tokenizer: chat.Tokenizer
     device: str
     bos: int
     begins: bool
@@ -172,7 +173,7 @@ class HuggingFace:
                 bar.advance((end - begin) * len(ids))
         return np.concatenate(parts[-count:], axis=1)
 
-    def continue_greedily(self, prompts: Sequence[str], count: int, bar: log.Progress) -> list[dict[str, Any]]:
+    def continue_greedily(self, prompts: Sequence[str], count: int, bar: log.Progress) -> list[Greedy]:
         """At most `count` greedy tokens after each of `prompts`, with the cache, as `generate` gives them.
 
         All prompts go through the model together, padded on the left. Per token, `margins` is how far it led, in
@@ -193,14 +194,14 @@ class HuggingFace:
         added = [self._ended(row) for row in output[:, longest:].tolist()]
         margins, likelihoods = (list(zip(*steps, strict=True)) for steps in (leads.margins, leads.log_likelihoods))
         return [
-            {
-                "prompt": prompts[row],
-                "prompt_ids": asked[row],
-                "continuation_ids": new,
-                "text": self.tokenizer.decode(new, skip_special_tokens=True),
-                "margins": margins[row][: len(new)],
-                "log_likelihoods": likelihoods[row][: len(new)],
-            }
+            Greedy(
+                prompt=prompts[row],
+                prompt_ids=asked[row],
+                continuation_ids=new,
+                text=self.tokenizer.decode(new, skip_special_tokens=True),
+                margins=list(margins[row][: len(new)]),
+                log_likelihoods=list(likelihoods[row][: len(new)]),
+            )
             for row, new in enumerate(added)
         ]
 
@@ -232,18 +233,18 @@ class _Leads(LogitsProcessor):
         return scores
 
 
-def _generation_config(checkpoint: Path) -> Any:
+def _generation_config(checkpoint: Path) -> GenerationConfig:
     """`generation_config.json`, or transformers' defaults where there is none."""
     if (checkpoint / "generation_config.json").is_file():
         return GenerationConfig.from_pretrained(checkpoint, local_files_only=True)
     return GenerationConfig()  # type: ignore[no-untyped-call]  # transformers ships no types for it
 
 
-def _check_loaded(checkpoint: Path, report: dict[str, Any]) -> None:
+def _check_loaded(checkpoint: Path, report: streaming.Report) -> None:
     """Refuse a model in which transformers left a tensor at its initial value or ignored one that belongs to it."""
-    extra = [key for key in report["unexpected_keys"] if not any(part in key for part in _NOT_TEXT)]
+    extra = [key for key in report["unexpected_keys"] if not any(part in str(key) for part in _NOT_TEXT)]
     wrong = {"missing": report["missing_keys"], "unknown": extra, "of another shape": report["mismatched_keys"]}
-    found = [f"{kind}: {', '.join(map(str, sorted(keys)))}" for kind, keys in wrong.items() if keys]
+    found = [f"{kind}: {', '.join(sorted(map(str, keys)))}" for kind, keys in wrong.items() if keys]
     if found:
         raise IntegrityError(
             f"transformers can't load {checkpoint} whole: {'; '.join(found)}",

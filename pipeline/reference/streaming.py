@@ -10,13 +10,14 @@ What is read comes from memory-mapped safetensors files: pages of a file that th
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import nn
+from transformers import PreTrainedConfig
 
 from pipeline.checkpoint.preflight import HEAD
 
@@ -25,10 +26,10 @@ KEPT = 1 << 16
 _HEAD_BLOCK = 1 << 24
 """Elements of the head that are laid out at a time (64 MiB in float32)."""
 
-Report = dict[str, list[Any]]
+Report = Mapping[str, Sequence[object]]
 
 
-def load(kind: Any, config: Any, checkpoint: Path, renamed: Mapping[str, str]) -> tuple[Any, Report]:
+def load(kind: Any, config: PreTrainedConfig, checkpoint: Path, renamed: Mapping[str, str]) -> tuple[Any, Report]:
     """A model that streams its weights, and what of the checkpoint did not fit, as `from_pretrained` reports it.
 
     Args:
@@ -40,6 +41,7 @@ def load(kind: Any, config: Any, checkpoint: Path, renamed: Mapping[str, str]) -
     with torch.device("meta"):
         model = kind._from_config(config, attn_implementation="eager", dtype=torch.float32)
     _make_buffers(model)
+    model.initialize_weights()
     stored = {_model_name(name, renamed): tensor for name, tensor in _stored(checkpoint)}
     report = _fit(model, stored)
     if not report["missing_keys"] and not report["mismatched_keys"]:
@@ -48,14 +50,13 @@ def load(kind: Any, config: Any, checkpoint: Path, renamed: Mapping[str, str]) -
     return model, report
 
 
-def _make_buffers(model: Any) -> None:
+def _make_buffers(model: nn.Module) -> None:
     """What transformers computes, here once the meta device is left; those that a checkpoint holds come later."""
     for name, buffer in list(model.named_buffers()):
         owner, _, attribute = name.rpartition(".")
         module = model.get_submodule(owner)
         persistent = attribute not in module._non_persistent_buffers_set
         module.register_buffer(attribute, torch.empty_like(buffer, device="cpu"), persistent=persistent)
-    model.initialize_weights()
 
 
 def _stored(checkpoint: Path) -> Iterator[tuple[str, torch.Tensor]]:
@@ -77,7 +78,7 @@ def _tied(model: Any) -> dict[str, str]:
     return model.get_expanded_tied_weights_keys() if model.config.tie_word_embeddings else {}
 
 
-def _fit(model: Any, stored: Mapping[str, torch.Tensor]) -> Report:
+def _fit(model: nn.Module, stored: Mapping[str, torch.Tensor]) -> Report:
     needed = dict(model.named_parameters(remove_duplicate=False)) | dict(_stored_buffers(model))
     lost = needed.keys() - stored.keys() - _tied(model).keys()
     shapes = [(name, stored[name].shape, needed[name].shape) for name in needed.keys() & stored.keys()]
@@ -88,7 +89,7 @@ def _fit(model: Any, stored: Mapping[str, torch.Tensor]) -> Report:
     }
 
 
-def _stored_buffers(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+def _stored_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Buffers that a checkpoint holds, such as Gemma 4's `layer_scalar`; the others are computed."""
     for path, module in model.named_modules():
         for name, buffer in module.named_buffers(path, recurse=False):
@@ -96,7 +97,7 @@ def _stored_buffers(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
                 yield name, buffer
 
 
-def _stream(model: Any, stored: Mapping[str, torch.Tensor]) -> None:
+def _stream(model: nn.Module, stored: Mapping[str, torch.Tensor]) -> None:
     """Give every module its weights: small ones for good, large ones by hooks."""
     room: dict[torch.Size, torch.Tensor] = {}
     for name, buffer in _stored_buffers(model):
@@ -124,7 +125,7 @@ class _Laid:
     def __init__(self, attribute: str, weight: torch.Tensor, room: dict[torch.Size, torch.Tensor]) -> None:
         self.attribute, self.weight, self.room = attribute, weight, room
 
-    def __call__(self, module: nn.Module, _inputs: Any) -> None:
+    def __call__(self, module: nn.Module, _inputs: object) -> None:
         shape = self.weight.shape
         if shape not in self.room:
             # Layers of one shape run one after the other, so one room is enough for all of them.
@@ -138,7 +139,7 @@ class _Gone:
     def __init__(self, attribute: str, empty: nn.Parameter) -> None:
         self.attribute, self.empty = attribute, empty
 
-    def __call__(self, module: nn.Module, _inputs: Any, _output: Any) -> None:
+    def __call__(self, module: nn.Module, _inputs: object, _output: object) -> None:
         setattr(module, self.attribute, self.empty)
 
 

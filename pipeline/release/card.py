@@ -115,7 +115,7 @@ class Build:
     changes: str
 
 
-def front_matter(checkpoint: Path) -> dict[str, Any]:
+def front_matter(checkpoint: Path) -> dict[str, object]:
     """The front matter of the checkpoint's own README.md, empty where there is none.
 
     Raises:
@@ -135,7 +135,7 @@ def front_matter(checkpoint: Path) -> dict[str, Any]:
 def text(
     subject: Subject,
     licence: Licence,
-    source: Mapping[str, Any],
+    source: Mapping[str, object],
     products: Sequence[Product],
     checks: Sequence[Check],
     build: Build,
@@ -164,10 +164,11 @@ def text(
     return f"---\n{_metadata(subject, licence, source)}\n---\n\n{page}"
 
 
-def _metadata(subject: Subject, licence: Licence, source: Mapping[str, Any]) -> str:
+def _metadata(subject: Subject, licence: Licence, source: Mapping[str, object]) -> str:
     """Front matter. What came from a folder is no model of the Hub: its own bases are named, as a fine-tune of them."""
     bases = [subject.model] if subject.on_hub else [name for name in subject.base_models if name != _here(subject)]
     relation = "quantized" if subject.on_hub else "finetune"
+    carried: dict[str, Any] = {key: source[key] for key in _CARRIED if key in source} | _gate(licence, source)
     card = ModelCardData(
         license=licence.identifier,
         license_link=licence.link,
@@ -176,13 +177,12 @@ def _metadata(subject: Subject, licence: Licence, source: Mapping[str, Any]) -> 
         library_name="litert",
         pipeline_tag="text-generation",
         tags=["litert", "litert-lm", "tflite", subject.model_type, "float16", "int8"],
-        **{key: source[key] for key in _CARRIED if key in source},
-        **_gate(licence, source),
+        **carried,
     )
     return str(card.to_yaml())
 
 
-def _gate(licence: Licence, source: Mapping[str, Any]) -> dict[str, Any]:
+def _gate(licence: Licence, source: Mapping[str, object]) -> dict[str, object]:
     """The questions that the original asks before it is downloaded, or for Gemma those that its terms suggest."""
     asked = {key: value for key, value in source.items() if key.startswith("extra_gated_")}
     return asked or (dict(_GATE) if licence.identifier == GEMMA else {})

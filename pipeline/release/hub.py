@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import httpx2
 from huggingface_hub import HfApi, constants, get_session, get_token, hf_hub_url, hf_raise_for_status
@@ -145,7 +145,7 @@ class Hub:
                 remedy="check HF_ENDPOINT and the proxy settings",
             ) from error
 
-    def card(self, model_id: str) -> dict[str, Any] | None:
+    def card(self, model_id: str) -> dict[str, object] | None:
         """The front matter of a model's card, which the Hub tells of gated ones as well; None: no such model is seen.
 
         Raises:
@@ -153,7 +153,7 @@ class Hub:
         """
         api = HfApi(endpoint=self.endpoint)
 
-        def ask() -> dict[str, Any] | None:
+        def ask() -> dict[str, object] | None:
             try:
                 data = api.model_info(model_id, timeout=_ANSWER_SECONDS).card_data
             except HFValidationError:

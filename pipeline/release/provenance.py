@@ -12,7 +12,6 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 from pipeline.core import manifest
 from pipeline.core.errors import IntegrityError, PublishError
@@ -110,10 +109,10 @@ def check_sums(folder: Path) -> int:
 def statement(
     files: Mapping[str, str],
     stages: Mapping[str, Manifest],
-    parameters: Mapping[str, Any],
+    parameters: Mapping[str, object],
     locks: Mapping[str, str],
     papers: Mapping[str, str],
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """The in-toto statement about `files`.
 
     Args:
@@ -133,6 +132,7 @@ def statement(
         origins.append(_origin(merged.base, merged.base_revision))
     dirty = any(made.source.dirty for made in stages.values())
     source = {"name": "source", "digest": {"gitCommit": last.source.commit}, "annotations": {"dirty": dirty}}
+    external: dict[str, object] = {**parameters, "recipe_sha256": last.recipe_sha256}
     return {
         "_type": "https://in-toto.io/Statement/v1",
         "subject": _resources(files),
@@ -140,7 +140,7 @@ def statement(
         "predicate": {
             "buildDefinition": {
                 "buildType": BUILD_TYPE,
-                "externalParameters": {**parameters, "recipe_sha256": last.recipe_sha256},
+                "externalParameters": external,
                 "internalParameters": {"tools": dict(last.tools)},
                 "resolvedDependencies": [
                     *origins,
@@ -154,14 +154,14 @@ def statement(
     }
 
 
-def _origin(model: str, revision: str) -> dict[str, Any]:
+def _origin(model: str, revision: str) -> dict[str, object]:
     """A model by its commit on the Hub, or a folder by the hash of its contents."""
     if "/" in model:
         return {"uri": f"pkg:huggingface/{model}@{revision}", "digest": {"gitCommit": revision}}
     return {"name": model, "digest": {"sha256": revision}}
 
 
-def _resources(digests: Mapping[str, str]) -> list[dict[str, Any]]:
+def _resources(digests: Mapping[str, str]) -> list[dict[str, object]]:
     """Resource descriptors, in order of their names."""
     return [{"name": name, "digest": {"sha256": digest}} for name, digest in sorted(digests.items())]
 
@@ -189,7 +189,7 @@ def subjects(folder: Path) -> tuple[dict[str, str], dict[str, str]]:
         raise IntegrityError(f"{file} can't be read: {error!r}", remedy="get the folder anew") from error
 
 
-def tensors(listed: Path, names: Mapping[str, str]) -> dict[str, Any]:
+def tensors(listed: Path, names: Mapping[str, str]) -> dict[str, object]:
     """The tensors of the published files; `names` maps a file's path in the model's folder to its published name.
 
     Raises:

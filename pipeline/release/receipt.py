@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from pipeline.core import manifest
 from pipeline.release import preflight
 from pipeline.release.upload import Target
 
 
-def said(target: Target, commit: str) -> dict[str, Any]:
+def said(target: Target, commit: str) -> dict[str, object]:
     """The receipt without its date."""
     sums = {name: record.sha256 for name, record in target.files.items()}
     return {"repository": target.repo, "commit": commit, "tag": target.tag, "files": sums}
@@ -24,10 +23,10 @@ def write(target: Target, commit: str) -> None:
     manifest.write_atomically(target.folder / preflight.RECEIPT, manifest.dump_json(dated))
 
 
-def read(folder: Path) -> dict[str, Any]:
+def read(folder: Path) -> dict[str, object]:
     """The receipt in `folder` without its date, or nothing if there is none that can be read."""
     try:
-        found: dict[str, Any] = json.loads((folder / preflight.RECEIPT).read_text(encoding="utf-8"))
+        found: dict[str, object] = json.loads((folder / preflight.RECEIPT).read_text(encoding="utf-8"))
         del found["date"]
     except (OSError, ValueError, KeyError, TypeError):
         return {}

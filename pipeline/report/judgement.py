@@ -7,7 +7,6 @@ import platform
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from pipeline.core import log, manifest, parallel, versions
 from pipeline.core.errors import VerificationError
@@ -33,13 +32,18 @@ _REMEDIES: Mapping[Status, str] = {
 }
 
 
+def required_checks(verdicts: Sequence[Verdict], bundle_verdicts: Sequence[bundles.Verdict]) -> list[Check]:
+    """The checks of all files but the int8 scheme that the recipe did not choose."""
+    own = [check for item in verdicts if not item.subject.alternative for check in item.checks]
+    return own + [check for item in bundle_verdicts for check in item.checks]
+
+
 def summarise(
     context: Context, verdicts: Sequence[Verdict], bundle_verdicts: Sequence[bundles.Verdict]
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """What was found and does not change from run to run."""
     fetch, golden = context.upstream["fetch"], context.upstream["golden"]
-    required = [check for item in verdicts if not item.subject.alternative for check in item.checks]
-    required += [check for item in bundle_verdicts for check in item.checks]
+    required = required_checks(verdicts, bundle_verdicts)
     alternative = [check for item in verdicts if item.subject.alternative for check in item.checks]
     return {
         "schema": verification.SCHEMA,
@@ -59,11 +63,11 @@ def summarise(
     }
 
 
-def write_report(context: Context, judgement: Mapping[str, Any], verdicts: Sequence[Verdict]) -> None:
+def write_report(context: Context, judgement: Mapping[str, object], verdicts: Sequence[Verdict]) -> None:
     """Time the step graphs and write `report.json` and `report.html`."""
     sequences = [length for length in SEQUENCES if length <= context.recipe.step.max_sequence]
     bos = context.upstream["golden"].told(Golden).bos
-    speed: dict[str, Any] = {}
+    speed: dict[str, dict[str, object]] = {}
     with log.progress("timing", len(verdicts) * len(verdict.KERNELS), "runs") as bar:
         for subject in (item.subject for item in verdicts):
             speed[subject.name] = {}

@@ -13,13 +13,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.core import parallel
 from pipeline.core.errors import IntegrityError
+from pipeline.runtime.interface import Array, CompiledModel, Detail, Interpreter, TensorBuffer, Value
+
+if TYPE_CHECKING:
+    from ai_edge_litert.environment import Environment
 
 Tokens = NDArray[np.int32]
 LENGTH_STEP = 8
@@ -34,16 +38,20 @@ _WARM_UP, _RUNS, _SECONDS = 1, 15, 0.5
 class MakeInterpreter(Protocol):
     """Opens a `.tflite` file; the seam for another implementation of the interpreter, such as TensorFlow's."""
 
-    def __call__(self, path: Path, *, xnnpack: bool, threads: int) -> Any:
-        """An object with the methods of `ai_edge_litert.interpreter.Interpreter`."""
+    def __call__(self, path: Path, *, xnnpack: bool, threads: int) -> Interpreter:
+        """The open file."""
 
 
-def litert(path: Path, *, xnnpack: bool, threads: int) -> Any:
+def litert(path: Path, *, xnnpack: bool, threads: int) -> Interpreter:
     """LiteRT's interpreter. Without XNNPACK the built-in kernels run, which share no code with it."""
-    from ai_edge_litert.interpreter import Interpreter, OpResolverType
+    from ai_edge_litert import interpreter
 
-    kind = OpResolverType.BUILTIN if xnnpack else OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
-    return Interpreter(model_path=str(path), num_threads=threads, experimental_op_resolver_type=kind)
+    kinds = interpreter.OpResolverType
+    kind = kinds.BUILTIN if xnnpack else kinds.BUILTIN_WITHOUT_DEFAULT_DELEGATES
+    opened: Interpreter = interpreter.Interpreter(
+        model_path=str(path), num_threads=threads, experimental_op_resolver_type=kind
+    )
+    return opened
 
 
 class MappedModel:
@@ -62,27 +70,28 @@ class MappedModel:
     """
 
     def __init__(self, path: Path, weights: Path, threads: int) -> None:
-        from ai_edge_litert.compiled_model import CompiledModel
+        from ai_edge_litert import compiled_model
         from ai_edge_litert.options import CpuOptions, Options
 
         cpu = CpuOptions(num_threads=threads, xnnpack_weight_cache_path=str(weights))
         try:
             with _quiet():
                 options = Options(cpu_options=cpu)
-                self._model = CompiledModel.from_file(str(path), environment=_environment(), options=options)
+                self._model: CompiledModel = compiled_model.CompiledModel.from_file(
+                    str(path), environment=_environment(), options=options
+                )
         except RuntimeError as error:
             raise IntegrityError(f"{path} can't be loaded: {error}", file=path) from error
 
     def get_signature_list(self) -> dict[str, dict[str, list[str]]]:
         """Names of inputs and outputs by signature."""
-        signatures: dict[str, dict[str, list[str]]] = self._model.get_signature_list()
-        return signatures
+        return self._model.get_signature_list()
 
     def get_signature_runner(self, signature: str) -> MappedRunner:
         """Runs one signature."""
         return MappedRunner(self._model, signature)
 
-    def room(self, signature: str, name: str) -> Any:
+    def room(self, signature: str, name: str) -> TensorBuffer:
         """A buffer of zeros for an input; a run can write the output of this name and shape into it as well."""
         detail = self._model.get_input_tensor_details(signature)[name]
         buffer = self._model.create_input_buffer_by_name(signature, name)
@@ -94,46 +103,50 @@ class MappedModel:
 class MappedRunner:
     """One signature of a `MappedModel`, called with arrays or buffers by name."""
 
-    def __init__(self, model: Any, signature: str) -> None:
+    def __init__(self, model: CompiledModel, signature: str) -> None:
         self._model, self._signature = model, signature
         self._inputs = model.get_input_tensor_details(signature)
         self._outputs = model.get_output_tensor_details(signature)
-        self._buffers: dict[tuple[str, str], Any] = {}
+        self._buffers: dict[tuple[str, str], TensorBuffer] = {}
 
-    def get_input_details(self) -> Mapping[str, Any]:
+    def get_input_details(self) -> Mapping[str, Detail]:
         """Shape and type of each input."""
-        details: Mapping[str, Any] = self._inputs
-        return details
+        return self._inputs
 
-    def __call__(self, **inputs: Any) -> dict[str, Any]:
+    def __call__(self, **inputs: Value) -> dict[str, Value]:
         """Run with `inputs`: arrays, which are copied, or buffers of `MappedModel.room`, which are read in place.
 
         Outputs of the names of such buffers are written into them, and given as these; the others are given as arrays.
         """
         placed = {name: value for name, value in inputs.items() if not isinstance(value, np.ndarray)}
-        given = {name: placed[name] if name in placed else self._filled(name, value) for name, value in inputs.items()}
+        given = {
+            name: self._filled(name, value) if isinstance(value, np.ndarray) else value
+            for name, value in inputs.items()
+        }
         taken = {name: placed[name] if name in placed else self._buffer("output", name) for name in self._outputs}
         self._model.run_by_name(self._signature, given, taken)
         return {name: placed[name] if name in placed else self._read(name) for name in self._outputs}
 
-    def _buffer(self, way: str, name: str) -> Any:
+    def _buffer(self, way: Literal["input", "output"], name: str) -> TensorBuffer:
+        model = self._model
+        make = model.create_input_buffer_by_name if way == "input" else model.create_output_buffer_by_name
         if (way, name) not in self._buffers:
-            self._buffers[way, name] = getattr(self._model, f"create_{way}_buffer_by_name")(self._signature, name)
+            self._buffers[way, name] = make(self._signature, name)
         return self._buffers[way, name]
 
-    def _filled(self, name: str, value: NDArray[Any]) -> Any:
+    def _filled(self, name: str, value: Array) -> TensorBuffer:
         buffer = self._buffer("input", name)
         buffer.write(value)
         return buffer
 
-    def _read(self, name: str) -> NDArray[Any]:
+    def _read(self, name: str) -> Array:
         detail = self._outputs[name]
-        values: NDArray[Any] = self._buffer("output", name).read(math.prod(detail["shape"]), np.dtype(detail["dtype"]))
+        values = self._buffer("output", name).read(math.prod(detail["shape"]), np.dtype(detail["dtype"]))
         return values.reshape(detail["shape"])
 
 
 @cache
-def _environment() -> Any:
+def _environment() -> Environment:
     """LiteRT's one environment. It tells of every accelerator that it looks for, and again of each when it ends."""
     from ai_edge_litert.environment import Environment
 
@@ -228,8 +241,7 @@ class StepModel:
             self._interpreter.set_tensor(self._inputs[name], np.ascontiguousarray(value, dtype=np.int32))
         self._interpreter.invoke()
         # A copy: the next run writes over the tensor itself.
-        logits: NDArray[np.float32] = self._interpreter.get_tensor(self._output)
-        return logits
+        return self._interpreter.get_tensor(self._output)
 
     def continue_greedily(self, prompt: Sequence[int], count: int, stop: Sequence[int]) -> list[int]:
         """The next tokens after `prompt`, each the most likely one, up to `count` or a token in `stop` (included).
@@ -298,22 +310,23 @@ def _median_seconds(model: StepModel, ids: Tokens) -> float:
     return statistics.median(times[_WARM_UP:] or times)
 
 
-def open_traced(file: Path) -> Any:
+def open_traced(file: Path) -> Interpreter:
     """LiteRT's interpreter of `file`, which keeps every tensor of a run.
 
     Inside XNNPACK's partitions no tensor can be read, so the plain kernels run.
     """
-    from ai_edge_litert.interpreter import Interpreter, OpResolverType
+    from ai_edge_litert import interpreter
 
-    return Interpreter(
+    opened: Interpreter = interpreter.Interpreter(
         model_path=str(file),
         num_threads=parallel.threads(),
-        experimental_op_resolver_type=OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES,
+        experimental_op_resolver_type=interpreter.OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES,
         experimental_preserve_all_tensors=True,
     )
+    return opened
 
 
-def run(interpreter: Any, ids: Tokens) -> None:
+def run(interpreter: Interpreter, ids: Tokens) -> None:
     """Run a step graph on one sample, `ids` [L], all of it attended to."""
     values = {"input_ids": ids[None], "attention_mask": np.ones_like(ids[None])}
     inputs = interpreter.get_signature_runner().get_input_details()

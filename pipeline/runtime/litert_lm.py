@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import litert_lm
 
@@ -159,14 +159,14 @@ class LmRuntime:
             )
         return head, tail
 
-    def _new_session(self, **options: Any) -> Any:
+    def _new_session(self, **options: litert_lm.SamplerConfig) -> litert_lm.Session:
         return self._engine.create_session(apply_prompt_template=False, **options)
 
 
 class Session:
     """One context of an open bundle: text goes in piece by piece, and then an answer comes out, once."""
 
-    def __init__(self, runtime: LmRuntime, session: Any) -> None:
+    def __init__(self, runtime: LmRuntime, session: litert_lm.Session) -> None:
         self._runtime, self._session = runtime, session
         self._empty = True
 
@@ -306,7 +306,7 @@ class Dialogue:
         self._session = None
 
 
-def _greedy() -> dict[str, Any]:
+def _greedy() -> dict[str, litert_lm.SamplerConfig]:
     return {"sampler_config": litert_lm.SamplerConfig(**_GREEDY)}
 
 
@@ -317,10 +317,10 @@ def _checked(text: str) -> str:
     return text
 
 
-def _open(path: Path, threads: int, cache: str) -> Any:
+def _open(path: Path, threads: int, cache: str) -> litert_lm.Engine:
     """The engine for `path`, quietly; if it can't be had, the same attempt again to hear why."""
 
-    def attempt() -> Any:
+    def attempt() -> litert_lm.Engine:
         return litert_lm.Engine(
             str(path),
             backend=litert_lm.Backend.CPU(thread_count=threads),
@@ -339,7 +339,7 @@ def _open(path: Path, threads: int, cache: str) -> Any:
         ) from error
 
 
-def _complaint(attempt: Callable[[], Any]) -> str:
+def _complaint(attempt: Callable[[], litert_lm.Engine]) -> str:
     """The first error that the runtime prints during `attempt`."""
     with tempfile.TemporaryFile() as file:
         with standard_error(file.fileno()), suppress(RuntimeError):

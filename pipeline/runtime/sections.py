@@ -8,16 +8,16 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.core import log, parallel, recipe
 from pipeline.core.errors import VerificationError
+from pipeline.runtime.interface import Array, Interpreter, Model, Value
 from pipeline.runtime.litert import MappedModel, litert
 
-Cache = dict[str, Any]
+Cache = dict[str, Value]
 """A conversation's cache by input name: arrays, or LiteRT's buffers where the decoder is a `MappedModel`."""
 DECODER, EMBEDDER, PER_LAYER = recipe.DECODER, "embedder.tflite", "per_layer_embedder.tflite"
 _REPACKED = 3e8
@@ -49,10 +49,10 @@ class Conversation:
 
     def decode(self, token: int) -> NDArray[np.float32]:
         """Put `token` into the cache and return the logits [V] of what follows it."""
-        logits: NDArray[np.float32] = self._run("decode", [token])["logits"][0, 0]
+        logits: NDArray[np.float32] = _array(self._run("decode", [token])["logits"])[0, 0]
         return logits
 
-    def _run(self, signature: str, tokens: Sequence[int]) -> dict[str, Any]:
+    def _run(self, signature: str, tokens: Sequence[int]) -> dict[str, Value]:
         outputs = self.sections.run(signature, tokens, self.position, self.cache)
         self.cache |= {name: value for name, value in outputs.items() if name.startswith("kv_cache_")}
         self.position += len(tokens)
@@ -69,7 +69,7 @@ class Sections:
         weights: Path | None = None,
         threads: int | None = None,
         xnnpack: bool = True,
-        decoder: Any = None,
+        decoder: Interpreter | None = None,
     ) -> None:
         """Open `folder`'s decoder and what embedders stand beside it.
 
@@ -82,15 +82,20 @@ class Sections:
         """
         threads = threads or parallel.threads()
 
-        def open_file(name: str) -> Any:
+        def open_file(name: str) -> Interpreter:
             return litert(folder / name, xnnpack=xnnpack, threads=threads)
 
+        self._mapped: MappedModel | None = None
         if decoder is None:
             with log.waiting(f"opening {folder.name}/{DECODER}", (folder / DECODER).stat().st_size / _REPACKED):
-                decoder = MappedModel(folder / DECODER, weights, threads) if weights else open_file(DECODER)
-        self._mapped = decoder if isinstance(decoder, MappedModel) else None
-        self.signatures = decoder.get_signature_list()
-        self._runners = {name: decoder.get_signature_runner(name) for name in self.signatures}
+                if weights:
+                    self._mapped = MappedModel(folder / DECODER, weights, threads)
+                else:
+                    decoder = open_file(DECODER)
+        model: Model | None = self._mapped or decoder
+        assert model is not None
+        self.signatures = model.get_signature_list()
+        self._runners = {name: model.get_signature_runner(name) for name in self.signatures}
         self._shapes = {
             name: {key: tuple(detail["shape"]) for key, detail in runner.get_input_details().items()}
             for name, runner in self._runners.items()
@@ -131,7 +136,7 @@ class Sections:
             return {name: self._mapped.room("decode", name) for name in kept}
         return {name: np.zeros(shape, np.float32) for name, shape in kept.items()}
 
-    def run(self, signature: str, tokens: Sequence[int], position: int, cache: Cache) -> dict[str, Any]:
+    def run(self, signature: str, tokens: Sequence[int], position: int, cache: Cache) -> dict[str, Value]:
         """Run `tokens` at `position` … with `cache`, padded as LiteRT-LM pads: position 0, all masked, all zero.
 
         The new cache is a part of what is returned; LiteRT's buffers are written in place, and given again.
@@ -150,12 +155,11 @@ class Sections:
         for row in range(count):
             # A token sees all before it and itself; rows of padding see nothing.
             mask[0, 0, row, : position + row + 1] = 0
-        inputs: dict[str, Any] = {"input_pos": input_pos, "mask": mask, **self._embed(tokens, shapes)}
+        inputs: dict[str, Value] = {"input_pos": input_pos, "mask": mask, **self._embed(tokens, shapes)}
         inputs |= {name: cache[name] for name in shapes if name.startswith("kv_cache_")}
-        outputs: dict[str, Any] = self._runners[signature](**inputs)
-        return outputs
+        return self._runners[signature](**inputs)
 
-    def _embed(self, tokens: Sequence[int], shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+    def _embed(self, tokens: Sequence[int], shapes: dict[str, tuple[int, ...]]) -> dict[str, Array]:
         if "tokens" in shapes:
             ids = np.zeros(shapes["tokens"], np.int32)
             ids[0, : len(tokens)] = tokens
@@ -164,5 +168,11 @@ class Sections:
         for name, embedder in self._embedders.items():
             inputs[name] = np.zeros(shapes[name], np.float32)
             for row, token in enumerate(tokens):
-                inputs[name][0, row] = embedder(token_ids=np.array([[token]], np.int32))["embeddings"][0, 0]
+                inputs[name][0, row] = _array(embedder(token_ids=np.array([[token]], np.int32))["embeddings"])[0, 0]
         return inputs
+
+
+def _array(value: Value) -> Array:
+    """A result that was not given room to be written into."""
+    assert isinstance(value, np.ndarray)
+    return value

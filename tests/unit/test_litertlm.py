@@ -163,6 +163,12 @@ def test_sampler_is_what_generate_would_do(tmp_path: Path) -> None:
     assert found.sampler == metadata.Sampler(top_k=64, top_p=1.0, temperature=0.5)
 
 
+def test_a_sampler_that_is_no_number_is_refused(tmp_path: Path) -> None:
+    sampling = {"eos_token_id": 1, "do_sample": True, "temperature": "warm"}
+    with pytest.raises(BundleError, match="temperature is 'warm', expected a number"):
+        described(folder=checkpoint(tmp_path, generation_config=sampling))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
