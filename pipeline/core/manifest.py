@@ -172,14 +172,20 @@ def read(folder: Path) -> Manifest:
     if not file.is_file():
         raise IntegrityError(f"{file} does not exist", cause=f"stage {folder.name} is not finished", remedy=again)
     try:
-        return _parse(json.loads(file.read_text(encoding="utf-8")))
+        return parse(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise IntegrityError(
             f"{file} can't be read: {error}", cause="it was edited or made by another version", remedy=again
         ) from error
 
 
-def _parse(raw: object) -> Manifest:
+def parse(text: str) -> Manifest:
+    """The manifest that `text` is.
+
+    Raises:
+        ValueError: it is none.
+    """
+    raw = json.loads(text)
     schema = raw.get("schema") if isinstance(raw, dict) else None
     if schema != SCHEMA:
         raise ValueError(f"schema {schema}, expected {SCHEMA}")

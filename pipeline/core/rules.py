@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import os
 import shlex
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import cast, get_args
 
 from pipeline.core.errors import PipelineError, UsageError
 from pipeline.core.graph import STAGES, STEPS, Choice, behind, makeable, model_name
@@ -173,7 +174,7 @@ def record(request: Request, stage: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _checkpoint(folder: Path) -> Iterator[tuple[str, Any]]:
+def _checkpoint(folder: Path) -> Iterator[tuple[str, os.stat_result]]:
     """The files of a checkpoint that fetch may take; they can be large, so they are known by size and time."""
     for file in sorted({file for pattern in _CHECKPOINT for file in folder.glob(pattern)}):
         if file.is_file():

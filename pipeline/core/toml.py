@@ -10,11 +10,13 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NewType
+from typing import Literal, NewType, TypeVar
 
 from pipeline.core.errors import UsageError
+from pipeline.core.records import Record
 
 SCHEMA = 1
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +49,7 @@ def read(file: Path, kind: Kind) -> bytes:
         ) from error
 
 
-def parse(data: bytes, file: Path | str, kind: Kind) -> dict[str, Any]:
+def parse(data: bytes, file: Path | str, kind: Kind) -> dict[str, object]:
     """The table in `data`, without its `schema`; errors call it `file`.
 
     Raises:
@@ -64,7 +66,7 @@ def parse(data: bytes, file: Path | str, kind: Kind) -> dict[str, Any]:
     return table
 
 
-def build(kind: Any, value: object, where: str) -> object:
+def build(kind: object, value: object, where: str) -> object:
     """`value` (from TOML) as an instance of type `kind`; `where` names it in errors.
 
     A field of a dataclass whose key had another name once says so: `field(metadata={"was": "old_name"})`.
@@ -73,7 +75,7 @@ def build(kind: Any, value: object, where: str) -> object:
         ValueError: a key is unknown, renamed or missing, or a value is of another kind, empty or out of range.
     """
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         return _build_dataclass(kind, value, where)
     if origin is tuple:
         items = _expect(list, value, where)
@@ -94,12 +96,13 @@ def build(kind: Any, value: object, where: str) -> object:
         return _build_number(int, value, where, least=0)
     if kind is Pattern:
         return _build_pattern(value, where)
-    if kind in (int, float):
+    if kind is int or kind is float:
         return _build_number(kind, value, where, least=1 if kind is int else 0)
+    assert isinstance(kind, type)
     return _expect(kind, value, where)
 
 
-def _build_number(kind: type, value: object, where: str, least: int) -> object:
+def _build_number(kind: type[int] | type[float], value: object, where: str, least: int) -> object:
     """Integers are counts, floats are limits; one that is not finite would judge nothing."""
     number = _expect(int if kind is float and type(value) is int else kind, value, where)
     # NaN fails every comparison, infinity the last one.
@@ -116,14 +119,14 @@ def _build_pattern(value: object, where: str) -> object:
     return value
 
 
-def _expect(kind: type, value: object, where: str) -> Any:
+def _expect(kind: type[T], value: object, where: str) -> T:
     # true and false are ints in Python, and would pass for counts.
     if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
         raise ValueError(f"`{where}` is {value!r}, expected {kind.__name__}")
     return value
 
 
-def _build_dataclass(kind: Any, value: object, where: str) -> object:
+def _build_dataclass(kind: type[Record], value: object, where: str) -> object:
     table = dict(_expect(dict, value, where))
     # Unknown keys before missing ones: a misspelt key is both, and its own name helps more.
     _check_keys(kind, table, where)
@@ -139,7 +142,7 @@ def _build_dataclass(kind: Any, value: object, where: str) -> object:
     return kind(**arguments)
 
 
-def _check_keys(kind: Any, table: Mapping[str, object], where: str) -> None:
+def _check_keys(kind: type[Record], table: Mapping[str, object], where: str) -> None:
     """Refuse keys that `kind` hasn't: one that it had with its new name, another with the nearest there is."""
     fields = {field.name: field for field in dataclasses.fields(kind)}
     renamed = {old: name for name, field in fields.items() if (old := field.metadata.get("was"))}

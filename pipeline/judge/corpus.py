@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -93,7 +93,7 @@ def _parse_json_line(render: Render, row: str) -> str:
     return text.strip()
 
 
-def _messages(value: Any) -> list[Mapping[str, str]]:
+def _messages(value: object) -> list[Mapping[str, str]]:
     if not isinstance(value, list) or not value:
         raise TypeError("`messages` is not a list of messages")
     for message in value:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 from pipeline.core import parallel
 
 Doubles = NDArray[np.float64]
+Reals = NDArray[np.floating]
 Indices = NDArray[np.int64]
 
 TOP = 5
@@ -73,7 +73,7 @@ def join(parts: Sequence[Scores]) -> Scores:
     return Scores(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(Scores)))
 
 
-def compare(reference: NDArray[Any], logits: NDArray[Any], targets: NDArray[Any] | None = None) -> Scores:
+def compare(reference: Reals, logits: Reals, targets: NDArray[np.integer] | None = None) -> Scores:
     """Score `logits` [n, V] against `reference` [n, V]; `targets` [n] are the tokens that really came next.
 
     NaN or infinite logits give NaN scores, which no limit lets pass.
@@ -88,7 +88,7 @@ def compare(reference: NDArray[Any], logits: NDArray[Any], targets: NDArray[Any]
     return join(list(parallel.ordered(score, (slice(i, i + rows) for i in range(0, len(logits), rows)))))
 
 
-def _compare_chunk(reference: NDArray[Any], logits: NDArray[Any], targets: NDArray[Any] | None) -> Scores:
+def _compare_chunk(reference: Reals, logits: Reals, targets: NDArray[np.integer] | None) -> Scores:
     # A KLD of 1e-6 is the difference of sums near 1, of which float32 keeps seven digits.
     expected, actual = reference.astype(np.float64), logits.astype(np.float64)
     with np.errstate(invalid="ignore", over="ignore"):

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,10 +20,12 @@ from pipeline.checkpoint.preflight import EMBEDDING, HEADS
 from pipeline.core.errors import IntegrityError
 from pipeline.judge import metrics
 from pipeline.judge.corpus import Positions, Tokens
-from pipeline.judge.metrics import Scores
+from pipeline.judge.metrics import Reals, Scores
+from pipeline.runtime.interface import Array
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
+Weight = NDArray[np.uint16] | NDArray[np.float16] | NDArray[np.float32]
 
 _EMBEDDINGS = tuple(f"{tower}{EMBEDDING}" for tower in ("model.", "model.language_model.", "language_model.model."))
 _BLOCK = 1 << 24
@@ -36,7 +38,7 @@ _LOGITS = 1 << 25
 class Head:
     """The output projection: stored `weight` [V, H] (bf16 as uint16 bit patterns, else float) and the soft-cap."""
 
-    weight: NDArray[Any]
+    weight: Weight
     cap: float | None
 
     @classmethod
@@ -67,7 +69,7 @@ class Head:
         """The number of tokens, V."""
         return int(self.weight.shape[0])
 
-    def logits(self, hidden: NDArray[Any]) -> Doubles:
+    def logits(self, hidden: Reals) -> Doubles:
         """`cap · tanh(hidden @ weight.T / cap)` in float64: [n, H] → [n, V]; without a cap just the product."""
         rows, size = self.weight.shape
         step = max(1, _BLOCK // size)
@@ -86,13 +88,11 @@ class Head:
         """How many positions are scored together."""
         return max(1, _LOGITS // self.vocabulary)
 
-    def score(self, logits: NDArray[Any], hidden: NDArray[Any], targets: Tokens | None = None) -> Scores:
+    def score(self, logits: Reals, hidden: Reals, targets: Tokens | None = None) -> Scores:
         """`logits` [n, V] of a file scored against those of the reference's hidden states [n, H], lot by lot."""
         return self.score_each([logits], hidden, targets)[0]
 
-    def score_each(
-        self, files: Sequence[NDArray[Any]], hidden: NDArray[Any], targets: Tokens | None = None
-    ) -> list[Scores]:
+    def score_each(self, files: Sequence[Reals], hidden: Reals, targets: Tokens | None = None) -> list[Scores]:
         """The same of several files: the reference's logits are computed once for all of them."""
         parts: list[list[Scores]] = [[] for _ in files]
         for start in range(0, len(hidden), self.rows):
@@ -103,13 +103,13 @@ class Head:
         return [metrics.join(part) for part in parts]
 
 
-def _widen(weight: NDArray[Any]) -> Doubles:
+def _widen(weight: Weight) -> Doubles:
     if weight.dtype == np.uint16:  # bf16 is the upper half of a float32
         weight = (weight.astype(np.uint32) << 16).view(np.float32)
     return weight.astype(np.float64)
 
 
-def _map_tensor(file: Path, name: str) -> NDArray[Any] | None:
+def _map_tensor(file: Path, name: str) -> Weight | None:
     """Tensor `name` of a safetensors file without reading it, or None. NumPy has no bf16, hence by hand."""
     with file.open("rb") as stream:
         size = int.from_bytes(stream.read(8), "little")
@@ -159,7 +159,7 @@ class Reference:
                 ids, mask, hidden = (tensors.get_tensor(f"{name}.{part}") for part in _CASE_PARTS)
                 yield name, ids, mask, hidden
 
-    def cache(self) -> dict[str, NDArray[Any]]:
+    def cache(self) -> dict[str, Array]:
         """What goes through the cache, as `judge.kv_cache.Trace` calls it.
 
         Of the conversations `tokens` [2, L + 1], `hidden` [2, L, H] and `cached` [2, D, H]; of the texts after them
@@ -181,13 +181,13 @@ def _case_order(name: str) -> tuple[int, int, str]:
     return int(sequence[1:]), int(batch[1:]), padding
 
 
-def _open(file: Path) -> Any:
+def _open(file: Path) -> safe_open:
     try:
         return safe_open(file, framework="numpy")
     except (SafetensorError, OSError) as error:
         raise IntegrityError(f"{file} can't be read: {error}", file=file) from error
 
 
-def _load(file: Path) -> dict[str, Any]:
+def _load(file: Path) -> dict[str, Array]:
     with _open(file) as tensors:
         return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 - not a mapping

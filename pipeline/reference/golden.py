@@ -9,7 +9,6 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -85,7 +84,7 @@ def make_shapes(reference: HuggingFace, shapes: Shapes, file: Path) -> int:
             ids, mask = family.input_ids[:count], family.attention_mask[:count]
             last = sequence - 1 - mask[:, ::-1].argmax(axis=1)
             families[sequence, padding] = ids, mask, reference.hidden(ids, mask, bar)[np.arange(count), last]
-    tensors: dict[str, NDArray[Any]] = {}
+    tensors: dict[str, NDArray[np.number]] = {}
     for case in cases:
         chosen = list(case.rows)
         for part, values in zip(
@@ -221,7 +220,7 @@ def make_cache_trace(reference: HuggingFace, documents: Sequence[str], recipe: R
     count, texts = kv_cache.texts(bundle, window), np.empty((0, window), np.int32)
     with log.progress("reference through the cache", 2 * tokens.size + count * window, "tokens") as bar:
         read = tokens[:, :-1]
-        made: dict[str, NDArray[Any]] = {
+        made: dict[str, Tokens | Floats] = {
             "tokens": tokens,
             "hidden": reference.hidden(read, np.ones_like(read), bar),
             "cached": reference.hidden_cached(read, bundle.decode, bar),

@@ -6,15 +6,18 @@ import hashlib
 import json
 import operator
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn, TypeVar
 
 from pipeline.core.errors import IntegrityError, UsageError
-from pipeline.core.manifest import dump_json
+from pipeline.core.judgement import Judgement
+from pipeline.core.manifest import dump_json, parse
 from pipeline.release import provenance, signing
 from pipeline.release.preflight import JUDGEMENT, MODELS, REPORTS
 from pipeline.release.signing import Trust
+
+Parsed = TypeVar("Parsed")
 
 _HOLDS = {"<=": operator.le, ">=": operator.ge}
 _MEASURED = ("date", "machine", "sequences", "speed")
@@ -46,7 +49,7 @@ def check(folder: Path, trust: Trust | None = None, signer: str = sys.executable
 
 def _check_papers(folder: Path, sums: Mapping[str, str]) -> dict[str, int]:
     models = {name: digest for name, digest in sums.items() if name.endswith(MODELS)}
-    report = _read(folder / "report.json")
+    report: Judgement = _read(folder / "report.json", json.loads)
     figures = _check_figures(report)
     _check_judged(models, report)
     _check_provenance(folder, models, sums)
@@ -55,7 +58,7 @@ def _check_papers(folder: Path, sums: Mapping[str, str]) -> dict[str, int]:
     return {"model files": len(models), "tensors": tensors, "figures": figures}
 
 
-def _check_figures(report: Mapping[str, Any]) -> int:
+def _check_figures(report: Judgement) -> int:
     """Every required figure keeps its limit, whatever the report says of that."""
     checks = report.get("checks")
     if not checks or report.get("passed") is not True:
@@ -68,8 +71,8 @@ def _check_figures(report: Mapping[str, Any]) -> int:
     return len(checks)
 
 
-def _check_judged(models: Mapping[str, str], report: Mapping[str, Any]) -> None:
-    judged = {entry["sha256"] for part in ("variants", "bundles") for entry in report[part].values()}
+def _check_judged(models: Mapping[str, str], report: Judgement) -> None:
+    judged = {entry["sha256"] for part in (report["variants"], report["bundles"]) for entry in part.values()}
     for name, digest in models.items():
         if digest not in judged:
             _refuse(f"{name} is not a file that report.json judged")
@@ -86,15 +89,15 @@ def _check_provenance(folder: Path, models: Mapping[str, str], sums: Mapping[str
             _refuse(f"{name} is not the one that {provenance.STATEMENT} lists")
 
 
-def _check_manifests(folder: Path, models: Mapping[str, str], report: Mapping[str, Any]) -> None:
+def _check_manifests(folder: Path, models: Mapping[str, str], report: Judgement) -> None:
     """The stage that made a model file lists it, verify read it and judged so, and all stages followed one recipe."""
-    stages = {file.stem: _read(file) for file in sorted(folder.glob("*.json"))}
+    stages = {file.stem: _read(file, parse) for file in sorted(folder.glob("*.json"))}
     if "verify" not in stages:
         _refuse("manifests/verify.json is missing")
-    if len({made["recipe_sha256"] for made in stages.values()}) > 1:
+    if len({made.recipe_sha256 for made in stages.values()}) > 1:
         _refuse("the manifests are of different recipes")
-    read = {record["sha256"] for record in stages["verify"]["inputs"]}
-    made = {record["path"]: record["sha256"] for stage in stages.values() for record in stage["outputs"]}
+    read = {record.sha256 for record in stages["verify"].inputs}
+    made = {record.path: record.sha256 for stage in stages.values() for record in stage.outputs}
     for name, digest in models.items():
         if digest not in read & set(made.values()):
             _refuse(f"{name} is not listed in manifests/")
@@ -103,9 +106,9 @@ def _check_manifests(folder: Path, models: Mapping[str, str], report: Mapping[st
         _refuse("report.json does not say what verify found")
 
 
-def _read(file: Path) -> Any:
+def _read(file: Path, parse: Callable[[str], Parsed]) -> Parsed:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return parse(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise IntegrityError(f"{file} can't be read: {error}", remedy="get the folder anew") from error
 

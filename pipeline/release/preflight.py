@@ -10,10 +10,11 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from pipeline.core import judgement as judged
 from pipeline.core import manifest
 from pipeline.core.errors import IntegrityError, PublishError
+from pipeline.core.judgement import Judgement
 from pipeline.core.manifest import FileRecord, Manifest, Source
 from pipeline.release import card, provenance, signing
 from pipeline.release.card import Check
@@ -54,7 +55,7 @@ def verified(root: Path) -> Manifest:
         ) from error
 
 
-def judgement(folder: Path) -> Mapping[str, Any]:
+def judgement(folder: Path) -> Judgement:
     """The judgement in verify's `folder`, with the reports beside it.
 
     Raises:
@@ -74,10 +75,10 @@ def _refuse_missing(folder: Path, names: Iterable[str]) -> None:
             )
 
 
-def _passed(file: Path, page: Path) -> Mapping[str, Any]:
+def _passed(file: Path, page: Path) -> Judgement:
     """The checks in `file`, all of them passed; `page` shows them to people."""
     try:
-        found: Mapping[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        found: Judgement = json.loads(file.read_text(encoding="utf-8"))
         failed = [_sentence(check) for check in found["checks"] if check["passed"] is not True]
         passed = found["passed"] is True and bool(found["checks"])
     except (ValueError, KeyError, TypeError) as error:
@@ -118,23 +119,22 @@ def release(folder: Path) -> Release:
     )
     files = {record.path: record for record in found}
     _refuse_unlisted(files, provenance.read_sums(folder))
-    _refuse_unjudged(files, {record["sha256"] for record in stages["verify"]["inputs"]})
+    _refuse_unjudged(files, {record.sha256 for record in stages["verify"].inputs})
     return Release(
         files=files,
-        tag=f"{stages['fetch']['revision'][:12]}-{stages['verify']['recipe_sha256'][:8]}",
-        sources=tuple(Source(**made["source"]) for made in stages.values()),
+        tag=f"{stages['fetch'].revision[:12]}-{stages['verify'].recipe_sha256[:8]}",
+        sources=tuple(made.source for made in stages.values()),
     )
 
 
-def _stages(folder: Path) -> Mapping[str, Any]:
+def _stages(folder: Path) -> Mapping[str, Manifest]:
     """The stages' manifests in `folder`, by stage."""
     files = sorted((folder / "manifests").glob("*.json"))
     try:
-        found = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files}
-        keys = ("source", "revision", "recipe_sha256", "inputs")
-        if not {"fetch", "verify"} <= found.keys() or any(key not in made for made in found.values() for key in keys):
-            raise ValueError("a stage or a key is missing")
-    except (ValueError, TypeError) as error:
+        found = {file.stem: manifest.parse(file.read_text(encoding="utf-8")) for file in files}
+        if not {"fetch", "verify"} <= found.keys():
+            raise ValueError("a stage is missing")
+    except ValueError as error:
         raise PublishError(f"{folder / 'manifests'} can't be read: {error}", remedy=_AGAIN) from error
     return found
 
@@ -227,7 +227,7 @@ def refuse_other_bytes(upstream: Mapping[str, Manifest], files: Iterable[str]) -
             )
 
 
-def checks(judgement: Mapping[str, Any], names: Mapping[str, str]) -> list[Check]:
+def checks(judgement: Judgement, names: Mapping[str, str]) -> list[Check]:
     """The judged figures of the published files; `names` maps variants to file names.
 
     Raises:
@@ -259,10 +259,10 @@ def _figure(value: float | None) -> str:
     return "not known" if value is None else f"{value:.4g}"
 
 
-def _limit(check: Mapping[str, Any]) -> str:
+def _limit(check: judged.Check) -> str:
     sense = {"<=": "≤", ">=": "≥"}[check["direction"]]
     return "missing" if check["limit"] is None else f"{sense} {check['limit']:.4g}"
 
 
-def _sentence(check: Mapping[str, Any]) -> str:
+def _sentence(check: judged.Check) -> str:
     return f"{check['variant']}: {check['name']} is {_figure(check['value'])}, the limit is {_limit(check)}"

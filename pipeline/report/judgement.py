@@ -7,10 +7,12 @@ import platform
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
 from pipeline.core import log, manifest, parallel, versions
 from pipeline.core.errors import VerificationError
 from pipeline.core.facts import Fetch, Golden
+from pipeline.core.judgement import Report
 from pipeline.core.stage import Context
 from pipeline.judge import bundles
 from pipeline.judge import steps as verdict
@@ -89,8 +91,9 @@ def write_report(context: Context, judgement: Mapping[str, object], verdicts: Se
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }
     manifest.write_atomically(context.folder / "report.json", manifest.dump_json(full))
-    manifest.write_atomically(context.folder / "report.html", verification.render(full))
-    for row in (*verification.table(full), *verification.advice(full)):
+    report = cast("Report", full)
+    manifest.write_atomically(context.folder / "report.html", verification.render(report))
+    for row in (*verification.table(report), *verification.advice(report)):
         log.line(f"  {row}")
 
 

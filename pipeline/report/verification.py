@@ -10,18 +10,19 @@ import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from jinja2 import Environment
 from markupsafe import Markup
 
 from pipeline.core import log
+from pipeline.core.judgement import Estimate, Report, Summary, Variant
 from pipeline.judge import tasks
 from pipeline.judge.gates import REFERENCE
 from pipeline.report import page, plots
 
-Report = Mapping[str, Any]
 SCHEMA = 2
+Row = TypeVar("Row")
 
 _PRECISIONS = {
     "fp32": "float32",
@@ -80,7 +81,7 @@ def render(report: Report) -> str:
     )
 
 
-def render_task(report: Report) -> str:
+def render_task(report: Mapping[str, object]) -> str:
     """The page for evaluate's `report`, self-contained as well."""
     return (
         _environment()
@@ -89,12 +90,12 @@ def render_task(report: Report) -> str:
     )
 
 
-def _drawing(draw: Callable[[Sequence[Any]], str], rows: Sequence[Any]) -> Markup:
+def _drawing(draw: Callable[[Sequence[Row]], str], rows: Sequence[Row]) -> Markup:
     """A plot of `rows`; nothing without any."""
     return Markup(draw(rows) if rows else "")  # noqa: S704 - escaped where it is made
 
 
-def variants(report: Report) -> dict[str, Any]:
+def variants(report: Report) -> dict[str, Variant]:
     """The files by name, in the order in which they were judged (JSON objects are sorted by key)."""
     return {name: report["variants"][name] for name in report["order"]}
 
@@ -116,28 +117,30 @@ def advice(report: Report) -> list[str]:
         f"{name} is the wrong choice for this model unless the device takes nothing but integers: its KLD is "
         f"{_interval(own)}, that of {other} {_interval(best)}."
         for gate, (name, own) in kld.items()
-        if gate.startswith("int8-static") and _finite(own) and _finite(best) and own["low"] > best["high"]
+        if gate.startswith("int8-static") and _is_above(own, best)
     ]
 
 
-def _finite(estimate: Mapping[str, Any]) -> bool:
-    return None not in estimate.values()
+def _is_above(estimate: Estimate, other: Estimate) -> bool:
+    """Whether its whole interval is above that of `other`; no number is above none."""
+    low, high = estimate["low"], other["high"]
+    return None not in (*estimate.values(), *other.values()) and low is not None and high is not None and low > high
 
 
-def _interval(estimate: Mapping[str, Any]) -> str:
+def _interval(estimate: Estimate) -> str:
     return f"{figure(estimate['value'])} ({figure(estimate['low'])} to {figure(estimate['high'])})"
 
 
-def _judged(report: Report) -> list[tuple[str, str, Any]]:
+def _judged(report: Report) -> list[tuple[str, str, Summary]]:
     """Every file with what it was held against and the figures of that: fp32 first, where there is one."""
     rows = []
-    for name, entry in (variants(report) | dict(sorted(report["bundles"].items()))).items():
-        pairs = (("fp32", entry.get("against_fp32")), (REFERENCE, entry["against_reference"]))
+    for name, variant in variants(report).items():
+        pairs = (("fp32", variant["against_fp32"]), (REFERENCE, variant["against_reference"]))
         rows += [(name, against, figures) for against, figures in pairs if figures]
-    return rows
+    return rows + [(name, REFERENCE, entry["against_reference"]) for name, entry in sorted(report["bundles"].items())]
 
 
-def _losses(report: Report) -> list[dict[str, Any]]:
+def _losses(report: Report) -> list[dict[str, object]]:
     """Files that are not close enough to fp32, each with the plot of where it leaves that."""
     return [
         {**found, "name": name, "plot": Markup(plots.signal_to_noise(name, found["curve"]))}  # noqa: S704 - escaped there
@@ -194,13 +197,13 @@ def _distributions(report: Report) -> list[plots.Distribution]:
     """Each file against what its limit is against: fp32 against Hugging Face, the others against fp32."""
     rows = []
     for name, variant in variants(report).items():
-        against = "against_fp32" if variant["against_fp32"] else "against_reference"
+        figures = variant["against_fp32"] or variant["against_reference"]
         rows.append(
             plots.Distribution(
                 name=name,
                 against="fp32" if variant["against_fp32"] else REFERENCE,
                 counts=variant["kld_histogram"],
-                mean=variant[against]["kld"]["value"] or 0.0,
+                mean=figures["kld"]["value"] or 0.0,
                 limit=variant["limits"].get("kld"),
             )
         )
@@ -211,10 +214,9 @@ def _points(report: Report) -> list[plots.Point]:
     points = []
     for name, variant in variants(report).items():
         kld = variant["against_reference"]["kld"]
-        if kld["value"] is not None:
-            points.append(
-                plots.Point(name=name, size=variant["size"], kld=kld["value"], low=kld["low"], high=kld["high"])
-            )
+        value, low, high = kld["value"], kld["low"], kld["high"]
+        if value is not None and low is not None and high is not None:
+            points.append(plots.Point(name=name, size=variant["size"], kld=value, low=low, high=high))
     return points
 
 
@@ -227,7 +229,12 @@ def table(report: Report) -> list[str]:
 def _bundles(report: Report) -> list[str]:
     rows = [["bundle", "size", "worst NMSE/HF", "KLD/HF", "top-1/HF", "ids", "prompts", "texts", "verdict"]]
     for name, bundle in sorted(report["bundles"].items()):
-        ids, prompts, greedy, scores = (bundle[key] for key in ("token_ids", "prompts", "greedy", "against_reference"))
+        ids, prompts, greedy, scores = (
+            bundle["token_ids"],
+            bundle["prompts"],
+            bundle["greedy"],
+            bundle["against_reference"],
+        )
         rows.append(
             [
                 name,

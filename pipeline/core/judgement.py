@@ -1,0 +1,114 @@
+"""What verify's `judgement.json` and `report.json` hold, as far as it is read again: by pages, publish and check.
+
+A number that could not be had, or is not finite, is null.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NotRequired, TypedDict
+
+
+class Check(TypedDict):
+    """A limit beside a value, as `judge.gates.Check`."""
+
+    variant: str
+    name: str
+    value: float | None
+    limit: float | None
+    direction: Literal["<=", ">="]
+    against: str
+    detail: str
+    passed: bool
+
+
+class Estimate(TypedDict):
+    """A value with its 95 % interval."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+
+
+class Summary(TypedDict):
+    """Figures of a file on text, as `judge.metrics.Summary`."""
+
+    kld: Estimate
+    top1: Estimate
+    nmse_max: float | None
+    perplexity: float | None
+
+
+class File(TypedDict):
+    """A judged file."""
+
+    file: str
+    sha256: str
+    size: int
+    fit: bool
+    against_reference: Summary
+
+
+class Variant(File):
+    """A step graph. `against_fp32` is null of the fp32 file itself."""
+
+    gate: str
+    limits: dict[str, float]
+    alternative: bool
+    size_ratio: float | None
+    integer_share: float | None
+    against_fp32: Summary | None
+    kld_histogram: list[int]
+
+
+class Tally(TypedDict):
+    """How often something was as it should be."""
+
+    total: int
+    wrong: int
+
+
+class Greedy(TypedDict):
+    """Greedy texts, and how many of them are the reference's."""
+
+    same: int
+    rows: list[object]
+
+
+class Bundle(File):
+    """A bundle; `prompts` is null of a model without a chat template."""
+
+    token_ids: Tally
+    prompts: Tally | None
+    greedy: Greedy
+
+
+class Loss(TypedDict):
+    """Where a file leaves the fp32 one: decibels of each operator, by layer, and that in words."""
+
+    says: str
+    curve: list[tuple[str, float]]
+
+
+class Judgement(TypedDict):
+    """`judgement.json`; `order` names the step graphs as they were judged."""
+
+    passed: bool
+    checks: list[Check]
+    order: list[str]
+    variants: dict[str, Variant]
+    bundles: dict[str, Bundle]
+    losses: NotRequired[dict[str, Loss]]
+
+
+class Timing(TypedDict):
+    """Seconds to load a step graph, and of a step by sequence length."""
+
+    load: float
+    latency: dict[str, float]
+
+
+class Report(Judgement):
+    """`report.json`: the judgement, and how long the step graphs took, by kind of kernels."""
+
+    sequences: list[int]
+    speed: dict[str, dict[str, Timing]]
