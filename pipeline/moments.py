@@ -14,7 +14,6 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -44,8 +43,8 @@ class HessianSums:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.files: dict[str, str] = {}
-        self.mapped: dict[str, Any] = {}
-        self._last: tuple[Any, str] = (None, "")
+        self.mapped: dict[str, np.memmap[tuple[int, ...], np.dtype[np.float32]]] = {}
+        self._last: tuple[Tensor | None, str] = (None, "")
 
     def observe(self, model: nn.Module) -> None:
         """Add what every linear layer of `model` reads from now on."""

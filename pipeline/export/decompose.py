@@ -11,19 +11,18 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 import torch.fx.config
 from litert_torch import fx_infra
 from torch._ops import OpOverload
-from torch.fx.node import Node, map_arg
+from torch.fx.node import Argument, Node, map_arg
 from torch.fx.passes.shape_prop import _extract_tensor_metadata
 from torch.fx.traceback import NodeSource
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-Table = Mapping[Any, Callable[..., Any]]
+Table = Mapping[object, Callable[..., object]]
 
 _ASSERTS = torch.ops.aten._assert_tensor_metadata.default
 
@@ -63,7 +62,7 @@ def decompose(
             made of a size or a constant that no node of the graph gives.
     """
     graph, known = program.graph, {**(table or {}), **_FUNCTIONAL}
-    sizes: dict[Any, Node] = {}
+    sizes: dict[object, Node] = {}
     for node in list(graph.nodes):
         if "from_node" not in node.meta:
             node.meta["from_node"] = [NodeSource(node)]  # litert-torch tells tensors of one module apart by it
@@ -80,7 +79,7 @@ def decompose(
     return program
 
 
-def _decomposes(target: Any, table: Table) -> bool:
+def _decomposes(target: object, table: Table) -> bool:
     if target in table:
         return True
     if not isinstance(target, OpOverload):
@@ -93,23 +92,28 @@ def _decomposes(target: Any, table: Table) -> bool:
 class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Runs one node on the fake tensors of its inputs and writes, before it, the nodes that it is made of."""
 
-    def __init__(self, node: Node, table: Table, sizes: dict[Any, Node]) -> None:
+    def __init__(self, node: Node, table: Table, sizes: dict[object, Node]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._node, self._table, self._sizes = node, table, sizes
-        self._nodes: dict[int, tuple[Node, Any]] = {}  # with the value, so that no other takes its id
+        self._nodes: dict[int, tuple[Node, object]] = {}  # with the value, so that no other takes its id
 
     def trace(self) -> Node:
         """The node of the result."""
         node = self._node
         args, kwargs = map_arg((node.args, node.kwargs), self._value)
         with node.graph.inserting_before(node), node.meta["val"].fake_mode, self:
-            target: Any = node.target
-            made: Node = self._node_of(target(*args, **kwargs))
+            assert callable(node.target)
+            made = self._node_of(node.target(*args, **kwargs))
+        assert isinstance(made, Node)
         return made
 
     def __torch_dispatch__(
-        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+        self,
+        func: OpOverload,
+        types: Sequence[type],
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
         kwargs = kwargs or {}
         if func is torch.ops.prim.device.default:
             return func(*args)
@@ -119,7 +123,7 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 made = func.decompose(*args, **kwargs)
         return self._record(func, args, kwargs) if made is NotImplemented else made
 
-    def _record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _record(self, func: OpOverload, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
         value = func(*args, **kwargs)
         inputs = tree_map(self._node_of, (args, kwargs))
         node = self._node.graph.call_function(func, *inputs)
@@ -127,12 +131,12 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._nodes[id(value)] = node, value
         return value
 
-    def _value(self, node: Node) -> Any:
-        value = node.meta["val"]
+    def _value(self, node: Node) -> Argument:
+        value: Argument = node.meta["val"]
         self._nodes[id(value)] = node, value
         return value
 
-    def _node_of(self, value: Any) -> Any:
+    def _node_of(self, value: object) -> object:
         """The node of a tensor or an unknown size; anything else is written as it is."""
         if isinstance(value, torch.SymInt):
             return self._size(value)

@@ -13,11 +13,12 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.export import Dim
 from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
@@ -30,6 +31,35 @@ _NO_RESERVE = 0x4000
 
 Vector = Callable[[str], Tensor]
 Dimensions = Mapping[str, Mapping[int, tuple[str, int, int]]]
+
+
+Inputs = Mapping[str, Tensor | Mapping[str, Tensor]]
+Outputs = dict[str, Tensor | dict[str, Tensor]]
+"""By name; those of several layers, such as a cache, stand together."""
+
+
+class Converted(Protocol):
+    """What litert-torch made."""
+
+    def export(self, file: str) -> None:
+        """Write it."""
+
+
+class Converter(Protocol):
+    """What is used of litert-torch, which has no types: the module itself, and what it has gathered so far."""
+
+    def signature(
+        self,
+        name: str,
+        module: nn.Module,
+        *,
+        sample_kwargs: Mapping[str, Inputs],
+        dynamic_shapes: Mapping[str, Mapping[str, Mapping[int, Dim] | None]] | None,
+    ) -> Converter:
+        """Another graph beside those before."""
+
+    def convert(self, *, lightweight_conversion: bool) -> Converted:
+        """All of them as one model."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +78,7 @@ class Signature:
     name: str
     module: nn.Module
     vector: Vector
-    inputs: Mapping[str, Any]
+    inputs: Inputs
     dimensions: Dimensions = field(default_factory=dict)
 
 
@@ -66,7 +96,7 @@ def export(signatures: Sequence[Signature], out: Path) -> None:
 
     # Its progress bar writes over our lines, and into logs.
     _config.config.show_progress = False
-    converter: Any = litert_torch
+    converter: Converter = litert_torch
     try:
         with dynamic_shapes(), by_node(), torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -111,8 +141,9 @@ class _WithWeights(nn.Module):
             setattr(module.get_submodule(owner), leaf, nn.Parameter(values, requires_grad=False))
         self.module = module
 
-    def forward(self, weights: Mapping[str, Tensor], inputs: Mapping[str, Any]) -> Any:
-        return functional_call(self.module, dict(weights), (), dict(inputs))
+    def forward(self, weights: Mapping[str, Tensor], inputs: Inputs) -> Outputs:
+        outputs: Outputs = functional_call(self.module, dict(weights), (), dict(inputs))
+        return outputs
 
 
 def _example(shape: torch.Size) -> Tensor:
@@ -125,7 +156,7 @@ def _example(shape: torch.Size) -> Tensor:
     return torch.frombuffer(room, dtype=torch.float32).view(shape)
 
 
-def _add(converter: Any, signature: Signature) -> Any:
+def _add(converter: Converter, signature: Signature) -> Converter:
     module = _WithWeights(signature.module, signature.vector)
     symbols = _symbols(signature.inputs, signature.dimensions)
     return converter.signature(
@@ -137,7 +168,7 @@ def _add(converter: Any, signature: Signature) -> Any:
     )
 
 
-def _apart(inputs: Mapping[str, Any]) -> dict[str, Any]:
+def _apart(inputs: Inputs) -> Inputs:
     """`inputs` without a tensor in two places: torch.export would take it as one input (torch 2.13.0)."""
     seen: set[int] = set()
 
@@ -146,20 +177,20 @@ def _apart(inputs: Mapping[str, Any]) -> dict[str, Any]:
         seen.add(tensor.data_ptr())
         return tensor.clone() if known else tensor
 
-    apart: dict[str, Any] = tree_map(own, dict(inputs))
+    apart: Inputs = tree_map(own, dict(inputs))
     return apart
 
 
-def _symbols(inputs: Mapping[str, Any], dimensions: Dimensions) -> dict[str, dict[int, Any]]:
+def _symbols(inputs: Inputs, dimensions: Dimensions) -> dict[str, dict[int, Dim]]:
     """torch.export's dynamic shapes; equal names are one dimension.
 
     torch.export takes a least size of 1 as 2 for all it may assume; the graph runs with 1 all the same, which verify
     checks.
     """
-    made: dict[str, Any] = {}
+    made: dict[str, Dim] = {}
     for axes in dimensions.values():
         for name, least, most in axes.values():
-            made.setdefault(name, torch.export.Dim(name, min=least, max=most))
+            made.setdefault(name, Dim(name, min=least, max=most))
     return {name: {axis: made[entry[0]] for axis, entry in dimensions.get(name, {}).items()} for name in inputs}
 
 

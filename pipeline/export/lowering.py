@@ -13,7 +13,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +21,7 @@ from litert_torch.backend.debuginfo import _build
 from litert_torch.backend.experimental.torch_tfl import _lowerings
 from litert_torch.backend.lowerings import registry
 from litert_torch.backend.lowerings import utils as lowering_utils
+from litert_torch.backend.lowerings.context import LoweringContext
 
 from pipeline.export import operators as _operators  # noqa: F401 (registers what is lowered here)
 
@@ -29,7 +29,7 @@ _SWITCH = "LITERT_TORCH_FULL_TFL_DECOMPS"
 
 
 @registry.lower(torch.ops.pipeline.matmul.default)
-def _lower_matmul(context: Any, x: ir.Value, y: ir.Value, transposed: bool) -> Any:
+def _lower_matmul(context: LoweringContext, x: ir.Value, y: ir.Value, transposed: bool) -> ir.Value:
     # A TRANSPOSE before would copy the cache at every step; the kernel reads its rows as they lie.
     flags = {"adj_x": False, "adj_y": transposed, "asymmetric_quantize_inputs": False}
     attributes = {name: ir.BoolAttr.get(value) for name, value in flags.items()}
@@ -39,7 +39,7 @@ def _lower_matmul(context: Any, x: ir.Value, y: ir.Value, transposed: bool) -> A
 
 
 @registry.lower(torch.ops.pipeline.linear.default)
-def _lower_linear(context: Any, x: ir.Value, weight: ir.Value) -> Any:
+def _lower_linear(context: LoweringContext, x: ir.Value, weight: ir.Value) -> ir.Value:
     # An absent bias can't be said here: the converter is given zeros, which `export` takes out again.
     outputs = ir.RankedTensorType(weight.type).shape[0]
     no_bias = lowering_utils.numpy_array_constant(np.zeros(outputs, np.float32))
@@ -57,14 +57,14 @@ def _lower_linear(context: Any, x: ir.Value, weight: ir.Value) -> Any:
 
 
 @registry.lower(torch.ops.pipeline.lookup.default)
-def _lower_lookup(context: Any, ids: ir.Value, table: ir.Value) -> Any:
+def _lower_lookup(context: LoweringContext, ids: ir.Value, table: ir.Value) -> ir.Value:
     return _lowerings._ir_operation(
         "tfl.embedding_lookup", lowering_utils.node_meta_to_ir_types(context.node), [ids, table]
     )
 
 
 @registry.lower(torch.ops.pipeline.normalise.default)
-def _lower_normalise(_context: Any, x: ir.Value, weight: ir.Value | None, eps: float) -> Any:
+def _lower_normalise(_context: LoweringContext, x: ir.Value, weight: ir.Value | None, eps: float) -> ir.Value:
     whole = ir.RankedTensorType(x.type)
     single = ir.RankedTensorType.get([*whole.shape[:-1], 1], whole.element_type)
     fused = {"fused_activation_function": ir.StringAttr.get("NONE")}
@@ -82,19 +82,19 @@ def _lower_normalise(_context: Any, x: ir.Value, weight: ir.Value | None, eps: f
 
 
 @registry.lower(torch.ops.aten.sigmoid.default)
-def _lower_sigmoid(context: Any, x: ir.Value) -> Any:
+def _lower_sigmoid(context: LoweringContext, x: ir.Value) -> ir.Value:
     return _lowerings._ir_operation("tfl.logistic", lowering_utils.node_meta_to_ir_types(context.node), [x])
 
 
 @registry.lower(torch.ops.pipeline.update.default)
-def _lower_update(context: Any, x: ir.Value, part: ir.Value, start: ir.Value) -> Any:
+def _lower_update(context: LoweringContext, x: ir.Value, part: ir.Value, start: ir.Value) -> ir.Value:
     return _lowerings._ir_operation(
         "tfl.dynamic_update_slice", lowering_utils.node_meta_to_ir_types(context.node), [x, part, start]
     )
 
 
 @registry.lower(torch.ops.pipeline.window.default)
-def _lower_window(context: Any, x: ir.Value, start: ir.Value, size: Sequence[int]) -> Any:
+def _lower_window(context: LoweringContext, x: ir.Value, start: ir.Value, size: Sequence[int]) -> ir.Value:
     # SLICE takes its size as a tensor; a constant keeps the shape of the result known.
     sizes = lowering_utils.numpy_array_constant(np.array(size, dtype=np.int32))
     return _lowerings._ir_operation("tfl.slice", lowering_utils.node_meta_to_ir_types(context.node), [x, start, sizes])
