@@ -41,9 +41,14 @@ IMAGE_FLAGS ?=#: more options of `docker build`, e.g. --build-arg LOCK=cuda
 NETWORK ?= bridge#: container network of what downloads or uploads
 
 # What a user sets is a name and no text of Make, which would run $(shell …) in a folder's name, also under -n.
+define NEWLINE
+
+
+endef
 SETTINGS := $(shell sed -n 's/^\([A-Z_]*\) ?=.*#:.*/\1/p' $(firstword $(MAKEFILE_LIST)))
 $(foreach name,$(SETTINGS),$(if $(filter-out file,$(origin $(name))),$(if $(findstring $$,$(subst $$$$,,$(value $(name)))),\
-	$(error $(name)=$(value $(name)) has a dollar sign, which Make reads as its own: write $$$$ for it, or rename the folder or file))))
+	$(error $(name)=$(value $(name)) has a dollar sign, which Make reads as its own: write $$$$ for it, or rename the folder or file)))$(if $(findstring $(NEWLINE),$(value $(name))),\
+	$(error $(name) has a line break, behind which Make would see a command: say it in one line)))
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c

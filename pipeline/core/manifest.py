@@ -235,7 +235,8 @@ class Known:
     def keep(self) -> None:
         """Write the note for the next stage."""
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.file, dump_json(self.sums))
+        # Names may hold bytes that are no text, which UTF-8 can't say; JSON's escapes can.
+        write_atomically(self.file, json.dumps(self.sums, indent=2, sort_keys=True) + "\n")
 
     @staticmethod
     def _identity(file: Path) -> list[int | str]:

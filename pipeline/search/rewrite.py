@@ -22,7 +22,7 @@ def with_values(text: str, section: str, values: Mapping[str, object], comment: 
     Raises:
         UsageError: the recipe has no such section of its own.
     """
-    rows = text.split("\n")
+    rows = _opened(text.split("\n"), section)
     start = next((place + 1 for place, row in enumerate(rows) if row.partition("#")[0].strip() == f"[{section}]"), 0)
     if not start:
         raise UsageError(f"the recipe has no [{section}] section", remedy="start from pipeline/recipes/gemma3n.toml")
@@ -38,6 +38,19 @@ def with_values(text: str, section: str, values: Mapping[str, object], comment: 
     if tomllib.loads(made) != wanted:
         raise UsageError(f"[{section}] of the recipe can't be rewritten", remedy="write one `key = value` a line")
     return made
+
+
+def _opened(rows: list[str], section: str) -> list[str]:
+    """The recipe with `section` as a table of its own, where it stands inline: `section = { key = value }`."""
+    for start, row in enumerate(rows):
+        if row.startswith("["):  # keys of the recipe itself end here
+            break
+        if row.partition("=")[0].strip() == section:
+            stop, table = _extent(rows, start)
+            held = table.items() if isinstance(table, dict) else ()
+            lines = [line for key, value in held for line in _line(key, value)]
+            return [*rows[:start], *rows[stop:], f"[{section}]", *lines, ""]
+    return rows
 
 
 def _set(rows: list[str], key: str, value: object) -> list[str]:

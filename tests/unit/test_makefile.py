@@ -309,6 +309,17 @@ def test_a_setting_is_no_text_of_make(tmp_path: Path, setting: str, name: str) -
     assert not list(PROJECT.glob("PWNED*"))
 
 
+@pytest.mark.parametrize("setting", ["PROMPT", "LICENCE_OVERRIDE", "MODEL_ID", "FILE"])
+def test_a_setting_of_several_lines_is_refused(tmp_path: Path, setting: str) -> None:
+    """Make would take the second line for a command, or for a rule of its own."""
+    value = f"one\n\ttouch {tmp_path}/PWNED; '"
+    given_ = [[f"{setting}={value}"], []], [{}, {setting: value}]
+    for arguments, environment in zip(*given_, strict=True):
+        command = ["make", "-n", "run", "publish", *arguments]
+        done = subprocess.run(command, cwd=PROJECT, env=os.environ | environment, capture_output=True, text=True)
+        assert done.returncode == 2 and f"{setting} has a line break" in done.stderr
+
+
 def test_two_folders_of_one_name_are_two_models(finished: tuple[str, ...], tmp_path: Path) -> None:
     """Also where every file has the name, size and time of the other's."""
     other = tmp_path / "elsewhere" / "tiny"

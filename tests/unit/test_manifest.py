@@ -321,6 +321,17 @@ def test_a_damaged_note_costs_time_alone(tmp_path: Path, note: str) -> None:
     manifest.check(records, tmp_path, manifest.Known(tmp_path))
 
 
+def test_a_name_that_is_no_text_is_known_as_well(tmp_path: Path) -> None:
+    """Linux takes any bytes as a file's name."""
+    file = tmp_path / os.fsdecode(b"LICENSE-\xff")
+    file.write_bytes(b"some bytes")
+    os.utime(file, ns=(1, 1))
+    known = manifest.Known(tmp_path)
+    known.sums[str(file)] = [*manifest.Known._identity(file), "a" * 64]
+    known.keep()
+    assert manifest.Known(tmp_path).sha256(file) == "a" * 64
+
+
 # ---- facts
 
 

@@ -315,6 +315,15 @@ def test_a_recipe_without_the_section_is_refused() -> None:
         rewrite.with_values("int8.scheme = 'dynamic'\n", "int8", {"keep_float": []})
 
 
+def test_a_section_in_one_line_becomes_a_table_of_its_own() -> None:
+    text = 'name = "x"\nint8 = { scheme = "dynamic", keep_float = ["a.b"], gptq = true }\n\n[more]\nk = 1\n'
+    made = rewrite.with_values(text, "int8", {"keep_float": [], "int8x2": ["."]}, ["a line"])
+    before, after = tomllib.loads(text), tomllib.loads(made)
+    assert after["int8"] == {"scheme": "dynamic", "keep_float": [], "gptq": True, "int8x2": ["."]}
+    assert {**before, "int8": None} == {**after, "int8": None} and "# tune: a line\n" in made
+    assert rewrite.with_values(made, "int8", {"keep_float": [], "int8x2": ["."]}, ["a line"]) == made
+
+
 def test_the_line_of_a_long_array_is_broken() -> None:
     made = rewrite.with_values("[int8]\n", "int8", {"int8x2": [rf"^layers\.\d+\.{'x' * 40};"] * 3})
     assert made.count("\n") == 6 and max(map(len, made.splitlines())) <= 120
