@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 from pipeline.core import facts, log, manifest, memory, options, versions
 from pipeline.core.errors import UsageError
@@ -25,7 +26,7 @@ from pipeline.judge.reference import Greedy
 from pipeline.judge.tasks import ORIGINAL, Item
 from pipeline.reference.model import HuggingFace
 from pipeline.report import verification as pages
-from pipeline.report.tasks import summary
+from pipeline.report.tasks import Report, summary
 
 SCHEMA = 1
 _AT_ONCE = 8
@@ -70,7 +71,7 @@ def work(context: Context) -> Outcome:
     }
     manifest.write_atomically(context.folder / "report.json", manifest.dump_json(report))
     manifest.write_atomically(context.folder / "report.html", pages.render_task(report))
-    rows = summary(report)
+    rows = summary(cast("Report", report))
     manifest.write_atomically(context.folder / "summary.txt", "\n".join(rows) + "\n")
     for row in rows:
         log.line(f"  {row}")

@@ -16,13 +16,14 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import cast
 
 from pipeline.bundling import contents
 from pipeline.core import log, manifest
 from pipeline.core.errors import UsageError
 from pipeline.core.stage import guard
 from pipeline.judge import sqnr
-from pipeline.report.inspection import text
+from pipeline.report.inspection import Told, text
 from pipeline.runtime import litert
 from pipeline.runtime.sections import DECODER, Conversation, Sections
 from pipeline.tflite.graph import Graph
@@ -47,7 +48,7 @@ def describe(file: Path, against: Path | None, biggest: int) -> dict[str, object
         }
         for model in found.models
     ]
-    told = {**asdict(found), "models": models}
+    told: dict[str, object] = {**asdict(found), "models": models}
     if against:
         where, samples = _samples(file, _vocabulary(found))
         if file.name == against.name == DECODER:
@@ -110,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def work() -> None:
         told = describe(arguments.file, arguments.against, arguments.biggest)
-        log.answer(manifest.dump_json(told) if arguments.json else "\n".join(text(told)) + "\n")
+        log.answer(manifest.dump_json(told) if arguments.json else "\n".join(text(cast("Told", told))) + "\n")
 
     return guard(work)
 

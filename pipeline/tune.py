@@ -22,7 +22,7 @@ import argparse
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 from pipeline.core import log, manifest
 from pipeline.core.errors import UsageError
@@ -34,7 +34,7 @@ from pipeline.core.stage import common_parser, guard, locked, made_again
 from pipeline.report import tuning
 from pipeline.search import candidates, groups, rewrite
 from pipeline.search.bench import Clock
-from pipeline.search.candidates import SPACES
+from pipeline.search.candidates import SPACES, Value
 from pipeline.search.facts import report
 from pipeline.search.preparation import NEEDS, open_bench
 from pipeline.search.study import Study
@@ -84,7 +84,7 @@ def write(study: Study, recipe: Recipe, arguments: argparse.Namespace, folder: P
         log.warn("nothing is measured yet, so there is no recipe: give it more MINUTES=")
         return
     folder.mkdir(parents=True, exist_ok=True)
-    told = report(study, recipe, model_name(arguments.model_id), arguments.minutes)
+    told = cast("tuning.Report", report(study, recipe, model_name(arguments.model_id), arguments.minutes))
     made = rewrite.with_values(study.bench.text, study.space.section, study.chosen().values, tuning.comment(told))
     parse_recipe(made.encode(), "the tuned recipe")
     manifest.write_atomically(folder / "recipe.toml", made)
@@ -95,7 +95,7 @@ def write(study: Study, recipe: Recipe, arguments: argparse.Namespace, folder: P
     log.line(f"recipe: {folder / 'recipe.toml'}")
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Value | tuple[str, ...]) -> Value:
     return list(value) if isinstance(value, tuple) else value
 
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -292,9 +291,9 @@ def _soundness(subject: Subject, model: StepModel, reference: Reference, kernels
 
 def greedy_rows(
     reference: Reference, verdicts: Sequence[Verdict], setting: Setting, decode: Callable[[list[int]], str]
-) -> list[Any]:
+) -> list[object]:
     """The continuations side by side: per prompt the reference's text and each file's, with how far they agree."""
-    rows = []
+    rows: list[object] = []
     for index, row in enumerate(reference.greedy()[: setting.prompts]):
         expected = row.continuation_ids[: setting.continuation]
         files = {}
@@ -310,12 +309,16 @@ def greedy_rows(
     return rows
 
 
-def finite(value: Any) -> Any:
-    """`value` with every number that JSON can't hold (NaN, infinity) as None."""
+def finite(table: Mapping[str, object]) -> dict[str, object]:
+    """`table` with every number that JSON can't hold (NaN, infinity) as None."""
+    return {key: _finite(item) for key, item in table.items()}
+
+
+def _finite(value: object) -> object:
     if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
+        return finite(value)
     if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
+        return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from pipeline.checkpoint import preflight
 from pipeline.checkpoint.reader import CONFIG
@@ -36,7 +35,7 @@ class Model:
     download: int
     stored: int
     merged: int
-    text: Mapping[str, Any]
+    text: Mapping[str, object]
     shapes: Mapping[str, tuple[int, ...]]
     multiplied: int
     files: Mapping[str, Weights]
@@ -66,7 +65,8 @@ class Model:
     @property
     def conversation(self) -> int:
         """Tokens of each conversation through the cache."""
-        schedule, _ = kv_cache.schedules(self.recipe.bundle, int(self.text.get("sliding_window") or 0))
+        window = self.text.get("sliding_window")
+        schedule, _ = kv_cache.schedules(self.recipe.bundle, window if isinstance(window, int) else 0)
         return schedule.length
 
 

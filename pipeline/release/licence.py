@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from string import Template
-from typing import Any
 
 import yaml
 from huggingface_hub import ModelCard
@@ -87,14 +86,14 @@ def claimed(card: str) -> Said:
     if not card.startswith("---"):
         return Said()
     try:
-        data: dict[str, Any] = ModelCard(card, ignore_metadata_errors=True).data.to_dict()  # type: ignore[no-untyped-call]
+        data: dict[str, object] = ModelCard(card, ignore_metadata_errors=True).data.to_dict()  # type: ignore[no-untyped-call]
     except (ValueError, yaml.YAMLError):
         log.warn("the front matter of README.md can't be read: licence and base model are unknown")
         return Said()
     return _said(data)
 
 
-def trace(bases: Sequence[str], read: Callable[[str], Mapping[str, Any] | None]) -> tuple[Ancestor, ...]:
+def trace(bases: Sequence[str], read: Callable[[str], Mapping[str, object] | None]) -> tuple[Ancestor, ...]:
     """The models that `bases` and their cards name as their base, nearest first, each once.
 
     `read` gives the front matter of a model's card, or None where there is no such model or nobody may look.
@@ -121,7 +120,7 @@ def trace(bases: Sequence[str], read: Callable[[str], Mapping[str, Any] | None])
 
 
 def read_card(
-    folder: Path, read: Callable[[str], Mapping[str, Any] | None] | None = None, base: tuple[str, str] | None = None
+    folder: Path, read: Callable[[str], Mapping[str, object] | None] | None = None, base: tuple[str, str] | None = None
 ) -> Card:
     """What the checkpoint's own card says of its licence and base models, and what theirs say, which `read` gets.
 
@@ -138,7 +137,7 @@ def read_card(
     return Card(licence=said.licence, base_models=named, lineage=lineage)
 
 
-def _said(data: Mapping[str, Any]) -> Said:
+def _said(data: Mapping[str, object]) -> Said:
     """What front matter says."""
     licence, name = (str(data.get(key) or "") for key in ("license", "license_name"))
     return Said(

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from pipeline.checkpoint import adapters
 from pipeline.checkpoint.adapters import Adapter
@@ -66,7 +65,7 @@ class Folder:
         records = [vars(record) for record in describe([self.folder / name for name in names], self.folder)]
         return hashlib.sha256(dump_json(records).encode()).hexdigest()
 
-    def card(self, model: str) -> Mapping[str, Any] | None:
+    def card(self, model: str) -> Mapping[str, object] | None:
         """The front matter of the card of `model`, which is this one, or unknown."""
         file = self.folder / "README.md"
         if model != self.model:
@@ -119,7 +118,7 @@ class OnHub:
         del names
         return self.repository.revision
 
-    def card(self, model: str) -> Mapping[str, Any] | None:
+    def card(self, model: str) -> Mapping[str, object] | None:
         """The front matter of the card of `model`."""
         return self.hub.card(model)
 
@@ -144,7 +143,7 @@ class Asked:
         """All that is read."""
         return (self.origin, self.base) if self.base else (self.origin,)
 
-    def card(self, model: str) -> Mapping[str, Any] | None:
+    def card(self, model: str) -> Mapping[str, object] | None:
         """The front matter of the card of `model`: of a folder here, or on the Hub if that is asked at all."""
         said = (origin.card(model) for origin in sorted(self.origins, key=lambda origin: isinstance(origin, OnHub)))
         return next((table for table in said if table is not None), None)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 
-def environment(**filters: Callable[..., Any]) -> Environment:
+def environment(**filters: Callable[..., str]) -> Environment:
     """Jinja's environment for this folder's templates, with `filters` by name."""
     made = Environment(
         loader=FileSystemLoader(Path(__file__).parent),

@@ -2,15 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TypedDict
 
 from pipeline.core import log
 from pipeline.judge import tasks
 from pipeline.judge.tasks import TITLES
 
 
-def summary(report: Mapping[str, Any]) -> list[str]:
+class Task(TypedDict):
+    """The user's file."""
+
+    file: str
+    prompts: int
+
+
+class Report(TypedDict):
+    """What is read of evaluate's report: scores by model and metric, and each bundle's beside the original's.
+
+    A metric's figures are `value`, `low`, `high`, and beside the original's `within`.
+    """
+
+    model: str
+    task: Task
+    scores: Mapping[str, Mapping[str, Mapping[str, float]]]
+    against_original: Mapping[str, Mapping[str, Mapping[str, float]]]
+    rows: Sequence[object]
+
+
+def summary(report: Report) -> list[str]:
     """The figures for people: a table, and a sentence for each bundle."""
     prompts = report["task"]["prompts"]
     rows = [["", *TITLES.values()]]
@@ -29,6 +49,6 @@ def summary(report: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _ordered(figures: Mapping[str, Any]) -> list[Any]:
+def _ordered(figures: Mapping[str, Mapping[str, float]]) -> list[Mapping[str, float]]:
     """The figures of each metric in the order of the table."""
     return [figures[metric] for metric in TITLES]

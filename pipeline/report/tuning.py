@@ -2,16 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import NotRequired, TypedDict
 
 from markupsafe import Markup
 
 from pipeline.core import log
 from pipeline.report import page, plots
 
-Row = Mapping[str, Any]
-Report = Mapping[str, Any]
+
+class Group(TypedDict):
+    """What fewer bits cost in one group of layers; None is what was not measured."""
+
+    name: str
+    weights: float | None
+    activations: float | None
+
+
+class Row(TypedDict):
+    """A candidate. Figures of text are there once it was measured and gave numbers."""
+
+    name: str
+    finalist: bool
+    cost: float
+    relative_size: float
+    speed: Mapping[str, float] | None
+    positions: NotRequired[int]
+    kld: NotRequired[Mapping[str, float]]
+    top1: NotRequired[Mapping[str, float]]
+
+
+class Report(TypedDict):
+    """What is read of tune's report."""
+
+    model: str
+    section: str
+    date: str
+    tools: Mapping[str, str]
+    groups: Sequence[Group]
+    candidates: Sequence[Row]
+    frontier: Sequence[str]
+    chosen: str
 
 
 def render(report: Report) -> str:
@@ -69,8 +100,8 @@ def comment(told: Report) -> list[str]:
     tools = ", ".join(f"{name} {told['tools'][name]}" for name in ("ai-edge-litert",) if name in told["tools"])
     lines = [f"{told['date']}, {told['model']}, {tools}; KLD against fp32 with its 95 % interval, on calibration text"]
     for name in dict.fromkeys((told["candidates"][0]["name"], told["chosen"])):
-        row = rows.get(name, {})
-        if "kld" in row:
+        row = rows.get(name)
+        if row and "kld" in row:
             lines.append(f"{name}: {sentence(row)}")
     return lines
 
