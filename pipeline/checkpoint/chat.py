@@ -63,7 +63,7 @@ def open_tokenizer(checkpoint: Path) -> Tokenizer:
     templates = tokenizer.chat_template
     if isinstance(templates, dict):
         tokenizer.chat_template = {name: dated(source) for name, source in templates.items()}
-    elif templates:
+    elif isinstance(templates, str):
         tokenizer.chat_template = dated(templates)
     return tokenizer
 

@@ -13,18 +13,20 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.export import Dim
 from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
 from pipeline.core.errors import ExportError
 from pipeline.tflite.graph import Graph, text
 from pipeline.tflite.weights import PREFIX
+
+if TYPE_CHECKING:
+    from torch.export import Dim
 
 _NO_RESERVE = 0x4000
 """MAP_NORESERVE of Linux, which Python's mmap names from 3.13 on."""
@@ -190,7 +192,7 @@ def _symbols(inputs: Inputs, dimensions: Dimensions) -> dict[str, dict[int, Dim]
     made: dict[str, Dim] = {}
     for axes in dimensions.values():
         for name, least, most in axes.values():
-            made.setdefault(name, Dim(name, min=least, max=most))
+            made.setdefault(name, torch.export.Dim(name, min=least, max=most))
     return {name: {axis: made[entry[0]] for axis, entry in dimensions.get(name, {}).items()} for name in inputs}
 
 

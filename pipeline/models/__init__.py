@@ -9,11 +9,15 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pipeline.checkpoint.preflight import Canonical
 from pipeline.core.errors import FetchError, UsageError
 from pipeline.core.recipe import PROJECT, Recipe, load
+
+if TYPE_CHECKING:  # torch is loaded with a family
+    from pipeline.export.export import Inputs
+    from pipeline.models.transformer import DecoderGraph, StepGraph, Table
 
 RECIPES = PROJECT / "pipeline" / "recipes"
 MODELS: Mapping[str, str] = {
@@ -71,19 +75,19 @@ class Architecture(Protocol):
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Every tensor of the text model: canonical name → shape."""
 
-    def step(self, *, every: bool = False) -> Any:
+    def step(self, *, every: bool = False) -> StepGraph:
         """The step graph (a `torch.nn.Module`, its text model `model`), its weights still to be assigned.
 
         With the logits of the last attended position, or of `every` one.
         """
 
-    def decoder(self, *, logits: bool) -> Any:
+    def decoder(self, *, logits: bool) -> DecoderGraph:
         """The bundle's decoder graph with or without `logits` (as `step`), its weights still to be assigned."""
 
-    def decoder_inputs(self, tokens: int, length: int) -> dict[str, Any]:
+    def decoder_inputs(self, tokens: int, length: int) -> Inputs:
         """Examples of the decoder graph's inputs but `input_pos` and `mask`: `tokens` tokens, a cache of `length`."""
 
-    def tables(self) -> tuple[Any, ...]:
+    def tables(self) -> tuple[Table, ...]:
         """The embedding tables (`transformer.Table`) that are sections of their own."""
 
     def canonical(self, name: str) -> str | None:

@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from pipeline.checkpoint.preflight import HEAD, HEADS
 from pipeline.core.errors import FetchError
+from pipeline.export.export import Inputs, Outputs
 from pipeline.export.operators import Embedding, Linear
 from pipeline.models import Runtime
 from pipeline.models.transformer import (
@@ -220,9 +221,7 @@ class Gemma3Decoder(DecoderGraph):
     def __init__(self, config: TextConfig, logits: bool) -> None:
         super().__init__(TextModel(config), logits)
 
-    def forward(
-        self, tokens: Tensor, input_pos: Tensor, mask: Tensor, kv_cache: Mapping[str, Tensor]
-    ) -> dict[str, Any]:
+    def forward(self, tokens: Tensor, input_pos: Tensor, mask: Tensor, kv_cache: Mapping[str, Tensor]) -> Outputs:
         """`tokens` are int32 [1, T]; the rest as in `run`."""
         return self.run(self.model.embed(tokens), input_pos, mask, kv_cache)
 
@@ -251,7 +250,7 @@ class Gemma3:
         """The decoder graph, its weights still to be assigned."""
         return Gemma3Decoder(self.text, logits)
 
-    def decoder_inputs(self, tokens: int, length: int) -> dict[str, Any]:
+    def decoder_inputs(self, tokens: int, length: int) -> Inputs:
         """Examples of what the decoder graph takes beside `input_pos` and `mask`, for `tokens` tokens."""
         cache = cache_tensors(self.text, length)
         return {"tokens": torch.zeros((1, tokens), dtype=torch.int32), "kv_cache": cache}

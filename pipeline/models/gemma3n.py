@@ -25,6 +25,7 @@ from torch.nn import functional
 
 from pipeline.checkpoint.preflight import EMBEDDING, HEAD, HEADS
 from pipeline.core.errors import FetchError
+from pipeline.export.export import Inputs, Outputs
 from pipeline.export.operators import Embedding, Linear, matmul
 from pipeline.models import Runtime
 from pipeline.models.transformer import (
@@ -411,7 +412,7 @@ class Gemma3nDecoder(DecoderGraph):
         input_pos: Tensor,
         mask: Tensor,
         kv_cache: Mapping[str, Tensor],
-    ) -> dict[str, Any]:
+    ) -> Outputs:
         """`embeddings` [1, T, H] and `per_layer_embeddings` [1, T, L, P] are scaled; the rest as in `run`."""
         return self.run((embeddings[:, :, None], per_layer_embeddings), input_pos, mask, kv_cache)
 
@@ -441,7 +442,7 @@ class Gemma3n:
         """The decoder graph, its weights still to be assigned."""
         return Gemma3nDecoder(self.text, logits)
 
-    def decoder_inputs(self, tokens: int, length: int) -> dict[str, Any]:
+    def decoder_inputs(self, tokens: int, length: int) -> Inputs:
         """Examples of what the decoder graph takes beside `input_pos` and `mask`, for `tokens` tokens."""
         per_layer = (1, tokens, self.text.num_hidden_layers, self.text.hidden_size_per_layer_input)
         return {

@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from pipeline.checkpoint.preflight import HEAD, HEADS
 from pipeline.core.errors import FetchError
+from pipeline.export.export import Inputs, Outputs
 from pipeline.export.operators import Embedding, Linear
 from pipeline.models import Runtime
 from pipeline.models.transformer import (
@@ -345,7 +346,7 @@ class Decoder(DecoderGraph):
         input_pos: Tensor,
         mask: Tensor,
         kv_cache: Mapping[str, Tensor],
-    ) -> dict[str, Any]:
+    ) -> Outputs:
         """`embeddings` [1, T, H] and `per_layer_embeddings` [1, T, L, P] are scaled; the rest as in `run`."""
         return self.run((embeddings[:, :, None], per_layer_embeddings), input_pos, mask, kv_cache)
 
@@ -353,9 +354,7 @@ class Decoder(DecoderGraph):
 class TokenDecoder(DecoderGraph):
     """The decoder section of a model without per-layer embeddings. It looks tokens up itself."""
 
-    def forward(
-        self, tokens: Tensor, input_pos: Tensor, mask: Tensor, kv_cache: Mapping[str, Tensor]
-    ) -> dict[str, Any]:
+    def forward(self, tokens: Tensor, input_pos: Tensor, mask: Tensor, kv_cache: Mapping[str, Tensor]) -> Outputs:
         """`tokens` are int32 [1, T]; the rest as in `run`."""
         return self.run(self.model.embed(tokens), input_pos, mask, kv_cache)
 
@@ -402,7 +401,7 @@ class Gemma4:
         """The decoder graph, its weights still to be assigned."""
         return (Decoder if self._looks_up else TokenDecoder)(TextModel(self.text, lookup=False), logits)
 
-    def decoder_inputs(self, tokens: int, length: int) -> dict[str, Any]:
+    def decoder_inputs(self, tokens: int, length: int) -> Inputs:
         """Examples of what the decoder graph takes beside `input_pos` and `mask`, for `tokens` tokens."""
         cache, text = cache_tensors(self.text, length), self.text
         if not self._looks_up:

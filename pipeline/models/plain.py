@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from pipeline.checkpoint.preflight import HEAD
 from pipeline.core.errors import FetchError
+from pipeline.export.export import Inputs, Outputs
 from pipeline.export.operators import Embedding, Linear
 from pipeline.models import Runtime
 from pipeline.models.transformer import (
@@ -299,9 +300,7 @@ class TextModel(nn.Module):
 class Decoder(DecoderGraph):
     """The decoder section of a bundle. It looks tokens up itself, in the table that is also its head."""
 
-    def forward(
-        self, tokens: Tensor, input_pos: Tensor, mask: Tensor, kv_cache: Mapping[str, Tensor]
-    ) -> dict[str, Any]:
+    def forward(self, tokens: Tensor, input_pos: Tensor, mask: Tensor, kv_cache: Mapping[str, Tensor]) -> Outputs:
         """`tokens` are int32 [1, T]; the rest as in `run`."""
         return self.run(self.model.embed(tokens), input_pos, mask, kv_cache)
 
@@ -327,7 +326,7 @@ class Plain:
         """The decoder graph, its weights still to be assigned."""
         return Decoder(TextModel(self.text), logits)
 
-    def decoder_inputs(self, tokens: int, length: int) -> dict[str, Any]:
+    def decoder_inputs(self, tokens: int, length: int) -> Inputs:
         """Examples of what the decoder graph takes beside `input_pos` and `mask`, for `tokens` tokens."""
         cache = cache_tensors(self.text, length)
         return {"tokens": torch.zeros((1, tokens), dtype=torch.int32), "kv_cache": cache}

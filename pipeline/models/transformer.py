@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from pipeline.export.export import Outputs
 from pipeline.export.operators import linear, matmul, normalise, update, window
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -309,7 +310,7 @@ class DecoderGraph(nn.Module):
 
     def run(
         self, embedded: tuple[Tensor, ...], input_pos: Tensor, mask: Tensor, kv_cache: Mapping[str, Tensor]
-    ) -> dict[str, Any]:
+    ) -> Outputs:
         """Run T tokens.
 
         Args:
@@ -323,7 +324,7 @@ class DecoderGraph(nn.Module):
         """
         attend = CacheAttention(self.model.config, input_pos, mask, kv_cache)
         hidden = self.model(input_pos.to(torch.float32)[None], attend, *embedded).squeeze(2)
-        output: dict[str, Any] = {"kv_cache": attend.cache}
+        output: Outputs = {"kv_cache": attend.cache}
         if self.logits:
             scaled = hidden * self.head.factor if self.head.cap else hidden
             output["logits"] = self.head(scaled, self.model.embed_tokens.weight)
