@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ import pytest
 from pipeline import reproduce
 from pipeline.core import errors, graph, manifest, stage
 from pipeline.core.errors import PipelineError
+from pipeline.core.facts import Fetch
 from pipeline.core.manifest import Source
 from pipeline.core.options import Options
 from pipeline.core.recipe import PROJECT
@@ -201,7 +202,13 @@ def test_code_that_changes_while_a_stage_runs_is_not_what_made_it(
 def test_reproduce_ends_with_the_code_of_the_stage_that_failed(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], code: int, ends: int
 ) -> None:
-    assert run(Stage(name="fetch", summary="makes weights", work=first_work)) == 0
+    card = {"licence": "mit", "base_models": (), "lineage": ()}
+    facts = Fetch(model_type="gemma3n_text", parameters=256, dtype="bfloat16", shards=1, **card)
+
+    def work(context: Context) -> Outcome:
+        return replace(first_work(context), facts=facts)
+
+    assert run(Stage(name="fetch", summary="makes weights", work=work)) == 0
     monkeypatch.setattr(reproduce.process, "run", lambda *_command, **_options: code)
     recipe = str(PROJECT / stage.DEFAULT_RECIPE)
     common = ["--model-id", "org/toy", "--artifacts", str(tmp_path), "--recipe", recipe]
