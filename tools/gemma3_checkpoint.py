@@ -16,13 +16,12 @@ Needs 1.5 GB of memory, and 0.9 GB on disk for a moment, 0.6 GB after.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
-import struct
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,8 @@ import numpy as np
 from gguf import GGUFReader, ReaderTensor, dequantize
 from numpy.typing import NDArray
 from sentencepiece import sentencepiece_model_pb2 as spm
+
+from tools.checkpoint_files import Tensor, write_json, write_safetensors
 
 CHAT_TEMPLATE = Path(__file__).parent.parent / "examples" / "tiny-gemma3n" / "chat_template.jinja"
 MODULES = {
@@ -95,29 +96,6 @@ def weights(tensor: ReaderTensor) -> Iterator[NDArray[np.float32]]:
     for start in range(0, len(tensor.data), ROWS):
         block = dequantize(tensor.data[start : start + ROWS], tensor.tensor_type)
         yield block.astype(np.float32, copy=False) - np.float32(offset)
-
-
-def to_bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
-    """The bits of `values` (finite) rounded to bfloat16, ties to even."""
-    bits = np.ascontiguousarray(values).view(np.uint32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2")
-
-
-def write_safetensors(tensors: Mapping[str, ReaderTensor], file: Path) -> None:
-    """Write `tensors` in bfloat16, one at a time, in the order of their names."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name in sorted(tensors):
-        shape = [int(size) for size in reversed(tensors[name].shape)]
-        start, end = end, end + 2 * int(np.prod(shape))
-        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with file.open("wb") as out:
-        out.write(struct.pack("<Q", len(text)) + text)
-        for name in sorted(tensors):
-            for block in weights(tensors[name]):
-                out.write(to_bfloat16(block).tobytes())
 
 
 # -------------------------------------------------------------------------------------------------------- tokenizer
@@ -324,12 +302,6 @@ def generation_config() -> dict[str, Any]:
     }
 
 
-def write_json(content: Mapping[str, Any], file: Path, *, indent: int | None = 2) -> None:
-    """Write `content` as UTF-8, keys as they come."""
-    text = json.dumps(content, ensure_ascii=False, indent=indent)
-    file.write_text(text + "\n", encoding="utf-8")
-
-
 def write_checkpoint(reader: GGUFReader, folder: Path) -> None:
     """Write every file of the checkpoint into `folder`, config.json last.
 
@@ -338,9 +310,13 @@ def write_checkpoint(reader: GGUFReader, folder: Path) -> None:
     """
     pieces = read_pieces(reader)
     folder.mkdir(parents=True, exist_ok=True)
-    write_safetensors(
-        {hugging_face_name(tensor.name): tensor for tensor in reader.tensors}, folder / "model.safetensors"
-    )
+    tensors = {
+        hugging_face_name(tensor.name): Tensor(
+            shape=tuple(int(size) for size in reversed(tensor.shape)), blocks=partial(weights, tensor)
+        )
+        for tensor in reader.tensors
+    }
+    write_safetensors(tensors, folder / "model.safetensors")
     (folder / "tokenizer.model").write_bytes(sentencepiece_model(pieces))
     write_json(tokenizer_json(pieces), folder / "tokenizer.json", indent=None)
     write_json(tokenizer_config(reader.fields["gemma3.context_length"].contents()), folder / "tokenizer_config.json")

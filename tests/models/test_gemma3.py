@@ -6,53 +6,24 @@ they are skipped.
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
+from real_model import Build
 
 from pipeline.core import manifest
-from pipeline.core.recipe import PROJECT
 
 CHECKPOINT = os.environ.get("GEMMA3_CHECKPOINT", "")
+RECIPE = "pipeline/recipes/gemma3.toml"
 BUILD = ("fetch", "graph", "fp32", "int8", "bundle")
 pytestmark = pytest.mark.skipif(not CHECKPOINT, reason="needs the checkpoint that `nox -s gemma3` makes")
-
-
-@dataclass(frozen=True)
-class Build:
-    """The model's folder below ARTIFACTS, and the exit code of `make`."""
-
-    root: Path
-    code: int
-
-    @classmethod
-    def make(cls, target: str, artifacts: Path, seed: int) -> Build:
-        """Run `make TARGET` on the checkpoint."""
-        settings = [f"MODEL_ID={CHECKPOINT}", "RECIPE=pipeline/recipes/gemma3.toml", "GRAPHS=bundle", "DEVICE=cpu"]
-        pinned = [f"PYTHONHASHSEED={seed}", "SOURCE_DATE_EPOCH=1764000000"]  # else the last commit's, which may change
-        command = ["make", target, *settings, *pinned, f"ARTIFACTS={artifacts}"]
-        return cls(root=artifacts / Path(CHECKPOINT).name, code=subprocess.call(command, cwd=PROJECT))
-
-    def read(self, name: str) -> dict[str, Any]:
-        """A JSON file of a stage."""
-        content: dict[str, Any] = json.loads((self.root / name).read_text(encoding="utf-8"))
-        return content
-
-    def bundle(self, precision: str) -> dict[str, Any]:
-        """What verify says of a bundle."""
-        found: dict[str, Any] = self.read("verify/report.json")["bundles"][f"bundle-{precision}"]
-        return found
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Build:
     assert Path(CHECKPOINT).is_dir(), "GEMMA3_CHECKPOINT is no folder"
-    return Build.make("verify", tmp_path_factory.mktemp("first"), seed=1)
+    return Build.make("verify", CHECKPOINT, RECIPE, tmp_path_factory.mktemp("first"), seed=1)
 
 
 def test_every_check_passes(built: Build) -> None:
@@ -94,7 +65,7 @@ def test_building_needs_less_memory_than_the_weights_in_fp32_and_half_again(buil
 
 
 def test_the_same_bundles_come_out_again(built: Build, tmp_path_factory: pytest.TempPathFactory) -> None:
-    again = Build.make("bundle", tmp_path_factory.mktemp("second"), seed=2)
+    again = Build.make("bundle", CHECKPOINT, RECIPE, tmp_path_factory.mktemp("second"), seed=2)
     assert again.code == 0
     first, second = (manifest.read(build.root / "bundle").outputs for build in (built, again))
     assert first == second and {record.path for record in first} == {"bundle/fp32.litertlm", "bundle/int8.litertlm"}
