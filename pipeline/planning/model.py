@@ -24,7 +24,7 @@ class Model:
     """A checkpoint, and what is to be made of it.
 
     `facts` as fetch records them; `download` the bytes to get (none of a local folder), `stored` those of its files,
-    `merged` those that are written anew with an adapter;
+    `merged` those that are written anew with an adapter; `tokenizer` those of its tokenizer.json;
     `shapes` of its tensors; `multiplied` the parameters that each token is multiplied with; `files` what each precision
     stores, by file.
     """
@@ -35,7 +35,12 @@ class Model:
     download: int
     stored: int
     merged: int
+<<<<<<< Updated upstream
     text: Mapping[str, object]
+=======
+    tokenizer: int
+    text: Mapping[str, Any]
+>>>>>>> Stashed changes
     shapes: Mapping[str, tuple[int, ...]]
     multiplied: int
     files: Mapping[str, Weights]
@@ -89,6 +94,7 @@ def look(model_id: str, revision: str, base: str, recipe: Recipe, graphs: Graphs
         download=0 if isinstance(asked.base or asked.origin, origin.Folder) else stored,
         merged=stored if asked.base else 0,
         stored=stored,
+        tokenizer=source.sizes.get("tokenizer.json", 0),
         text=config.get("text_config", config),
         shapes=architecture.tensors(),
         multiplied=sizes.multiplied(architecture),
