@@ -35,12 +35,8 @@ class Model:
     download: int
     stored: int
     merged: int
-<<<<<<< Updated upstream
-    text: Mapping[str, object]
-=======
     tokenizer: int
-    text: Mapping[str, Any]
->>>>>>> Stashed changes
+    text: Mapping[str, object]
     shapes: Mapping[str, tuple[int, ...]]
     multiplied: int
     files: Mapping[str, Weights]
