@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from pipeline.core import memory
+from pipeline.core.graph import Choice, makeable
 from pipeline.core.recipe import DECODER, STEP
 from pipeline.judge import corpus
 from pipeline.models import sizes
@@ -149,8 +150,8 @@ def _filled(model: Model, precision: str, *, sections: bool = True) -> Need:
     size = model.size(precision) if sections else model.files[STEP].bytes(precision)
     seconds = 2 + (size + model.stored) / _WRITE
     taken = 0.3 * _GIB + 2 * model.cache  # each file is run once, with a cache in and a cache out
-    section = {"int8": model.recipe.int8, "int4": model.recipe.int4}.get(precision)
-    if sections and section and section.gptq:
+    # GPTQ is all that reads the Hessians of stage moments.
+    if sections and "moments" in makeable(precision, Choice(recipe=model.recipe, graphs=model.graphs)):
         seconds += _gptq(model)
     if precision == "fp16":
         taken += _HALVES * model.multiplied
