@@ -82,7 +82,7 @@ def _graph(table: Blocks, source: Source, precision: Precision) -> Graph:
     graph = Graph.empty()
     rows, columns = table.shape
 
-    def constant(name: str, value: Sequence[int] | float, dtype: type[np.generic] = np.int32) -> int:
+    def constant(name: str, value: Sequence[int] | float, dtype: type[np.int32] | type[np.float32] = np.int32) -> int:
         return graph.add_constant(np.array(value, dtype), name)
 
     def then(code: str, inputs: Sequence[int], name: str, kind: str, shape: Sequence[int], version: int = 1) -> int:

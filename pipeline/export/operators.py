@@ -91,7 +91,7 @@ def _(x: Tensor, start: Tensor, size: Sequence[int]) -> Tensor:
     return x.new_empty(size)
 
 
-def _place(x: Tensor, start: Tensor, size: Sequence[int]) -> tuple[slice, ...]:
+def _place(x: Tensor, start: Tensor, size: Sequence[int]) -> tuple[slice[int, int, None], ...]:
     begins = [max(0, min(int(at), whole - part)) for at, whole, part in zip(start, x.shape, size, strict=True)]
     # As DYNAMIC_UPDATE_SLICE and SLICE do: what would not fit is moved back, and no error tells.
     return tuple(slice(begin, begin + part) for begin, part in zip(begins, size, strict=True))

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pipeline.core import parallel
 
 Doubles = NDArray[np.float64]
-Reals = NDArray[np.floating]
+Reals = NDArray[np.float16] | NDArray[np.float32] | NDArray[np.float64]
 Indices = NDArray[np.int64]
 
 TOP = 5
@@ -73,7 +73,7 @@ def join(parts: Sequence[Scores]) -> Scores:
     return Scores(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(Scores)))
 
 
-def compare(reference: Reals, logits: Reals, targets: NDArray[np.integer] | None = None) -> Scores:
+def compare(reference: Reals, logits: Reals, targets: NDArray[np.int32] | Indices | None = None) -> Scores:
     """Score `logits` [n, V] against `reference` [n, V]; `targets` [n] are the tokens that really came next.
 
     NaN or infinite logits give NaN scores, which no limit lets pass.
@@ -82,13 +82,13 @@ def compare(reference: Reals, logits: Reals, targets: NDArray[np.integer] | None
         raise ValueError(f"can't compare logits of shapes {reference.shape} and {logits.shape}")
     rows = max(1, _CHUNK // logits.shape[1])
 
-    def score(chunk: slice) -> Scores:
+    def score(chunk: slice[int, int, None]) -> Scores:
         return _compare_chunk(reference[chunk], logits[chunk], None if targets is None else targets[chunk])
 
     return join(list(parallel.ordered(score, (slice(i, i + rows) for i in range(0, len(logits), rows)))))
 
 
-def _compare_chunk(reference: Reals, logits: Reals, targets: NDArray[np.integer] | None) -> Scores:
+def _compare_chunk(reference: Reals, logits: Reals, targets: NDArray[np.int32] | Indices | None) -> Scores:
     # A KLD of 1e-6 is the difference of sums near 1, of which float32 keeps seven digits.
     expected, actual = reference.astype(np.float64), logits.astype(np.float64)
     with np.errstate(invalid="ignore", over="ignore"):

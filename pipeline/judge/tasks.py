@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,9 @@ from numpy.typing import NDArray
 from pipeline.core.errors import UsageError
 from pipeline.judge import corpus
 from pipeline.judge.metrics import Draws, Estimate, estimate
+
+if TYPE_CHECKING:
+    from sacrebleu.metrics.base import Metric
 
 Message = Mapping[str, str]
 ORIGINAL = "original"
@@ -57,9 +60,11 @@ def read(file: Path) -> list[Item]:
     return items
 
 
-def _item(row: Mapping[str, Any]) -> Item:
+def _item(row: Mapping[str, object]) -> Item:
     messages = row["messages"] if "messages" in row else [{"role": "user", "content": row["prompt"]}]
     references = row["references"] if "references" in row else [row["reference"]]
+    if not isinstance(messages, list) or not isinstance(references, list):
+        raise TypeError("messages or references are no list")
     texts = [*references, *(message[key] for message in messages for key in ("role", "content"))]
     if not messages or not references or not all(isinstance(text, str) for text in texts):
         raise TypeError("a prompt, message or reference is missing or is no text")
@@ -94,15 +99,16 @@ def answers(texts: Sequence[str], items: Sequence[Item]) -> Answers:
     exact = [text in references for text, references in zip(said, right, strict=True)]
     found = {"exact": np.array([[float(hit), 1.0] for hit in exact])}
     score: dict[str, Callable[[NDArray[np.float64]], float]] = {"exact": lambda sums: float(100 * sums[0] / sums[1])}
+    streams = cast("list[list[str]]", _streams(right))  # None is no reference, which sacrebleu's types don't say
     for name, metric in _sacrebleu().items():
-        found[name] = np.array(metric._extract_corpus_statistics(said, _streams(right)), np.float64)
+        found[name] = np.array(metric._extract_corpus_statistics(said, streams), np.float64)
         score[name] = lambda sums, metric=metric: float(  # type: ignore[misc]  # the default binds this turn's metric
             metric._compute_score_from_stats([int(count) for count in sums]).score
         )
     return Answers(statistics=found, score=score)
 
 
-def _sacrebleu() -> dict[str, Any]:
+def _sacrebleu() -> dict[str, Metric]:
     """chrF2 and BLEU with their defaults.
 
     Their statistics per sentence have no public name in sacrebleu 2.6.0; its own significance tests use these as well,

@@ -167,7 +167,7 @@ class Hessians:
             return factors or self._fill(factors, file, slice(start, start + columns), scaled, rotation)
 
     def _fill(
-        self, factors: list[Factor], file: str, columns: slice, scaled: Array | None, rotation: int
+        self, factors: list[Factor], file: str, columns: slice[int, int, None], scaled: Array | None, rotation: int
     ) -> list[Factor]:
         """`factors`, with that of each span of `columns`."""
         # Mapped: of a wide layer only the spans that are asked for are read.

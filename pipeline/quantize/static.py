@@ -334,7 +334,7 @@ def _wraps(graph: Graph, weight: int) -> bool:
     return int(max(sums)) * 2**15 >= 2**31
 
 
-def _steps(values: Array, unit: Array, kind: type[np.signedinteger]) -> Array:
+def _steps(values: Array, unit: Array, kind: type[np.int32] | type[np.int64]) -> Array:
     """`values` in multiples of `unit`, as integers of `kind`."""
     limits = np.iinfo(kind)
     # In float64: beyond 2²⁴ a float32 skips integers.

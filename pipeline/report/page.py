@@ -8,7 +8,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 
-def environment(**filters: Callable[..., str]) -> Environment:
+def environment(**filters: Callable[[float], str] | Callable[[str], str]) -> Environment:
     """Jinja's environment for this folder's templates, with `filters` by name."""
     made = Environment(
         loader=FileSystemLoader(Path(__file__).parent),

@@ -14,7 +14,7 @@ from mmap import mmap
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from pipeline.core.errors import IntegrityError
 from pipeline.tflite import schema, writer
@@ -34,7 +34,7 @@ from pipeline.tflite.schema import (
     Tensor,
 )
 
-_DTYPES: Mapping[str, np.dtype[np.generic]] = {
+_DTYPES: Mapping[str, DTypeLike] = {
     "FLOAT32": np.dtype(np.float32),
     "FLOAT16": np.dtype(np.float16),
     "INT32": np.dtype(np.int32),
@@ -493,8 +493,8 @@ def text(raw: Name) -> str:
     return raw.decode("utf-8", "replace") if isinstance(raw, bytes) else str(raw)
 
 
-def _type_of(dtype: np.dtype[np.generic]) -> int:
-    return int(getattr(schema.classes().TensorType, dtype.name.upper()))
+def _type_of(dtype: DTypeLike) -> int:
+    return int(getattr(schema.classes().TensorType, np.dtype(dtype).name.upper()))
 
 
 def _block_details(tensor: Tensor) -> BlockDetails | None:

@@ -48,6 +48,7 @@ def test_prompts_and_conversations_with_one_reference_or_more_are_read(tmp_path:
         (b'{"prompt": "a", "reference": "b"}\n{"prompt": "a"}', "line 2"),
         (b'{"prompt": "a", "reference": 3}', "is no text"),
         (b'{"prompt": "a", "references": []}', "missing"),
+        (b'{"prompt": "a", "references": "abc"}', "are no list"),
         (b'{"messages": [], "reference": "b"}', "missing"),
         (b'["a"]', "line 1"),
         (b"not json", "line 1"),
