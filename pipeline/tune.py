@@ -60,7 +60,7 @@ def work(arguments: argparse.Namespace) -> None:
     with locked(root, "tune"), made_again(root, NEEDS):
         bench = open_bench(arguments.recipe, recipe, arguments.calibration, root, clock, space)
         try:
-            layers = groups.layers_of(Graph.read(bench.every))
+            layers = groups.layers_of(Graph.read(bench.all_positions))
             values = {knob.key: _plain(getattr(section, knob.key)) for knob in space.knobs}
             study = Study(
                 bench=bench,

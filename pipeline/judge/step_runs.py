@@ -100,8 +100,8 @@ class GridResult:
 
 def run_grid(model: StepModel, reference: Reference, label: str, most: float = math.inf) -> GridResult:
     """Run the file on the shape grid; with a limit `most` on batch × sequence² only on what `_thinned` leaves of it."""
-    every = list(reference.shapes())
-    cases = every if math.isinf(most) else _thinned(every, most)
+    grid = list(reference.shapes())
+    cases = grid if math.isinf(most) else _thinned(grid, most)
     parts = []
     with log.progress(f"{label}: shape grid", sum(case[1].size for case in cases), "tokens") as bar:
         for lot in _lots(cases, reference.head.rows):
@@ -117,7 +117,7 @@ def run_grid(model: StepModel, reference: Reference, label: str, most: float = m
     worst = int(np.argmax(np.where(np.isfinite(nmse), nmse, math.inf)))
     return GridResult(
         cases=len(cases),
-        all_cases=len(every),
+        all_cases=len(grid),
         rows=len(nmse),
         nmse=float(nmse[worst]),
         where=names[worst],

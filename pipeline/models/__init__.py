@@ -75,10 +75,10 @@ class Architecture(Protocol):
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Every tensor of the text model: canonical name → shape."""
 
-    def step(self, *, every: bool = False) -> StepGraph:
+    def step(self, *, all_positions: bool = False) -> StepGraph:
         """The step graph (a `torch.nn.Module`, its text model `model`), its weights still to be assigned.
 
-        With the logits of the last attended position, or of `every` one.
+        With the logits of the last attended position, or of `all_positions`.
         """
 
     def decoder(self, *, logits: bool) -> DecoderGraph:

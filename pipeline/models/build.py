@@ -36,11 +36,11 @@ def export_step(checkpoint: Checkpoint, limits: StepLimits, out: Path) -> None:
         export([Signature("serving_default", module, _vectors(checkpoint), inputs, dimensions)], out)
 
 
-def export_every(checkpoint: Checkpoint, window: int, out: Path) -> None:
+def export_all_positions(checkpoint: Checkpoint, window: int, out: Path) -> None:
     """Write the step graph with the logits of every position, for one row of `window` tokens; weights as there."""
     inputs = {name: torch.ones((1, window), dtype=torch.int32) for name in ("input_ids", "attention_mask")}
     with torch.device("meta"):
-        module = architecture_for(checkpoint.config).step(every=True)
+        module = architecture_for(checkpoint.config).step(all_positions=True)
     with log.waiting("exporting the graph of every position", _seconds(checkpoint, 1)):
         export([Signature("serving_default", module, _vectors(checkpoint), inputs)], out)
 

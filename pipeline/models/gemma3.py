@@ -211,8 +211,8 @@ class TextModel(nn.Module):
 class Gemma3ForTFLite(StepGraph):
     """The step graph of a Gemma 3 text model."""
 
-    def __init__(self, config: TextConfig, every: bool = False) -> None:
-        super().__init__(TextModel(config), every)
+    def __init__(self, config: TextConfig, all_positions: bool = False) -> None:
+        super().__init__(TextModel(config), all_positions)
 
 
 class Gemma3Decoder(DecoderGraph):
@@ -242,9 +242,9 @@ class Gemma3:
             state = TextModel(self.text).state_dict()
         return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
-    def step(self, *, every: bool = False) -> Gemma3ForTFLite:
+    def step(self, *, all_positions: bool = False) -> Gemma3ForTFLite:
         """The step graph, its weights still to be assigned."""
-        return Gemma3ForTFLite(self.text, every)
+        return Gemma3ForTFLite(self.text, all_positions)
 
     def decoder(self, *, logits: bool) -> Gemma3Decoder:
         """The decoder graph, its weights still to be assigned."""

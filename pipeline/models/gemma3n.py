@@ -395,8 +395,8 @@ def _with_magnitude(x: Tensor, magnitude: Tensor) -> Tensor:
 class Gemma3nForTFLite(StepGraph):
     """The step graph of a Gemma 3n text model."""
 
-    def __init__(self, config: TextConfig, every: bool = False) -> None:
-        super().__init__(TextModel(config), every)
+    def __init__(self, config: TextConfig, all_positions: bool = False) -> None:
+        super().__init__(TextModel(config), all_positions)
 
 
 class Gemma3nDecoder(DecoderGraph):
@@ -434,9 +434,9 @@ class Gemma3n:
             state = TextModel(self.text).state_dict()
         return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
-    def step(self, *, every: bool = False) -> Gemma3nForTFLite:
+    def step(self, *, all_positions: bool = False) -> Gemma3nForTFLite:
         """The step graph, its weights still to be assigned."""
-        return Gemma3nForTFLite(self.text, every)
+        return Gemma3nForTFLite(self.text, all_positions)
 
     def decoder(self, *, logits: bool) -> Gemma3nDecoder:
         """The decoder graph, its weights still to be assigned."""

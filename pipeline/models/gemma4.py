@@ -393,9 +393,9 @@ class Gemma4:
             state = TextModel(self.text).state_dict()
         return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
-    def step(self, *, every: bool = False) -> StepGraph:
+    def step(self, *, all_positions: bool = False) -> StepGraph:
         """The step graph, its weights still to be assigned."""
-        return StepGraph(TextModel(self.text), every)
+        return StepGraph(TextModel(self.text), all_positions)
 
     def decoder(self, *, logits: bool) -> DecoderGraph:
         """The decoder graph, its weights still to be assigned."""

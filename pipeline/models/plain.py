@@ -318,9 +318,9 @@ class Plain:
             state = TextModel(self.text).state_dict()
         return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
-    def step(self, *, every: bool = False) -> StepGraph:
+    def step(self, *, all_positions: bool = False) -> StepGraph:
         """The step graph, its weights still to be assigned."""
-        return StepGraph(TextModel(self.text), every)
+        return StepGraph(TextModel(self.text), all_positions)
 
     def decoder(self, *, logits: bool) -> Decoder:
         """The decoder graph, its weights still to be assigned."""

@@ -250,13 +250,13 @@ class Head(nn.Module):
 class StepGraph(nn.Module):
     """Next-token logits of whole prompts, any batch and length, left or right padding."""
 
-    def __init__(self, model: Any, every: bool = False) -> None:
+    def __init__(self, model: Any, all_positions: bool = False) -> None:
         """`model` has `config`, `embed_tokens`, `embed(ids)`, and maps (positions, attend, *embedded) to states.
 
-        `every` position's logits instead of the last one's: what tune measures on.
+        Logits of `all_positions` instead of the last one's: what tune measures on.
         """
         super().__init__()
-        self.model, self.every = model, every
+        self.model, self.all_positions = model, all_positions
         self.head = Head(model.config.final_logit_softcapping)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
@@ -279,7 +279,7 @@ class StepGraph(nn.Module):
             masks[SLIDING] = causal & torch.lt(distance, torch.tensor(config.sliding_window - 0.5))
         attend = PromptAttention(config, masks)
         hidden = self.model(_positions(causal), attend, *self.model.embed(input_ids))
-        if self.every:
+        if self.all_positions:
             scaled = hidden * self.head.factor if self.head.cap else hidden
             return {"logits": self.head(scaled, self.model.embed_tokens.weight).squeeze(2)}
         # Before the head: of 2,048 positions a caller wants one, and the head is the largest product.

@@ -90,7 +90,7 @@ class Bench:
 
     checkpoint: Checkpoint
     hessians: gptq.Hessians
-    every: Path
+    all_positions: Path
     step: Path
     text: str
     windows: Tokens
@@ -117,7 +117,7 @@ class Bench:
     @cached_property
     def references(self) -> list[Path]:
         """The fp32 file's logits [positions, V] of each window."""
-        model = litert.StepModel(self.write(None, self.every, "fp32"), threads=parallel.threads())
+        model = litert.StepModel(self.write(None, self.all_positions, "fp32"), threads=parallel.threads())
         files = []
         with log.progress("fp32", len(self.windows), "windows") as bar:
             for place, row in enumerate(self.windows):
@@ -205,7 +205,7 @@ class Bench:
     def evaluate(self, candidate: Candidate, shards: Sequence[int]) -> str:
         """Build the candidate, run the shards, keep what was found; the figures in words."""
         started = time.monotonic()
-        file = self.write(candidate, self.every, self.record(candidate, shards[0]).stem)
+        file = self.write(candidate, self.all_positions, self.record(candidate, shards[0]).stem)
         # One thread: candidates run side by side, and a graph this small gains little from more.
         model = litert.StepModel(file, threads=1)
         found = []

@@ -49,16 +49,16 @@ def open_bench(file: Path, recipe: Recipe, calibration: Path | None, root: Path,
     shutil.rmtree(folder / "scratch", ignore_errors=True)
     (folder / "scratch").mkdir(parents=True)
     source = _sources()
-    every = folder / f"every-{source[:16]}-{windows.shape[1]}.tflite"
-    if not every.is_file():
-        build.export_every(checkpoint, windows.shape[1], folder / "scratch" / every.name)
-        (folder / "scratch" / every.name).replace(every)
+    all_positions = folder / f"all-positions-{source[:16]}-{windows.shape[1]}.tflite"
+    if not all_positions.is_file():
+        build.export_all_positions(checkpoint, windows.shape[1], folder / "scratch" / all_positions.name)
+        (folder / "scratch" / all_positions.name).replace(all_positions)
     read = [record.sha256 for name in ("fetch", "moments") for record in upstream[name].outputs]
     identity = [source, hashlib.sha256(windows.tobytes()).hexdigest(), read, versions.installed()]
     return Bench(
         checkpoint=checkpoint,
         hessians=gptq.Hessians(root / "moments"),
-        every=every,
+        all_positions=all_positions,
         step=build.graph_files(upstream["graph"], root, "step")[STEP],
         text=file.read_text(encoding="utf-8"),
         windows=windows,

@@ -22,7 +22,7 @@ def bench_of(folder: Path, section: str) -> Bench:
     return Bench(
         checkpoint=nothing,
         hessians=nothing,
-        every=folder,
+        all_positions=folder,
         step=folder,
         text=(PROJECT / "pipeline" / "recipes" / "gemma3.toml").read_text(encoding="utf-8"),
         windows=np.zeros((4, 8), np.int32),
