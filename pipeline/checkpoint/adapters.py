@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -268,8 +268,8 @@ def check_tokens(adapter: Source, base: Source, tokens: int) -> None:
 
 def _added(source: Source) -> dict[int, str]:
     """The tokens that were added to a tokenizer, by id."""
-    rows = source.json("tokenizer.json").get("added_tokens") or ()
-    return {int(row["id"]): str(row["content"]) for row in rows}
+    rows = source.json("tokenizer.json").get("added_tokens")
+    return {int(row["id"]): str(row["content"]) for row in rows} if isinstance(rows, list) else {}
 
 
 def _settings(table: Mapping[str, Any], where: str) -> Settings:
@@ -315,7 +315,7 @@ def _settings(table: Mapping[str, Any], where: str) -> Settings:
         ) from error
 
 
-def _tokens(given: Any) -> dict[str, tuple[int, ...]]:
+def _tokens(given: dict[str, Sequence[int]] | Sequence[int] | None) -> dict[str, tuple[int, ...]]:
     """Rows by the end of a module's name; a list alone is the token embedding's."""
     if not given:
         return {}

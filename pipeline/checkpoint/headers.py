@@ -12,7 +12,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from pipeline.core.errors import IntegrityError
 
@@ -130,7 +130,7 @@ def listed(names: Iterable[str], most: int = 5) -> str:
     return ", ".join(ordered[:most]) + rest
 
 
-def _load(data: bytes, file: str, unit: str = "header") -> dict[str, Any]:
+def _load(data: bytes, file: str, unit: str = "header") -> dict[str, object]:
     """`data` as a JSON object without duplicate keys and without NaN."""
     if not data.startswith(b"{"):  # demanded by the format; also keeps byte order marks and other encodings out
         _refuse(file, f"has a {unit} that does not start with {{")
@@ -141,7 +141,7 @@ def _load(data: bytes, file: str, unit: str = "header") -> dict[str, Any]:
         _refuse(file, f"has a {unit} that is not valid JSON ({reason})")
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     # Python takes the last of two equal keys, others the first: two readers would see two models.
     table = dict(pairs)
     if len(table) != len(pairs):

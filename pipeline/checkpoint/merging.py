@@ -146,7 +146,9 @@ def _write_tables(base: Checkpoint, changes: Mapping[str, Change], out: Path) ->
     new = {name: base.tensors[change.base].file for name, change in changes.items() if name not in base.tensors}
     if new and (base.folder / INDEX).is_file():
         index = read_json(base.folder / INDEX)
-        written[INDEX] = {**index, "weight_map": {**index["weight_map"], **new}}
+        held = index["weight_map"]
+        assert isinstance(held, dict)  # preflight has read it
+        written[INDEX] = {**index, "weight_map": {**held, **new}}
     for name, table in written.items():
         (out / name).write_text(dump_json(table), encoding="utf-8")
     return set(written)

@@ -10,7 +10,6 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -55,7 +54,7 @@ _SAMPLE = (9, 1 << 15)
 """Blocks of a remote head that are compared before the download, the first and the last among them; their elements."""
 
 Canonical = Callable[[str], "str | None"]
-Expected = Callable[[Mapping[str, Any]], "tuple[Mapping[str, tuple[int, ...]], Canonical]"]
+Expected = Callable[[Mapping[str, object]], "tuple[Mapping[str, tuple[int, ...]], Canonical]"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +75,7 @@ class Source:
         sizes = {file.name: file.stat().st_size for file in folder.iterdir() if file.is_file()}
         return cls(where=str(folder), sizes=sizes, read=lambda *part: read_part(folder, *part))
 
-    def json(self, name: str) -> dict[str, Any]:
+    def json(self, name: str) -> dict[str, object]:
         """A whole JSON file, empty if it is absent.
 
         Raises:
@@ -177,7 +176,7 @@ def check_kind(names: Collection[str], where: str) -> None:
     )
 
 
-def check_own_code(table: Mapping[str, Any], file: str, where: str) -> None:
+def check_own_code(table: Mapping[str, object], file: str, where: str) -> None:
     """Refuse a checkpoint whose configuration `table`, read from `file`, asks for code of its own.
 
     Raises:
@@ -191,7 +190,7 @@ def check_own_code(table: Mapping[str, Any], file: str, where: str) -> None:
         )
 
 
-def check_precision(config: Mapping[str, Any], names: Collection[str], where: str) -> None:
+def check_precision(config: Mapping[str, object], names: Collection[str], where: str) -> None:
     """Refuse a checkpoint that is quantised already.
 
     Raises:

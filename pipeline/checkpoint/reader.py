@@ -13,7 +13,6 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -47,12 +46,12 @@ class Checkpoint:
     tensors: Mapping[str, TensorInfo]
 
     @cached_property
-    def config(self) -> dict[str, Any]:
+    def config(self) -> dict[str, object]:
         """`config.json`."""
         return read_json(self.folder / CONFIG)
 
     @cached_property
-    def generation_config(self) -> dict[str, Any]:
+    def generation_config(self) -> dict[str, object]:
         """`generation_config.json`, empty if there is none."""
         file = self.folder / "generation_config.json"
         return read_json(file) if file.is_file() else {}
@@ -185,7 +184,7 @@ def read_part(folder: Path, name: str, start: int, stop: int) -> bytes:
         return stream.read(stop - start)
 
 
-def parse_json(data: bytes, name: str) -> dict[str, Any]:
+def parse_json(data: bytes, name: str) -> dict[str, object]:
     """`data` as a JSON object.
 
     Raises:
@@ -203,7 +202,7 @@ def parse_json(data: bytes, name: str) -> dict[str, Any]:
     return value
 
 
-def read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, object]:
     """The JSON object in `file`.
 
     Raises:

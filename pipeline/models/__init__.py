@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from pipeline.checkpoint.preflight import Canonical
 from pipeline.core.errors import FetchError, UsageError
@@ -65,7 +65,7 @@ class Architecture(Protocol):
 
     runtime: Runtime
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    def __init__(self, config: Mapping[str, object]) -> None:
         """Read a checkpoint's `config.json`.
 
         Raises:
@@ -94,7 +94,7 @@ class Architecture(Protocol):
         """The canonical name of checkpoint tensor `name`, or None if the text model knowingly leaves it out."""
 
 
-def architecture_for(config: Mapping[str, Any]) -> Architecture:
+def architecture_for(config: Mapping[str, object]) -> Architecture:
     """The architecture of a checkpoint's `config.json`, bound to it.
 
     Raises:
@@ -121,7 +121,7 @@ def sections(architecture: Architecture) -> tuple[str, ...]:
     return (DECODER, *(table.name for table in architecture.tables()))
 
 
-def expected(recipe: Recipe, config: Mapping[str, Any]) -> tuple[dict[str, tuple[int, ...]], Canonical]:
+def expected(recipe: Recipe, config: Mapping[str, object]) -> tuple[dict[str, tuple[int, ...]], Canonical]:
     """What a checkpoint with this `config.json` must hold: shapes by canonical name, and how stored names map to them.
 
     Raises:

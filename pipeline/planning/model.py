@@ -91,7 +91,7 @@ def look(model_id: str, revision: str, base: str, recipe: Recipe, graphs: Graphs
         merged=stored if asked.base else 0,
         stored=stored,
         tokenizer=source.sizes.get("tokenizer.json", 0),
-        text=config.get("text_config", config),
+        text=nested if isinstance(nested := config.get("text_config"), dict) else config,
         shapes=architecture.tensors(),
         multiplied=sizes.multiplied(architecture),
         files=sizes.of_files(architecture, len(recipe.bundle.prefill), graphs),
