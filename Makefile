@@ -210,7 +210,7 @@ help: ## list targets and settings
 # The lock that .venv was made from stands in the first line of .ready.
 INSTALLED := $(shell sed -n '1s/^lock //p' .venv/.ready 2>/dev/null)
 .venv/.ready: locks/cpu.txt locks/cuda.txt locks/dev.txt tools/setup.sh $(if $(filter auto $(INSTALLED),$(LOCK)),,CHANGED)
-	@PYTHON=$(PYTHON) TORCH_INDEX=$(TORCH_INDEX) tools/setup.sh .venv $(LOCK)
+	@PYTHON=$(PYTHON) TORCH_INDEX=$(call QUOTE,$(TORCH_INDEX)) tools/setup.sh .venv $(call QUOTE,$(LOCK))
 
 .venv-sign/.ready: locks/sign.txt tools/setup.sh
 	@PYTHON=$(PYTHON) tools/setup.sh .venv-sign sign

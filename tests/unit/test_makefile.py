@@ -393,6 +393,9 @@ def test_small_settings_are_words_for_the_shell() -> None:
     text = make("-n", "run", "chat", "tune", *(f"{name}={hostile}" for name in ("PRECISION", "MINUTES", "SECTION")))
     rows = [shlex.split(row) for row in text.splitlines() if "-m pipeline.chat" in row or "-m pipeline.tune" in row]
     assert len(rows) == 3 and not any("touch" in words for words in rows)
+    index = "https://index/?a=1&b=2"
+    install = make("-nB", ".venv/.ready", f"LOCK={hostile}", f"TORCH_INDEX={index}").splitlines()[-1]
+    assert shlex.split(install)[1:] == [f"TORCH_INDEX={index}", "tools/setup.sh", ".venv", hostile]
 
 
 @pytest.mark.parametrize(
