@@ -69,7 +69,7 @@ class Decoder(sqnr.Running):
         super().__init__(decode, litert.open_traced(file))
         self._conversation = Conversation(Sections(file.parent, decoder=self.interpreter))
 
-    def play(self, sample: litert.Tokens) -> Iterator[int]:
+    def replay(self, sample: litert.Tokens) -> Iterator[int]:
         """Decode its tokens."""
         self._conversation.reset()
         for token in sample:

@@ -26,8 +26,7 @@ from pipeline.core import facts, manifest, options
 from pipeline.core.errors import UsageError
 from pipeline.core.recipe import PROJECT
 from pipeline.core.stage import Context, Outcome, Stage, main
-from pipeline.judge import bundles, corpus
-from pipeline.judge import steps as verdict
+from pipeline.judge import bundles, corpus, steps
 from pipeline.judge.reference import Head, Reference
 from pipeline.judge.steps import BASELINE, Verdict
 from pipeline.judge.verdicts import judge_bundles, judge_steps, judged_files
@@ -67,7 +66,7 @@ def work(context: Context) -> Outcome:
         verdicts, judgement = judge_steps(context, variants, reference, tokenizer)
     if context.graphs != "step":
         bundle_verdicts = judge_bundles(context, reference, tokenizer, CONVERSATIONS)
-    judgement = verdict.finite(judgement | summarise(context, verdicts, bundle_verdicts))
+    judgement = steps.finite(judgement | summarise(context, verdicts, bundle_verdicts))
     manifest.write_atomically(context.folder / "judgement.json", manifest.dump_json(judgement))
     write_report(context, judgement, verdicts)
     tensors = constants.digests(judged_files(context, variants))

@@ -110,7 +110,7 @@ def trace(file: Path, reference: Path, samples: Sequence[Tokens]) -> Comparison:
 
 
 def compare(ours: Running, theirs: Running, samples: Sequence[Tokens]) -> Comparison:
-    """Play `samples` [L] each on both, and compare what every operator makes of them.
+    """Replay `samples` [L] each on both, and compare what every operator makes of them.
 
     Raises:
         UsageError: they have no operator in common.
@@ -121,7 +121,7 @@ def compare(ours: Running, theirs: Running, samples: Sequence[Tokens]) -> Compar
     signal, noise = np.zeros(len(pairs)), np.zeros(len(pairs))
     with log.progress("signal to noise", sum(map(len, samples)), "tokens") as bar:
         for sample in samples:
-            for read, _ in zip(ours.play(sample), theirs.play(sample), strict=True):
+            for read, _ in zip(ours.replay(sample), theirs.play(sample), strict=True):
                 for place, (tensor, other) in enumerate(pairs.items()):
                     power, error = _powers(theirs.value(tensor), ours.value(other))
                     signal[place] += power
@@ -147,7 +147,7 @@ class Running:
     def __init__(self, graph: Graph, interpreter: Interpreter) -> None:
         self.graph, self.interpreter = graph, interpreter
 
-    def play(self, sample: Tokens) -> Iterator[int]:
+    def replay(self, sample: Tokens) -> Iterator[int]:
         """Run the tokens of `sample` [L]; after each run, while its results stand, how many it has read."""
         raise NotImplementedError
 
@@ -186,7 +186,7 @@ class StepGraph(Running):
                 remedy="name two step.tflite, or two decoder.tflite with their embedders beside them",
             )
 
-    def play(self, sample: Tokens) -> Iterator[int]:
+    def replay(self, sample: Tokens) -> Iterator[int]:
         """Run it all."""
         litert.run(self.interpreter, sample)
         yield len(sample)

@@ -110,7 +110,7 @@ class Verdict:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Played:
+class KernelRun:
     """What a file gave with one kind of kernels: logits [n, V] of `part`, the positions `chosen` [n] of all judged.
 
     The fp32 file is held against the whole shape `grid`, the others run at its corners: `unsound`. None is what was not
@@ -130,37 +130,37 @@ def judge_files(subjects: Sequence[Subject], setting: Setting) -> list[Verdict]:
 
     All are scored at the end together, for which the reference's logits are computed once.
     """
-    played = [_run(subject, setting) for subject in subjects]
-    scores = step_runs.against_reference([each["xnnpack"].logits for each in played], setting.judged)
+    runs = [_run(subject, setting) for subject in subjects]
+    scores = step_runs.against_reference([each["xnnpack"].logits for each in runs], setting.judged)
     verdicts: list[Verdict] = []
-    for subject, found, exact in zip(subjects, played, scores, strict=True):
+    for subject, found, exact in zip(subjects, runs, scores, strict=True):
         verdicts.append(_judge(subject, setting, found, exact, verdicts[0] if verdicts else None))
     return verdicts
 
 
-def _run(subject: Subject, setting: Setting) -> Mapping[str, Played]:
+def _run(subject: Subject, setting: Setting) -> Mapping[str, KernelRun]:
     """Both kinds of kernels side by side, which share the cores.
 
     The graph has long stretches that one core alone can run, and threads that wait for each other take processor time
     as well.
     """
     log.step(f"judging {subject.name} ({log.human_bytes(subject.record.size)})")
-    return dict(zip(KERNELS, parallel.ordered(partial(_play, subject, setting), KERNELS), strict=True))
+    return dict(zip(KERNELS, parallel.ordered(partial(_run_kernels, subject, setting), KERNELS), strict=True))
 
 
 def _judge(
-    subject: Subject, setting: Setting, played: Mapping[str, Played], scores: Scores, baseline: Verdict | None
+    subject: Subject, setting: Setting, runs: Mapping[str, KernelRun], scores: Scores, baseline: Verdict | None
 ) -> Verdict:
     """What follows from the runs and the `scores` against the reference; `baseline` is None for the fp32 file."""
-    logits, continuations = played["xnnpack"].logits, played["xnnpack"].continuations
+    logits, continuations = runs["xnnpack"].logits, runs["xnnpack"].continuations
     summary = metrics.summarise(scores, setting.judged.positions.window)
-    grids = {kernels: each.grid for kernels, each in played.items() if each.grid}
+    grids = {kernels: each.grid for kernels, each in runs.items() if each.grid}
     if baseline is None:
         figures, own = _converter_figures(summary, grids), None
     else:
-        scores, own = _against_baseline(played["xnnpack"], baseline)
-        figures = _quantiser_figures(own, _against_baseline(played["builtin"], baseline)[1])
-    holds = [each.unsound for each in played.values() if each.unsound]
+        scores, own = _against_baseline(runs["xnnpack"], baseline)
+        figures = _quantiser_figures(own, _against_baseline(runs["builtin"], baseline)[1])
+    holds = [each.unsound for each in runs.values() if each.unsound]
     checks = gates.judge(subject.name, subject.gate, [*figures, *_file_figures(subject)]) + holds
     return Verdict(
         subject=subject,
@@ -175,7 +175,7 @@ def _judge(
     )
 
 
-def _play(subject: Subject, setting: Setting, kernels: str) -> Played:
+def _run_kernels(subject: Subject, setting: Setting, kernels: str) -> KernelRun:
     """Run the file with one kind of kernels; the slow ones on a part of the positions, and for fp32 on none."""
     exact, delegated = subject.name == BASELINE, kernels == "xnnpack"
     # Half of the threads each: both kinds of kernels run at once.
@@ -190,7 +190,7 @@ def _play(subject: Subject, setting: Setting, kernels: str) -> Played:
         logits = step_runs.run_positions(model, part, label, setting.scratch / f"{subject.name}-{kernels}")
     if delegated:
         continuations = step_runs.greedy(model, reference, setting.prompts, setting.continuation, setting.stop)
-    return Played(
+    return KernelRun(
         part=part,
         chosen=chosen,
         logits=logits,
@@ -200,10 +200,10 @@ def _play(subject: Subject, setting: Setting, kernels: str) -> Played:
     )
 
 
-def _against_baseline(played: Played, baseline: Verdict) -> tuple[Scores, Summary]:
+def _against_baseline(run: KernelRun, baseline: Verdict) -> tuple[Scores, Summary]:
     """The file with one kind of kernels against the fp32 file with XNNPACK."""
-    scores = step_runs.against_file(played.logits, baseline.logits, played.part, played.chosen)
-    return scores, metrics.summarise(scores, played.part.positions.window)
+    scores = step_runs.against_file(run.logits, baseline.logits, run.part, run.chosen)
+    return scores, metrics.summarise(scores, run.part.positions.window)
 
 
 def _divergence(continuations: Sequence[Sequence[int]], setting: Setting) -> Divergence | None:

@@ -12,8 +12,7 @@ from pipeline.core.errors import UsageError
 from pipeline.core.facts import Bundle, Fetch, Golden, Precision
 from pipeline.core.recipe import STEP
 from pipeline.core.stage import Context
-from pipeline.judge import bundles, gates, kv_cache, sqnr
-from pipeline.judge import steps as verdict
+from pipeline.judge import bundles, gates, kv_cache, sqnr, steps
 from pipeline.judge.kv_cache import Trace
 from pipeline.judge.reference import Reference
 from pipeline.judge.step_runs import JudgedPositions
@@ -45,9 +44,9 @@ def judge_steps(
             stop=golden.stop,
             scratch=Path(scratch),
         )
-        verdicts = verdict.judge_files(subjects, setting)
+        verdicts = steps.judge_files(subjects, setting)
     decode: Callable[[list[int]], str] = lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True))  # noqa: E731
-    rows = verdict.greedy_rows(reference, verdicts, setting, decode)
+    rows = steps.greedy_rows(reference, verdicts, setting, decode)
     return verdicts, {
         "greedy": rows,
         "continuation": recipe.corpus.continuation,
@@ -115,9 +114,9 @@ def _bundle(context: Context, precision: str) -> bundles.Subject:
 
 def judged_files(context: Context, variants: Sequence[str]) -> dict[str, Path]:
     """Every judged file, the step graphs of `variants` first, by its path in the model's folder."""
-    steps = [f"{name}/{STEP}" for name in variants] if context.graphs != "bundle" else []
+    step_files = [f"{name}/{STEP}" for name in variants] if context.graphs != "bundle" else []
     bundled = context.recipe.bundle.precisions if context.graphs != "step" else ()
-    return {path: context.root / path for path in (*steps, *(f"bundle/{name}.litertlm" for name in bundled))}
+    return {path: context.root / path for path in (*step_files, *(f"bundle/{name}.litertlm" for name in bundled))}
 
 
 def _ordered(variants: Sequence[str]) -> list[str]:

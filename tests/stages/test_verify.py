@@ -347,7 +347,7 @@ class TestWhereItGoesWrong:
         alone = Conversation(Sections(folder, xnnpack=False))
         signatures = decoder.interpreter.get_signature_runner("decode").get_output_details()
         logits = signatures["logits"]["index"]
-        for token, _ in zip((2, 40, 41), decoder.play(np.array([2, 40, 41], np.int32)), strict=True):
+        for token, _ in zip((2, 40, 41), decoder.replay(np.array([2, 40, 41], np.int32)), strict=True):
             np.testing.assert_allclose(decoder.value(logits).ravel(), alone.decode(token), atol=1e-4)
 
     def test_a_decoder_that_can_not_decode_is_refused(self, built: Line, tmp_path: Path) -> None:
