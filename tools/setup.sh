@@ -86,7 +86,7 @@ by_pip() {
         "run the same command again: nothing half-made is used$([[ $lock != cpu ]] || echo '; or make setup LOCK=cuda')"
 }
 
-install() { # by uv, in some half of pip's time: it unpacks and compiles on all cores
+install() { # by uv, in half to three quarters of pip's time: it unpacks and compiles on all cores
     local file files=() quiet=() scratch=$folder/.scratch
     [[ -z "${TORCH_INDEX:-}" ]] || files+=(--extra-index-url "$TORCH_INDEX")
     [[ -t 2 ]] || quiet=(-q)
