@@ -121,7 +121,7 @@ def compare(ours: Running, theirs: Running, samples: Sequence[Tokens]) -> Compar
     signal, noise = np.zeros(len(pairs)), np.zeros(len(pairs))
     with log.progress("signal to noise", sum(map(len, samples)), "tokens") as bar:
         for sample in samples:
-            for read, _ in zip(ours.replay(sample), theirs.play(sample), strict=True):
+            for read, _ in zip(ours.replay(sample), theirs.replay(sample), strict=True):
                 for place, (tensor, other) in enumerate(pairs.items()):
                     power, error = _powers(theirs.value(tensor), ours.value(other))
                     signal[place] += power
