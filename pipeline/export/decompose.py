@@ -15,12 +15,15 @@ from contextlib import contextmanager
 import torch
 import torch.fx.config
 from litert_torch import fx_infra
+from litert_torch.backend.experimental import torch_tfl
 from torch._ops import OpOverload
 from torch.fx.node import Argument, Node, map_arg
 from torch.fx.passes.shape_prop import _extract_tensor_metadata
 from torch.fx.traceback import NodeSource
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
+
+from pipeline.export import repeat
 
 Table = Mapping[object, Callable[..., object]]
 
@@ -76,6 +79,8 @@ def decompose(
             program.graph_signature.replace_all_uses(node.name, result.name)
             graph.erase_node(node)
     graph.eliminate_dead_code()
+    if torch_tfl.decomps.keys() <= known.keys():  # the last time, with what makes TFLite's operators
+        repeat.expand(program)
     return program
 
 

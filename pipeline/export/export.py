@@ -95,12 +95,13 @@ def export(signatures: Sequence[Signature], out: Path) -> None:
 
     from pipeline.export.decompose import by_node
     from pipeline.export.lowering import dynamic_shapes
+    from pipeline.export.repeat import once
 
     # Its progress bar writes over our lines, and into logs.
     _config.config.show_progress = False
     converter: Converter = litert_torch
     try:
-        with dynamic_shapes(), by_node(), torch.no_grad(), warnings.catch_warnings():
+        with dynamic_shapes(), by_node(), once(), torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             for each in signatures:
                 converter = _add(converter, each)

@@ -19,6 +19,7 @@ from pipeline.checkpoint.preflight import HEAD, HEADS
 from pipeline.core.errors import FetchError
 from pipeline.export.export import Inputs, Outputs
 from pipeline.export.operators import Embedding, Linear
+from pipeline.export.repeat import run_layers
 from pipeline.models import Runtime
 from pipeline.models.transformer import (
     FULL,
@@ -197,10 +198,8 @@ class TextModel(nn.Module):
             kind: Rotation.at(positions, theta, self.config.head_dim, factor)
             for kind, (theta, factor) in self.config.rope.items()
         }
-        x = embedded
-        for i, layer in enumerate(self.layers):
-            x = layer(x, rotations[self.config.layer_types[i]], attend)
-        normed: Tensor = self.norm(x)
+        kinds = self.config.layer_types
+        normed: Tensor = self.norm(run_layers(self.layers, attend, embedded, lambda i: (rotations[kinds[i]],)))
         return normed
 
     def embed(self, input_ids: Tensor) -> tuple[Tensor]:

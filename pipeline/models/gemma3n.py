@@ -27,6 +27,7 @@ from pipeline.checkpoint.preflight import EMBEDDING, HEAD, HEADS
 from pipeline.core.errors import FetchError
 from pipeline.export.export import Inputs, Outputs
 from pipeline.export.operators import Embedding, Linear, matmul
+from pipeline.export.repeat import run_layers
 from pipeline.models import Runtime
 from pipeline.models.transformer import (
     FULL,
@@ -341,8 +342,8 @@ class TextModel(nn.Module):
             kind: Rotation.at(positions, theta, self.config.head_dim) for kind, theta in self.config.rope_theta.items()
         }
         states = self._spread(embedded)
-        for i, layer in enumerate(self.layers):
-            states = layer(states, state(per_layer, i), rotations[self.config.layer_types[i]], attend)
+        kinds = self.config.layer_types
+        states = run_layers(self.layers, attend, states, lambda i: (state(per_layer, i), rotations[kinds[i]]))
         return self.norm(self._gather(states))
 
     def embed(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -23,6 +23,7 @@ from pipeline.checkpoint.preflight import HEAD, HEADS
 from pipeline.core.errors import FetchError
 from pipeline.export.export import Inputs, Outputs
 from pipeline.export.operators import Embedding, Linear
+from pipeline.export.repeat import run_layers
 from pipeline.models import Runtime
 from pipeline.models.transformer import (
     FULL,
@@ -310,11 +311,12 @@ class TextModel(nn.Module):
         """
         per_layer = None if tokens is None else self._per_layer_inputs(embedded, tokens)
         rotations = {kind: self._rotation(positions, kind) for kind in self.config.frequencies}
-        x = embedded
-        for i, layer in enumerate(self.layers):
-            own = None if per_layer is None else per_layer[:, :, i : i + 1]
-            x = layer(x, own, rotations[self.config.layer_types[i]], attend)
-        normed: Tensor = self.norm(x)
+        kinds = self.config.layer_types
+
+        def own(layer: int) -> tuple[Tensor | None, Rotation]:
+            return None if per_layer is None else per_layer[:, :, layer : layer + 1], rotations[kinds[layer]]
+
+        normed: Tensor = self.norm(run_layers(self.layers, attend, embedded, own))
         return normed
 
     def _rotation(self, positions: Tensor, kind: str) -> Rotation:

@@ -21,6 +21,7 @@ from pipeline.checkpoint.preflight import HEAD
 from pipeline.core.errors import FetchError
 from pipeline.export.export import Inputs, Outputs
 from pipeline.export.operators import Embedding, Linear
+from pipeline.export.repeat import run_layers
 from pipeline.models import Runtime
 from pipeline.models.transformer import (
     FULL,
@@ -286,10 +287,7 @@ class TextModel(nn.Module):
         config = self.config
         turned = Rotation.of(positions, torch.tensor(config.frequencies)).scaled(config.rotary_scale)
         rotations = turned.scaled(config.head_dim**-0.5), turned
-        x = embedded
-        for layer in self.layers:
-            x = layer(x, rotations, attend)
-        normed: Tensor = self.norm(x)
+        normed: Tensor = self.norm(run_layers(self.layers, attend, embedded, lambda _: (rotations,)))
         return normed
 
     def embed(self, input_ids: Tensor) -> tuple[Tensor]:

@@ -9,7 +9,8 @@ already there spares the graph many reshapes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from pipeline.export.export import Outputs
 from pipeline.export.operators import linear, matmul, normalise, update, window
+from pipeline.export.repeat import State
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 # Far below any score (queries and keys are normalised, so scores stay within ± head size × the norms' weights), yet
@@ -99,12 +101,15 @@ class Rotation:
         return x * self.cos + torch.cat((x[..., half:], x[..., :half]), dim=-1) * self.sin
 
 
+torch.export.register_dataclass(Rotation)
+
+
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """[B, S, 1, heads · D] → [B, S, heads, D]."""
     return x.reshape(x.shape[0], x.shape[1], heads, x.shape[-1] // heads)
 
 
-class Attend(Protocol):
+class Attend(State, Protocol):
     """Where a layer's keys and values go, and what its queries see."""
 
     def __call__(self, layer: int, queries: Tensor, own: tuple[Tensor, Tensor] | None) -> Tensor:
@@ -132,6 +137,29 @@ class PromptAttention:
         mixed = matmul(torch.softmax(scores, dim=-1), values, False)
         width = queries.shape[2] * queries.shape[3]
         return mixed.transpose(1, 2).reshape(queries.shape[0], queries.shape[1], 1, width)
+
+    def kind(self, index: int) -> tuple[object, ...]:
+        """As `State`."""
+        return self.config.layer_types[index], self.config.kv_source(index) == index
+
+    def taken(self, index: int) -> list[Tensor]:
+        """As `State`: keys and values of another layer."""
+        return list(self.attended.get(self.config.kv_source(index), ()))
+
+    def given(self, index: int, taken: Sequence[Tensor]) -> PromptAttention:
+        """As `State`."""
+        alone = copy.copy(self)
+        alone.attended = {self.config.kv_source(index): (taken[0], taken[1])} if taken else {}
+        return alone
+
+    def left(self, index: int) -> list[Tensor]:
+        """As `State`."""
+        return list(self.attended[index]) if index in self.attended else []
+
+    def leave(self, index: int, left: Sequence[Tensor]) -> None:
+        """As `State`."""
+        if left:
+            self.attended[index] = left[0], left[1]
 
     def _repeat(self, x: Tensor) -> Tensor:
         """[B, S, K, D] → [B, N, S, D], each head G times.
@@ -186,6 +214,35 @@ class CacheAttention:
         mixed = matmul(torch.softmax(scores, dim=-1), values, True)
         heads = mixed.reshape(1, self.config.num_attention_heads, self.tokens, size)
         return heads.transpose(1, 2).reshape(1, self.tokens, 1, -1)
+
+    def kind(self, index: int) -> tuple[object, ...]:
+        """As `State`."""
+        return self.config.layer_types[index], self.config.kv_source(index) == index
+
+    def taken(self, index: int) -> list[Tensor]:
+        """As `State`: the layer's cache, or keys and values of another layer."""
+        source = self.config.kv_source(index)
+        return list(self._own(index) if source == index else self.attended[source])
+
+    def given(self, index: int, taken: Sequence[Tensor]) -> CacheAttention:
+        """As `State`."""
+        alone, source = copy.copy(self), self.config.kv_source(index)
+        alone.cache = {f"k_{index}": taken[0], f"v_{index}": taken[1]} if source == index else {}
+        alone.attended = {} if source == index else {source: (taken[0], taken[1])}
+        return alone
+
+    def left(self, index: int) -> list[Tensor]:
+        """As `State`: the new cache, and what is read of it."""
+        return [*self._own(index), *self.attended[index]] if index in self.attended else []
+
+    def leave(self, index: int, left: Sequence[Tensor]) -> None:
+        """As `State`."""
+        if left:
+            self.cache[f"k_{index}"], self.cache[f"v_{index}"] = left[:2]
+            self.attended[index] = left[2], left[3]
+
+    def _own(self, layer: int) -> tuple[Tensor, Tensor]:
+        return self.cache[f"k_{layer}"], self.cache[f"v_{layer}"]
 
     def _store(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write keys and values [1, T, K, D] of the new tokens into the cache; what the layer then reads of it."""
