@@ -105,6 +105,11 @@ def test_scales_are_those_that_both_short_floats_hold(values: Floats) -> None:
     assert not (scale.view(np.uint32) & 0xFFFF).any(), "bfloat16 has the upper half of a float32 alone"
 
 
+@pytest.mark.parametrize(("wanted", "stored"), [(1.0, 1.0), (1 + 2**-9, 1.0), (1 + 3 * 2**-9, 1 + 2**-7), (3.995, 4.0)])
+def test_a_scale_is_the_nearest_that_both_short_floats_hold(wanted: float, stored: float) -> None:
+    assert blockwise._storable(np.array([wanted], np.float32)) == np.float16(stored)
+
+
 @settings(deadline=None)
 @given(matrices)
 def test_no_value_is_further_off_than_is_said(values: Floats) -> None:

@@ -91,6 +91,14 @@ def test_a_channel_that_is_always_zero_and_an_input_that_never_came_are_no_harm(
         assert np.abs(made * scale - values)[:, 3].max() <= 0.5001 * scale.max()
 
 
+def test_a_channel_that_is_always_zero_counts_as_the_mean() -> None:
+    hessian = np.diag([4.0, 0.0, 2.0])
+    mean = np.diag([4.0, 2.0, 2.0])  # the mean of all three
+    found, expected = gptq.Factor.of(hessian, 0.0), gptq.Factor.of(mean, 0.0)
+    np.testing.assert_array_equal(found.order, expected.order)
+    np.testing.assert_allclose(found.upper, expected.upper)
+
+
 def test_spans_are_rounded_each_by_itself() -> None:
     parts = [hessian(24, 1), hessian(24, 2)]
     values = matrix(1100, 48)  # in two lots of rows

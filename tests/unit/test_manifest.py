@@ -306,6 +306,7 @@ def test_a_file_of_this_very_moment_is_not_remembered(tmp_path: Path, monkeypatc
     known = manifest.Known(tmp_path)
     file = made_file(tmp_path)
     records = manifest.describe([file], tmp_path, known)
+    assert known.sha256(file) is None
     known.keep()
     file.write_bytes(b"some bytez")
     with pytest.raises(IntegrityError):

@@ -67,6 +67,12 @@ def test_negative_log_likelihood_is_that_of_the_next_token() -> None:
     assert scores.nll == pytest.approx([math.log(4), math.log(2)])
 
 
+def test_what_the_file_adds_to_the_probability_of_the_next_token_is_positive() -> None:
+    reference, file = np.log([[0.5, 0.5]]), np.log([[0.75, 0.25]])
+    assert metrics.compare(reference, file, np.array([0])).delta_p == pytest.approx([0.25])
+    assert metrics.compare(reference, file, np.array([1])).delta_p == pytest.approx([-0.25])
+
+
 def test_a_tie_in_the_file_counts_its_first_token_and_is_reported() -> None:
     reference = np.array([[1.0, 2.0, 0.0], [2.0, 1.0, 0.0]])
     scores = metrics.compare(reference, np.array([[5.0, 5.0, 0.0], [5.0, 5.0, 0.0]]))

@@ -47,6 +47,19 @@ def test_parts_of_parts_end_when_the_whole_is_given_up(why: type[BaseException])
     assert 0 < len(done) < 100
 
 
+def test_no_more_parts_are_taken_than_are_worked_on_and_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parallel, "threads", lambda: 2)
+    taken: list[int] = []
+
+    def parts() -> Iterator[int]:
+        for part in range(20):
+            taken.append(part)
+            yield part
+
+    for done, _ in enumerate(parallel.ordered(lambda part: part, parts()), 1):
+        assert len(taken) <= done + 2
+
+
 def test_a_long_part_ends_where_it_asks() -> None:
     done, begun = [], threading.Event()
 
