@@ -5,6 +5,7 @@
 MODEL_ID ?= examples/tiny-gemma3n#: Hub id or folder of the checkpoint, or of a LoRA adapter
 REVISION ?=#: branch, tag or commit on the Hub; the commit is recorded
 BASE ?=#: of a LoRA adapter as MODEL_ID: owner/name, owner/name@commit or a folder (default: what the adapter names)
+TEMPLATE ?=#: a chat template (.jinja) in place of the checkpoint's own
 RECIPE ?= pipeline/recipes/gemma3n.toml#: what to build and how good it must be
 GRAPHS ?=#: step, bundle or all: the step graph, the bundle's sections, or both (default: the recipe's)
 ARTIFACTS ?= artifacts#: where results go
@@ -106,7 +107,7 @@ ASK := $(shell for python in $(PY) $(PYTHON) python3; do if $$python -c 'import 
 ifeq ($(ASK),)
 $(error Python 3.11 is needed and `$(PYTHON)` is not one: install it (Debian, Ubuntu: apt install python3.11 python3.11-venv) or name it: PYTHON=/path/to/python3.11)
 endif
-SAID := MODEL_ID REVISION BASE RECIPE GRAPHS ARTIFACTS CALIBRATION EVAL TASK VARIANTS DEVICE LICENCE_OVERRIDE IN \
+SAID := MODEL_ID REVISION BASE TEMPLATE RECIPE GRAPHS ARTIFACTS CALIBRATION EVAL TASK VARIANTS DEVICE LICENCE_OVERRIDE IN \
 	SIGNS CONFIRM HF_REPO GOALS
 RULES := $(shell $(ASK) -m pipeline.core.rules $(foreach name,$(SAID),$(call QUOTE,$(name)=$($(name)))))
 ifneq ($(.SHELLSTATUS),0)

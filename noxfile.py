@@ -146,6 +146,20 @@ def smollm2_checkpoint(session: nox.Session, folder: Path) -> Path:
 
 
 @nox.session(python="3.11", default=False)
+def templates(session: nox.Session) -> None:
+    """Published chat templates, the 70 that llama.cpp's source carries, in LiteRT-LM: alike, or refused by name."""
+    session.install("--require-hashes", "--only-binary=:all:", "-r", "locks/rival.txt")
+    held = bindings(session, ROOT / "artifacts" / "rival") / "vendor" / "llama.cpp" / "models" / "templates"
+    python(session, "-m", "tools.templates", str(held))
+
+
+@nox.session(venv_backend="none", default=False)
+def large_adapter(session: nox.Session) -> None:
+    """What merging an adapter takes beside a plain fetch, at true E2B size: some minutes and 20 GB of disk."""
+    python(session, "-m", "tools.bench_adapter", *session.posargs)
+
+
+@nox.session(python="3.11", default=False)
 def rival(session: nox.Session) -> None:
     """The int8 bundle of Gemma 3 270M beside llama.cpp's Q8_0: builds llama.cpp from source, half an hour in all.
 
@@ -163,13 +177,18 @@ def rival(session: nox.Session) -> None:
     python(session, "-m", "tools.rival", str(folder / "made" / checkpoint.name), *tools, *session.posargs)
 
 
-def llama(session: nox.Session, folder: Path) -> tuple[Path, Path]:
-    """llama.cpp's source with its bindings, and the folder of the library built from it, for this processor."""
+def bindings(session: nox.Session, folder: Path) -> Path:
+    """llama.cpp's source with its Python bindings, unpacked in `folder`."""
     if not list(folder.glob("llama_cpp_python-*/PKG-INFO")):
         options = ("--no-deps", "--no-build-isolation", "--require-hashes", "--no-binary=:all:")
         session.run("python", "-m", "pip", "download", *options, "-r", "locks/llama.txt", "-d", str(folder))
         shutil.unpack_archive(next(folder.glob("llama_cpp_python-*.tar.gz")), folder, filter="data")
-    source = next(folder.glob("llama_cpp_python-*/PKG-INFO")).parent
+    return next(folder.glob("llama_cpp_python-*/PKG-INFO")).parent
+
+
+def llama(session: nox.Session, folder: Path) -> tuple[Path, Path]:
+    """llama.cpp's source with its bindings, and the folder of the library built from it, for this processor."""
+    source = bindings(session, folder)
     parts = ("COMMON", "TESTS", "TOOLS", "EXAMPLES", "SERVER", "APP")
     options = ["-DCMAKE_BUILD_TYPE=Release", "-DBUILD_SHARED_LIBS=ON", "-DGGML_NATIVE=ON", "-DLLAMA_CURL=OFF"]
     options += [f"-DLLAMA_BUILD_{part}=OFF" for part in parts]

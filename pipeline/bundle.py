@@ -4,39 +4,24 @@ from __future__ import annotations
 
 import sys
 
-from pipeline.bundling import litertlm
-from pipeline.bundling.metadata import describe, tokenizer_json
-from pipeline.checkpoint import chat
-from pipeline.checkpoint.preflight import EMBEDDING
-from pipeline.checkpoint.reader import open_checkpoint
+from pipeline.bundling import litertlm, template
+from pipeline.bundling.metadata import of_checkpoint, tokenizer_json
 from pipeline.core import log
 from pipeline.core.facts import Bundle
 from pipeline.core.stage import Context, Outcome, Stage, main
-from pipeline.models import architecture_for, sections
 from pipeline.quantize import readback
+from pipeline.runtime.litert_lm import LmRuntime
 
 
 def work(context: Context) -> Outcome:
     """Write a bundle per precision of the recipe."""
-    folder = context.root / "fetch" / "checkpoint"
-    checkpoint = open_checkpoint(folder)
-    architecture = architecture_for(checkpoint.config)
-    vocabulary = architecture.tensors()[EMBEDDING][0]
-    tokenizer = chat.open_tokenizer(folder)
-    names = sections(architecture)
-    metadata = describe(
-        folder,
-        tokenizer,
-        runtime=architecture.runtime,
-        sections=names,
-        vocabulary=vocabulary,
-        max_tokens=context.recipe.bundle.max_tokens,
-    )
-    tokenizer_text = tokenizer_json(tokenizer, vocabulary)
+    described = of_checkpoint(context.root / "fetch" / "checkpoint", context.recipe.bundle.max_tokens)
+    metadata = described.metadata
+    tokenizer_text = tokenizer_json(described.tokenizer, described.vocabulary)
     bundles: dict[str, Bundle] = {}
     for precision in context.recipe.bundle.precisions:
         made, out = context.upstream[precision], context.folder / f"{precision}.litertlm"
-        models = {name: context.root / made.output(f"{name}.tflite").path for name in names}
+        models = {name: context.root / made.output(f"{name}.tflite").path for name in metadata.sections}
         places = litertlm.write(metadata, tokenizer_text, models, out)
         stored, weight_bytes = readback.stored_weights(models.values())
         bundles[precision] = Bundle(
@@ -49,7 +34,11 @@ def work(context: Context) -> Outcome:
             top_k=metadata.sampler.top_k,
             stored=stored,
             weight_bytes=weight_bytes,
+            remarks=metadata.remarks,
         )
+        if metadata.chat_template:
+            with LmRuntime(out) as runtime:
+                template.prove(runtime, described.tokenizer, described.template)
         log.step(f"{out.name}: {log.human_bytes(out.stat().st_size)}")
     return Outcome(facts=bundles)
 

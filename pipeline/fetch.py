@@ -12,6 +12,7 @@ import dataclasses
 import sys
 from dataclasses import dataclass, field
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 
 from pipeline.checkpoint import adapters
@@ -30,18 +31,31 @@ class Options(options.Options):
 
     revision: str = field(default="", metadata={"help": "branch, tag or commit on the Hub (default: the main branch)"})
     base: str = field(default="", metadata={"help": "of an adapter: owner/name, owner/name@revision or a folder"})
+    template: Path | None = field(
+        default=None, metadata={"metavar": "FILE", "help": "a chat template in place of the checkpoint's own"}
+    )
 
 
 def work(context: Context) -> Outcome:
-    """Fetch the checkpoint that `--model-id`, `--revision` and `--base` name into `fetch/checkpoint/`."""
+    """Fetch what `--model-id`, `--revision`, `--base` and `--template` name into `fetch/checkpoint/`."""
     target = context.folder / "checkpoint"
     target.mkdir()
     said = context.chosen(Options)
     asked = origin.ask(context.model_id, said.revision, said.base)
     chosen = plan(asked.source, partial(expected, context.recipe))
     origin.drop_downloads(context.root, asked.origins)
-    if asked.adapter:
-        return _merge(context, asked, chosen, target)
+    made = _merge(context, asked, chosen, target) if asked.adapter else _take(context, asked, chosen, target)
+    if not said.template:
+        return made
+    text, place = said.template.read_bytes(), target / "chat_template.jinja"  # it counts before any other
+    place.unlink(missing_ok=True)
+    place.write_bytes(text)
+    assert isinstance(made.facts, facts.Fetch)
+    return dataclasses.replace(made, facts=dataclasses.replace(made.facts, template=sha256(text).hexdigest()))
+
+
+def _take(context: Context, asked: Asked, chosen: Plan, target: Path) -> Outcome:
+    """Put the needed files in place."""
     found = asked.origin
     there = found.obtain(chosen.names, context.root)
     for name in chosen.names:
@@ -85,7 +99,6 @@ def _merge(context: Context, asked: Asked, chosen: Plan, target: Path) -> Outcom
 
 
 def _plan_again(context: Context, target: Path, asked: Asked) -> Plan:
-    """The judgement of what is here now."""
     return plan(
         dataclasses.replace(Source.of_folder(target), where=asked.source.where), partial(expected, context.recipe)
     )

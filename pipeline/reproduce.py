@@ -43,7 +43,7 @@ def work(arguments: argparse.Namespace) -> None:
     files = 0
     for name, made in finished.items():
         module = f"pipeline.{graph.STAGES[name].module}"
-        options = [*_options(name, made, finished), *(_base(made, arguments.base) if name == "fetch" else [])]
+        options = [*_options(name, made, finished), *(_base(made, arguments) if name == "fetch" else [])]
         command = [sys.executable, "-m", module, *where, *options, *_texts(name, arguments)]
         if code := process.run(command, cwd=PROJECT):
             raise errors.of_code(code)(
@@ -72,13 +72,14 @@ def _options(name: str, made: Manifest, finished: Mapping[str, Manifest]) -> lis
     return options
 
 
-def _base(made: Manifest, said: str) -> list[str]:
-    """The base of an adapter: that of the Hub at its commit; a folder as it was `said`, if it was."""
+def _base(made: Manifest, arguments: argparse.Namespace) -> list[str]:
+    """The base of an adapter: that of the Hub at its commit; a folder, and a template, as they were said."""
     merged = made.told(facts.Fetch).adapter
-    if not merged:
-        return []
-    named = f"{merged.base}@{merged.base_revision}" if "/" in merged.base else said
-    return ["--base", named] if named else []
+    named = arguments.base if merged else ""
+    if merged and "/" in merged.base:
+        named = f"{merged.base}@{merged.base_revision}"
+    options = {"--base": named, "--template": str(arguments.template or "")}
+    return [word for option, value in options.items() if value for word in (option, value)]
 
 
 def _texts(name: str, arguments: argparse.Namespace) -> list[str]:
@@ -100,6 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--again", type=Path, help="the second folder, removed if all is the same (default: ARTIFACTS/reproduced)"
     )
     parser.add_argument("--base", default="", help="the folder of an adapter's base, if it was given")
+    parser.add_argument("--template", type=Path, metavar="FILE", help="the chat template that fetch was given, if any")
     parser.add_argument("--eval", type=Path, metavar="FILE", help="the text that golden and verify were given, if any")
     parser.add_argument("--calibration", type=Path, metavar="FILE", help="the text that int8 was given, if any")
     arguments = parser.parse_args(argv)

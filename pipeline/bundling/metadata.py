@@ -16,12 +16,22 @@ from pathlib import Path
 from litert_lm_builder.runtime.proto import llm_model_type_pb2
 
 from pipeline.bundling import template
-from pipeline.checkpoint.chat import Tokenizer, prompts_begin_with_bos
+from pipeline.checkpoint.chat import Tokenizer, open_tokenizer, prompts_begin_with_bos
+from pipeline.checkpoint.preflight import EMBEDDING
+from pipeline.checkpoint.reader import open_checkpoint
 from pipeline.core.errors import BundleError
-from pipeline.models import Runtime
+from pipeline.models import Runtime, architecture_for, sections
 
 _DEFAULT_TOP_K, _DEFAULT_TOP_P, _DEFAULT_TEMPERATURE = 50, 1.0, 1.0
 """What transformers samples with where generation_config.json says no more than `do_sample`."""
+_NO_WORD_FOR: Mapping[str, tuple[object, ...]] = {
+    **dict.fromkeys(
+        ("min_p", "epsilon_cutoff", "eta_cutoff", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size"), (None, 0)
+    ),
+    **dict.fromkeys(("typical_p", "repetition_penalty", "encoder_repetition_penalty", "top_h", "num_beams"), (None, 1)),
+    **dict.fromkeys(("bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "sequence_bias"), (None, [], {})),
+}
+"""Keys of generation_config.json that a bundle's metadata has no field for, and the values that say nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +50,8 @@ class Metadata:
     `model_type` is LiteRT-LM's name of the family: another one there means another way to treat prompts. `sections` are
     the TFLite files that the bundle has: a decoder that takes token ids looks embeddings up itself. `max_tokens` bounds
     prompt and answer together. `chat_template` is empty for a base model; `thoughts` are the texts around thoughts,
-    `tools` whether it takes tools, `calls` what the runtime needs to know of their calls.
+    `tools` whether it takes tools, `calls` what the runtime needs to know of their calls;
+    `remarks` are for the card: what the runtime does otherwise than the checkpoint says.
     """
 
     model_type: str
@@ -53,6 +64,7 @@ class Metadata:
     tools: bool = False
     calls: Mapping[str, str] = field(default_factory=dict)
     sampler: Sampler = Sampler()
+    remarks: tuple[str, ...] = ()
 
 
 def describe(
@@ -82,7 +94,7 @@ def describe(
         raise BundleError(f"LiteRT-LM has no model type {runtime.type!r}", remedy=f"use one of {', '.join(known)}")
     generation, config = (_read_json(checkpoint / name) for name in ("generation_config.json", "config.json"))
     source = _template_source(tokenizer.chat_template)
-    chat = template.prepare(source, tokenizer) if source else None
+    chat = template.prepare(source, tokenizer, runtime.type) if source else None
     tools = runtime.tools and bool(re.search(r"\btools\b", source))
     begins = chat.starts_with_bos if chat else prompts_begin_with_bos(tokenizer)
     # As a set: fine-tunes name the same token in several files.
@@ -104,8 +116,36 @@ def describe(
         thoughts=runtime.thoughts if runtime.thoughts and runtime.thoughts[1].strip() in source else None,
         tools=tools,
         calls=runtime.calls if tools else {},
-        sampler=_sampler(generation),
+        sampler=_sampler(generation, vocabulary),
+        remarks=_remarks(generation, chat),
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Described:
+    """A checkpoint's metadata, the tokenizer and template that it was made from, and how many tokens the model has."""
+
+    metadata: Metadata
+    tokenizer: Tokenizer
+    template: str
+    vocabulary: int
+
+
+def of_checkpoint(folder: Path, max_tokens: int) -> Described:
+    """What a bundle of the checkpoint in `folder` says of it; raises as `describe`."""
+    architecture = architecture_for(open_checkpoint(folder).config)
+    vocabulary = architecture.tensors()[EMBEDDING][0]
+    tokenizer = open_tokenizer(folder)
+    made = describe(
+        folder,
+        tokenizer,
+        runtime=architecture.runtime,
+        sections=sections(architecture),
+        vocabulary=vocabulary,
+        max_tokens=max_tokens,
+    )
+    source = _template_source(tokenizer.chat_template)
+    return Described(metadata=made, tokenizer=tokenizer, template=source, vocabulary=vocabulary)
 
 
 def _read_json(file: Path) -> Mapping[str, object]:
@@ -172,15 +212,17 @@ def _check_tokens(ids: set[int], what: str, vocabulary: int) -> None:
         )
 
 
-def _sampler(generation: Mapping[str, object]) -> Sampler:
+def _sampler(generation: Mapping[str, object], vocabulary: int) -> Sampler:
+    """What `generate` would sample with, in the runtime's words: `top_k` is at least 1, no temperature is 0."""
     # transformers decodes greedily then, whatever temperature stands beside it.
     if not generation.get("do_sample"):
         return Sampler()
-    return Sampler(
-        top_k=int(_number(generation, "top_k", _DEFAULT_TOP_K)),
-        top_p=float(_number(generation, "top_p", _DEFAULT_TOP_P)),
-        temperature=float(_number(generation, "temperature", _DEFAULT_TEMPERATURE)),
-    )
+    top_k = int(_number(generation, "top_k", _DEFAULT_TOP_K))
+    temperature = float(_number(generation, "temperature", _DEFAULT_TEMPERATURE))
+    if temperature == 0:
+        return Sampler()
+    top_p = float(_number(generation, "top_p", _DEFAULT_TOP_P))
+    return Sampler(top_k=top_k if top_k > 0 else vocabulary, top_p=top_p, temperature=temperature)
 
 
 def _number(generation: Mapping[str, object], name: str, default: float) -> float:
@@ -190,6 +232,21 @@ def _number(generation: Mapping[str, object], name: str, default: float) -> floa
     if not isinstance(value, int | float):
         raise BundleError(f"{name} is {value!r}, expected a number", remedy="correct generation_config.json")
     return value
+
+
+def _remarks(generation: Mapping[str, object], chat: template.Template | None) -> tuple[str, ...]:
+    """What the runtime does otherwise than the checkpoint says, in sentences."""
+    names = {
+        name: generation.get(name) for name, neutral in _NO_WORD_FOR.items() if generation.get(name) not in neutral
+    }
+    said = ", ".join(f"{name} = {value}" for name, value in names.items())
+    remarks = [f"LiteRT-LM samples without what generation_config.json says besides: {said}."] if said else []
+    if chat and not chat.goes_on:
+        remarks.append(
+            "The chat template renders earlier messages otherwise once more follow: render the whole conversation anew "
+            "for every turn (a session of its own, as `make chat` does), or ask one question at a time."
+        )
+    return tuple(remarks)
 
 
 def tokenizer_json(tokenizer: Tokenizer, vocabulary: int) -> str:

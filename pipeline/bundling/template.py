@@ -5,24 +5,27 @@ rewritten so that both give the same text (seen in litert-lm 0.18.1):
 
 - Jinja drops one newline at the end of the source, the runtime keeps it;
 - Jinja's `trim` removes what Python calls white space, the runtime's leaves U+001C to U+001F;
-- Jinja's maps have Python's `get`, the runtime's do not;
-- the runtime's test `is none` is true of what is undefined and false of none;
+- what the runtime's engine lacks as a method or says otherwise of none is said in other words (`_REWRITINGS`);
 - the runtime hands message content over as a list of text parts, never as a string;
 - the runtime leaves `bos_token` and `eos_token` empty and knows no other special token; it puts the bundle's start
   token in front of the first prompt itself.
 
-Every rewriting is proved on `CONVERSATIONS` before it is used: rendered by transformers under the runtime's conditions,
-the new source must give the text that the checkpoint's own source gives.
+Every rewriting is proved on `CONVERSATIONS` before it is used: rendered by the runtime itself, the new source must give
+the text that the checkpoint's own source gives in transformers. That takes no model (`standin`).
 """
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
-from pipeline.core.errors import BundleError
+from pipeline.bundling import standin
+from pipeline.core import log
+from pipeline.core.errors import BundleError, IntegrityError
+from pipeline.runtime.litert_lm import REWRITES, LmRuntime
 
 Message: TypeAlias = "Mapping[str, str | Sequence[Mapping[str, str]]]"
 Conversation: TypeAlias = "Sequence[Message]"
@@ -63,21 +66,31 @@ CONVERSATIONS = (
     _talk("1", "2", "3", "4", "5", system=""),
 )
 """What a template is tried on; one that refuses system messages is tried without them."""
+TURNS = ("Hi", "And now?", "Well?")
+"""What a conversation of the runtime's own is held with."""
 
 WHITE_SPACE = (
     r"\t\n\x0b\x0c\r\x1c\x1d\x1e\x1f \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a"
     r"\u2028\u2029\u202f\u205f\u3000"
 )
 """What Python's `str.strip` removes, as a string literal of either template language writes it."""
-_TRIM = re.compile(r"\|\s*trim\b(?!\s*\()|\.strip\(\)")
-_CODE = re.compile(r"{%.*?%}|{{.*?}}", re.DOTALL)
-_TEXT = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\""""
-_FOREIGN = re.compile(
-    rf"\.get\(\s*(?P<key>{_TEXT})\s*(?:,\s*(?P<otherwise>{_TEXT}|[\w.]+|\[\]|{{}})\s*)?\)"
-    rf"|\bis\s+(?P<negated>not\s+)?none\b|{_TEXT}",
-    re.DOTALL,
+_STRING = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"", re.DOTALL)
+_TAG = re.compile(rf"\{{#.*?#\}}|\{{[{{%](?:{_STRING.pattern}|.)*?[%}}]\}}", re.DOTALL)
+_REWRITINGS = (
+    # Python's white space, and as a method, so that whatever follows it still does.
+    (re.compile(r"\|\s*trim\b(?!\s*\()"), f'| trim("{WHITE_SPACE}")'.replace("\\", r"\\")),
+    (re.compile(r"\.([lr]?strip)\(\)"), rf'.\1("{WHITE_SPACE}")'.replace("\\", r"\\").replace(r"\\1", r"\1")),
+    # Marks for training, which render nothing; as tags they keep their say in the white space around them.
+    (re.compile(r"(\{%[-+]?\s*)generation(\s*[-+]?%\})"), r"\1if true\2"),
+    (re.compile(r"(\{%[-+]?\s*)endgeneration(\s*[-+]?%\})"), r"\1endif\2"),
+    # Maps have no method there.
+    (re.compile(r"\.get\(\s*([^(),\s]+)\s*\)"), r"[\1]"),
+    (re.compile(r"\.get\(\s*([^(),\s]+)\s*,\s*([^(),]+?)\s*\)(?!\s*[.\[(])"), r"[\1]|default(\2)"),
+    # `none is none` is false there, and true of what is undefined, as are variables that transformers sets to none.
+    (re.compile(r"((?:[\w.\0]|\[[^\[\]]*\])+)\s+is\s+none\b"), r"(\1 is none or \1 == none)"),
+    (re.compile(r"((?:[\w.\0]|\[[^\[\]]*\])+)\s+is\s+not\s+none\b"), r"(\1 is not none and \1 != none)"),
+    (re.compile(r"\.(upper|lower|title|capitalize)\(\)(?!\s*[.\[(])"), r" | \1"),
 )
-"""What the runtime lacks or means otherwise; or text, which is left alone."""
 _JOIN_PARTS = """\
 {%- set flat = namespace(messages=[]) -%}
 {%- for message in messages -%}
@@ -96,16 +109,18 @@ _JOIN_PARTS = """\
 class Template:
     """A template for the runtime. `starts_with_bos`: the runtime must put the bos token in front of what it renders.
 
-    `after_reply` is what follows the model's text in its turn, e.g. `<end_of_turn>` and a newline.
+    `after_reply` is what follows the model's text in its turn, e.g. `<end_of_turn>` and a newline. `goes_on`: the
+    runtime's own conversations do, since the template leaves what was said before as it was.
     """
 
     source: str
     starts_with_bos: bool
     after_reply: str
+    goes_on: bool
 
 
-def prepare(source: str, renderer: Renderer) -> Template:
-    """The template `source` for the runtime.
+def prepare(source: str, renderer: Renderer, model_type: str) -> Template:
+    """The template `source` for the runtime, which takes the model for one of `model_type`.
 
     Raises:
         BundleError: it fails to render, or can't be rewritten so that the runtime renders the same.
@@ -115,16 +130,30 @@ def prepare(source: str, renderer: Renderer) -> Template:
     starts_with_bos = bool(bos) and all(
         text == bos + _render(source, conversation, renderer, bos_token="") for conversation, text in wanted
     )
-    rewritten = _rewrite(source, wanted, renderer, keep_bos_name=starts_with_bos)
-    for conversation, text in wanted:
-        expected = text.removeprefix(bos) if starts_with_bos else text
-        if _as_runtime(rewritten, conversation, renderer) != expected:
-            raise BundleError(
-                f"the chat template can't be made to render {list(conversation)!r} in LiteRT-LM as transformers does",
-                cause="it depends on message content being a string, or on special tokens in an unusual way",
-                remedy="write the template so that it takes content as text or as a list of parts, as Gemma's own does",
-            )
-    return Template(source=rewritten, starts_with_bos=starts_with_bos, after_reply=_after_reply(source, renderer))
+    texts = [(conversation, text.removeprefix(bos) if starts_with_bos else text) for conversation, text in wanted]
+    with standin.opened(model_type) as runtime:
+        rewritten = _proved(_candidates(source, renderer, keep_bos_name=starts_with_bos), source, texts, runtime)
+        goes_on = _goes_on(rewritten, runtime)
+    if not goes_on:
+        log.warn(
+            "the chat template rewrites what was said before (shortened, stripped or marked once more follows): "
+            "LiteRT-LM's own conversations by it end after a turn or two; `make chat` and the card know"
+        )
+    return Template(
+        source=rewritten,
+        starts_with_bos=starts_with_bos,
+        after_reply=_after_reply(source, renderer),
+        goes_on=goes_on,
+    )
+
+
+def prove(bundle: LmRuntime, tokenizer: Renderer, source: str) -> None:
+    """Make sure that an open bundle renders `CONVERSATIONS` as transformers does by `source`.
+
+    Raises:
+        BundleError: it does not.
+    """
+    _proved([None], source, _wanted(source, tokenizer), bundle)
 
 
 def _wanted(source: str, renderer: Renderer) -> list[tuple[Conversation, str]]:
@@ -143,32 +172,107 @@ def _wanted(source: str, renderer: Renderer) -> list[tuple[Conversation, str]]:
     return texts
 
 
-def _rewrite(
-    source: str, wanted: Sequence[tuple[Conversation, str]], renderer: Renderer, *, keep_bos_name: bool
-) -> str:
-    """`source` with the differences in the module's docstring taken out."""
-    body = _CODE.sub(lambda code: _FOREIGN.sub(_native, code[0]), source.removesuffix("\n"))
-    body = _TRIM.sub(lambda _: f'| trim("{WHITE_SPACE}")', body)
+def _candidates(source: str, renderer: Renderer, *, keep_bos_name: bool) -> list[str]:
+    """`source` with the differences in the module's docstring taken out; without and with parts of content joined."""
+    body = rewritten(source.removesuffix("\n"))
     names = [name for name in sorted(renderer.special_tokens_map) if not (keep_bos_name and name == "bos_token")]
     tokens = "".join(
         f"{{%- set {name} = {_literal(str(renderer.special_tokens_map[name]))} -%}}\n"
         for name in names
         if re.search(rf"\b{name}\b", source)
     )
-    takes_parts = all(
-        _try(tokens + body, _in_parts(conversation), renderer) == _render(tokens + body, conversation, renderer)
-        for conversation, _ in wanted
+    return [tokens + body, tokens + _JOIN_PARTS + body]
+
+
+def rewritten(source: str) -> str:
+    """`source` with what the runtime's engine lacks, or does otherwise, said in words that both engines read alike."""
+    return _TAG.sub(lambda tag: _rewritten_tag(tag[0]), source)
+
+
+def _rewritten_tag(tag: str) -> str:
+    """A tag; what stands in its string literals is left alone."""
+    if tag.startswith("{#"):
+        return tag
+    literals: list[str] = []
+
+    def kept(literal: re.Match[str]) -> str:
+        literals.append(literal[0])
+        return f"\0{len(literals) - 1}\0"
+
+    text = _STRING.sub(kept, tag)
+    for pattern, replacement in _REWRITINGS:
+        text = pattern.sub(replacement, text)
+    return re.sub("\0(\\d+)\0", lambda place: literals[int(place[1])], text)
+
+
+def _proved(
+    candidates: Sequence[str | None], source: str, texts: Sequence[tuple[Conversation, str]], runtime: LmRuntime
+) -> str:
+    """The first of `candidates` (None: the bundle's own) that the runtime renders as `texts` say.
+
+    Raises:
+        BundleError: none; names the line and the construct of `source`, or the difference.
+    """
+    faults = []
+    for candidate in candidates:
+        fault = next(filter(None, (_fault(candidate, source, *text, runtime) for text in texts)), None)
+        if fault is None:
+            return candidate or ""
+        faults.append(fault)
+    conversation, cause = faults[-1]
+    raise BundleError(
+        f"the chat template can't be made to render {list(conversation)!r} in LiteRT-LM as transformers does",
+        cause=cause,
+        remedy="write that place otherwise, and give the file with TEMPLATE=file.jinja",
     )
-    return tokens + ("" if takes_parts else _JOIN_PARTS) + body
 
 
-def _native(found: re.Match[str]) -> str:
-    """An expression that both engines understand alike."""
-    if key := found["key"]:
-        return f"[{key}]" + (f"|default({found['otherwise']})" if found["otherwise"] else "")
-    if found[0].endswith("none"):
-        return "!= none" if found["negated"] else "== none"
-    return found[0]
+def _fault(
+    candidate: str | None, source: str, conversation: Conversation, expected: str, runtime: LmRuntime
+) -> tuple[Conversation, str] | None:
+    """What is wrong with a rendered conversation, if anything is."""
+    try:
+        plain = [{name: str(value) for name, value in message.items()} for message in conversation]
+        text = runtime.render(plain, candidate)
+    except IntegrityError as error:
+        return conversation, _placed(error.cause or "", candidate or source, source)
+    if text == expected:
+        return None
+    at = len(os.path.commonprefix([text, expected]))
+    return (
+        conversation,
+        f"after {text[max(0, at - 20) : at]!r} it has {text[at : at + 20]!r}, not {expected[at : at + 20]!r}",
+    )
+
+
+def _placed(complaint: str, candidate: str, source: str) -> str:
+    """The runtime's complaint about `candidate`, with the line of `source` that it is about."""
+    said = re.fullmatch(r"(.*?)\s*\(in [^()]*:(\d+)\)\s*", complaint, re.DOTALL)
+    lines = source.splitlines()
+    # What stands before the source is lines of its own; rewriting makes none.
+    line = int(said[2]) - (candidate.count("\n") - source.removesuffix("\n").count("\n")) if said else 0
+    if not said or not 0 < line <= len(lines):
+        return complaint
+    return f"{said[1]}, in line {line}: {lines[line - 1].strip()[:100]}"
+
+
+def _goes_on(source: str, runtime: LmRuntime) -> bool:
+    """Whether the runtime goes on with a conversation by this template: what is rendered must stay as it was.
+
+    Raises:
+        BundleError: not even a first answer comes.
+    """
+    try:
+        runtime.talk(TURNS, 8, source)
+    except IntegrityError as error:
+        if REWRITES in (error.cause or ""):
+            return False
+        raise BundleError(
+            f"LiteRT-LM can't hold a conversation by the chat template: {error}",
+            cause=error.cause,
+            remedy="correct that place, and give the file with TEMPLATE=file.jinja",
+        ) from error
+    return True
 
 
 def _literal(text: str) -> str:
@@ -184,24 +288,6 @@ def _render(source: str, conversation: Conversation, renderer: Renderer, **varia
             conversation, chat_template=source, tokenize=False, add_generation_prompt=True, **variables
         )
     )
-
-
-def _as_runtime(source: str, conversation: Conversation, renderer: Renderer) -> str | None:
-    """The same under the runtime's conditions: content in parts, no special tokens."""
-    return _try(source, _in_parts(conversation), renderer, **dict.fromkeys(renderer.special_tokens_map, ""))
-
-
-def _try(source: str, conversation: Conversation, renderer: Renderer, **variables: str) -> str | None:
-    """The text, or None where the template fails."""
-    try:
-        return _render(source, conversation, renderer, **variables)
-    except Exception:  # a template that can't take parts fails in ways of its own
-        return None
-
-
-def _in_parts(conversation: Conversation) -> Conversation:
-    """The conversation with each content as a list of one text part."""
-    return [{**message, "content": [{"type": "text", "text": str(message["content"])}]} for message in conversation]
 
 
 def _after_reply(source: str, renderer: Renderer) -> str:

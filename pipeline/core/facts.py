@@ -53,9 +53,10 @@ class Merged:
 
 @dataclass(frozen=True, kw_only=True)
 class Fetch(Checkpoint, Card):
-    """Stage fetch; `adapter` of one that was merged."""
+    """Stage fetch; `adapter` of one that was merged, `template` the sha256 of one that took its own's place."""
 
     adapter: Merged | None = None
+    template: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,6 +156,7 @@ class Bundle:
     top_k: int
     stored: int
     weight_bytes: int
+    remarks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

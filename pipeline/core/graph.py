@@ -108,7 +108,7 @@ _SMALL = ("*.json", "*.jinja", "*.model", "*.txt", "*.md", "LICENSE*", "NOTICE*"
 _SECTIONS = (DECODER, "*embedder.tflite")
 
 STAGES: Mapping[str, Node] = {
-    "fetch": Node(module="fetch", needs=_always(), settings=("revision", "base")),
+    "fetch": Node(module="fetch", needs=_always(), settings=("revision", "base", "template"), texts=("template",)),
     "golden": Node(
         module="golden",
         needs=_always("fetch"),

@@ -30,7 +30,7 @@ _SPECIAL = "$'\"`;&|<>()[]{}*?!%:\\#"
 """What Make or a shell would read as more than a name."""
 _LEADING = "-~"
 """What a command would read as an option, and Make as somebody's home."""
-_FILES = ("calibration", "eval", "task")
+_FILES = ("calibration", "eval", "task", "template")
 _CHECKPOINT = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.md", "LICENSE*", "NOTICE*")
 
 
@@ -198,6 +198,7 @@ def rules(request: Request) -> str:
     root, choice = request.root, request.choice
     plan = root / ".inputs" / f"planned.{'-'.join(request.aims)}"
     steps = [f"{root}/{name}/{STEP}" for name in choice.judged]
+    texts = [word for name in ("eval", "calibration", "base", "template") for word in _option(request, name)]
     lines = [
         "# Written by pipeline/core/rules.py.",
         "HASH := \\#",
@@ -205,7 +206,7 @@ def rules(request: Request) -> str:
         f"FILES_MADE := {' '.join([*steps, *(f'{root}/bundle/{name}.litertlm' for name in choice.bundles)])}",
         f"WHERE := {_quoted(request.where)}",
         f"CALIBRATED := {_quoted(_option(request, 'calibration'))}",
-        f"TEXTS := {_quoted([*_option(request, 'eval'), *_option(request, 'calibration'), *_option(request, 'base')])}",
+        f"TEXTS := {_quoted(texts)}",
         f"ON_HUB := {'yes' if request.online else ''}",
         f"MOUNTS := {_quoted(_mounts(request)) if request.docker else ''}",
         "",
@@ -217,12 +218,17 @@ def rules(request: Request) -> str:
         f"\t$(call RUN,plan) -m pipeline.plan {_quoted(_plan_words(request))}",
         "",
     ]
+    proof = f"{root}/.inputs/rendered"
+    if choice.bundles:  # a template that no bundle can have is refused before hours of work
+        command = f"$(call RUN,template) -m pipeline.template {_quoted(request.where)}"
+        lines += [f"{proof}: {root}/fetch/manifest.json | $(READY)", f"\t@{command}", "\t@touch $@", ""]
     for name, node in STAGES.items():
         before = [f"{root}/.inputs/{name}", *(f"{root}/{need}/manifest.json" for need in makeable(name, choice))]
         words = _quoted([*request.where, *request.words(name)])
+        first = f" {proof}" if choice.bundles and name != "fetch" else ""
         lines += [
             f"{name}: {root}/{name}/manifest.json",
-            f"{root}/{name}/manifest.json: {' '.join(before)} | $(READY) {plan}",
+            f"{root}/{name}/manifest.json: {' '.join(before)} | $(READY) {plan}{first}",
             f"\t$(call RUN,{name}) -m pipeline.{node.module} {words}",
         ]
     return "\n".join(lines) + "\n"

@@ -103,6 +103,7 @@ class Verdict:
             "divergence": _facts(self.divergence),
             "token_ids": asdict(result.ids),
             "prompts": asdict(result.prompts) if result.prompts else None,
+            "turns": asdict(result.turns) if result.turns else None,
             "greedy": {
                 "same": sum(row.same for row in result.greedy),
                 "ties": sum(row.tie for row in result.greedy),
@@ -202,6 +203,10 @@ def _parity_checks(subject: Subject, result: Parity, *, exact: bool) -> list[Che
             name, "conversations rendered differently by LiteRT-LM", result.prompts, _examples(result.prompts)
         )
         checks.insert(1, rendered)
+    if result.turns is not None:
+        checks.append(
+            _all_hold(name, "turns of a conversation that LiteRT-LM gave up", result.turns, _examples(result.turns))
+        )
     if exact:
         different = [row for row in result.greedy if not row.same and not row.tie]
         ties = sum(row.tie for row in result.greedy)

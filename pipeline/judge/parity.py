@@ -19,15 +19,17 @@ from jinja2 import TemplateError
 
 from pipeline.checkpoint.chat import Tokenizer
 from pipeline.core import log
-from pipeline.core.errors import UsageError
+from pipeline.core.errors import IntegrityError, UsageError
 from pipeline.judge.reference import Greedy
-from pipeline.runtime.litert_lm import LmRuntime, Message
+from pipeline.runtime.litert_lm import REWRITES, LmRuntime, Message
 
 TIE = 1e-4
 """A lead in logits below which two tokens are equally likely: sums in another order decide between them."""
 _SCORED = 4
 _TEXTS = 150
 _SHOWN = 3
+_TURNS = ("Hi", "And now?", "Well?")
+_ANSWER = 16  # tokens
 _REFUSED = (TemplateError, TypeError, ValueError, LookupError)
 """What a template's `raise_exception` and its expressions raise about messages that it does not take."""
 _SEED = 20251124
@@ -72,11 +74,12 @@ class Continuation:
 class Parity:
     """What was found about a bundle. `score_error` is the largest difference of a log-likelihood, in nats.
 
-    `prompts` is None where the model has no chat template.
+    `prompts` and `turns`, of a conversation, are None where the model has no chat template.
     """
 
     ids: Tally
     prompts: Tally | None
+    turns: Tally | None
     greedy: list[Continuation]
     stop: Tally
     stopped_at: list[int]
@@ -110,6 +113,7 @@ def compare(
         return Parity(
             ids=_tokenise(runtime, tokenizer),
             prompts=_render(runtime, tokenizer, conversations) if tokenizer.chat_template else None,
+            turns=_converse(runtime) if tokenizer.chat_template else None,
             greedy=greedy,
             stop=Tally(total=len(stop), wrong=len(missing), examples=[str(token) for token in missing]),
             stopped_at=sorted(reached),
@@ -131,7 +135,26 @@ def _render(runtime: LmRuntime, tokenizer: Tokenizer, conversations: Sequence[Se
         with suppress(*_REFUSED):
             text = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
             rendered.append((conversation, str(text)))
-    return _tally(rendered, lambda pair: runtime.render(pair[0]) == pair[1])
+    return _tally(rendered, lambda pair: _rendered(runtime, pair[0]) == pair[1])
+
+
+def _rendered(runtime: LmRuntime, conversation: Sequence[Message]) -> str | None:
+    """What the runtime renders; None where it fails, which is a verdict and no end of the judging."""
+    try:
+        return runtime.render(conversation)
+    except IntegrityError:
+        return None
+
+
+def _converse(runtime: LmRuntime) -> Tally:
+    """Three turns in one of the runtime's own conversations."""
+    try:
+        answers = runtime.talk(_TURNS, _ANSWER)
+    except IntegrityError as error:
+        if REWRITES in (error.cause or ""):  # the template's way, of which the card speaks; no fault of the bundle
+            return Tally(total=len(_TURNS), wrong=0, examples=["the template rewrites what was said before"])
+        return Tally(total=len(_TURNS), wrong=1, examples=[f"{error}: {error.cause}"])
+    return Tally(total=len(_TURNS), wrong=len(_TURNS) - len(answers), examples=[])
 
 
 def _tally(cases: Sequence[Case], holds: Callable[[Case], bool]) -> Tally:

@@ -103,7 +103,10 @@ class Subject:
 
 @dataclass(frozen=True, kw_only=True)
 class Build:
-    """How the files were made: recipe, limits of the graphs, source commit or empty, versions, what was changed."""
+    """How the files were made: recipe, limits of the graphs, source commit or empty, versions, what was changed.
+
+    `remarks` are what bundles do otherwise than the checkpoint says.
+    """
 
     recipe: str
     recipe_sha256: str
@@ -113,6 +116,7 @@ class Build:
     commit: str
     tools: Mapping[str, str]
     changes: str
+    remarks: tuple[str, ...] = ()
 
 
 def front_matter(checkpoint: Path) -> dict[str, object]:
@@ -229,6 +233,7 @@ def _usage(products: Sequence[Product], build: Build) -> Iterator[str]:
                     max_batch=build.max_batch,
                     max_sequence=build.max_sequence,
                     max_tokens=build.max_tokens,
+                    remarks="".join(f"\n- {remark}" for remark in build.remarks),
                 )
                 .strip()
             )

@@ -45,10 +45,12 @@ def _bill(context: Context, files: Mapping[str, str], terms: str) -> str:
 
 def _parameters(context: Context, override: str) -> dict[str, str]:
     fetched = context.upstream["fetch"]
+    told = fetched.told(Fetch)
     return {
         "MODEL_ID": fetched.model,
         "REVISION": fetched.revision,
-        **({"BASE": f"{base.model}@{base.revision}"} if (base := base_of(fetched.told(Fetch))) else {}),
+        **({"TEMPLATE": f"sha256:{told.template}"} if told.template else {}),
+        **({"BASE": f"{base.model}@{base.revision}"} if (base := base_of(told)) else {}),
         "RECIPE": context.recipe.name,
         "GRAPHS": context.graphs,
         **({"LICENCE_OVERRIDE": override} if override else {}),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from pipeline.core.facts import Fetch
+from pipeline.core.facts import Bundle, Fetch
 from pipeline.core.manifest import Manifest
 from pipeline.core.recipe import STEP
 from pipeline.core.stage import Context
@@ -95,6 +95,8 @@ def claim_of(fetched: Manifest, source: Mapping[str, object], terms: str) -> Cla
 def build_of(context: Context) -> Build:
     """How the files were made: recipe, commit and tools, and the changes in words."""
     made, recipe = context.upstream["verify"], context.recipe
+    bundles = context.upstream.get("bundle")
+    held = [bundles.part(name, Bundle).remarks for name in recipe.bundle.precisions] if bundles else []
     return Build(
         recipe=recipe.name,
         recipe_sha256=recipe.sha256,
@@ -106,4 +108,5 @@ def build_of(context: Context) -> Build:
         changes="the text model was rebuilt as graphs of LiteRT operators, and its weights were stored as float32, as "
         f"float16, and as int8 (one symmetric scale per output channel, {recipe.activations('int8')} activations)"
         + (", and as int4 (a scale per 32 weights; some with 8 bits)." if "int4" in recipe.bundle.precisions else "."),
+        remarks=tuple(dict.fromkeys(remark for remarks in held for remark in remarks)),
     )

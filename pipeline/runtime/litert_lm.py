@@ -26,6 +26,8 @@ Message: TypeAlias = "Mapping[str, str]"
 NO_CACHE = ":nocache"
 """Weights that XNNPACK has repacked stay in memory; by default the runtime writes them to a file beside the bundle."""
 # The one sampler there is (TOP_P), held to a single candidate.
+REWRITES = "does not start with the previous"
+"""What the runtime says of a template that renders earlier messages otherwise once more follow."""
 _GREEDY = {"top_k": 1, "top_p": 1.0, "temperature": 1.0, "seed": 0}
 
 
@@ -98,28 +100,58 @@ class LmRuntime:
         """The text of the start token; empty if the bundle has none."""
         return "" if self.start is None else self.detokenize([self.start])
 
-    def render(self, messages: Sequence[Message]) -> str:
-        """The prompt of a conversation up to where the model is to answer, by the bundle's template.
+    def render(self, messages: Sequence[Message], template: str | None = None) -> str:
+        """The prompt of a conversation up to where the model is to answer, by `template` or the bundle's own.
 
         Raises:
-            IntegrityError: the template fails on these messages.
+            IntegrityError: the template fails on these messages; the cause is what the runtime says, with a line.
         """
         for message in messages:
             _checked(message["content"])
         history = [dict(message) for message in messages]
-        # The runtime renders one message at a time, with those before it as history.
-        with self._engine.create_conversation(messages=history[:-1]) as conversation:
-            text = str(conversation.render_message_to_string(history[-1]))
+
+        def attempt() -> str:
+            # The runtime renders one message at a time, with those before it as history.
+            with self._engine.create_conversation(messages=history[:-1], chat_template=template) as conversation:
+                return str(conversation.render_message_to_string(history[-1]))
+
+        text = attempt()
         if not text:
             raise IntegrityError(
                 f"the chat template in {self._path.name} fails on a conversation of roles "
                 f"{', '.join(message['role'] for message in messages)}",
-                cause="the template refuses this order of roles, or uses what the runtime's template engine lacks",
+                cause=_complaint(attempt).rpartition("apply template: ")[2]
+                or "the template refuses this order of roles, or uses what the runtime's template engine lacks",
                 remedy="try the same messages with tokenizer.apply_chat_template of transformers",
             )
         return self.start_text + text
 
     # What the model says
+
+    def talk(self, turns: Sequence[str], count: int, template: str | None = None) -> list[str]:
+        """The answers to `turns`, at most `count` tokens each, in one of the runtime's own conversations, greedily.
+
+        Raises:
+            IntegrityError: the runtime gives up at one of them; the cause is what it says.
+        """
+        answers: list[str] = []
+
+        def attempt() -> None:
+            answers.clear()
+            options = {"chat_template": template, "max_output_tokens": count, **_greedy()}
+            with self._engine.create_conversation(**options) as conversation:
+                for turn in turns:
+                    said = conversation.send_message(_checked(turn))
+                    answers.append("".join(part.get("text", "") for part in said["content"]))
+
+        try:
+            attempt()
+        except RuntimeError as error:
+            raise IntegrityError(
+                f"{self._path.name} ends a conversation in LiteRT-LM at message {len(answers) + 1}",
+                cause=_complaint(attempt) or str(error),
+            ) from error
+        return answers
 
     def greedy(self, prompt: str, count: int) -> Continuation:
         """At most `count` tokens after `prompt`, each the most likely one, until a stop token."""
@@ -334,7 +366,7 @@ def _open(path: Path, threads: int, cache: str) -> litert_lm.Engine:
     except RuntimeError as error:
         raise IntegrityError(
             f"LiteRT-LM can't load {path}",
-            cause=_complaint(attempt) or str(error),
+            cause=_complaint(lambda: attempt().close()) or str(error),
             file=path,
         ) from error
 
@@ -344,7 +376,7 @@ def _complaint(attempt: Callable[[], litert_lm.Engine]) -> str:
     with tempfile.TemporaryFile() as file:
         with standard_error(file.fileno()), suppress(RuntimeError):
             litert_lm.set_min_log_severity(litert_lm.LogSeverity.ERROR)
-            attempt().close()
+            attempt()
         litert_lm.set_min_log_severity(litert_lm.LogSeverity.SILENT)
         file.seek(0)
         lines = file.read().decode("utf-8", "replace").splitlines()

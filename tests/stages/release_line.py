@@ -15,6 +15,7 @@ from typing import Any
 from pipeline import publish
 from pipeline.core import manifest, stage
 from pipeline.core.errors import VerificationError
+from pipeline.core.facts import Bundle
 from pipeline.core.recipe import PROJECT
 from pipeline.core.stage import Context, Outcome, Stage
 from pipeline.release import provenance
@@ -65,6 +66,13 @@ CHAIN: list[manifest.Fact] = [
     {"model": "c/d", "known": True, "licence": "gemma", "base_models": [], "from_scratch": False},
 ]
 """A fine-tune's base that claims another licence than its own base."""
+
+
+HELD = Bundle(
+    sections=(), model_type="gemma3n", start_token=2, stop_tokens=(1,), max_tokens=4096, chat_template=True, top_k=1,
+    stored=1, weight_bytes=1, remarks=("LiteRT-LM samples without min_p = 0.1.",),
+)  # fmt: skip
+"""What the bundle stage says of a bundle."""
 
 
 @dataclass
@@ -122,7 +130,7 @@ class Line:
         def work(context: Context) -> Outcome:
             for file in [f"{kind}.litertlm" for kind in BUNDLES] if name == "bundle" else ["step.tflite"]:
                 (context.folder / file).write_bytes(data + file.encode())
-            return Outcome()
+            return Outcome(facts=dict.fromkeys(BUNDLES, HELD) if name == "bundle" else {})
 
         assert self.run(Stage(name=name, summary="", work=work, needs_of=lambda *_: ("fetch",))) == 0
 

@@ -300,7 +300,7 @@ def test_a_base_model_gets_its_bos(maker: Maker, model: Any, tokenizer: Any) -> 
 
 def test_a_literal_bos_in_the_template_is_not_doubled(maker: Maker, tokenizer: Any) -> None:
     source = "<bos>{% for message in messages %}<start_of_turn>{{ message['content'] }}<end_of_turn>\n{% endfor %}"
-    prepared = template.prepare(source, tokenizer)
+    prepared = template.prepare(source, tokenizer, "gemma3n")
     assert not prepared.starts_with_bos
     bundle = maker.make("literal", chat_template=prepared.source, start=None)
     expected = tokenizer.apply_chat_template(talk("a", "b", "c"), chat_template=source, tokenize=False)
@@ -321,7 +321,7 @@ def test_a_literal_bos_in_the_template_is_not_doubled(maker: Maker, tokenizer: A
     ],
 )
 def test_templates_of_other_kinds_render_the_same(maker: Maker, tokenizer: Any, source: str) -> None:
-    prepared = template.prepare(source, tokenizer)
+    prepared = template.prepare(source, tokenizer, "gemma3n")
     bundle = maker.make("other", chat_template=prepared.source, start=2 if prepared.starts_with_bos else None)
     with LmRuntime(bundle) as opened:
         for conversation in template.CONVERSATIONS:

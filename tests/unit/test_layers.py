@@ -26,7 +26,7 @@ ALLOWED = {
     "judge": {"core", "checkpoint", "tflite", "runtime"},
     "reference": {"core", "checkpoint", "judge"},
     "report": {"core", "runtime", "judge"},
-    "bundling": {"core", "checkpoint", "tflite", "quantize", "models"},
+    "bundling": {"core", "checkpoint", "tflite", "runtime", "quantize", "models"},
     "planning": {"core", "checkpoint", "quantize", "models", "judge", "release"},
     "search": {"core", "checkpoint", "tflite", "runtime", "quantize", "models", "judge"},
 }

@@ -235,7 +235,7 @@ SIMPLE = (
     ],
 )
 def test_a_template_is_rewritten_until_the_runtime_renders_the_same(source: str, starts_with_bos: bool) -> None:
-    prepared = template.prepare(source, Rendering(source))
+    prepared = template.prepare(source, Rendering(source), "gemma3")
     assert prepared.starts_with_bos == starts_with_bos
     assert not prepared.source.endswith("\n")
     for conversation in template.CONVERSATIONS:
@@ -283,14 +283,20 @@ def test_a_tokenizer_without_bos_and_eos_is_refused(monkeypatch: pytest.MonkeyPa
         ("{% if message.get('name') %}", "{% if message['name'] %}"),
         ('{{ message.get( "a\'b" , none) }}', '{{ message["a\'b"]|default(none) }}'),
         ("{{ tool.get('x', {}) }}", "{{ tool['x']|default({}) }}"),
-        ("{% if tools is not none %}", "{% if tools != none %}"),
-        ("{%- set x = y  is none -%}", "{%- set x = y  == none -%}"),
+        ("{% if tools is not none %}", "{% if (tools is not none and tools != none) %}"),
+        ("{%- set x = y  is none -%}", "{%- set x = (y is none or y == none) -%}"),
         ("{{ 'nothing is none, see .get(\\'x\\')' }}", "{{ 'nothing is none, see .get(\\'x\\')' }}"),
         ("The answer is none. .get('x')", "The answer is none. .get('x')"),
+        ("{# x is none #}{%- generation -%}a{% endgeneration %}", "{# x is none #}{%- if true -%}a{% endif %}"),
+        ("{{ a.upper() + b.title()[0] }}", "{{ a | upper + b.title()[0] }}"),
+        (
+            "{{ '}} x is none' ~ (x.y['z'] is none) }}",
+            "{{ '}} x is none' ~ ((x.y['z'] is none or x.y['z'] == none)) }}",
+        ),
     ],
 )
 def test_what_the_runtime_lacks_is_said_otherwise_and_text_left_alone(foreign: str, native: str) -> None:
-    assert template._CODE.sub(lambda code: template._FOREIGN.sub(template._native, code[0]), foreign) == native
+    assert template.rewritten(foreign) == native
 
 
 def test_a_template_writes_a_fixed_date() -> None:
@@ -299,10 +305,33 @@ def test_a_template_writes_a_fixed_date() -> None:
     assert chat.dated(source) == "{%- set day = '26 Jul 2024' -%}{{ '2024' }}{{ strftime_now(format) }}"
 
 
+@pytest.mark.parametrize(
+    ("generation", "sampler"),
+    [
+        ({"top_k": 0}, metadata.Sampler(top_k=2048, top_p=1.0, temperature=1.0)),
+        ({"top_k": -1, "top_p": 0.9}, metadata.Sampler(top_k=2048, top_p=0.9, temperature=1.0)),
+        ({"temperature": 0.0, "top_k": 64}, metadata.Sampler()),
+    ],
+)
+def test_sampler_values_that_the_runtime_does_not_take_are_translated(
+    tmp_path: Path, generation: dict[str, Any], sampler: metadata.Sampler
+) -> None:
+    said = {"eos_token_id": 1, "do_sample": True, **generation}
+    found = described(folder=checkpoint(tmp_path, generation_config=said), vocabulary=2048)
+    assert found.sampler == sampler
+    assert found.remarks == ()
+
+
+def test_sampler_values_that_the_runtime_has_no_word_for_are_for_the_card(tmp_path: Path) -> None:
+    said = {"eos_token_id": 1, "do_sample": True, "min_p": 0.1, "repetition_penalty": 1.05, "typical_p": 1.0}
+    found = described(folder=checkpoint(tmp_path, generation_config=said))
+    assert len(found.remarks) == 1 and "min_p = 0.1, repetition_penalty = 1.05." in found.remarks[0]
+
+
 def test_a_template_that_takes_parts_keeps_its_own_way() -> None:
     source = Rendering().chat_template
-    assert "flat" not in template.prepare(source, Rendering()).source
-    assert template.prepare(source, Rendering()).after_reply == "<end_of_turn>\n"
+    assert "flat" not in template.prepare(source, Rendering(), "gemma3").source
+    assert template.prepare(source, Rendering(), "gemma3").after_reply == "<end_of_turn>\n"
 
 
 def test_white_space_is_what_python_strips() -> None:

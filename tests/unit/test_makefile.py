@@ -27,7 +27,7 @@ def make(*arguments: str) -> str:
 
 def planned(*arguments: str) -> list[str]:
     """The stages that make would run, in order."""
-    rows = re.findall(r"-m pipeline\.(?!plan\b)(\w+)(.*)", make("-n", *arguments))
+    rows = re.findall(r"-m pipeline\.(?!plan\b|template\b)(\w+)(.*)", make("-n", *arguments))
     return [name + ("-static" if "--scheme static" in options else "") for name, options in rows]
 
 
@@ -100,9 +100,19 @@ def test_what_will_be_run_is_planned_first(tmp_path: Path) -> None:
         assert "--revision abc" in rows[0][1] and "--graphs bundle" in rows[0][1]
         listed = rows[0][1].split("--stages ")[1].split()
         run = [name + ("-static" if "--scheme static" in options else "") for name, options in rows[1:]]
-        assert set(listed) == set(run) - {"chat"}
+        assert set(listed) == set(run) - {"chat", "template"}
     alone = make("-n", "plan", *settings)
     assert re.findall(r"-m pipeline\.(\w+)", alone) == ["plan"] and "publish" in alone
+
+
+def test_the_template_is_proven_right_after_the_checkpoint_is_there(tmp_path: Path) -> None:
+    """Hours of work would be for nothing otherwise; where no bundle is made, the template does not matter."""
+    for goals in (("golden",), ("int8",), ("bundle",), ("publish",)):
+        order = re.findall(r"-m pipeline\.(\w+)", make("-n", *goals, f"ARTIFACTS={tmp_path}"))
+        assert order[:3] == ["plan", "fetch", "template"]
+        assert order.count("template") == 1
+    assert "pipeline.template" not in make("-n", "int8", "GRAPHS=step", f"ARTIFACTS={tmp_path}")
+    assert "pipeline.template" not in make("-n", "fetch", f"ARTIFACTS={tmp_path}")
 
 
 def test_graphs_leave_out_what_others_need(tmp_path: Path) -> None:
@@ -112,7 +122,7 @@ def test_graphs_leave_out_what_others_need(tmp_path: Path) -> None:
     assert set(STAGES) - set(planned(*recipe, "GRAPHS=step")) == {"bundle"}
     plan = make("-n", *recipe, "GRAPHS=bundle")
     runs = re.findall(r"-m pipeline\.(\w+)(.*)", plan)
-    assert {name for name, options in runs if "--graphs bundle" not in options} == {"fetch"}
+    assert {name for name, options in runs if "--graphs bundle" not in options} == {"fetch", "template"}
 
 
 def test_unknown_graphs_are_refused_with_a_sentence() -> None:
@@ -192,7 +202,7 @@ def test_in_docker_only_a_download_has_a_network(tmp_path: Path) -> None:
     runs = [row for row in plan.replace("\\\n", " ").splitlines() if "docker run" in row]
     commands = {row.rsplit("-m pipeline.", 1)[1].split()[0]: row for row in runs}
     online = [stage for stage, row in commands.items() if "--network none" not in row]
-    assert len(runs) == len(STAGES) + 1
+    assert len(runs) == len(STAGES) + 2  # plan, and the proof of the template
     assert online == ["plan", "fetch"]
     assert [stage for stage, row in commands.items() if "HF_TOKEN" in row] == ["plan", "fetch"]
     assert "HF_TOKEN=" not in plan, "the token goes by name, so that no list of processes shows it"

@@ -91,7 +91,9 @@ WRONG = Tally(total=9, wrong=2, examples=["'a'", "'b'"])
 SAME = Continuation(prompt="p", expected="a b", text="a b", tokens=2, agree=2, same=True, tie=False)
 TIED = replace(SAME, text="a c", agree=1, same=False, tie=True)
 PARTED = replace(TIED, tie=False)
-FOUND = Parity(ids=RIGHT, prompts=RIGHT, greedy=[SAME, TIED], stop=RIGHT, stopped_at=[6], scored=4, score_error=1e-5)
+FOUND = Parity(
+    ids=RIGHT, prompts=RIGHT, turns=RIGHT, greedy=[SAME, TIED], stop=RIGHT, stopped_at=[6], scored=4, score_error=1e-5
+)
 SUBJECT = bundles.Subject(
     precision="fp32",
     path=Path("x"),
@@ -142,7 +144,7 @@ def test_what_was_tried_on_nothing_is_inconclusive(change: dict[str, Any]) -> No
 
 
 def test_a_model_without_a_template_has_no_conversations_to_render() -> None:
-    checks = bundles._parity_checks(SUBJECT, replace(FOUND, prompts=None), exact=True)
+    checks = bundles._parity_checks(SUBJECT, replace(FOUND, prompts=None, turns=None), exact=True)
     assert len(checks) == 4 and all(check.passed for check in checks)
 
 
