@@ -16,8 +16,9 @@ from hashlib import sha256
 from pathlib import Path
 
 from pipeline.checkpoint import adapters
-from pipeline.checkpoint.preflight import Plan, Source, plan
+from pipeline.checkpoint.preflight import Plan, plan
 from pipeline.checkpoint.reader import CONFIG, open_checkpoint, read_tensors
+from pipeline.checkpoint.source import Source
 from pipeline.core import facts, log, options
 from pipeline.core.stage import Context, Outcome, Stage, main
 from pipeline.models import architecture_for, expected
@@ -61,7 +62,7 @@ def _take(context: Context, asked: Asked, chosen: Plan, target: Path) -> Outcome
     for name in chosen.names:
         found.put(there / name, target / name)
     if isinstance(found, OnHub):  # what was read by ranges is looked at again, whole
-        _plan_again(context, target, asked)
+        chosen = _plan_again(context, target, asked)
     card = licence.read_card(target, asked.card if isinstance(found, OnHub) else None)
     told = facts.Fetch(**vars(chosen.facts), **vars(card))
     return Outcome(model=found.model, revision=found.revision(chosen.names), facts=told)

@@ -19,11 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pipeline.checkpoint.names import EMBEDDING, HEAD
+from pipeline.checkpoint.reader import open_checkpoint
 from pipeline.core import facts, log, manifest, options
 from pipeline.core.recipe import PROJECT
 from pipeline.core.stage import Context, Outcome, Stage, main
 from pipeline.judge import corpus
-from pipeline.models import sizes
 from pipeline.quantize import hessians
 from pipeline.reference.model import HuggingFace
 
@@ -100,7 +101,7 @@ def work(context: Context) -> Outcome:
     sums.observe(reference.model.model)
     with log.progress("what layers read", windows.size, "tokens") as bar:
         states = reference.hidden(windows, np.ones_like(windows), bar)
-    sums.add_inputs(sizes.HEAD, torch.from_numpy(states))
+    sums.add_inputs(EMBEDDING if open_checkpoint(checkpoint).tied else HEAD, torch.from_numpy(states))
     sums.close()
     return Outcome(facts=facts.Moments(tokens=int(windows.size), files=len({*sums.files.values()})))
 

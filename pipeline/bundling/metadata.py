@@ -17,10 +17,13 @@ from litert_lm_builder.runtime.proto import llm_model_type_pb2
 
 from pipeline.bundling import template
 from pipeline.checkpoint.chat import Tokenizer, open_tokenizer, prompts_begin_with_bos
-from pipeline.checkpoint.preflight import EMBEDDING
+from pipeline.checkpoint.headers import listed
+from pipeline.checkpoint.names import EMBEDDING
 from pipeline.checkpoint.reader import open_checkpoint
+from pipeline.checkpoint.reading import stop_tokens, turn_end
+from pipeline.core import log
 from pipeline.core.errors import BundleError
-from pipeline.models import Runtime, architecture_for, sections
+from pipeline.models import Runtime, architecture_of, sections
 
 _DEFAULT_TOP_K, _DEFAULT_TOP_P, _DEFAULT_TEMPERATURE = 50, 1.0, 1.0
 """What transformers samples with where generation_config.json says no more than `do_sample`."""
@@ -32,6 +35,9 @@ _NO_WORD_FOR: Mapping[str, tuple[object, ...]] = {
     **dict.fromkeys(("bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "sequence_bias"), (None, [], {})),
 }
 """Keys of generation_config.json that a bundle's metadata has no field for, and the values that say nothing."""
+
+_IMAGE = "<image_soft_token>"
+"""A token of Gemma 3's tokenizer whose id only the models that see hold."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,10 +103,9 @@ def describe(
     chat = template.prepare(source, tokenizer, runtime.type) if source else None
     tools = runtime.tools and bool(re.search(r"\btools\b", source))
     begins = chat.starts_with_bos if chat else prompts_begin_with_bos(tokenizer)
-    # As a set: fine-tunes name the same token in several files.
-    stop = set(_eos(generation, config, tokenizer))
-    if chat:
-        stop |= _turn_end(chat.after_reply, tokenizer)
+    stop = {*stop_tokens(generation, config, tokenizer)}
+    if chat and not set(tokenizer(ending := turn_end(tokenizer), add_special_tokens=False)["input_ids"]) & stop:
+        log.warn(f"an answer ends with {ending!r} in the chat template, which is no token: only eos ends one")
     if tools and runtime.response and (token := tokenizer.backend_tokenizer.token_to_id(runtime.response)) is not None:
         stop.add(token)
     _check_tokens(stop, "stop token", vocabulary)
@@ -164,35 +169,6 @@ def _template_source(templates: str | Mapping[str, str] | None) -> str:
     if isinstance(templates, Mapping):
         return str(templates.get("default", ""))
     return str(templates or "")
-
-
-def _eos(generation: Mapping[str, object], config: Mapping[str, object], tokenizer: Tokenizer) -> list[int]:
-    """The eos ids of the first source that has any, as `generate` looks for them."""
-    nested = config.get("text_config")
-    tables = (generation, config, nested if isinstance(nested, dict) else {})
-    # generation_config wins: instruction-tuned models add the end of a turn there alone.
-    for value in (*(table.get("eos_token_id") for table in tables), tokenizer.eos_token_id):
-        if value is not None:
-            given = value if isinstance(value, list) else [value]
-            # type() and not isinstance: true is an int in Python.
-            ids = [item for item in given if type(item) is int]
-            if not ids or len(ids) < len(given):
-                raise BundleError(
-                    f"eos_token_id is {value!r}, expected token ids", remedy="correct generation_config.json"
-                )
-            return ids
-    raise BundleError(
-        "neither generation_config.json, config.json nor the tokenizer names an eos token",
-        cause="without one the model would never stop",
-        remedy="add `eos_token_id` to generation_config.json",
-    )
-
-
-def _turn_end(after_reply: str, tokenizer: Tokenizer) -> set[int]:
-    """The special token that ends the model's turn in the template, if one does."""
-    ids = tokenizer(after_reply, add_special_tokens=False)["input_ids"]
-    # The first: behind the end of the turn templates put line breaks, or the next turn's beginning.
-    return set([token for token in ids if token in tokenizer.all_special_ids][:1])
 
 
 def _prompt_tokens(source: str, tokenizer: Tokenizer) -> set[int]:
@@ -273,4 +249,7 @@ def tokenizer_json(tokenizer: Tokenizer, vocabulary: int) -> str:
     place = text.index(key := '"added_tokens":') + len(key)
     added, end = json.JSONDecoder().raw_decode(text, place)
     kept = [token for token in added if token["id"] < vocabulary]
+    dropped = {token["content"] for token in added if token["id"] >= vocabulary} - {_IMAGE}
+    if dropped:
+        log.warn(f"the model has no embedding for tokens of its tokenizer, which read as text now: {listed(dropped)}")
     return text[:place] + json.dumps(kept, ensure_ascii=False, separators=(",", ":")) + text[end:]

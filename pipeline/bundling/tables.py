@@ -17,7 +17,7 @@ import numpy as np
 from pipeline.bundling import tables
 from pipeline.checkpoint.reader import Checkpoint
 from pipeline.core.errors import QuantiseError
-from pipeline.models import architecture_for
+from pipeline.models import architecture_of
 from pipeline.models.build import tensor_names
 from pipeline.quantize import blockwise, float16, rows
 from pipeline.quantize import rows as quantize
@@ -143,7 +143,7 @@ def write_tables(
     Of 4-bit tables, those that `fine` names and those without whole blocks have 8 bits.
     """
     names, written = tensor_names(checkpoint), []
-    for table in architecture_for(checkpoint.config).tables():
+    for table in architecture_of(checkpoint).tables():
         source = tables.Source(tensor=names[table.tensor], scale=table.scale, shape=table.shape)
         file = folder / f"{table.name}.tflite"
         # As `blockwise.quantise_weights` does with the graphs' matrices.

@@ -109,13 +109,11 @@ _JOIN_PARTS = """\
 class Template:
     """A template for the runtime. `starts_with_bos`: the runtime must put the bos token in front of what it renders.
 
-    `after_reply` is what follows the model's text in its turn, e.g. `<end_of_turn>` and a newline. `goes_on`: the
-    runtime's own conversations do, since the template leaves what was said before as it was.
+    `goes_on`: the runtime's own conversations do, since the template leaves what was said before as it was.
     """
 
     source: str
     starts_with_bos: bool
-    after_reply: str
     goes_on: bool
 
 
@@ -139,12 +137,7 @@ def prepare(source: str, renderer: Renderer, model_type: str) -> Template:
             "the chat template rewrites what was said before (shortened, stripped or marked once more follows): "
             "LiteRT-LM's own conversations by it end after a turn or two; `make chat` and the card know"
         )
-    return Template(
-        source=rewritten,
-        starts_with_bos=starts_with_bos,
-        after_reply=_after_reply(source, renderer),
-        goes_on=goes_on,
-    )
+    return Template(source=rewritten, starts_with_bos=starts_with_bos, goes_on=goes_on)
 
 
 def prove(bundle: LmRuntime, tokenizer: Renderer, source: str) -> None:
@@ -290,11 +283,3 @@ def _render(source: str, conversation: Conversation, renderer: Renderer, **varia
     )
 
 
-def _after_reply(source: str, renderer: Renderer) -> str:
-    """What a rendered conversation has after the model's last text."""
-    whole = str(
-        renderer.apply_chat_template(
-            _talk("Hi", _REPLY), chat_template=source, tokenize=False, add_generation_prompt=False
-        )
-    )
-    return whole.rpartition(_REPLY)[2]

@@ -13,9 +13,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.checkpoint.headers import TensorInfo, listed
-from pipeline.checkpoint.preflight import EMBEDDING, HEAD, HEADS, Source
-from pipeline.checkpoint.reader import FLOATS, INDEX, SINGLE, read_header
+from pipeline.checkpoint.headers import FLOATS, TensorInfo, listed
+from pipeline.checkpoint.names import EMBEDDING, HEAD
+from pipeline.checkpoint.reader import INDEX, SINGLE, read_header
+from pipeline.checkpoint.source import Source
 from pipeline.core.errors import FetchError
 
 CONFIG = "adapter_config.json"
@@ -239,12 +240,12 @@ def changes(
     changed = {}
     for target, parts in found.items():
         parts.sort(key=lambda part: "whole" not in part.names)  # loaded before anything is merged
-        name = stored.get(target, HEADS[0])
+        name = stored.get(target, HEAD)
         begins = stored[EMBEDDING] if target == HEAD and tied else name
         shape = _fit(adapter, where, name, base[begins], parts, resizable=target in (EMBEDDING, HEAD))
         changed[name] = Change(base=begins, shape=shape, parts=tuple(parts))
     shapes = {**{name: info.shape for name, info in base.items()}, **{n: one.shape for n, one in changed.items()}}
-    _check_tables(adapter, shapes[stored[EMBEDDING]], shapes.get(stored.get(HEAD, HEADS[0])))
+    _check_tables(adapter, shapes[stored[EMBEDDING]], shapes.get(stored.get(HEAD, HEAD)))
     if not changed:
         raise _misfit(adapter, where, "nothing of it belongs to the text model")
     return Changes(changed=changed, left_out=tuple(sorted(left_out)), tokens=shapes[stored[EMBEDDING]][0])

@@ -8,6 +8,7 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
 
+from pipeline.checkpoint.reader import read_json
 from pipeline.core.errors import IntegrityError, UsageError
 
 if TYPE_CHECKING:
@@ -52,14 +53,22 @@ class Tokenizer(Protocol):
 
 
 def open_tokenizer(checkpoint: Path) -> Tokenizer:
-    """The tokenizer in the folder `checkpoint`, one of transformers', its templates with `TODAY` as the date.
+    """The tokenizer in the folder `checkpoint`, one of transformers', with its chat template, `TODAY` its date.
 
-    A template that writes the day (Llama 3.2's) would give another reference and another bundle tomorrow.
+    A template that stands in chat_template.json alone counts: processors, which saved it there, read it; tokenizers
+    do not (transformers 5.23.0), and an instruct model would become a base model without a word. One that writes the
+    day (Llama 3.2's) would give another reference and another bundle tomorrow.
+
+    Raises:
+        IntegrityError: chat_template.json is no JSON.
     """
     from transformers import AutoTokenizer
 
     # Nothing is fetched behind the user's back, and no code of the checkpoint runs: trust_remote_code stays off.
     tokenizer = cast("Tokenizer", AutoTokenizer.from_pretrained(checkpoint, local_files_only=True))
+    legacy = checkpoint / "chat_template.json"
+    if not tokenizer.chat_template and legacy.is_file():
+        tokenizer.chat_template = str(read_json(legacy).get("chat_template") or "") or None
     templates = tokenizer.chat_template
     if isinstance(templates, dict):
         tokenizer.chat_template = {name: dated(source) for name, source in templates.items()}

@@ -20,6 +20,8 @@ LENGTH_BYTES = 8
 LONGEST_HEADER = 100_000_000  # bytes; the limit of the reference reader
 # No model has as many; numpy itself stops there.
 _MOST_DIMENSIONS = 64
+FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""Types that weights may have, as safetensors and as torch and numpy spell them."""
 # In bits: the format has types of four and six.
 _BITS = {
     **dict.fromkeys(("F4",), 4),
@@ -102,23 +104,17 @@ def parse_index(text: bytes, file: str) -> dict[str, str]:
     return weight_map
 
 
-def merge(shards: Mapping[str, Mapping[str, TensorInfo]], weight_map: Mapping[str, str]) -> dict[str, TensorInfo]:
-    """All tensors of a sharded checkpoint, by name, held against the index both ways.
+def merge(shards: Mapping[str, Mapping[str, TensorInfo]]) -> dict[str, TensorInfo]:
+    """All tensors of a sharded checkpoint, by name: the shards' own headers say what there is, an index names files.
 
     Raises:
-        IntegrityError: a tensor is not in the shard that the index names, or in one that it does not name.
+        IntegrityError: two shards hold a tensor of one name.
     """
-    lost = [name for name, shard in weight_map.items() if name not in shards[shard]]
-    if lost:
-        shard = weight_map[min(lost)]
-        _refuse(
-            shard, f"lacks {listed(name for name in lost if weight_map[name] == shard)}, which the index places in it"
-        )
     merged: dict[str, TensorInfo] = {}
     for shard, tensors in shards.items():
-        stray = [name for name in tensors if weight_map.get(name) != shard]
-        if stray:
-            _refuse(shard, f"holds {listed(stray)}, which the index does not place in it")
+        twice = tensors.keys() & merged.keys()
+        if twice:
+            _refuse(shard, f"holds {listed(twice)}, which {merged[min(twice)].file} holds too")
         merged.update(tensors)
     return merged
 

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 from pipeline.checkpoint.adapters import Adapter, Change, Part
-from pipeline.checkpoint.headers import TensorInfo
-from pipeline.checkpoint.reader import CONFIG, FLOATS, INDEX, Checkpoint, Float32, item_size, read_json, read_part
+from pipeline.checkpoint.headers import FLOATS, TensorInfo
+from pipeline.checkpoint.reader import CONFIG, INDEX, Checkpoint, Float32, item_size, read_json, read_part
 from pipeline.core import log
 from pipeline.core.manifest import dump_json
 

@@ -7,28 +7,20 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
-import numpy as np
-
-from pipeline.checkpoint.headers import TensorInfo, listed
-from pipeline.checkpoint.reader import (
-    CONFIG,
-    FLOATS,
-    INDEX,
-    SINGLE,
-    Float32,
-    float_type,
-    item_size,
-    parse_json,
-    read_part,
-    read_tensors,
-    widen,
-)
+from pipeline.checkpoint import heads
+from pipeline.checkpoint import names as names_
+from pipeline.checkpoint.headers import FLOATS, TensorInfo, listed, parse_index
+from pipeline.checkpoint.layout import Needed, lay_out
+from pipeline.checkpoint.names import EMBEDDING, outer
+from pipeline.checkpoint.reader import CONFIG, INDEX, SINGLE, float_type, read_tensors
+from pipeline.checkpoint.source import Source
+from pipeline.core import log
 from pipeline.core.errors import FetchError
 from pipeline.core.facts import Checkpoint as Facts
+from pipeline.core.facts import LeftOut
 
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 # Beside the weights: configuration, tokenizer, templates, and what the licence asks to pass on.
@@ -40,50 +32,8 @@ _WANTED = re.compile(
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "rng_state")
 _QUANTISED = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
-_LARGEST_JSON = 100 << 20  # bytes
 
-HEAD = "lm_head.weight"
-"""Canonical name of an output head that is stored beside the embedding."""
-HEADS = (HEAD, "language_model.lm_head.weight")
-"""What a checkpoint may call it."""
-EMBEDDING = "embed_tokens.weight"
-"""Canonical name of the token embedding, which a tied model uses as its head as well."""
-_BLOCK = 4 << 20
-"""Elements of the head that are compared at a time (16 MiB in float32)."""
-_SAMPLE = (9, 1 << 15)
-"""Blocks of a remote head that are compared before the download, the first and the last among them; their elements."""
-
-Canonical = Callable[[str], "str | None"]
-Expected = Callable[[Mapping[str, object]], "tuple[Mapping[str, tuple[int, ...]], Canonical]"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """Where a checkpoint lies: `sizes` of its top files in bytes, and how to `read` bytes `start` to `stop` of one.
-
-    Of a `remote` one little is read: what takes whole tensors to know is looked at again once they are here.
-    """
-
-    where: str
-    sizes: Mapping[str, int]
-    read: Callable[[str, int, int], bytes]
-    remote: bool = False
-
-    @classmethod
-    def of_folder(cls, folder: Path) -> Source:
-        """A local folder."""
-        sizes = {file.name: file.stat().st_size for file in folder.iterdir() if file.is_file()}
-        return cls(where=str(folder), sizes=sizes, read=lambda *part: read_part(folder, *part))
-
-    def json(self, name: str) -> dict[str, object]:
-        """A whole JSON file, empty if it is absent.
-
-        Raises:
-            IntegrityError: it is not JSON.
-        """
-        if name not in self.sizes:
-            return {}
-        return parse_json(self.read(name, 0, min(self.sizes[name], _LARGEST_JSON)), name)
+Expected = Callable[[Mapping[str, object]], Needed]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +50,7 @@ def plan(source: Source, expected: Expected) -> Plan:
 
     Args:
         source: where it lies.
-        expected: from a configuration, the tensors that the model needs and how stored names map to theirs.
+        expected: from a configuration, what the model needs of a checkpoint.
 
     Raises:
         FetchError: it is not one that can be converted; says why and what to do.
@@ -111,21 +61,30 @@ def plan(source: Source, expected: Expected) -> Plan:
     config = source.json(CONFIG)
     check_own_code(config, CONFIG, where)
     check_own_code(source.json(_TOKENIZER_CONFIG), _TOKENIZER_CONFIG, where)
-    check_precision(config, names, where)
-    needed, canonical = expected(config)
+    needed = expected(config)
     check_tokenizer(names, where)
     tensors = read_tensors(names, source.sizes, source.read, where)
-    found = match(tensors, needed, canonical, where)
-    check_head(source, tensors, tensors[found[EMBEDDING]], [name for name in tensors if canonical(name) == HEAD])
+    tied = heads.is_tied(
+        outer(tensors), tensors, lambda name, *part: source.rows(tensors[name], *part), sampled=source.remote
+    )
+    try:
+        layout = lay_out(tensors, needed, where, tied=tied)
+    except FetchError as error:
+        check_left_overs(tensors, config, names, where)
+        raise _explained(error, tensors, needed, names) from error
+    left_out = names_.towers(name for name in tensors if needed.used_as(name) is None)
+    _say_what_is_odd(source, tensors, config, left_out)
     weights = sorted({tensor.file for tensor in tensors.values()})
     index = [] if SINGLE in names else [INDEX]
     small = sorted(name for name in names if _WANTED.fullmatch(name))
-    parameters = sum(math.prod(shape) for shape in needed.values())
+    parameters = sum(math.prod(tensors[name].shape) for name in layout.values())
     facts = Facts(
         model_type=str(config["model_type"]),
         parameters=parameters,
-        dtype=float_type(tensors[name] for name in found.values()),
+        dtype=float_type(tensors[name] for name in layout.values()),
         shards=len(weights),
+        tied=tied,
+        left_out=tuple(LeftOut(part=part, tensors=count) for part, count in left_out.items()),
     )
     return Plan(names=(*small, *index, *weights), parameters=parameters, facts=facts)
 
@@ -156,7 +115,9 @@ def check_kind(names: Collection[str], where: str) -> None:
         return
     if any(name.endswith(".safetensors") and "-of-" in name for name in names):
         raise FetchError(
-            f"{where} has shards but no {INDEX}", cause="the copy is incomplete", remedy="copy or upload the index too"
+            f"{where} has shards but no {INDEX}",
+            cause="the copy is incomplete, or the tool that saved it wrote none",
+            remedy="copy or upload the index too; or take the base model's, if the shards have its names",
         )
     pickles = [name for name in names if name.endswith(_PICKLES) and not name.startswith(_NO_WEIGHTS)]
     if pickles:
@@ -190,22 +151,82 @@ def check_own_code(table: Mapping[str, object], file: str, where: str) -> None:
         )
 
 
-def check_precision(config: Mapping[str, object], names: Collection[str], where: str) -> None:
-    """Refuse a checkpoint that is quantised already.
+def check_left_overs(
+    tensors: Mapping[str, TensorInfo], config: Mapping[str, object], names: Collection[str], where: str
+) -> None:
+    """Refuse weights that are no whole model's: quantised already, or an adapter that was not merged.
 
     Raises:
-        FetchError: names the method, and says what to give instead.
+        FetchError: names the method and a tensor, and says what to give instead.
     """
+    unmerged = [name for name in tensors if names_.UNMERGED.search(name)]
+    if unmerged:
+        raise FetchError(
+            f"{where} holds an adapter that was not merged ({listed(unmerged, 1)})",
+            cause="the training wrapper was saved, not the model in it",
+            remedy="merge it with peft: `model.merge_and_unload().save_pretrained(FOLDER)`, then MODEL_ID=FOLDER",
+        )
+    whole = [name for name, tensor in tensors.items() if tensor.dtype not in FLOATS]
+    if (method := quantised(config, names)) and whole:
+        raise FetchError(
+            f"{where} is quantised already ({method}; {whole[0]} is {tensors[whole[0]].dtype})",
+            cause="its weights were rounded once; to round them again would lose more than the recipe allows",
+            remedy="give the full-precision checkpoint that it was made from (`base_model` in its README)",
+        )
+
+
+def quantised(config: Mapping[str, object], names: Collection[str]) -> str:
+    """The method by which configuration or file `names` say that the weights are quantised; empty if they do not."""
     text = config.get("text_config")
     tables = [config, text] if isinstance(text, Mapping) else [config]
     found = [table[key] for table in tables for key in ("quantization_config", "quantization") if table.get(key)]
     found += [{"quant_method": name} for name in _QUANTISED if name in names]
-    if found:
-        raise FetchError(
-            f"{where} is quantised already ({_method(found[0])})",
-            cause="its weights were rounded once; to round them again would lose more than the recipe allows",
-            remedy="give the full-precision checkpoint that it was made from (`base_model` in its README)",
-        )
+    return _method(found[0]) if found else ""
+
+
+def _explained(
+    error: FetchError, tensors: Mapping[str, TensorInfo], needed: Needed, names: Collection[str]
+) -> FetchError:
+    """`error` of a layout with the cause that what lies around it tells."""
+    embedding = outer(tensors).get(EMBEDDING, "")
+    rows, wanted = (tensors[embedding].shape if embedding else ())[:1], needed.shapes[EMBEDDING][:1]
+    if {SINGLE, INDEX} <= {*names}:
+        error.cause = f"{INDEX} and its shards lie beside {SINGLE}, which is read alone, as transformers does"
+        error.remedy = f"remove {SINGLE} if it was left over from an earlier save, or the index and its shards"
+    elif rows and rows != wanted and embedding in error.what:
+        error.cause = f"the vocabulary was resized or padded to {rows[0]}, {CONFIG} says {wanted[0]}"
+        error.remedy = f"correct vocab_size in {CONFIG}; transformers refuses such a checkpoint too"
+    return error
+
+
+def _say_what_is_odd(
+    source: Source, tensors: Mapping[str, TensorInfo], config: Mapping[str, object], left_out: Mapping[str, int]
+) -> None:
+    """What is taken all the same, or left out: in words."""
+    if left_out:
+        parts = ", ".join(f"{count} of {part}" for part, count in left_out.items())
+        log.step(f"text only: tensors left out: {parts}")
+    if method := quantised(config, source.sizes.keys()):
+        log.warn(f"{CONFIG} still names {method}; the weights are not quantised, so it is ignored")
+    wrapped = [name for name in tensors if names_.WRAPPERS.match(name)]
+    if wrapped:
+        wrapper = names_.WRAPPERS.match(wrapped[0])
+        log.warn(f"{len(wrapped)} names begin with {wrapper[0] if wrapper else ''}: saved from a wrapper, left out")
+    over = [name for name in tensors if names_.LEFT_OVERS.search(name)]
+    if over:
+        log.warn(f"stored buffers are left out, transformers computes them anew: {listed(over, 2)}")
+    if SINGLE not in source.sizes:
+        _say_where_the_index_errs(source, tensors)
+
+
+def _say_where_the_index_errs(source: Source, tensors: Mapping[str, TensorInfo]) -> None:
+    weight_map = parse_index(source.read(INDEX, 0, source.sizes[INDEX]), INDEX)
+    for kind, found in (
+        ("names what no shard holds", weight_map.keys() - tensors.keys()),
+        ("does not name", tensors.keys() - weight_map.keys()),
+    ):
+        if found:
+            log.warn(f"{INDEX} {kind}: {listed(found, 2)}; the shards' own headers count")
 
 
 def _method(table: object) -> str:
@@ -214,121 +235,3 @@ def _method(table: object) -> str:
         return "unknown method"
     guess = "bitsandbytes" if any(str(key).startswith(("load_in_", "bnb_")) for key in table) else "unknown method"
     return str(table.get("quant_method") or guess)
-
-
-def match(
-    tensors: Mapping[str, TensorInfo],
-    expected: Mapping[str, tuple[int, ...]],
-    canonical: Callable[[str], str | None],
-    where: str,
-) -> dict[str, str]:
-    """Hold the stored tensors against an architecture, both ways by name.
-
-    Args:
-        tensors: what the checkpoint holds.
-        expected: canonical name → shape of every tensor that the model needs.
-        canonical: the canonical name of a stored tensor, or None if it is knowingly not used.
-        where: the checkpoint, for messages.
-
-    Returns:
-        Canonical name → name in the checkpoint, for every tensor that the model needs.
-
-    Raises:
-        FetchError: names the tensors that are missing, extra, stored twice, of another shape, or not float.
-    """
-    used: dict[str, list[str]] = {}
-    for name in tensors:
-        target = canonical(name)
-        if target is not None and (target != HEAD or HEAD in expected):
-            used.setdefault(target, []).append(name)
-    first = {name: used[name][0] for name in expected if name in used}
-    faults = [
-        _fault("missing", [name for name in expected if name not in used]),
-        _fault("extra", [name for target, names in used.items() if target not in expected for name in names]),
-        _fault("stored twice", [" = ".join(used[target]) for target in first if len(used[target]) > 1]),
-        _fault("of another shape", _wrong_shapes(first, tensors, expected)),
-        _fault("not float", [f"{n} ({tensors[n].dtype})" for n in first.values() if tensors[n].dtype not in FLOATS]),
-    ]
-    if any(faults):
-        raise FetchError(
-            f"{where} does not hold the model that its {CONFIG} describes: {'; '.join(filter(None, faults))}",
-            cause=f"the weights and {CONFIG} belong to different models, or a tool renamed or dropped tensors",
-            remedy="get the checkpoint from its author anew, or save it again with `save_pretrained` of transformers",
-        )
-    return first
-
-
-def check_head(source: Source, tensors: Mapping[str, TensorInfo], table: TensorInfo, heads: Collection[str]) -> None:
-    """Refuse output heads that are stored beside the token embedding and aren't equal to it.
-
-    Whatever `tie_word_embeddings` says, transformers (5.23.0) computes with a head that is stored and differs, as
-    adapters with `modules_to_save` have it once they are merged; the graphs here have one matrix for both.
-
-    Args:
-        source: where the checkpoint lies. Of a remote one a few blocks are compared, of a folder all.
-        tensors: what it holds.
-        table: the token embedding.
-        heads: names of the heads among `tensors`.
-
-    Raises:
-        FetchError: names the head and the first row that differs.
-    """
-    for name in heads:
-        head = tensors[name]
-        row = _first_difference(source, head, table)
-        if row is not None:
-            where = f"in row {row}" if row >= 0 else f"{head.dtype} {list(head.shape)}, not {list(table.shape)}"
-            raise FetchError(
-                f"{source.where} has an output head of its own: {name} differs from the token embedding ({where})",
-                cause=f"whatever {CONFIG} says of tying, the head was trained (a LoRA with it in modules_to_save)"
-                " or comes from another model; transformers would use it, the files made here would not",
-                remedy="train without lm_head among the saved modules; or, if the head is a left-over that must not"
-                f" count, remove {name} from the checkpoint",
-            )
-
-
-def _first_difference(source: Source, head: TensorInfo, table: TensorInfo) -> int | None:
-    """The first row looked at in which two tensors differ; -1 where they can't be compared, None if there is none."""
-    if head.shape != table.shape or head.dtype not in FLOATS:
-        return -1
-    if not math.prod(table.shape):
-        return None
-    for start, stop in _row_blocks(*table.shape, remote=source.remote):
-        left, right = (_rows(source, tensor, start, stop) for tensor in (head, table))
-        # Bit patterns would take -0.0 for another number; a NaN is refused when weights are read.
-        unequal = np.flatnonzero((left != right).any(axis=1))
-        if unequal.size:
-            return start + int(unequal[0])
-    return None
-
-
-def _row_blocks(rows: int, width: int, *, remote: bool) -> Iterator[tuple[int, int]]:
-    """Ranges of rows: all of them, or of a remote tensor a few that are spread over it."""
-    if not remote:
-        step = max(1, _BLOCK // width)
-        return ((start, min(start + step, rows)) for start in range(0, rows, step))
-    count, elements = _SAMPLE
-    step = min(rows, max(1, elements // width))
-    return ((start, start + step) for start in sorted({(rows - step) * i // (count - 1) for i in range(count)}))
-
-
-def _rows(source: Source, tensor: TensorInfo, start: int, stop: int) -> Float32:
-    """Rows `start` to `stop` of a matrix, float32 [rows, width]."""
-    row = tensor.shape[1] * item_size(tensor)
-    data = source.read(tensor.file, tensor.offset + start * row, tensor.offset + stop * row)
-    return widen(np.frombuffer(data, dtype=np.uint8), tensor.dtype).reshape(stop - start, -1)
-
-
-def _fault(kind: str, names: Collection[str]) -> str:
-    verb = "is" if len(names) == 1 else "are"
-    return f"{len(names)} tensor{'' if len(names) == 1 else 's'} {verb} {kind}: {listed(names)}" if names else ""
-
-
-def _wrong_shapes(
-    first: Mapping[str, str], tensors: Mapping[str, TensorInfo], expected: Mapping[str, tuple[int, ...]]
-) -> list[str]:
-    return [
-        f"{name} {list(tensors[name].shape)} instead of {list(expected[target])}"
-        for target, name in first.items()
-        if tensors[name].shape != tuple(expected[target])
-    ]

@@ -17,16 +17,17 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.checkpoint import headers
-from pipeline.checkpoint.headers import TensorInfo, listed
+from pipeline.checkpoint import headers, heads
+from pipeline.checkpoint.headers import FLOATS, TensorInfo, listed
+from pipeline.checkpoint.names import EMBEDDING, HEAD, outer
 from pipeline.core.errors import FetchError, IntegrityError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 
-FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 Float32 = npt.NDArray[np.float32]
+Stored = npt.NDArray[np.uint16] | npt.NDArray[np.float16] | npt.NDArray[np.float32]
 
 
 def float_type(tensors: Iterable[TensorInfo]) -> str:
@@ -55,6 +56,33 @@ class Checkpoint:
         """`generation_config.json`, empty if there is none."""
         file = self.folder / "generation_config.json"
         return read_json(file) if file.is_file() else {}
+
+    @cached_property
+    def tied(self) -> bool:
+        """Whether the token embedding is the output head as well; see `heads`."""
+        return heads.is_tied(self._outer, self.tensors, self.rows)
+
+    @property
+    def head(self) -> str:
+        """The stored name of the matrix [V, H] that gives the logits.
+
+        Raises:
+            IntegrityError: there is none.
+        """
+        order = (EMBEDDING, HEAD) if self.tied else (HEAD,)
+        for name in order:
+            if name in self._outer:
+                return self._outer[name]
+        raise IntegrityError(
+            f"{self.folder} holds neither {EMBEDDING} nor {HEAD}",
+            cause="the checkpoint was changed after it was fetched",
+            file=self.folder,
+        )
+
+    @cached_property
+    def _outer(self) -> dict[str, str]:
+        """The stored names of embedding and head, by canonical name, as far as there are any."""
+        return outer(self.tensors)
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -89,6 +117,17 @@ class Checkpoint:
             raise IndexError(f"rows {start} to {stop} of tensor {name} with shape {list(shape)}")
         width = math.prod(shape[1:])
         return self._read(name, start * width, stop * width).reshape(stop - start, *shape[1:])
+
+    def stored(self, name: str) -> Stored:
+        """The tensor as it is stored, mapped and not read: bfloat16 as uint16 bit patterns, else float."""
+        tensor = self.tensors[name]
+        data = self._maps[tensor.file][tensor.offset : tensor.offset + tensor.size]
+        if tensor.dtype == "BF16":
+            patterns: npt.NDArray[np.uint16] = data.view("<u2")
+            return patterns.reshape(tensor.shape)
+        values: npt.NDArray[np.float16] | npt.NDArray[np.float32]
+        values = data.view("<f2") if tensor.dtype == "F16" else data.view("<f4")
+        return values.reshape(tensor.shape)
 
     def _read(self, name: str, start: int, stop: int) -> Float32:
         """Elements `start` to `stop` of the flat tensor."""
@@ -164,7 +203,7 @@ def read_tensors(
             cause="the download or upload was not finished",
             remedy="copy the missing files too",
         )
-    return headers.merge({shard: read_header(shard, sizes[shard], read) for shard in shards}, weight_map)
+    return headers.merge({shard: read_header(shard, sizes[shard], read) for shard in shards})
 
 
 def read_header(file: str, size: int, read: Callable[[str, int, int], bytes]) -> dict[str, TensorInfo]:

@@ -13,13 +13,26 @@ from pipeline.core.recipe import Graphs, Scheme
 
 
 @dataclass(frozen=True, kw_only=True)
+class LeftOut:
+    """A part of a checkpoint that is not converted, by its name there, and how many tensors it has."""
+
+    part: str
+    tensors: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A checkpoint by its configuration and headers; `parameters` are those of the text model, `shards` its files."""
+    """A checkpoint by its configuration and headers; `parameters` are those of the text model, `shards` its files.
+
+    `tied`: its output head is the token embedding, not one more matrix. `left_out` are the parts beside the text model.
+    """
 
     model_type: str
     parameters: int
     dtype: str
     shards: int
+    tied: bool = True
+    left_out: tuple[LeftOut, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

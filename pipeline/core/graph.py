@@ -190,6 +190,12 @@ def makeable(name: str, choice: Choice) -> tuple[str, ...]:
 
 def model_name(model_id: str) -> str:
     """The name of the model's artefact folder: the Hub id with `/` as `--`, or the name of a local folder."""
-    if Path(model_id).is_dir():
-        return Path(model_id).resolve().name
-    return model_id.replace("/", "--")
+    return folder_name(Path(model_id)) if Path(model_id).is_dir() else model_id.replace("/", "--")
+
+
+def folder_name(folder: Path) -> str:
+    """What a checkpoint in a folder is called; in the Hub's cache by its model, not by its commit."""
+    folder = folder.resolve()
+    entry = folder.parent.parent.name
+    kept = folder.parent.name == "snapshots" and entry.startswith("models--")
+    return entry.removeprefix("models--") if kept else folder.name

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from pipeline.checkpoint.preflight import EMBEDDING, HEADS
+from pipeline.checkpoint.reader import open_checkpoint
 from pipeline.core.errors import IntegrityError
 from pipeline.judge import metrics
 from pipeline.judge.corpus import Positions, Tokens
@@ -27,7 +27,6 @@ Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 Weight = NDArray[np.uint16] | NDArray[np.float16] | NDArray[np.float32]
 
-_EMBEDDINGS = tuple(f"{tower}{EMBEDDING}" for tower in ("model.", "model.language_model.", "language_model.model."))
 _BLOCK = 1 << 24
 """Head elements that are widened to float64 at a time (128 MiB)."""
 _LOGITS = 1 << 25
@@ -43,26 +42,15 @@ class Head:
 
     @classmethod
     def of_checkpoint(cls, folder: Path, cap: float | None) -> Head:
-        """The head of the checkpoint in `folder`, memory-mapped: a stored `lm_head`, else the token embedding.
+        """The head of the checkpoint in `folder`, memory-mapped: its own if it has one, else the token embedding.
 
-        A stored head counts whatever config.json says of tying, as in transformers (5.23.0). `cap` as the golden stage
-        found it in the model: where config.json says nothing, Gemma 3n has one all the same.
+        `cap` as the golden stage found it in the model: where config.json says nothing, Gemma 3n has one all the same.
 
         Raises:
             IntegrityError: the checkpoint has neither tensor.
         """
-        files = sorted(folder.glob("*.safetensors"))
-        # A stored head first, as transformers takes it whatever config.json says of tying.
-        for name in (*HEADS, *_EMBEDDINGS):
-            for file in files:
-                weight = _map_tensor(file, name)
-                if weight is not None:
-                    return cls(weight=weight, cap=cap)
-        raise IntegrityError(
-            f"{folder} has none of the tensors {', '.join((*HEADS, *_EMBEDDINGS))}",
-            cause="the checkpoint was changed after it was fetched",
-            file=folder,
-        )
+        checkpoint = open_checkpoint(folder)
+        return cls(weight=checkpoint.stored(checkpoint.head), cap=cap)
 
     @property
     def vocabulary(self) -> int:
@@ -107,19 +95,6 @@ def _widen(weight: Weight) -> Doubles:
     if weight.dtype == np.uint16:  # bf16 is the upper half of a float32
         weight = (weight.astype(np.uint32) << 16).view(np.float32)
     return weight.astype(np.float64)
-
-
-def _map_tensor(file: Path, name: str) -> Weight | None:
-    """Tensor `name` of a safetensors file without reading it, or None. NumPy has no bf16, hence by hand."""
-    with file.open("rb") as stream:
-        size = int.from_bytes(stream.read(8), "little")
-        entry = json.loads(stream.read(size)).get(name)
-    if entry is None:
-        return None
-    kinds = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32}
-    start = 8 + size + entry["data_offsets"][0]
-    # Offsets in the header count from its end.
-    return np.memmap(file, dtype=kinds[entry["dtype"]], mode="r", offset=start, shape=tuple(entry["shape"]))
 
 
 @dataclass(frozen=True)

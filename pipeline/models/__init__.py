@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
-from pipeline.checkpoint.preflight import Canonical
+from pipeline.checkpoint.layout import Needed
+from pipeline.checkpoint.reader import Checkpoint
 from pipeline.core.errors import FetchError, UsageError
 from pipeline.core.recipe import PROJECT, Recipe, load
 
@@ -60,13 +61,14 @@ class Runtime:
 class Architecture(Protocol):
     """What the stages need to know of a model: a family, bound to a checkpoint's configuration.
 
-    `runtime` is what LiteRT-LM is told of it.
+    `runtime` is what LiteRT-LM is told of it; `ties` whether config.json ties the head to the embedding.
     """
 
     runtime: Runtime
+    ties: bool
 
-    def __init__(self, config: Mapping[str, object]) -> None:
-        """Read a checkpoint's `config.json`.
+    def __init__(self, config: Mapping[str, object], *, tied: bool = True) -> None:
+        """Read a checkpoint's `config.json`; whether the head is `tied`, what is stored says (`Checkpoint.tied`).
 
         Raises:
             FetchError: it asks for something that the graph modules don't do.
@@ -94,8 +96,8 @@ class Architecture(Protocol):
         """The canonical name of checkpoint tensor `name`, or None if the text model knowingly leaves it out."""
 
 
-def architecture_for(config: Mapping[str, object]) -> Architecture:
-    """The architecture of a checkpoint's `config.json`, bound to it.
+def architecture_for(config: Mapping[str, object], *, tied: bool = True) -> Architecture:
+    """The architecture of a checkpoint's `config.json`, bound to it, its head `tied` to the embedding or of its own.
 
     Raises:
         FetchError: no file here handles that `model_type` (the message names the supported ones), or the
@@ -107,8 +109,8 @@ def architecture_for(config: Mapping[str, object]) -> Architecture:
             f"model type {model_type!r} is not supported; supported: {', '.join(MODELS)}",
             remedy="choose a checkpoint of a supported architecture, or add this one: docs/adding-a-family.md",
         )
-    architecture: Architecture = importlib.import_module(f"{__name__}.{MODELS[model_type]}").ARCHITECTURE(config)
-    return architecture
+    family: type[Architecture] = importlib.import_module(f"{__name__}.{MODELS[model_type]}").ARCHITECTURE
+    return family(config, tied=tied)
 
 
 def terms(model_type: str) -> str:
@@ -121,8 +123,22 @@ def sections(architecture: Architecture) -> tuple[str, ...]:
     return (DECODER, *(table.name for table in architecture.tables()))
 
 
-def expected(recipe: Recipe, config: Mapping[str, object]) -> tuple[dict[str, tuple[int, ...]], Canonical]:
-    """What a checkpoint with this `config.json` must hold: shapes by canonical name, and how stored names map to them.
+def architecture_of(checkpoint: Checkpoint) -> Architecture:
+    """The architecture of an opened checkpoint, its head as it is stored.
+
+    Raises:
+        FetchError: as `architecture_for`.
+    """
+    return architecture_for(checkpoint.config, tied=checkpoint.tied)
+
+
+def needed(architecture: Architecture) -> Needed:
+    """What an architecture with a tied head needs of a checkpoint."""
+    return Needed(shapes=architecture.tensors(), canonical=architecture.canonical, ties=architecture.ties)
+
+
+def expected(recipe: Recipe, config: Mapping[str, object]) -> Needed:
+    """What a checkpoint with this `config.json` must hold.
 
     Raises:
         FetchError: as `architecture_for`.
@@ -137,4 +153,4 @@ def expected(recipe: Recipe, config: Mapping[str, object]) -> tuple[dict[str, tu
             f"the checkpoint is of type {model_type}, recipe {recipe.name} is for {', '.join(recipe.model_types)}",
             remedy=f"say {names}" if names else f"write a recipe that has {model_type!r} among its model_types",
         )
-    return architecture.tensors(), architecture.canonical
+    return needed(architecture)

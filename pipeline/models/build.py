@@ -7,22 +7,21 @@ from pathlib import Path
 
 import torch
 
-from pipeline.checkpoint import preflight
+from pipeline.checkpoint.layout import lay_out
 from pipeline.checkpoint.reader import Checkpoint
 from pipeline.core import log
 from pipeline.core.manifest import Manifest
 from pipeline.core.recipe import DECODER, STEP, Bundle, Graphs, StepLimits
 from pipeline.export.export import Signature, export
-from pipeline.models import architecture_for, sizes
+from pipeline.models import architecture_for, architecture_of, needed, sizes
 from pipeline.tflite import weights
 from pipeline.tflite.graph import Graph
 
 
 def tensor_names(checkpoint: Checkpoint) -> dict[str, str]:
     """Canonical → checkpoint name of every tensor of the text model."""
-    architecture = architecture_for(checkpoint.config)
-    where = str(checkpoint.folder)
-    return preflight.match(checkpoint.tensors, architecture.tensors(), architecture.canonical, where)
+    family = architecture_for(checkpoint.config)
+    return lay_out(checkpoint.tensors, needed(family), str(checkpoint.folder), tied=checkpoint.tied)
 
 
 def export_step(checkpoint: Checkpoint, limits: StepLimits, out: Path) -> None:
@@ -30,7 +29,7 @@ def export_step(checkpoint: Checkpoint, limits: StepLimits, out: Path) -> None:
     shape = {0: ("batch", 1, limits.max_batch), 1: ("sequence", 1, limits.max_sequence)}
     inputs = {name: torch.ones((2, 128), dtype=torch.int32) for name in ("input_ids", "attention_mask")}
     with torch.device("meta"):
-        module = architecture_for(checkpoint.config).step()
+        module = architecture_of(checkpoint).step()
     dimensions = {name: shape for name in inputs}
     with log.waiting("exporting the step graph", _seconds(checkpoint, 1)):
         export([Signature("serving_default", module, _vectors(checkpoint), inputs, dimensions)], out)
@@ -40,7 +39,7 @@ def export_all_positions(checkpoint: Checkpoint, window: int, out: Path) -> None
     """Write the step graph with the logits of every position, for one row of `window` tokens; weights as there."""
     inputs = {name: torch.ones((1, window), dtype=torch.int32) for name in ("input_ids", "attention_mask")}
     with torch.device("meta"):
-        module = architecture_for(checkpoint.config).step(all_positions=True)
+        module = architecture_of(checkpoint).step(all_positions=True)
     with log.waiting("exporting the graph of every position", _seconds(checkpoint, 1)):
         export([Signature("serving_default", module, _vectors(checkpoint), inputs)], out)
 
@@ -53,12 +52,12 @@ def export_decoder(checkpoint: Checkpoint, bundle: Bundle, out: Path) -> None:
 
 
 def _seconds(checkpoint: Checkpoint, signatures: int) -> float:
-    shapes = architecture_for(checkpoint.config).tensors()
+    shapes = architecture_of(checkpoint).tensors()
     return sizes.EXPORT_SECONDS * sizes.layers(shapes) * signatures
 
 
 def _call(checkpoint: Checkpoint, bundle: Bundle, name: str, length: int) -> Signature:
-    architecture = architecture_for(checkpoint.config)
+    architecture = architecture_of(checkpoint)
     with torch.device("meta"):
         module = architecture.decoder(logits=name == "decode")
     inputs = {

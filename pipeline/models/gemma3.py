@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pipeline.checkpoint.preflight import HEAD, HEADS
+from pipeline.checkpoint.names import text_name
 from pipeline.core.errors import FetchError
 from pipeline.export.export import Inputs, Outputs
 from pipeline.export.operators import Embedding, Linear
@@ -114,8 +114,6 @@ def _refuse_unknown(text: Mapping[str, Any], config: TextConfig) -> None:
     activation = text.get("hidden_activation", "gelu_pytorch_tanh")
     if activation != "gelu_pytorch_tanh":
         raise FetchError(f"hidden activation {activation!r} is not supported, only 'gelu_pytorch_tanh'")
-    if not text.get("tie_word_embeddings", True):
-        raise FetchError("an output head that is not tied to the token embedding is not supported")
     if text.get("attn_logit_softcapping"):
         raise FetchError("attn_logit_softcapping is not supported: Gemma 3 has none")
     if text.get("use_bidirectional_attention"):
@@ -210,15 +208,15 @@ class TextModel(nn.Module):
 class Gemma3ForTFLite(StepGraph):
     """The step graph of a Gemma 3 text model."""
 
-    def __init__(self, config: TextConfig, all_positions: bool = False) -> None:
-        super().__init__(TextModel(config), all_positions)
+    def __init__(self, config: TextConfig, all_positions: bool = False, *, tied: bool = True) -> None:
+        super().__init__(TextModel(config), all_positions, tied=tied)
 
 
 class Gemma3Decoder(DecoderGraph):
     """The decoder section of a Gemma 3 bundle. It looks tokens up itself, in the table that is also its head."""
 
-    def __init__(self, config: TextConfig, logits: bool) -> None:
-        super().__init__(TextModel(config), logits)
+    def __init__(self, config: TextConfig, logits: bool, *, tied: bool = True) -> None:
+        super().__init__(TextModel(config), logits, tied=tied)
 
     def forward(self, tokens: Tensor, input_pos: Tensor, mask: Tensor, kv_cache: Mapping[str, Tensor]) -> Outputs:
         """`tokens` are int32 [1, T]; the rest as in `run`."""
@@ -229,25 +227,25 @@ class Gemma3:
     """The `Architecture` of both Gemma 3 model types, bound to a checkpoint's configuration."""
 
     runtime = Runtime(type="gemma3")
-    _prefixes = ("model.language_model.", "language_model.model.", "model.")
     _left_out = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
-        self.text = TextConfig.from_config(config)
+    def __init__(self, config: Mapping[str, object], *, tied: bool = True) -> None:
+        self.text, self.tied = TextConfig.from_config(config), tied
+        self.ties = bool(config.get("tie_word_embeddings", True))
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Every tensor of the text model: canonical name → shape."""
         with torch.device("meta"):
-            state = TextModel(self.text).state_dict()
-        return {name: tuple(tensor.shape) for name, tensor in state.items()}
+            state = self.step().state_dict()
+        return {name.removeprefix("model."): tuple(tensor.shape) for name, tensor in state.items()}
 
     def step(self, *, all_positions: bool = False) -> Gemma3ForTFLite:
         """The step graph, its weights still to be assigned."""
-        return Gemma3ForTFLite(self.text, all_positions)
+        return Gemma3ForTFLite(self.text, all_positions, tied=self.tied)
 
     def decoder(self, *, logits: bool) -> Gemma3Decoder:
         """The decoder graph, its weights still to be assigned."""
-        return Gemma3Decoder(self.text, logits)
+        return Gemma3Decoder(self.text, logits, tied=self.tied)
 
     def decoder_inputs(self, tokens: int, length: int) -> Inputs:
         """Examples of what the decoder graph takes beside `input_pos` and `mask`, for `tokens` tokens."""
@@ -262,10 +260,7 @@ class Gemma3:
         """The text model's name of checkpoint tensor `name`; None for the vision tower."""
         if self._left_out.match(name):
             return None
-        if name in HEADS:
-            return HEAD
-        prefix = next((p for p in self._prefixes if name.startswith(p)), "")
-        return name.removeprefix(prefix)
+        return text_name(name)
 
 
 ARCHITECTURE = Gemma3

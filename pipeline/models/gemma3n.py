@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pipeline.checkpoint.preflight import EMBEDDING, HEAD, HEADS
+from pipeline.checkpoint.names import EMBEDDING, text_name
 from pipeline.core.errors import FetchError
 from pipeline.export.export import Inputs, Outputs
 from pipeline.export.operators import Embedding, Linear, matmul
@@ -143,8 +143,6 @@ def _refuse_unknown(text: Mapping[str, Any], config: TextConfig) -> None:
     activation = text.get("hidden_activation", "gelu_pytorch_tanh")
     if activation != "gelu_pytorch_tanh":
         raise FetchError(f"hidden activation {activation!r} is not supported, only 'gelu_pytorch_tanh'")
-    if not text.get("tie_word_embeddings", True):
-        raise FetchError("an output head that is not tied to the token embedding is not supported")
     for name in ("intermediate_size", "layer_types", "activation_sparsity_pattern"):
         if len(getattr(config, name)) != config.num_hidden_layers:
             raise FetchError(f"config.json gives {len(getattr(config, name))} values of {name} for its layers")
@@ -396,15 +394,15 @@ def _with_magnitude(x: Tensor, magnitude: Tensor) -> Tensor:
 class Gemma3nForTFLite(StepGraph):
     """The step graph of a Gemma 3n text model."""
 
-    def __init__(self, config: TextConfig, all_positions: bool = False) -> None:
-        super().__init__(TextModel(config), all_positions)
+    def __init__(self, config: TextConfig, all_positions: bool = False, *, tied: bool = True) -> None:
+        super().__init__(TextModel(config), all_positions, tied=tied)
 
 
 class Gemma3nDecoder(DecoderGraph):
     """The decoder section of a Gemma 3n bundle: LiteRT-LM looks both embeddings up and passes them."""
 
-    def __init__(self, config: TextConfig, logits: bool) -> None:
-        super().__init__(TextModel(config, lookup=False), logits)
+    def __init__(self, config: TextConfig, logits: bool, *, tied: bool = True) -> None:
+        super().__init__(TextModel(config, lookup=False), logits, tied=tied)
 
     def forward(
         self,
@@ -422,26 +420,26 @@ class Gemma3n:
     """The `Architecture` of both Gemma 3n model types, bound to a checkpoint's configuration."""
 
     runtime = Runtime(type="gemma3n")
-    _prefixes = ("model.language_model.", "language_model.model.", "model.")
     _left_out = re.compile(r"(model\.)?(vision_tower|audio_tower|embed_vision|embed_audio)\.")
     _own_kv = re.compile(r"layers\.(\d+)\.self_attn\.(k_proj|v_proj|k_norm|v_norm)\.")
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
-        self.text = TextConfig.from_config(config)
+    def __init__(self, config: Mapping[str, object], *, tied: bool = True) -> None:
+        self.text, self.tied = TextConfig.from_config(config), tied
+        self.ties = bool(config.get("tie_word_embeddings", True))
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Every tensor of the text model: canonical name → shape."""
         with torch.device("meta"):
-            state = TextModel(self.text).state_dict()
-        return {name: tuple(tensor.shape) for name, tensor in state.items()}
+            state = self.step().state_dict()
+        return {name.removeprefix("model."): tuple(tensor.shape) for name, tensor in state.items()}
 
     def step(self, *, all_positions: bool = False) -> Gemma3nForTFLite:
         """The step graph, its weights still to be assigned."""
-        return Gemma3nForTFLite(self.text, all_positions)
+        return Gemma3nForTFLite(self.text, all_positions, tied=self.tied)
 
     def decoder(self, *, logits: bool) -> Gemma3nDecoder:
         """The decoder graph, its weights still to be assigned."""
-        return Gemma3nDecoder(self.text, logits)
+        return Gemma3nDecoder(self.text, logits, tied=self.tied)
 
     def decoder_inputs(self, tokens: int, length: int) -> Inputs:
         """Examples of what the decoder graph takes beside `input_pos` and `mask`, for `tokens` tokens."""
@@ -472,10 +470,7 @@ class Gemma3n:
         """
         if self._left_out.match(name):
             return None
-        if name in HEADS:
-            return HEAD
-        prefix = next((p for p in self._prefixes if name.startswith(p)), "")
-        own = name.removeprefix(prefix)
+        own = text_name(name)
         match = self._own_kv.match(own)
         layer = int(match[1]) if match else self.text.num_hidden_layers
         return None if layer < self.text.num_hidden_layers and self.text.kv_source(layer) != layer else own

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pipeline.checkpoint.preflight import HEAD, HEADS
+from pipeline.checkpoint.names import text_name
 from pipeline.core.errors import FetchError
 from pipeline.export.export import Inputs, Outputs
 from pipeline.export.operators import Embedding, Linear
@@ -176,8 +176,6 @@ def _frequencies(text: Mapping[str, Any], kind: str, size: int) -> tuple[float, 
 def _refuse_unknown(text: Mapping[str, Any]) -> None:
     if text.get("hidden_activation", _ACTIVATION) != _ACTIVATION:
         raise FetchError(f"hidden_activation {text['hidden_activation']!r} is not supported, only {_ACTIVATION!r}")
-    if not text.get("tie_word_embeddings", True):
-        raise FetchError("an output head that is not tied to the token embedding is not supported")
     if text.get("enable_moe_block"):
         raise FetchError(
             "enable_moe_block true is not supported: Gemma 4 with experts (26B-A4B)",
@@ -377,12 +375,12 @@ class Gemma4:
         },
         response="<|tool_response>",
     )
-    _prefixes = ("model.language_model.", "language_model.model.", "model.")
     _left_out = re.compile(r"(model\.)?(vision_tower|audio_tower|embed_vision|embed_audio)\.")
     _own_kv = re.compile(r"layers\.(\d+)\.self_attn\.(k_proj|v_proj|k_norm|v_norm)\.")
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
-        self.text = TextConfig.from_config(config)
+    def __init__(self, config: Mapping[str, object], *, tied: bool = True) -> None:
+        self.text, self.tied = TextConfig.from_config(config), tied
+        self.ties = bool(config.get("tie_word_embeddings", True))
 
     @property
     def _looks_up(self) -> bool:
@@ -392,16 +390,17 @@ class Gemma4:
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Every tensor of the text model: canonical name → shape."""
         with torch.device("meta"):
-            state = TextModel(self.text).state_dict()
-        return {name: tuple(tensor.shape) for name, tensor in state.items()}
+            state = self.step().state_dict()
+        return {name.removeprefix("model."): tuple(tensor.shape) for name, tensor in state.items()}
 
     def step(self, *, all_positions: bool = False) -> StepGraph:
         """The step graph, its weights still to be assigned."""
-        return StepGraph(TextModel(self.text), all_positions)
+        return StepGraph(TextModel(self.text), all_positions, tied=self.tied)
 
     def decoder(self, *, logits: bool) -> DecoderGraph:
         """The decoder graph, its weights still to be assigned."""
-        return (Decoder if self._looks_up else TokenDecoder)(TextModel(self.text, lookup=False), logits)
+        kind = Decoder if self._looks_up else TokenDecoder
+        return kind(TextModel(self.text, lookup=False), logits, tied=self.tied)
 
     def decoder_inputs(self, tokens: int, length: int) -> Inputs:
         """Examples of what the decoder graph takes beside `input_pos` and `mask`, for `tokens` tokens."""
@@ -432,10 +431,7 @@ class Gemma4:
         """
         if self._left_out.match(name):
             return None
-        if name in HEADS:
-            return HEAD
-        prefix = next((p for p in self._prefixes if name.startswith(p)), "")
-        own = name.removeprefix(prefix)
+        own = text_name(name)
         match = self._own_kv.match(own)
         layer = int(match[1]) if match else self.text.num_hidden_layers
         return None if layer < self.text.num_hidden_layers and self.text.kv_source(layer) != layer else own

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pipeline.checkpoint.preflight import HEAD
+from pipeline.checkpoint.names import text_name
 from pipeline.core.errors import FetchError
 from pipeline.export.export import Inputs, Outputs
 from pipeline.export.operators import Embedding, Linear
@@ -141,8 +141,6 @@ def _refuse_unknown(config: Mapping[str, Any]) -> None:
         raise FetchError(f"use_sliding_window {config['use_sliding_window']!r} is not supported here, only false")
     if set(config.get("layer_types") or ()) - {FULL}:
         raise FetchError(f"config.json gives layer types {config['layer_types']}; only {FULL!r} is supported here")
-    if not config.get("tie_word_embeddings", False):
-        raise FetchError("an output head that is not tied to the token embedding is not supported")
 
 
 def _rope(config: Mapping[str, Any], size: int) -> tuple[tuple[float, ...], float]:
@@ -306,23 +304,24 @@ class Decoder(DecoderGraph):
 class Plain:
     """The `Architecture` of the model types in `FAMILIES`, bound to a checkpoint's configuration."""
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
-        self.text = TextConfig.from_config(config)
-        self.runtime = FAMILIES[config["model_type"]].runtime
+    def __init__(self, config: Mapping[str, object], *, tied: bool = True) -> None:
+        self.text, self.tied = TextConfig.from_config(config), tied
+        self.ties = bool(config.get("tie_word_embeddings", False))
+        self.runtime = FAMILIES[str(config["model_type"])].runtime
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Every tensor of the text model: canonical name → shape."""
         with torch.device("meta"):
-            state = TextModel(self.text).state_dict()
-        return {name: tuple(tensor.shape) for name, tensor in state.items()}
+            state = self.step().state_dict()
+        return {name.removeprefix("model."): tuple(tensor.shape) for name, tensor in state.items()}
 
     def step(self, *, all_positions: bool = False) -> StepGraph:
         """The step graph, its weights still to be assigned."""
-        return StepGraph(TextModel(self.text), all_positions)
+        return StepGraph(TextModel(self.text), all_positions, tied=self.tied)
 
     def decoder(self, *, logits: bool) -> Decoder:
         """The decoder graph, its weights still to be assigned."""
-        return Decoder(TextModel(self.text), logits)
+        return Decoder(TextModel(self.text), logits, tied=self.tied)
 
     def decoder_inputs(self, tokens: int, length: int) -> Inputs:
         """Examples of what the decoder graph takes beside `input_pos` and `mask`, for `tokens` tokens."""
@@ -337,7 +336,7 @@ class Plain:
         """The text model's name of checkpoint tensor `name`; None for frequencies that old versions stored."""
         if name.endswith("rotary_emb.inv_freq"):
             return None
-        return HEAD if name == HEAD else name.removeprefix("model.")
+        return text_name(name)
 
 
 ARCHITECTURE = Plain

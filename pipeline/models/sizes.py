@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from pipeline.checkpoint import preflight
+from pipeline.checkpoint.names import EMBEDDING, HEAD
 from pipeline.core.recipe import DECODER, STEP, Graphs
 from pipeline.models import Architecture
 
@@ -20,8 +20,6 @@ EXPORT_SECONDS = 0.45
 """Seconds per layer and signature of exporting a graph (Gemma 3n of 35 layers, narrow, 2026-11-29: 58 s for 140)."""
 EXPORT_BYTES = 3_400_000
 """Memory per layer and signature of exporting a graph, beyond the libraries' 0.4 GiB (E4B, 105 of them: 0.68 GiB)."""
-HEAD = preflight.EMBEDDING
-"""The embedding, which every architecture here uses as its head as well."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +52,7 @@ def of_files(architecture: Architecture, prefills: int, graphs: Graphs) -> dict[
     if graphs != "bundle":
         files[STEP] = _weights(shapes, count)
     if graphs != "step":
-        apart = {name for name in tables if name != HEAD}
-        inside = {name: shape for name, shape in shapes.items() if name not in apart}
+        inside = {name: shape for name, shape in shapes.items() if name not in tables or is_head(name, shapes)}
         files[DECODER] = _weights(inside, count * (prefills + 1))
         for name, table in tables.items():
             files[f"{table.name}.tflite"] = _weights({name: shapes[name]}, 0)
@@ -75,8 +72,13 @@ def cached(shapes: Mapping[str, tuple[int, ...]]) -> int:
 def multiplied(architecture: Architecture) -> int:
     """Parameters that a token is multiplied with: all but those of tables where it is only looked up."""
     shapes = architecture.tensors()
-    apart = {table.tensor for table in architecture.tables()} - {HEAD}
-    return sum(math.prod(shape) for name, shape in shapes.items() if name not in apart)
+    tables = {EMBEDDING, *(table.tensor for table in architecture.tables())}
+    return sum(math.prod(shape) for name, shape in shapes.items() if name not in tables or is_head(name, shapes))
+
+
+def is_head(name: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether the logits come of this tensor."""
+    return name == (HEAD if HEAD in shapes else EMBEDDING)
 
 
 def _weights(shapes: Mapping[str, tuple[int, ...]], graph_layers: int) -> Weights:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.export.export import Outputs
-from pipeline.export.operators import linear, matmul, normalise, update, window
+from pipeline.export.operators import Linear, linear, matmul, normalise, update, window
 from pipeline.export.repeat import State
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -34,6 +34,10 @@ class Config(Protocol):
     def num_hidden_layers(self) -> int: ...
     @property
     def num_attention_heads(self) -> int: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def hidden_size(self) -> int: ...
     @property
     def sliding_window(self) -> int | None: ...
     @property
@@ -283,7 +287,7 @@ class CacheAttention:
 
 
 class Head(nn.Module):
-    """Logits by the token embedding, soft-capped: cap · tanh(x / cap)."""
+    """Logits by the token embedding or a matrix of the head's own, soft-capped: cap · tanh(x / cap)."""
 
     def __init__(self, cap: float | None) -> None:
         super().__init__()
@@ -299,22 +303,34 @@ class Head(nn.Module):
         return 1 / self.cap if self.cap else 1.0
 
     def forward(self, hidden: Tensor, table: Tensor) -> Tensor:
-        """[B, S, H] (times `factor`) and the embedding [V, H] → [B, S, V]."""
+        """[B, S, H] (times `factor`) and the matrix [V, H] → [B, S, V]."""
         logits = linear(hidden, table)
         return torch.tanh(logits) * self.cap if self.cap else logits
+
+
+def own_head(config: Config) -> Linear:
+    """A head that is not the embedding: a matrix [V, H]."""
+    return Linear(config.hidden_size, config.vocab_size, bias=False)
+
+
+def head_matrix(graph: StepGraph | DecoderGraph) -> Tensor:
+    """What gives the logits, [V, H]: the graph's own head, else its model's embedding."""
+    matrix: Tensor = (graph.model.embed_tokens if graph.lm_head is None else graph.lm_head).weight
+    return matrix
 
 
 class StepGraph(nn.Module):
     """Next-token logits of whole prompts, any batch and length, left or right padding."""
 
-    def __init__(self, model: Any, all_positions: bool = False) -> None:
+    def __init__(self, model: Any, all_positions: bool = False, *, tied: bool = True) -> None:
         """`model` has `config`, `embed_tokens`, `embed(ids)`, and maps (positions, attend, *embedded) to states.
 
-        Logits of `all_positions` instead of the last one's: what tune measures on.
+        Logits of `all_positions` instead of the last one's: what tune measures on. `tied`: the embedding is the head.
         """
         super().__init__()
         self.model, self.all_positions = model, all_positions
         self.head = Head(model.config.final_logit_softcapping)
+        self.lm_head = None if tied else own_head(model.config)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
         """Logits of each row's last attended position.
@@ -338,10 +354,10 @@ class StepGraph(nn.Module):
         hidden = self.model(_positions(causal), attend, *self.model.embed(input_ids))
         if self.all_positions:
             scaled = hidden * self.head.factor if self.head.cap else hidden
-            return {"logits": self.head(scaled, self.model.embed_tokens.weight).squeeze(2)}
+            return {"logits": self.head(scaled, head_matrix(self)).squeeze(2)}
         # Before the head: of 2,048 positions a caller wants one, and the head is the largest product.
         chosen = self._last(hidden, attended, distance, self.head.factor)
-        return {"logits": self.head(chosen, self.model.embed_tokens.weight).squeeze(1)}
+        return {"logits": self.head(chosen, head_matrix(self)).squeeze(1)}
 
     @staticmethod
     def _last(hidden: Tensor, attended: Tensor, distance: Tensor, factor: float) -> Tensor:
@@ -359,11 +375,12 @@ class StepGraph(nn.Module):
 class DecoderGraph(nn.Module):
     """One call of LiteRT-LM: T tokens through the cache, with logits (T = 1, `decode`) or without (`prefill_<T>`)."""
 
-    def __init__(self, model: Any, logits: bool) -> None:
-        """`model` as for `StepGraph`."""
+    def __init__(self, model: Any, logits: bool, *, tied: bool = True) -> None:
+        """`model` and `tied` as for `StepGraph`."""
         super().__init__()
         self.model, self.logits = model, logits
         self.head = Head(model.config.final_logit_softcapping)
+        self.lm_head = own_head(model.config) if logits and not tied else None
 
     def run(
         self, embedded: tuple[Tensor, ...], input_pos: Tensor, mask: Tensor, kv_cache: Mapping[str, Tensor]
@@ -384,7 +401,7 @@ class DecoderGraph(nn.Module):
         output: Outputs = {"kv_cache": attend.cache}
         if self.logits:
             scaled = hidden * self.head.factor if self.head.cap else hidden
-            output["logits"] = self.head(scaled, self.model.embed_tokens.weight)
+            output["logits"] = self.head(scaled, head_matrix(self))
         return output
 
 

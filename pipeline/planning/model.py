@@ -8,7 +8,9 @@ from functools import partial
 from pathlib import Path
 
 from pipeline.checkpoint import preflight
+from pipeline.checkpoint.names import EMBEDDING
 from pipeline.checkpoint.reader import CONFIG
+from pipeline.checkpoint.source import Source
 from pipeline.core.errors import PublishError
 from pipeline.core.facts import Checkpoint
 from pipeline.core.recipe import STEP, Graphs, Recipe
@@ -55,7 +57,7 @@ class Model:
     @property
     def table(self) -> tuple[int, int]:
         """Tokens and width of the embedding table."""
-        tokens, width = self.shapes[preflight.EMBEDDING]
+        tokens, width = self.shapes[EMBEDDING]
         return tokens, width
 
     @property
@@ -81,7 +83,7 @@ def look(model_id: str, revision: str, base: str, recipe: Recipe, graphs: Graphs
     source = asked.source
     chosen = preflight.plan(source, partial(expected, recipe))
     config = source.json(CONFIG)
-    architecture = architecture_for(config)
+    architecture = architecture_for(config, tied=chosen.facts.tied)
     stored = sum(source.sizes[name] for name in chosen.names)
     return Model(
         facts=chosen.facts,
@@ -100,7 +102,7 @@ def look(model_id: str, revision: str, base: str, recipe: Recipe, graphs: Graphs
     )
 
 
-def _licence(source: preflight.Source, name: str, model_type: str) -> str:
+def _licence(source: Source, name: str, model_type: str) -> str:
     """The licence, or why publish would refuse."""
     size = source.sizes.get("README.md", 0)
     said = claimed(source.read("README.md", 0, size).decode("utf-8", errors="replace") if size else "")

@@ -130,7 +130,7 @@ def _linear(model: Model) -> Mapping[str, tuple[int, ...]]:
     return {
         name: shape
         for name, shape in model.shapes.items()
-        if len(shape) == 2 and (name.startswith("layers.") or name == sizes.HEAD)
+        if len(shape) == 2 and (name.startswith("layers.") or sizes.is_head(name, model.shapes))
     }
 
 

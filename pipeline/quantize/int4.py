@@ -5,7 +5,7 @@ Stage int4 and tune both call this, so that what tune measured is what int4 buil
 
 from __future__ import annotations
 
-from pipeline.checkpoint.preflight import EMBEDDING
+from pipeline.checkpoint.names import EMBEDDING, HEAD
 from pipeline.core.recipe import Int4
 from pipeline.quantize import blockwise, gptq, int8x2, prepare, row_ranges, rows
 from pipeline.tflite.graph import Graph
@@ -15,7 +15,9 @@ def make_int4(graph: Graph, int4: Int4, hessians: gptq.Hessians | None = None) -
     """Give `graph`, its weights attached in float32, 4-bit ones, and 8-bit ones where the recipe says so."""
     rounding = prepare.prepare(graph, int4, hessians)
     # After rotating, before rounding: a range is a constant of its own, with its own scales.
-    frequent = row_ranges.split_rows(graph, EMBEDDING, int4.int8_tokens) if int4.int8_tokens else frozenset()
+    frequent = frozenset[int]()
+    for matrix in (EMBEDDING, HEAD) if int4.int8_tokens else ():  # one where they are tied: both have a row per token
+        frequent |= row_ranges.split_rows(graph, matrix, int4.int8_tokens)
     blockwise.quantise_weights(graph, rows.keeper(int4.keep_int8), rounding, frequent)
     # Last: whether a layer takes two rows or two products depends on the bits of its weights.
     int8x2.split_inputs(graph, rows.keeper(int4.int8x2))

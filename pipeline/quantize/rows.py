@@ -31,7 +31,8 @@ from collections.abc import Callable, Iterable
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.checkpoint import preflight
+from pipeline.checkpoint.names import EMBEDDING
+from pipeline.checkpoint.names import HEAD as OWN_HEAD
 from pipeline.tflite.graph import Graph, Origin
 from pipeline.tflite.lazy import Array, Blocks, Scales
 from pipeline.tflite.schema import Operator
@@ -67,7 +68,7 @@ def layer_name(view: Graph, operator: Operator) -> str:
     output that output's (`decode_logits_output`).
     """
     weight = int(operator.inputs[1]) if view.code(operator) == LINEAR else -1
-    if view.is_constant(weight) and view.origin(weight).matrix in (preflight.HEAD, preflight.EMBEDDING):
+    if view.is_constant(weight) and view.origin(weight).matrix in (OWN_HEAD, EMBEDDING):
         return f"{HEAD};"
     return view.operator_name(operator)
 

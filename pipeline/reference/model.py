@@ -20,7 +20,8 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from pipeline.checkpoint import chat
+from pipeline.checkpoint import chat, names, reading
+from pipeline.checkpoint.reader import open_checkpoint
 from pipeline.core import log
 from pipeline.core.errors import IntegrityError
 from pipeline.judge.reference import Greedy
@@ -29,8 +30,13 @@ from pipeline.reference import streaming
 Floats = NDArray[np.float32]
 Tokens = NDArray[np.int32]
 
-# Names of the text tower inside a conditional-generation checkpoint → names in the text-only model.
-_TEXT_TOWER = {r"^model\.language_model\.": "model.", r"^language_model\.(model|lm_head)\b": r"\1"}
+# Names in a checkpoint, of a wrapped model or one with towers, → names in the text-only model, one after the other.
+_TEXT_TOWER = {
+    names.WRAPPERS.pattern: "",
+    r"^model\.language_model\.(?:model\.)?": "model.",
+    r"^language_model\.(model|lm_head)\b": r"\1",
+    r"^model\.lm_head\.": "lm_head.",
+}
 _NOT_TEXT = ("vision_tower", "audio_tower", "embed_vision", "embed_audio", "multi_modal_projector")
 _SCORES = 1 << 26
 """Attention scores that one layer may materialise per batch (256 MiB in fp32)."""
@@ -70,7 +76,11 @@ class HuggingFace:
             IntegrityError: tensors are missing, have another shape, or belong to no part of the model.
         """
         transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers ships no types
-        config = AutoConfig.from_pretrained(checkpoint, local_files_only=True).get_text_config()
+        whole = AutoConfig.from_pretrained(checkpoint, local_files_only=True)
+        config = whole.get_text_config()
+        config.tie_word_embeddings = whole.tie_word_embeddings  # transformers asks the whole model's configuration
+        for part in (whole, config):  # what is quantised never comes here: a left-over of the training
+            vars(part).pop("quantization_config", None)
         # The class of the text configuration, and not AutoModelForCausalLM, which goes by the checkpoint's own type.
         kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
         model, report = (
@@ -87,19 +97,17 @@ class HuggingFace:
             )
         )
         _check_loaded(checkpoint, report)
-        generation = _generation_config(checkpoint)
         if streamed:
-            model.generation_config = generation
-        tokenizer = chat.open_tokenizer(checkpoint)
-        stop = generation.eos_token_id or config.eos_token_id or []
+            model.generation_config = _generation_config(checkpoint)
+        said = reading.read(open_checkpoint(checkpoint))
         return cls(
             model=model.eval() if streamed else model.eval().to(device),
-            tokenizer=tokenizer,
+            tokenizer=said.tokenizer,
             device=device,
-            bos=chat.first_token(tokenizer),
-            begins=chat.prompts_begin_with_bos(tokenizer),
-            pad=next(token for token in (tokenizer.pad_token_id, config.pad_token_id, 0) if token is not None),
-            stop=tuple(stop) if isinstance(stop, list) else (int(stop),),
+            bos=said.first,
+            begins=said.begins,
+            pad=said.pad,
+            stop=said.stop,
         )
 
     @property
@@ -242,7 +250,11 @@ def _generation_config(checkpoint: Path) -> GenerationConfig:
 
 def _check_loaded(checkpoint: Path, report: streaming.Report) -> None:
     """Refuse a model in which transformers left a tensor at its initial value or ignored one that belongs to it."""
-    extra = [key for key in report["unexpected_keys"] if not any(part in str(key) for part in _NOT_TEXT)]
+    extra = [
+        key
+        for key in report["unexpected_keys"]
+        if not any(part in str(key) for part in _NOT_TEXT) and not names.LEFT_OVERS.search(str(key))
+    ]
     wrong = {"missing": report["missing_keys"], "unknown": extra, "of another shape": report["mismatched_keys"]}
     found = [f"{kind}: {', '.join(sorted(map(str, keys)))}" for kind, keys in wrong.items() if keys]
     if found:

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedConfig
 
-from pipeline.checkpoint.preflight import HEAD
+from pipeline.checkpoint.names import HEAD
 
 KEPT = 1 << 16
 """Elements up to which a matrix stays in memory; norms and other vectors always do."""
@@ -43,6 +43,9 @@ def load(kind: Any, config: PreTrainedConfig, checkpoint: Path, renamed: Mapping
     _make_buffers(model)
     model.initialize_weights()
     stored = {_model_name(name, renamed): tensor for name, tensor in _stored(checkpoint)}
+    for head, table in _tied(model).items():  # whichever is stored serves as both, as `tie_weights` has it
+        if head in stored:
+            stored.setdefault(table, stored[head])
     report = _fit(model, stored)
     if not report["missing_keys"] and not report["mismatched_keys"]:
         model.lm_head = Head(stored[HEAD if HEAD in stored else _tied(model)[HEAD]])
@@ -68,9 +71,7 @@ def _stored(checkpoint: Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 def _model_name(name: str, renamed: Mapping[str, str]) -> str:
     for pattern, new in renamed.items():
-        name, count = re.subn(pattern, new, name)
-        if count:
-            break
+        name = re.sub(pattern, new, name, count=1)
     return name
 
 

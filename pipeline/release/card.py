@@ -17,6 +17,7 @@ from huggingface_hub.repocard import metadata_load
 
 from pipeline.core import log
 from pipeline.core.errors import PublishError
+from pipeline.core.facts import LeftOut
 from pipeline.release.licence import GEMMA, GEMMA_NOTICE, Licence
 
 _TEMPLATE = Path(__file__).with_name("card.md")
@@ -80,7 +81,8 @@ class Base:
 class Subject:
     """What was converted: Hub id or folder name, commit or content hash, the bases that its card names, and theirs.
 
-    `base` of an adapter: what it was merged into, with its commit or content hash, and its licence.
+    `base` of an adapter: what it was merged into, with its commit or content hash, and its licence. `left_out` are
+    parts of the checkpoint beside the text model.
     """
 
     model: str
@@ -89,6 +91,7 @@ class Subject:
     lineage: tuple[str, ...]
     model_type: str
     base: Base | None = None
+    left_out: tuple[LeftOut, ...] = ()
 
     @property
     def on_hub(self) -> bool:
@@ -160,6 +163,7 @@ def text(
         "commit": f", source commit `{build.commit}`," if build.commit else "",
         "tools": ", ".join(f"{tool} {version}" for tool, version in sorted(build.tools.items())),
         "command": _command(subject),
+        "left_out": _left_out(subject.left_out),
         "licence_name": licence.name,
         "licence_link": licence.link,
         "remark": f" {licence.remark}" if licence.remark else "",
@@ -213,6 +217,12 @@ def _pinned(model: Subject | Base) -> str:
     if not model.on_hub:
         return f"`{model.model}` (contents `{model.revision[:12]}`)"
     return f"[{model.model}](https://huggingface.co/{model.model}) at commit `{model.revision}`"
+
+
+def _left_out(parts: Sequence[LeftOut]) -> str:
+    """What of the checkpoint is not in these files, if anything."""
+    said = ", ".join(f"`{each.part}` ({each.tensors} tensors)" for each in parts)
+    return f" Left out here: {said}. Import the files as a text model." if parts else ""
 
 
 def _files(products: Sequence[Product]) -> str:

@@ -13,9 +13,10 @@ from pathlib import Path
 
 from pipeline.checkpoint import adapters
 from pipeline.checkpoint.adapters import Adapter
-from pipeline.checkpoint.preflight import Source
+from pipeline.checkpoint.source import Source
 from pipeline.core import log
 from pipeline.core.errors import FetchError, UsageError
+from pipeline.core.graph import folder_name
 from pipeline.core.manifest import describe, dump_json
 from pipeline.core.recipe import PROJECT
 from pipeline.release import download
@@ -35,7 +36,7 @@ class Folder:
     @property
     def model(self) -> str:
         """What it is called."""
-        return self.folder.name
+        return folder_name(self.folder)
 
     @property
     def source(self) -> Source:

@@ -67,6 +67,7 @@ def subject_of(fetched: Manifest) -> Subject:
         lineage=tuple(one.model for one in found.lineage),
         model_type=found.model_type,
         base=base_of(found),
+        left_out=found.left_out,
     )
 
 

@@ -17,7 +17,6 @@ from pipeline.tflite.lazy import Blocks
 
 PREFIX = "weights."
 """How the inputs of an exported graph are called that are no inputs, but weights by parameter name."""
-_MODEL = PREFIX + "model."
 
 
 def attach(graph: Graph, checkpoint: Checkpoint, names: Mapping[str, str]) -> None:
@@ -32,7 +31,7 @@ def attach(graph: Graph, checkpoint: Checkpoint, names: Mapping[str, str]) -> No
     buffers: dict[str, int] = {}
     for view in graph.views():
         for port in [port for port in view.ports() if text(port.name).startswith(PREFIX)]:
-            name = text(port.name).removeprefix(_MODEL)
+            name = text(port.name).removeprefix(PREFIX).removeprefix("model.")
             stored = names[name]
             if stored not in buffers:
                 buffers[stored] = graph.add_buffer(rows(checkpoint, stored), Origin(name))

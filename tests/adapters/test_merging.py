@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig
 
 from pipeline.checkpoint import adapters, merging
-from pipeline.checkpoint.preflight import Source
 from pipeline.checkpoint.reader import open_checkpoint
+from pipeline.checkpoint.source import Source
 from pipeline.models import architecture_for
 
 # In a folder beside the environment, which `nox -s adapters` makes.

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from line import CAP, Line
 from transformers import Gemma3ForCausalLM, Gemma3nForCausalLM
 
-from pipeline.checkpoint.preflight import HEAD
+from pipeline.checkpoint.names import HEAD
 from pipeline.checkpoint.reader import open_checkpoint
 from pipeline.core.recipe import DECODER, STEP, Bundle, load
 from pipeline.judge import gates

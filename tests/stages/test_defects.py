@@ -11,7 +11,6 @@ import pytest
 import torch
 from line import CAP, Line
 
-from pipeline.checkpoint import preflight
 from pipeline.checkpoint.reader import open_checkpoint
 from pipeline.core.recipe import load
 from pipeline.judge import gates, step_runs
@@ -19,7 +18,7 @@ from pipeline.judge.gates import Check, Measurement
 from pipeline.judge.reference import Head, Reference
 from pipeline.models import build as made
 from pipeline.models import gemma3n, transformer
-from pipeline.models.gemma3n import ARCHITECTURE, AltUp, Gemma3nForTFLite, TextConfig
+from pipeline.models.gemma3n import AltUp, Gemma3nForTFLite, TextConfig
 from pipeline.models.transformer import Rotation
 from pipeline.runtime.litert import StepModel
 
@@ -30,10 +29,7 @@ Weights = dict[str, torch.Tensor]
 def weights(judged: Line) -> Weights:
     """The shipped model's weights by canonical name."""
     checkpoint = open_checkpoint(judged.root / "fetch" / "checkpoint")
-    config = checkpoint.config
-    names = preflight.match(
-        checkpoint.tensors, ARCHITECTURE(config).tensors(), ARCHITECTURE(config).canonical, "shipped"
-    )
+    names = made.tensor_names(checkpoint)
     return {name: torch.from_numpy(checkpoint.read(stored)) for name, stored in names.items()}
 
 

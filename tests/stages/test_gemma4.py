@@ -213,7 +213,6 @@ def test_a_checkpoint_with_towers_loads_by_name() -> None:
         ({"hidden_activation": "silu"}, "'silu'"),
         ({"enable_moe_block": True}, "enable_moe_block true .*26B-A4B"),
         ({"use_bidirectional_attention": "all"}, "use_bidirectional_attention 'all'"),
-        ({"tie_word_embeddings": False}, "not tied"),
         ({"rope_parameters": {FULL: {"rope_type": "yarn", "factor": 2.0}}}, "'yarn' of full_attention"),
         ({"num_hidden_layers": 3, "layer_types": [FULL]}, "layer types"),
         ({"num_hidden_layers": 2, "layer_types": ["chunked_attention", FULL]}, "chunked_attention"),

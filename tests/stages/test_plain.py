@@ -155,7 +155,6 @@ def test_unscaled_scores_are_red(models: dict[str, Any], monkeypatch: pytest.Mon
         ({"hidden_act": "gelu"}, "'gelu'"),
         ({"use_sliding_window": True}, "use_sliding_window True"),
         ({"layer_types": [FULL, "sliding_attention"]}, "'sliding_attention'"),
-        ({"tie_word_embeddings": False}, "not tied"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic'"),
         ({"rope_scaling": {"rope_type": "longrope"}}, "'longrope'"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "'original_max_position_embeddings'"),

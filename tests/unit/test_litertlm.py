@@ -17,7 +17,7 @@ from litert_lm_builder.runtime.proto import llm_metadata_pb2
 from tokenizers import Tokenizer
 
 from pipeline.bundling import litertlm, metadata, template
-from pipeline.checkpoint import chat
+from pipeline.checkpoint import chat, reading
 from pipeline.core.errors import BundleError, IntegrityError
 from pipeline.core.facts import Section
 from pipeline.core.recipe import PROJECT
@@ -50,6 +50,7 @@ class Rendering:
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         environment.globals["raise_exception"] = refuse
         source = options.pop("chat_template", self.chat_template)
+        source = source["default"] if isinstance(source, Mapping) else source
         return environment.from_string(source).render(
             messages=conversation, **{**self.special_tokens_map, **options, "tokenize": None}
         )
@@ -187,13 +188,13 @@ def test_bad_checkpoints_are_refused(options: dict[str, Any], message: str) -> N
 
 @pytest.mark.parametrize("eos", ["one", [], [1.5], True])
 def test_eos_that_is_no_token_id_is_refused(tmp_path: Path, eos: Any) -> None:
-    with pytest.raises(BundleError, match="eos_token_id"):
+    with pytest.raises(IntegrityError, match="eos_token_id"):
         described(folder=checkpoint(tmp_path, generation_config={"eos_token_id": eos}))
 
 
 def test_no_eos_at_all_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Rendering, "eos_token_id", None)
-    with pytest.raises(BundleError, match="eos token"):
+    with pytest.raises(IntegrityError, match="eos token"):
         described(folder=tmp_path)
 
 
@@ -331,7 +332,7 @@ def test_sampler_values_that_the_runtime_has_no_word_for_are_for_the_card(tmp_pa
 def test_a_template_that_takes_parts_keeps_its_own_way() -> None:
     source = Rendering().chat_template
     assert "flat" not in template.prepare(source, Rendering(), "gemma3").source
-    assert template.prepare(source, Rendering(), "gemma3").after_reply == "<end_of_turn>\n"
+    assert reading.turn_end(Rendering()) == "<end_of_turn>\n"
 
 
 def test_white_space_is_what_python_strips() -> None:
