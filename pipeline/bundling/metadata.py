@@ -138,7 +138,7 @@ class Described:
 
 def of_checkpoint(folder: Path, max_tokens: int) -> Described:
     """What a bundle of the checkpoint in `folder` says of it; raises as `describe`."""
-    architecture = architecture_for(open_checkpoint(folder).config)
+    architecture = architecture_of(open_checkpoint(folder))
     vocabulary = architecture.tensors()[EMBEDDING][0]
     tokenizer = open_tokenizer(folder)
     made = describe(

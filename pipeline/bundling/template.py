@@ -281,5 +281,3 @@ def _render(source: str, conversation: Conversation, renderer: Renderer, **varia
             conversation, chat_template=source, tokenize=False, add_generation_prompt=True, **variables
         )
     )
-
-

@@ -299,6 +299,30 @@ def unmoved(server: HubServer, model: Files) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("unmoved")
+def rounded(model: Files) -> Files:
+    """The checkpoint with a tensor as bitsandbytes and others pack it."""
+    return changed(model, model__norm__weight=torch.zeros(24, dtype=torch.uint8))
+
+
+def test_an_index_that_names_more_than_there_is(server: HubServer, model: Files, run: Run) -> None:
+    files = shards(model)
+    index = json.loads(files["model.safetensors.index.json"])
+    index["weight_map"]["model.ghost.weight"] = "model-00001-of-00003.safetensors"
+    del index["weight_map"]["model.norm.weight"]
+    server.add(NAME, {**files, "model.safetensors.index.json": json.dumps(index).encode()})
+    assert run() == 0, run.text
+    assert (
+        "names what no shard holds: model.ghost.weight" in run.text and "does not name: model.norm.weight" in run.text
+    )
+
+
+def test_a_table_of_a_quantisation_that_is_gone(server: HubServer, model: Files, run: Run) -> None:
+    """After a merge config.json still names bitsandbytes, and every weight is a float."""
+    server.add(NAME, with_config(model, quantization_config={"load_in_4bit": True}))
+    assert run() == 0, run.text
+    assert "config.json still names bitsandbytes; the weights are not quantised" in run.text
+
+
 class TestRefusedModel:
     """One test per sentence."""
 
@@ -356,14 +380,6 @@ class TestRefusedModel:
         del files["model.safetensors.index.json"]
         server.add(NAME, files)
         refused(run, 3, "has shards but no model.safetensors.index.json")
-
-    def test_index_that_lies(self, server: HubServer, model: Files, run: Run) -> None:
-        files = shards(model)
-        index = json.loads(files["model.safetensors.index.json"])
-        index["weight_map"]["model.ghost.weight"] = "model-00001-of-00003.safetensors"
-        server.add(NAME, {**files, "model.safetensors.index.json": json.dumps(index).encode()})
-        assert run() == 0, run.text
-        assert "names what no shard holds: model.ghost.weight" in run.text
 
     def test_truncated_file(self, server: HubServer, model: Files, run: Run) -> None:
         server.add(NAME, {**model, "model.safetensors": model["model.safetensors"][:-100]})
@@ -424,12 +440,12 @@ class TestRefusedModel:
         ],
     )
     def test_quantised(self, server: HubServer, model: Files, run: Run, table: dict[str, Any], method: str) -> None:
-        server.add(NAME, with_config(model, quantization_config=table))
-        refused(run, 3, f"is quantised already ({method})", "full-precision checkpoint")
+        server.add(NAME, with_config(rounded(model), quantization_config=table))
+        refused(run, 3, f"is quantised already ({method}; model.norm.weight is U8)", "full-precision checkpoint")
 
     def test_quantised_by_the_file_beside(self, server: HubServer, model: Files, run: Run) -> None:
-        server.add(NAME, {**model, "quantize_config.json": b"{}"})
-        refused(run, 3, "is quantised already (quantize_config.json)")
+        server.add(NAME, {**rounded(model), "quantize_config.json": b"{}"})
+        refused(run, 3, "is quantised already (quantize_config.json; ")
 
     def test_too_little_disk(self, server: HubServer, model: Files, run: Run) -> None:
         rows = 1 << 45  # a header that describes petabytes; no machine has room for them
