@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from running import run
 
-from pipeline.quantize import int8x2, rows
+from pipeline.quantize import blockwise, int8x2, readback, rows
 from pipeline.tflite.graph import Graph
 
 TOKENS, INPUTS, OUTPUTS = 3, 64, 32
@@ -20,7 +21,7 @@ WEIGHTS = RANDOM.standard_normal((2, OUTPUTS, INPUTS)).astype(np.float32)
 Floats = NDArray[np.float32]
 
 
-def layers(inner: int = 1, bias: float = 0.0) -> Graph:
+def layers(inner: int = 1, bias: float = 0.0, quantise: Callable[..., None] = rows.quantise_weights) -> Graph:
     """Two int8 linear layers, `q` and `k`, that see the same x [1, tokens, inner, inputs]; their sum comes out.
 
     A `bias` other than 0 is added to every output of both.
@@ -36,7 +37,7 @@ def layers(inner: int = 1, bias: float = 0.0) -> Graph:
         for weight, result in zip(weights, made, strict=False)
     ]
     graph.main.operators.append(graph.operator("ADD", made[:2], [made[2]]))
-    rows.quantise_weights(graph, lambda _: False)
+    quantise(graph, lambda _: False)
     return graph
 
 
@@ -109,6 +110,29 @@ def test_a_bias_is_added_once(tmp_path: Path, plain: bool) -> None:
 def test_layers_with_the_same_input_share_its_rows() -> None:
     codes = [graph.code(operator) for graph in [split()] for operator in graph.operators()]
     assert codes.count("CONCATENATION") == 1 and codes.count("SUM") == 2
+
+
+def multiply_adds(graph: Graph) -> list[int]:
+    """Of each layer that is counted, at batch 1 and `TOKENS` tokens."""
+    shapes = [tuple(TOKENS if n < 0 else n for n in graph.shape(t)) for t in range(len(graph.main.tensors))]
+    products = readback._products(graph)
+    return [readback._product(graph, operator, shapes, terms).multiply_adds for operator, terms in products]
+
+
+def test_a_layer_counts_once_in_one_row_in_two_and_in_two_products() -> None:
+    four_bits = layers(quantise=blockwise.quantise_weights)
+    int8x2.split_inputs(four_bits, rows.keeper(["."]))
+    assert [four_bits.code(operator) for operator in four_bits.operators()].count("FULLY_CONNECTED") == 4
+    for graph in (layers(), split(), four_bits):
+        assert multiply_adds(graph) == [TOKENS * INPUTS * OUTPUTS] * 2
+
+
+def test_a_matrix_that_two_layers_share_counts_for_each() -> None:
+    graph = layers()
+    first, second, _ = graph.main.operators
+    second.inputs = [second.inputs[0], first.inputs[1], -1]
+    graph.main.operators = [first, second]  # as Gemma 3n's router, which predicts and then corrects
+    assert multiply_adds(graph) == [TOKENS * INPUTS * OUTPUTS] * 2
 
 
 def test_only_named_layers_change() -> None:
