@@ -15,12 +15,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.fx.node import Node, map_arg
+from torch.fx.node import Argument, Node, map_arg
 from torch.fx.traceback import NodeSource
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -28,8 +28,6 @@ _POSITION = "layer"
 """The attribute by which a module says which layer it is in; all others make the kind."""
 _PLACE = re.compile(r"layers\.\d+")
 _once: ContextVar[bool] = ContextVar("once", default=False)
-
-Call = Callable[..., Tensor]
 
 
 class State(Protocol):
@@ -41,7 +39,7 @@ class State(Protocol):
     def taken(self, index: int) -> list[Tensor]:
         """What the layer will read of it."""
 
-    def given(self, index: int, taken: Sequence[Tensor]) -> Any:
+    def given(self, index: int, taken: Sequence[Tensor]) -> State:
         """The same state for this layer alone, which reads `taken` instead."""
 
     def left(self, index: int) -> list[Tensor]:
@@ -170,10 +168,10 @@ class _Body:
 
 
 def _copy(program: torch.export.ExportedProgram, node: Node, body: _Body) -> None:
-    inputs: Any = node.args[0]
+    inputs = node.args[0]
     name, mark = str(node.args[3]), torch.ops.litert_torch.mark_tensor.default
     place = [argument.name for argument in mark._schema.arguments].index("id")
-    values: dict[Any, Any] = {item: inputs[item.args[1]] for item in body.entered.users}
+    values = {item: _item(inputs, item) for item in body.entered.users}
     with program.graph.inserting_before(node):
         for old in body.nodes:
             new = program.graph.node_copy(old, lambda value: values.get(value, value))
@@ -194,10 +192,19 @@ def _is_item(node: Node, of: Node) -> bool:
     return node.target is operator.getitem and node.args[0] is of
 
 
-def _replace_items(program: torch.export.ExportedProgram, node: Node, results: Any) -> None:
+def _item(of: Argument, item: Node) -> Node:
+    """The node in the list `of` that the node `item` takes out of such a list."""
+    place = item.args[1]
+    assert isinstance(of, Sequence) and isinstance(place, int)
+    node = of[place]
+    assert isinstance(node, Node)
+    return node
+
+
+def _replace_items(program: torch.export.ExportedProgram, node: Node, results: Argument) -> None:
     """Let those that read results of `node` read `results` instead."""
     for item in list(node.users):
-        result = results[item.args[1]]
+        result = _item(results, item)
         item.replace_all_uses_with(result)
         program.graph_signature.replace_all_uses(item.name, result.name)
         program.graph.erase_node(item)

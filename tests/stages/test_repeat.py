@@ -80,7 +80,7 @@ MODELS: dict[str, tuple[Callable[[], Any], int]] = {
 
 
 BUT_FOR_NAMES = ("gemma4",)
-"""Of whose decoder constants that layers share are called after one of them, or after none."""
+"""Of whose decoder constants that layers share are called after one of them, or after none, which others count on."""
 
 
 def exported(checkpoint: Path, folder: Path) -> tuple[bytes, bytes]:
@@ -93,14 +93,14 @@ def exported(checkpoint: Path, folder: Path) -> tuple[bytes, bytes]:
 
 
 def without_names(content: bytes) -> bytes:
-    """The same file whose constants are called nothing."""
+    """The same file whose constants are called nothing, and all else by its layer and part alone."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "graph.tflite"
         file.write_bytes(content)
         graph = Graph.read(file)
         for view in graph.views():
-            for tensor in filter(view.is_constant, range(len(view.main.tensors))):
-                view.main.tensors[tensor].name = b""
+            for place, tensor in enumerate(view.main.tensors):
+                tensor.name = b"" if view.is_constant(place) else view.name(place).rstrip("0123456789").encode()
         graph.write(Path(folder) / "nameless.tflite")
         return (Path(folder) / "nameless.tflite").read_bytes()
 
