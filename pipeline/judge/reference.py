@@ -80,15 +80,29 @@ class Head:
         """`logits` [n, V] of a file scored against those of the reference's hidden states [n, H], lot by lot."""
         return self.score_each([logits], hidden, targets)[0]
 
-    def score_each(self, files: Sequence[Reals], hidden: Reals, targets: Tokens | None = None) -> list[Scores]:
-        """The same of several files: the reference's logits are computed once for all of them."""
+    def score_each(
+        self,
+        files: Sequence[Reals],
+        hidden: Reals,
+        targets: Tokens | None = None,
+        chosen: Sequence[NDArray[np.int64]] | None = None,
+    ) -> list[Scores]:
+        """The same of several files: the reference's logits are computed once for all of them.
+
+        `chosen` says of each file which of the positions its logits are, where it has not all of them in order.
+        """
+        chosen = chosen or [np.arange(len(hidden))] * len(files)
         parts: list[list[Scores]] = [[] for _ in files]
         for start in range(0, len(hidden), self.rows):
-            lot = slice(start, start + self.rows)
-            expected, next_tokens = self.logits(hidden[lot]), None if targets is None else targets[lot]
-            for part, logits in zip(parts, files, strict=True):
-                part.append(metrics.compare(expected, logits[lot], next_tokens))
-        return [metrics.join(part) for part in parts]
+            expected = self.logits(hidden[start : start + self.rows])
+            for part, logits, places in zip(parts, files, chosen, strict=True):
+                rows = np.flatnonzero((places >= start) & (places < start + self.rows))
+                if len(rows):
+                    next_tokens = None if targets is None else targets[places[rows]]
+                    part.append(metrics.compare(expected[places[rows] - start], logits[rows], next_tokens))
+        # Lot by lot, so in the order of the lots; the files' own order is that of `chosen`.
+        orders = [np.argsort(np.argsort(places // self.rows, kind="stable"), kind="stable") for places in chosen]
+        return [metrics.join(part).take(order) for part, order in zip(parts, orders, strict=True)]
 
 
 def _widen(weight: Weight) -> Doubles:

@@ -43,7 +43,9 @@ class JudgedPositions:
         )
 
     def part(self, every: int) -> tuple[JudgedPositions, NDArray[np.int64]]:
-        """Every `every`-th batch by itself, for what takes long; and which positions it keeps."""
+        """Every `every`-th batch by itself, for what takes long; which positions it keeps, of all in their order."""
+        if every == 1:
+            return self, np.arange(len(self.positions))
         batches = self.batches[::every]
         chosen = np.concatenate([batch.index for batch in batches])
         starts = np.cumsum([0, *(len(batch.index) for batch in batches)])
@@ -67,9 +69,14 @@ def run_positions(model: StepModel, judged: JudgedPositions, label: str, scratch
     return logits
 
 
-def against_reference(files: Sequence[Logits], judged: JudgedPositions) -> list[Scores]:
-    """Each file's logits [n, V] scored against Hugging Face's, which are computed from the hidden states lot by lot."""
-    return judged.head.score_each(files, judged.hidden, judged.targets)
+def against_reference(
+    files: Sequence[Logits], judged: JudgedPositions, chosen: Sequence[NDArray[np.int64]] | None = None
+) -> list[Scores]:
+    """Each file's logits [n, V] scored against Hugging Face's, which are computed from the hidden states lot by lot.
+
+    Of each file they are the positions `chosen`, by default all.
+    """
+    return judged.head.score_each(files, judged.hidden, judged.targets, chosen)
 
 
 def against_file(logits: Logits, other: Logits, judged: JudgedPositions, chosen: NDArray[np.int64]) -> Scores:
@@ -98,10 +105,13 @@ class GridResult:
     max_abs: float
 
 
-def run_grid(model: StepModel, reference: Reference, label: str, most: float = math.inf) -> GridResult:
-    """Run the file on the shape grid; with a limit `most` on batch × sequence² only on what `_thinned` leaves of it."""
+def run_grid(model: StepModel, reference: Reference, label: str, most: float = math.inf, window: int = 0) -> GridResult:
+    """Run the file on the shape grid; with a limit `most` on batch × sequence² only on what `_thinned` leaves of it.
+
+    `window` is the model's sliding window, which one row at least goes beyond.
+    """
     grid = list(reference.shapes())
-    cases = grid if math.isinf(most) else _thinned(grid, most)
+    cases = grid if math.isinf(most) else _thinned(grid, most, window)
     parts = []
     with log.progress(f"{label}: shape grid", sum(case[1].size for case in cases), "tokens") as bar:
         for lot in _lots(cases, reference.head.rows):
@@ -139,8 +149,8 @@ def _lots(cases: Sequence[ShapeData], rows: int) -> Iterator[list[ShapeData]]:
         yield lot
 
 
-def _thinned(cases: Sequence[ShapeData], most: float) -> list[ShapeData]:
-    """Each shape once, with paddings in turn, and of those beyond `most` only one row of the longest sequence.
+def _thinned(cases: Sequence[ShapeData], most: float, window: int) -> list[ShapeData]:
+    """Each shape once, with paddings in turn, as far as it is not beyond `most`, and one row beyond the window.
 
     A padding changes what a kernel is given, not which kernel runs or how: with paddings in turn each still meets
     every length that several batches have, and every batch.
@@ -149,10 +159,11 @@ def _thinned(cases: Sequence[ShapeData], most: float) -> list[ShapeData]:
     for case in cases:
         shapes.setdefault(case[1].shape, []).append(case)
     batches, lengths = (sorted(set(sizes)) for sizes in zip(*shapes, strict=True))
+    beyond = next((length for length in lengths if length > window), lengths[-1])
     return [
         same[(batches.index(batch) + lengths.index(length)) % len(same)]
         for (batch, length), same in shapes.items()
-        if batch * length**2 <= most or (batch, length) == (batches[0], lengths[-1])
+        if batch * length**2 <= most or (batch, length) == (batches[0], beyond)
     ]
 
 

@@ -24,12 +24,14 @@ from pipeline.runtime.litert import StepModel
 
 BASELINE = "fp32"
 KERNELS = {"xnnpack": "XNNPACK", "builtin": "built-in kernels"}
-_BUILTIN_PART, _BUILTIN_LEAST = 4, 512
-"""The built-in kernels are slow: without XNNPACK every fourth batch is judged, of a small corpus 512 positions."""
+_BUILTIN_PART, _ALTERNATIVE_PART, _LEAST = 4, 2, 512
+"""Every which batch is judged without XNNPACK, whose built-in kernels are slow, and of a file that is not needed at
+all, whose interval says so; of a small corpus `_LEAST` positions in any case."""
 _GRID_LIMITS = {"xnnpack": math.inf, "builtin": 2**20}
 """Largest batch × sequence² on the shape grid. Attention in the built-in kernels takes ten times XNNPACK's time (one
 row of 2048 tokens of the shipped model: 6.6 s against 0.5 s of processor time), so there 1024 tokens run at batch 1
-only, 300 at all; the fp32 file runs the longest sequence too, once."""
+only, 300 at all. More tokens run where the window is that long: beyond it a longer row is the same operators' work once
+more, which XNNPACK's kernels are met with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,10 +58,11 @@ class Subject:
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What every file of one run is held against."""
+    """What every file of one run is held against; `window` is the model's sliding window."""
 
     reference: Reference
     judged: JudgedPositions
+    window: int
     prompts: int
     continuation: int
     stop: Sequence[int]
@@ -131,7 +134,10 @@ def judge_files(subjects: Sequence[Subject], setting: Setting) -> list[Verdict]:
     All are scored at the end together, for which the reference's logits are computed once.
     """
     runs = [_run(subject, setting) for subject in subjects]
-    scores = step_runs.against_reference([each["xnnpack"].logits for each in runs], setting.judged)
+    delegated = [each["xnnpack"] for each in runs]
+    scores = step_runs.against_reference(
+        [each.logits for each in delegated], setting.judged, [each.chosen for each in delegated]
+    )
     verdicts: list[Verdict] = []
     for subject, found, exact in zip(subjects, runs, scores, strict=True):
         verdicts.append(_judge(subject, setting, found, exact, verdicts[0] if verdicts else None))
@@ -153,7 +159,7 @@ def _judge(
 ) -> Verdict:
     """What follows from the runs and the `scores` against the reference; `baseline` is None for the fp32 file."""
     logits, continuations = runs["xnnpack"].logits, runs["xnnpack"].continuations
-    summary = metrics.summarise(scores, setting.judged.positions.window)
+    summary = metrics.summarise(scores, runs["xnnpack"].part.positions.window)
     grids = {kernels: each.grid for kernels, each in runs.items() if each.grid}
     if baseline is None:
         figures, own = _converter_figures(summary, grids), None
@@ -176,15 +182,13 @@ def _judge(
 
 
 def _run_kernels(subject: Subject, setting: Setting, kernels: str) -> KernelRun:
-    """Run the file with one kind of kernels; the slow ones on a part of the positions, and for fp32 on none."""
+    """Run the file with one kind of kernels, on all or a part of the positions; of fp32 the slow ones on none."""
     exact, delegated = subject.name == BASELINE, kernels == "xnnpack"
     # Half of the threads each: both kinds of kernels run at once.
     model = StepModel(subject.path, xnnpack=delegated, threads=max(1, parallel.threads() // len(KERNELS)))
     label, reference, judged = f"{subject.name}, {KERNELS[kernels]}", setting.reference, setting.judged
-    part, chosen, continuations = judged, np.arange(len(judged.positions)), list[list[int]]()
-    if not delegated:
-        # Never so few that the verdict would be inconclusive for that alone.
-        part, chosen = judged.part(max(1, min(_BUILTIN_PART, len(judged.positions) // _BUILTIN_LEAST)))
+    part, chosen = judged.part(every_which(subject, kernels, len(judged.positions)))
+    continuations = list[list[int]]()
     logits: Logits = np.empty((0, judged.head.vocabulary), np.float32)
     if delegated or not exact:
         logits = step_runs.run_positions(model, part, label, setting.scratch / f"{subject.name}-{kernels}")
@@ -195,9 +199,15 @@ def _run_kernels(subject: Subject, setting: Setting, kernels: str) -> KernelRun:
         chosen=chosen,
         logits=logits,
         continuations=continuations,
-        grid=step_runs.run_grid(model, reference, label, _GRID_LIMITS[kernels]) if exact else None,
+        grid=step_runs.run_grid(model, reference, label, _GRID_LIMITS[kernels], setting.window) if exact else None,
         unsound=None if exact else _soundness(subject, model, reference, kernels),
     )
+
+
+def every_which(subject: Subject, kernels: str, positions: int) -> int:
+    """Every which batch of a corpus of so many positions the file is judged on with one kind of kernels."""
+    part = _BUILTIN_PART if kernels == "builtin" else _ALTERNATIVE_PART if subject.alternative else 1
+    return max(1, min(part, positions // _LEAST))
 
 
 def _against_baseline(run: KernelRun, baseline: Verdict) -> tuple[Scores, Summary]:

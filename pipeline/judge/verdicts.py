@@ -39,6 +39,8 @@ def judge_steps(
         setting = Setting(
             reference=reference,
             judged=judged,
+            # Golden states it where there are bundles; else the longest row is beyond it for sure.
+            window=recipe.step.max_sequence if golden.sliding_window is None else golden.sliding_window,
             prompts=recipe.corpus.prompts,
             continuation=recipe.corpus.continuation,
             stop=golden.stop,
