@@ -100,9 +100,8 @@ def _merge(context: Context, asked: Asked, chosen: Plan, target: Path) -> Outcom
 
 
 def _plan_again(context: Context, target: Path, asked: Asked) -> Plan:
-    return plan(
-        dataclasses.replace(Source.of_folder(target), where=asked.source.where), partial(expected, context.recipe)
-    )
+    source = dataclasses.replace(Source.of_folder(target), where=asked.source.where)
+    return plan(source, partial(expected, context.recipe))
 
 
 def _tidy(context: Context) -> None:
