@@ -85,6 +85,8 @@ def _build_record(kind: type[Record], value: object, where: str) -> object:
 
 def _build_leaf(kind: object, value: object, where: str) -> object:
     """JSON has one kind of number: a whole one is a float too, but true is neither."""
+    if kind is types.NoneType and value is None:
+        return None
     fits = {str: str, int: int, float: int | float, bool: bool}
     assert kind in fits, f"no kind of JSON: {kind}"
     if not isinstance(value, fits[kind]) or (isinstance(value, bool) and kind is not bool):

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Protocol
 
 from pipeline.checkpoint.layout import Needed
 from pipeline.checkpoint.reader import Checkpoint
+from pipeline.core import records
 from pipeline.core.errors import FetchError, UsageError
 from pipeline.core.recipe import PROJECT, Recipe, load
+from pipeline.core.records import Record
 
 if TYPE_CHECKING:  # torch is loaded with a family
     from pipeline.export.export import Inputs
@@ -61,10 +63,12 @@ class Runtime:
 class Architecture(Protocol):
     """What the stages need to know of a model: a family, bound to a checkpoint's configuration.
 
-    `runtime` is what LiteRT-LM is told of it; `ties` whether config.json ties the head to the embedding.
+    `runtime` is what LiteRT-LM is told of it, `text` a dataclass of its numbers; `ties` whether config.json
+    ties the head to the embedding.
     """
 
     runtime: Runtime
+    text: Record
     ties: bool
 
     def __init__(self, config: Mapping[str, object], *, tied: bool = True) -> None:
@@ -110,7 +114,17 @@ def architecture_for(config: Mapping[str, object], *, tied: bool = True) -> Arch
             remedy="choose a checkpoint of a supported architecture, or add this one: docs/adding-a-family.md",
         )
     family: type[Architecture] = importlib.import_module(f"{__name__}.{MODELS[model_type]}").ARCHITECTURE
-    return family(config, tied=tied)
+    try:
+        architecture = family(config, tied=tied)
+        records.build(type(architecture.text), records.table(architecture.text))
+    # What a value of another kind, or none, does to the arithmetic of whichever family reads it.
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise FetchError(
+            f"config.json can't be understood: {error}",
+            cause="it was edited, or another tool wrote it",
+            remedy="get it from the checkpoint's author anew, or save the model again with `save_pretrained`",
+        ) from error
+    return architecture
 
 
 def terms(model_type: str) -> str:

@@ -65,7 +65,7 @@ class TextConfig:
             FetchError: a value that these modules do not implement.
         """
         text: Mapping[str, Any] = config.get("text_config", config)
-        layers = int(text.get("num_hidden_layers", 26))
+        layers = text.get("num_hidden_layers", 26)
         pattern = int(text.get("sliding_window_pattern", text.get("_sliding_window_pattern", 6)))
         default_types = [SLIDING if (i + 1) % pattern else FULL for i in range(layers)]
         made = cls(

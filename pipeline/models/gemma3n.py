@@ -77,7 +77,7 @@ class TextConfig:
             FetchError: a value that these modules do not implement.
         """
         text: Mapping[str, Any] = config.get("text_config", config)
-        layers = int(text.get("num_hidden_layers", 35))
+        layers = text.get("num_hidden_layers", 35)
         widths = text.get("intermediate_size", 16_384)
         default_types = [FULL if (i + 1) % 5 == 0 else SLIDING for i in range(layers)]
         # As transformers' configuration has it where config.json says nothing.

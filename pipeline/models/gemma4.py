@@ -82,7 +82,7 @@ class TextConfig:
         text: Mapping[str, Any] = config.get("text_config", config)
         _refuse_unknown(text)
         unified = str(config.get("model_type")) in _UNIFIED
-        layers = int(text.get("num_hidden_layers", 30))
+        layers = text.get("num_hidden_layers", 30)
         types = list(text.get("layer_types") or [SLIDING if (i + 1) % 6 else FULL for i in range(layers)])
         types[-1:] = [FULL]  # as transformers has it, whatever is said
         heads = _heads(text, types)

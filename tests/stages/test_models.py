@@ -220,3 +220,13 @@ def test_a_module_left_without_values_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="multiplier"):
         export.export([signature], tmp_path / "x.tflite")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("value", ["abc", None, [], {}, 1.5, True])
+@pytest.mark.parametrize("key", ["num_attention_heads", "num_hidden_layers", "hidden_size"])
+@pytest.mark.parametrize("family", ["gemma3n_text", "gemma3_text", "gemma4_text", "qwen3"])
+def test_a_number_of_config_json_that_is_none_is_said_in_a_sentence(family: str, key: str, value: object) -> None:
+    config = {"model_type": family, "tie_word_embeddings": True}
+    architecture_for(config)  # as it is, by the defaults
+    with pytest.raises(FetchError, match=r"config\.json (can't be understood|gives|shares)"):
+        architecture_for({**config, key: value})
