@@ -2,11 +2,12 @@
 
     make bench
 
-Two parts. Their tables go to `bench/`, which `python -m tools.figures` writes into the documents; all that was seen
+Three parts. Their tables go to `bench/`, which `python -m tools.figures` writes into the documents; all that was seen
 goes to `bench/raw/bench.json`:
 
 * a random Gemma 3n with the layers of E2B: per stage seconds and peak memory, and the latency of int8 against fp32;
-* Gemma 3 270M as an int8 bundle in LiteRT-LM, beside the stock exporter's of the same checkpoint, cache and prefill.
+* Gemma 3 270M as an int8 bundle in LiteRT-LM, beside the stock exporter's of the same checkpoint, cache and prefill;
+* processor time of a build of the shipped model, beside that of an earlier commit, as `python -m tools.turns` alone.
 
 What is compared is timed in turns in one run, so ratios mean something on a noisy machine. Checkpoint and stock
 exporter come from packages in environments of their own; what pip can't get is left out, and said.
@@ -37,7 +38,7 @@ from pipeline.core.recipe import PROJECT
 from pipeline.core.recipe import load as load_recipe
 from pipeline.models.gemma3n import ARCHITECTURE
 from pipeline.runtime.litert import StepModel, processor
-from tools import bench_bundle, bench_stages, figures, tables
+from tools import bench_bundle, bench_stages, figures, tables, turns
 
 STEP_STAGES = ("fetch", "graph", "fp32", "int8")
 BUNDLE_STAGES = ("fetch", "graph", "moments", "int8", "bundle")
@@ -207,4 +208,5 @@ if __name__ == "__main__":
         ratio = taken["int8"] / taken["fp32"]
         log.line(f"S = {length}: fp32 {taken['fp32']:.1f} ms, int8 {taken['int8']:.1f} ms, ratio {ratio:.2f}")
     tables.write_all(figures.wide(results))
+    turns.report(turns.BEFORE, turns.TARGETS)
     log.line(f"written: {arguments.out / 'bench.json'} and tables in bench/; now `python -m tools.figures`")

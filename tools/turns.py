@@ -1,0 +1,127 @@
+"""What a build of the shipped model takes, before and now: processor time of each stage, in turns on one machine.
+
+    python -m tools.turns COMMIT [--targets graph verify]
+
+Both sources are built in this project's environment, a target of Make's after the other and in turns, so that what else
+the machine does falls on both. Processor time is that of all processes that a target starts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from pipeline.core import log, parallel
+from pipeline.core.recipe import PROJECT
+from pipeline.runtime.litert import processor
+from tools import tables
+from tools.tables import Column, Measured, Row, Table, Value
+
+TARGETS = ("fetch", "golden", "graph", "fp32", "fp16", "int8", "int8-static", "bundle", "verify", "publish")
+BEFORE = "a482e11"
+"""The source of which `make` took 16 minutes."""
+_COLUMNS = ("before", "now")
+
+
+def clone(commit: str, folder: Path) -> Path:
+    """The project as it was at `commit`, in `folder`.
+
+    Raises:
+        subprocess.CalledProcessError: the repository has no such commit.
+    """
+    subprocess.run(["git", "clone", "--quiet", "--no-checkout", PROJECT, folder], check=True)
+    subprocess.run(["git", "checkout", "--quiet", commit], cwd=folder, check=True)
+    (folder / ".venv").symlink_to(PROJECT / ".venv")
+    return folder
+
+
+def make(source: Path, target: str, artifacts: Path) -> float:
+    """Processor seconds of `make target` in `source`, with the environment as it is.
+
+    Raises:
+        subprocess.CalledProcessError: it failed; it has said why.
+    """
+    before = _children()
+    environment = os.environ | {"PYTHONPATH": ""}  # the source's own modules, and no others
+    command = ["make", "--old-file=.venv/.ready", target, f"ARTIFACTS={artifacts}"]
+    subprocess.run(command, cwd=source, env=environment, check=True)
+    return _children() - before
+
+
+def _children() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def measure(commit: str, targets: Sequence[str]) -> dict[str, tuple[float, float]]:
+    """Processor seconds of each target at `commit` and now."""
+    found: dict[str, tuple[float, float]] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        sources = clone(commit, folder / "before"), clone("HEAD", folder / "now")
+        for target in targets:
+            log.step(f"{target}, before and now")
+            before, now = (make(source, target, source / "artifacts") for source in sources)
+            found[target] = before, now
+    return found
+
+
+def table(commit: str, found: Mapping[str, tuple[float, float]]) -> Table:
+    """The figures as a table of the page: each target, and all together."""
+    columns = {name: Column(unit="s", digits=".1f") for name in _COLUMNS} | {"now / before": Column(digits=".2f")}
+    sums = tuple(sum(pair[place] for pair in found.values()) for place in (0, 1))
+    rows = {**found, "together": sums}
+    return Table(
+        title="Processor time of a build of the shipped model",
+        about=f"At commit {commit} and now, a target after the other and in turns; processes of their own included.",
+        place=10,
+        columns=columns,
+        measured=Measured(
+            date=time.strftime("%Y-%m-%d"),
+            command="`python -m tools.turns`",
+            machine=f"{parallel.threads()} threads ({processor()})",
+        ),
+        rows=tuple(
+            Row(
+                name=name,
+                values={
+                    "before": Value(value=before),
+                    "now": Value(value=now),
+                    "now / before": Value(value=now / before),
+                },
+            )
+            for name, (before, now) in rows.items()
+        ),
+    )
+
+
+def report(commit: str, targets: Sequence[str]) -> None:
+    """Measure and say it; of all targets the table goes to `bench/`."""
+    made = table(commit, measure(commit, targets))
+    for row in made.rows:
+        log.line(
+            f"{row.name:12} " + "  ".join(made.columns[key].text(value.value) for key, value in row.values.items())
+        )
+    if tuple(targets) == TARGETS:
+        tables.write_all({"turns": made})
+
+
+def main() -> int:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("commit", nargs="?", default=BEFORE, help="what to hold this source against (%(default)s)")
+    parser.add_argument("--targets", nargs="+", default=list(TARGETS), help="default: all, in order")
+    arguments = parser.parse_args()
+    report(arguments.commit, arguments.targets)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
