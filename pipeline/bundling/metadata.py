@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -77,7 +77,7 @@ def describe(
     checkpoint: Path,
     tokenizer: Tokenizer,
     *,
-    runtime: Runtime,
+    runtime: Callable[[str], Runtime],
     sections: tuple[str, ...],
     vocabulary: int,
     max_tokens: int,
@@ -87,7 +87,7 @@ def describe(
     Args:
         checkpoint: the folder with `generation_config.json` and `config.json`.
         tokenizer: the checkpoint's, as transformers loads it.
-        runtime: what the architecture says to LiteRT-LM.
+        runtime: what the architecture says to LiteRT-LM of a model with a chat template.
         sections: the TFLite files of the bundle.
         vocabulary: how many tokens the embedding table holds.
         max_tokens: the length of the KV cache.
@@ -95,32 +95,33 @@ def describe(
     Raises:
         BundleError: LiteRT-LM has no such model type, the template fails, or a token is not in the vocabulary.
     """
-    known = llm_model_type_pb2.LlmModelType.DESCRIPTOR.fields_by_name
-    if runtime.type not in known:
-        raise BundleError(f"LiteRT-LM has no model type {runtime.type!r}", remedy=f"use one of {', '.join(known)}")
-    generation, config = (_read_json(checkpoint / name) for name in ("generation_config.json", "config.json"))
     source = _template_source(tokenizer.chat_template)
-    chat = template.prepare(source, tokenizer, runtime.type) if source else None
-    tools = runtime.tools and bool(re.search(r"\btools\b", source))
+    told = runtime(source)
+    known = llm_model_type_pb2.LlmModelType.DESCRIPTOR.fields_by_name
+    if told.type not in known:
+        raise BundleError(f"LiteRT-LM has no model type {told.type!r}", remedy=f"use one of {', '.join(known)}")
+    generation, config = (_read_json(checkpoint / name) for name in ("generation_config.json", "config.json"))
+    chat = template.prepare(source, tokenizer, told.type) if source else None
+    tools = told.tools and bool(re.search(r"\btools\b", source))
     begins = chat.starts_with_bos if chat else prompts_begin_with_bos(tokenizer)
     stop = {*stop_tokens(generation, config, tokenizer)}
     if chat and not set(tokenizer(ending := turn_end(tokenizer), add_special_tokens=False)["input_ids"]) & stop:
         log.warn(f"an answer ends with {ending!r} in the chat template, which is no token: only eos ends one")
-    if tools and runtime.response and (token := tokenizer.backend_tokenizer.token_to_id(runtime.response)) is not None:
+    if tools and told.response and (token := tokenizer.backend_tokenizer.token_to_id(told.response)) is not None:
         stop.add(token)
     _check_tokens(stop, "stop token", vocabulary)
     if chat:
         _check_tokens(_prompt_tokens(source, tokenizer), "token of the chat template", vocabulary)
     return Metadata(
-        model_type=runtime.type,
+        model_type=told.type,
         sections=sections,
         start=tokenizer.bos_token_id if begins else None,
         stop=tuple(sorted(stop)),
         max_tokens=max_tokens,
         chat_template=chat.source if chat else "",
-        thoughts=runtime.thoughts if runtime.thoughts and runtime.thoughts[1].strip() in source else None,
+        thoughts=told.thoughts if told.thoughts and told.thoughts[1].strip() in source else None,
         tools=tools,
-        calls=runtime.calls if tools else {},
+        calls=told.calls if tools else {},
         sampler=_sampler(generation, vocabulary),
         remarks=_remarks(generation, chat),
     )

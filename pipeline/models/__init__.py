@@ -63,11 +63,9 @@ class Runtime:
 class Architecture(Protocol):
     """What the stages need to know of a model: a family, bound to a checkpoint's configuration.
 
-    `runtime` is what LiteRT-LM is told of it, `text` a dataclass of its numbers; `ties` whether config.json
-    ties the head to the embedding.
+    `text` is a dataclass of its numbers; `ties` whether config.json ties the head to the embedding.
     """
 
-    runtime: Runtime
     text: Record
     ties: bool
 
@@ -77,6 +75,9 @@ class Architecture(Protocol):
         Raises:
             FetchError: it asks for something that the graph modules don't do.
         """
+
+    def runtime(self, template: str) -> Runtime:
+        """What LiteRT-LM is told of a model whose chat template is `template` (empty: it has none)."""
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Every tensor of the text model: canonical name → shape."""

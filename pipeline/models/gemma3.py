@@ -34,6 +34,9 @@ from pipeline.models.transformer import (
     split_heads,
 )
 
+_FUNCTION_GEMMA = Runtime(type="function_gemma", tools=True, response="<start_function_response>")
+"""As Google's own bundles have it: the runtime's own values serve, and a tool speaks after that token."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TextConfig:
@@ -226,12 +229,15 @@ class Gemma3Decoder(DecoderGraph):
 class Gemma3:
     """The `Architecture` of both Gemma 3 model types, bound to a checkpoint's configuration."""
 
-    runtime = Runtime(type="gemma3")
     _left_out = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")
 
     def __init__(self, config: Mapping[str, object], *, tied: bool = True) -> None:
         self.text, self.tied = TextConfig.from_config(config), tied
         self.ties = bool(config.get("tie_word_embeddings", True))
+
+    def runtime(self, template: str) -> Runtime:
+        """What LiteRT-LM is told of it: FunctionGemma differs in its template alone."""
+        return _FUNCTION_GEMMA if "<start_function_call>" in template else Runtime(type="gemma3")
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Every tensor of the text model: canonical name → shape."""

@@ -419,13 +419,16 @@ class Gemma3nDecoder(DecoderGraph):
 class Gemma3n:
     """The `Architecture` of both Gemma 3n model types, bound to a checkpoint's configuration."""
 
-    runtime = Runtime(type="gemma3n")
     _left_out = re.compile(r"(model\.)?(vision_tower|audio_tower|embed_vision|embed_audio)\.")
     _own_kv = re.compile(r"layers\.(\d+)\.self_attn\.(k_proj|v_proj|k_norm|v_norm)\.")
 
     def __init__(self, config: Mapping[str, object], *, tied: bool = True) -> None:
         self.text, self.tied = TextConfig.from_config(config), tied
         self.ties = bool(config.get("tie_word_embeddings", True))
+
+    def runtime(self, _template: str) -> Runtime:
+        """What LiteRT-LM is told of it."""
+        return Runtime(type="gemma3n")
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Every tensor of the text model: canonical name → shape."""

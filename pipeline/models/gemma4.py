@@ -46,6 +46,22 @@ _UNIFIED = ("gemma4_unified", "gemma4_unified_text")
 """12B: images and audio go straight into the text model, which has no per-layer embeddings and a longer window."""
 
 
+_RUNTIME = Runtime(
+    type="gemma4",
+    tools=True,
+    thoughts=("<|channel>thought\n", "<channel|>"),
+    calls={
+        "code_fence_start": "<|tool_call>",
+        "code_fence_end": "<tool_call|>",
+        "open_quote": '<|"|>',
+        "close_quote": '<|"|>',
+        "function_response_start": "<|tool_response>",
+    },
+    response="<|tool_response>",
+)
+"""As Google's own bundles have it."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TextConfig:
     """The numbers that define a Gemma 4 text model; names as in transformers' `Gemma4TextConfig`.
@@ -362,19 +378,6 @@ class TokenDecoder(DecoderGraph):
 class Gemma4:
     """The `Architecture` of the Gemma 4 model types, bound to a checkpoint's configuration."""
 
-    runtime = Runtime(
-        type="gemma4",
-        tools=True,
-        thoughts=("<|channel>thought\n", "<channel|>"),
-        calls={
-            "code_fence_start": "<|tool_call>",
-            "code_fence_end": "<tool_call|>",
-            "open_quote": '<|"|>',
-            "close_quote": '<|"|>',
-            "function_response_start": "<|tool_response>",
-        },
-        response="<|tool_response>",
-    )
     _left_out = re.compile(r"(model\.)?(vision_tower|audio_tower|embed_vision|embed_audio)\.")
     _own_kv = re.compile(r"layers\.(\d+)\.self_attn\.(k_proj|v_proj|k_norm|v_norm)\.")
 
@@ -386,6 +389,10 @@ class Gemma4:
     def _looks_up(self) -> bool:
         """Whether the runtime looks embeddings up, and not the decoder: there is a per-layer table."""
         return bool(self.text.hidden_size_per_layer_input)
+
+    def runtime(self, _template: str) -> Runtime:
+        """What LiteRT-LM is told of it."""
+        return _RUNTIME
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Every tensor of the text model: canonical name → shape."""

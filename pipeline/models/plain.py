@@ -307,7 +307,11 @@ class Plain:
     def __init__(self, config: Mapping[str, object], *, tied: bool = True) -> None:
         self.text, self.tied = TextConfig.from_config(config), tied
         self.ties = bool(config.get("tie_word_embeddings", False))
-        self.runtime = FAMILIES[str(config["model_type"])].runtime
+        self._family = FAMILIES[str(config["model_type"])]
+
+    def runtime(self, _template: str) -> Runtime:
+        """What LiteRT-LM is told of it."""
+        return self._family.runtime
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Every tensor of the text model: canonical name → shape."""

@@ -364,7 +364,7 @@ def test_no_per_layer_embedding_at_all(judge: Judge, weights: dict[str, torch.Te
 
 def test_gemma3n_can_be_told_from_gemma3() -> None:
     """Both are found, and say what the runtime calls them; neither takes the other's models."""
-    kinds = {name: architecture_for({"model_type": name}).runtime.type for name in TYPES}
+    kinds = {name: architecture_for({"model_type": name}).runtime("").type for name in TYPES}
     assert kinds == TYPES
     assert Gemma3nForCausalLM.config_class.model_type in kinds and Gemma3ForCausalLM.config_class.model_type in kinds
 

@@ -67,7 +67,7 @@ class Maker:
         self.metadata = metadata.describe(
             CHECKPOINT,
             tokenizer,
-            runtime=Runtime(type="gemma3n"),
+            runtime=lambda _: Runtime(type="gemma3n"),
             sections=SECTIONS,
             vocabulary=VOCABULARY,
             max_tokens=max_tokens,

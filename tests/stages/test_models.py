@@ -192,6 +192,13 @@ def test_gemma3_defaults_are_transformers() -> None:
     assert ours.rope == {kind: (theirs.rope_parameters[kind]["rope_theta"], 1.0) for kind in ours.rope}
 
 
+def test_function_gemma_is_told_by_its_template() -> None:
+    architecture = gemma3.ARCHITECTURE({"model_type": "gemma3_text"})
+    found = architecture.runtime("{{ tools }}<start_function_call>call:")
+    assert (found.type, found.tools, found.response) == ("function_gemma", True, "<start_function_response>")
+    assert architecture.runtime("<start_of_turn>user").type == architecture.runtime("").type == "gemma3"
+
+
 def test_version_4_keys_give_the_same_rope_bases() -> None:
     old = TextConfig.from_config({"rope_theta": 5e5, "rope_local_base_freq": 1e3})
     assert old.rope_theta == {"full_attention": 5e5, "sliding_attention": 1e3}

@@ -178,7 +178,7 @@ def test_keys_of_version_4_mean_the_same() -> None:
 
 def test_each_is_what_litert_lm_calls_it() -> None:
     kinds = {name: architecture_for({"model_type": name, "tie_word_embeddings": True}) for name in plain.FAMILIES}
-    assert {name: each.runtime.type for name, each in kinds.items()} == {
+    assert {name: each.runtime("").type for name, each in kinds.items()} == {
         "llama": "generic_model",
         "qwen2": "qwen2p5",
         "qwen3": "qwen3",

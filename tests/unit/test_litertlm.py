@@ -70,7 +70,7 @@ def models(tmp_path: Path) -> dict[str, Path]:
 
 def described(source: Any = None, *, folder: Path = CHECKPOINT, **options: Any) -> metadata.Metadata:
     wanted = {
-        "runtime": Runtime(type="gemma3n"),
+        "runtime": lambda _: Runtime(type="gemma3n"),
         "sections": SECTIONS,
         "vocabulary": VOCABULARY,
         "max_tokens": 512,
@@ -134,7 +134,7 @@ THINKING = Runtime(
 def test_thoughts_and_tools_are_told_where_the_template_has_them(models: dict[str, Path], tmp_path: Path) -> None:
     mask = Rendering().backend_tokenizer.token_to_id("<mask>")
     source = SIMPLE + "{% if tools %}{{ tools }}<mask>{% endif %}"
-    found = described(source, runtime=THINKING)
+    found = described(source, runtime=lambda _: THINKING)
     assert found.thoughts == THINKING.thoughts and found.tools and found.calls == THINKING.calls
     assert found.stop == tuple(sorted((EOS, END_OF_TURN, mask)))
     out = tmp_path / "x.litertlm"
@@ -147,7 +147,7 @@ def test_thoughts_and_tools_are_told_where_the_template_has_them(models: dict[st
 
 
 def test_a_template_without_them_says_so(models: dict[str, Path], tmp_path: Path) -> None:
-    found = described(SIMPLE, runtime=THINKING)
+    found = described(SIMPLE, runtime=lambda _: THINKING)
     assert (found.thoughts, found.tools, found.calls, found.stop) == (None, False, {}, (EOS, END_OF_TURN))
     litertlm.write(found, "{}", models, tmp_path / "x.litertlm")
     assert litertlm.thoughts(tmp_path / "x.litertlm") is None
@@ -173,7 +173,7 @@ def test_a_sampler_that_is_no_number_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"runtime": Runtime(type="gemma5")}, "no model type 'gemma5'"),
+        ({"runtime": lambda _: Runtime(type="gemma5")}, "no model type 'gemma5'"),
         ({"vocabulary": END_OF_TURN}, "stop token 6 is not in the model's vocabulary of 6 tokens"),
         ({"vocabulary": 300}, "token of the chat template"),
         ({"source": "{% for %}"}, "fails to render"),
