@@ -18,6 +18,7 @@ import litert_lm
 
 from pipeline.core import parallel
 from pipeline.core.errors import IntegrityError, UsageError
+from pipeline.runtime.characters import WholeCharacters
 from pipeline.runtime.litert import standard_error
 from pipeline.runtime.thoughts import Channel
 
@@ -199,7 +200,7 @@ class Session:
     """One context of an open bundle: text goes in piece by piece, and then an answer comes out, once."""
 
     def __init__(self, runtime: LmRuntime, session: litert_lm.Session) -> None:
-        self._runtime, self._session = runtime, session
+        self._runtime, self._session, self._library = runtime, session, session._lib
         self._empty = True
 
     def __enter__(self) -> Session:
@@ -235,6 +236,7 @@ class Session:
     def decode(self) -> Iterator[str]:
         """The model's answer piece by piece, until a stop token, its greatest length, a full context, or `cancel`."""
         try:
+            self._session._lib = WholeCharacters(self._library)
             for response in self._session.run_decode_async():
                 yield response.texts[0]
         except GeneratorExit:  # nobody reads on
