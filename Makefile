@@ -82,8 +82,10 @@ PY := .venv/bin/python
 ifeq ($(IN),docker)
 READY := image
 ONLINE = $(if $(ON_HUB),fetch plan) upload $(if $(findstring @,$(FILES)),check)
+# An identity that reads, for a user and not for a repository, is shown by what downloads as well.
+READER := $(shell [[ "$${HF_OIDC_RESOURCE:-/}" == */* ]] || echo fetch plan)
 # By name, so that no list of processes shows a value; what a CI job shows for itself goes to the upload alone.
-SECRETS = -e HF_TOKEN -e HF_ENDPOINT $(if $(filter upload,$(1)),-e HF_OIDC_RESOURCE -e HF_OIDC_ID_TOKEN \
+SECRETS = -e HF_TOKEN -e HF_ENDPOINT $(if $(filter upload $(READER),$(1)),-e HF_OIDC_RESOURCE -e HF_OIDC_ID_TOKEN \
 	-e GITHUB_ACTIONS -e ACTIONS_ID_TOKEN_REQUEST_URL -e ACTIONS_ID_TOKEN_REQUEST_TOKEN)
 SHOWN = $(if $(1),-v $(call QUOTE,$(call ABSOLUTE,$(1)):$(call ABSOLUTE,$(1)):ro))
 IN_CONTAINER = docker run --rm $(if $(filter chat,$(1)),-it) --read-only --tmpfs /tmp --cap-drop ALL --security-opt no-new-privileges \

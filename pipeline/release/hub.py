@@ -33,7 +33,10 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.hf_api import RepoSibling
-from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # public, not in its __all__
+from huggingface_hub.utils import (  # type: ignore[attr-defined]  # the latter is public, not in its __all__
+    _auth,
+    build_hf_headers,
+)
 
 from pipeline.core import log
 from pipeline.core.errors import FetchError, IntegrityError, PipelineError
@@ -285,6 +288,8 @@ class Hub:
             except FAILURES as error:
                 if wait is None or not is_passing(error):
                     raise explain(error) from error
+                if _is_lapsed(error):
+                    _auth._OIDC_TOKEN_CACHE = None  # else the client sends it until its hour is over (2.4.0)
                 # A server may ask for a day; then it is better to end with a sentence.
                 pause = max(wait, min(_asked_wait(error), LONGEST_WAIT))
                 log.warn(f"{self.endpoint}: {brief(error)}; trying again in {log.human_seconds(pause)}")
@@ -299,11 +304,7 @@ class Hub:
         page = f"{self.endpoint}/{model_id}"
         log_in = "set HF_TOKEN or run `hf auth login`"
         if is_identity(error):
-            return FetchError(
-                "the identity of this CI job gave no token for HF_OIDC_RESOURCE",
-                cause="the job lacks the permission `id-token: write`, or is no trusted publisher of that repository",
-                remedy=f"allow both (repository, branch and workflow at {page}/settings), or unset it and {log_in}",
-            )
+            return _explain_identity(again=is_passing(error), endpoint=self.endpoint, page=page, log_in=log_in)
         if isinstance(error, GatedRepoError):
             who = "this token has" if has_token() else "without a token there is"
             return FetchError(
@@ -399,6 +400,24 @@ def is_identity(error: Exception) -> bool:
     return refused or isinstance(error, OIDCError)
 
 
+def _explain_identity(*, again: bool, endpoint: str, page: str, log_in: str) -> FetchError:
+    """What to do about an identity that gave no token; `again`: it was tried until patience ended."""
+    cause = "the job lacks the permission `id-token: write`, or is no trusted publisher of that repository or user"
+    allow = f"allow both (repository, branch and workflow at {page}/settings, of a user at {endpoint}/settings)"
+    return FetchError(
+        "the identity of this CI job gave no token for HF_OIDC_RESOURCE",
+        cause=("the Hub could not give one, again and again: its own fault perhaps; or " if again else "") + cause,
+        remedy=("run it again later; " if again else "") + f"{allow}, or unset it and {log_in}",
+    )
+
+
+def _is_lapsed(error: Exception) -> bool:
+    """Whether the token that a CI job's identity was exchanged for counts no more; it lives for an hour."""
+    refused = isinstance(error, HfHubHTTPError) and error.response.status_code == 401
+    unseen = isinstance(error, RepositoryNotFoundError)
+    return bool(os.environ.get("HF_OIDC_RESOURCE")) and refused and not unseen and not is_identity(error)
+
+
 def _is_unseen(error: Exception) -> bool:
     """Whether there is no such repository, or it is private and not ours: to strangers the Hub answers 401 for both."""
     anonymous = not has_token() and isinstance(error, HfHubHTTPError) and error.response.status_code == 401
@@ -413,7 +432,9 @@ def is_malformed_token(error: Exception) -> bool:
 def is_passing(error: Exception) -> bool:
     """Whether the same request may go well later."""
     if isinstance(error, HfHubHTTPError):
-        return error.response.status_code in _PASSING
+        # An exchange that the Hub itself gives up is a 400 (https://github.com/huggingface/hub-docs/issues/2757).
+        status, exchange = error.response.status_code, is_identity(error)
+        return status in _PASSING or (exchange and status == 400) or _is_lapsed(error)
     return isinstance(error, httpx2.TransportError) and not isinstance(
         error, (httpx2.UnsupportedProtocol, httpx2.LocalProtocolError)
     )

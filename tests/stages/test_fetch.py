@@ -481,6 +481,31 @@ def test_folders_are_refused_alike(model: Files, run: Run, tmp_path: Path, fault
 # ---- access
 
 
+def test_a_ci_job_reads_gated_repositories_by_the_identity_of_a_user(
+    server: HubServer, model: Files, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The token is exchanged once, and again where it ends amid the download."""
+    server.add(NAME, model)
+    server.repos[NAME].gated = True
+    server.tokens["hf_first"] = {NAME}
+    server.identities["job"] = "hf_first"
+    monkeypatch.setenv("HF_OIDC_RESOURCE", "somebody")
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")
+    monkeypatch.setenv("ACTIONS_ID_TOKEN_REQUEST_URL", f"{server.endpoint}/identity")
+    monkeypatch.setenv("ACTIONS_ID_TOKEN_REQUEST_TOKEN", "job-job")
+
+    def lapse() -> None:
+        server.tokens["hf_second"] = server.tokens.pop("hf_first", {NAME})
+        server.identities["job"] = "hf_second"
+
+    server.faults = [Fault("resolve/.*safetensors", run=lapse, skip=1)]
+    command = [sys.executable, "-m", "pipeline.fetch", "--model-id", NAME, "--artifacts", str(run.artifacts)]
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)  # the client asks for its Hub at import
+    assert done.returncode == 0, done.stderr
+    assert "hf_first" not in done.stderr and "hf_second" not in done.stderr
+    assert sum(request.path == "/oauth/token" for request in server.requests) == 2
+
+
 def test_unknown_model(server: HubServer, run: Run) -> None:
     refused(run, 3, f"there is no model {NAME}", "check the id")
 

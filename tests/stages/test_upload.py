@@ -648,6 +648,55 @@ def test_a_ci_job_publishes_by_its_identity(world: World, monkeypatch: pytest.Mo
     world.published()
 
 
+@pytest.fixture
+def job(world: World, monkeypatch: pytest.MonkeyPatch) -> World:
+    """A CI job that shows its identity; each exchange gives a token of its own, and ends the one before."""
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setenv("HF_OIDC_RESOURCE", NAME)
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")
+    monkeypatch.setenv("ACTIONS_ID_TOKEN_REQUEST_URL", f"{world.server.endpoint}/identity")
+    monkeypatch.setenv("ACTIONS_ID_TOKEN_REQUEST_TOKEN", "job-job")
+    world.server.identities["job"] = TOKEN
+    return world
+
+
+def lapse(world: World) -> None:
+    """From now on the job's identity gives another token, and the first one counts no more."""
+    world.server.tokens["hf_second"] = world.server.tokens.pop(TOKEN, set())
+    world.server.writers["hf_second"] = world.server.writers.pop(TOKEN, set())
+    world.server.identities["job"] = "hf_second"
+
+
+@pytest.mark.parametrize("status", [400, 503])
+def test_an_exchange_that_fails_for_a_while_is_tried_again(job: World, status: int) -> None:
+    body = b'{"error": "invalid_grant", "error_description": "This operation was aborted"}'
+    job.server.faults.append(Fault("/oauth/token", "POST", status=status, body=body, times=2))
+    running = start(job)
+    said = running.communicate(timeout=LONGEST)[1]
+    assert running.returncode == 0, said
+    job.published()
+
+
+def test_an_exchange_that_never_works_may_be_the_hubs_fault(job: World) -> None:
+    job.server.faults.append(Fault("/oauth/token", "POST", status=400, times=1000))
+    running = start(job)
+    said = running.communicate(timeout=LONGEST)[1]
+    assert running.returncode == 9 and "Traceback" not in said, said
+    assert "its own fault perhaps" in said and "id-token: write" in said and "run it again later" in said
+
+
+@pytest.mark.parametrize("when", ["/objects/batch", "/objects/verify", "/commit/main", "/storage/", "/tag/"])
+def test_a_token_that_ends_amid_an_upload_is_exchanged_anew(job: World, when: str) -> None:
+    """As after an hour, or when the Hub calls it back: what storage has is not sent again."""
+    job.server.faults.append(Fault(when, run=lambda: lapse(job), skip=1 if when == "/storage/" else 0))
+    running = start(job)
+    said = running.communicate(timeout=LONGEST)[1]
+    assert running.returncode == 0, said
+    assert "hf_second" not in said
+    job.published()
+    assert sum(request.path == "/oauth/token" for request in job.server.requests) >= 2
+
+
 @pytest.mark.parametrize("given", ["", "another job"])
 def test_an_identity_that_is_not_taken_is_explained(world: World, monkeypatch: pytest.MonkeyPatch, given: str) -> None:
     monkeypatch.delenv("HF_TOKEN")

@@ -208,6 +208,16 @@ def test_in_docker_only_a_download_has_a_network(tmp_path: Path) -> None:
     assert "HF_TOKEN=" not in plan, "the token goes by name, so that no list of processes shows it"
 
 
+@pytest.mark.parametrize(("resource", "shown"), [("org/model", []), ("somebody", ["plan", "fetch"])])
+def test_in_docker_an_identity_that_reads_is_shown_by_what_downloads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resource: str, shown: list[str]
+) -> None:
+    monkeypatch.setenv("HF_OIDC_RESOURCE", resource)
+    plan = make("-n", "fetch", "IN=docker", "MODEL_ID=google/gemma-3n-E2B-it", f"ARTIFACTS={tmp_path}")
+    runs = [row for row in plan.replace("\\\n", " ").splitlines() if "docker run" in row]
+    assert [row.rsplit("-m pipeline.", 1)[1].split()[0] for row in runs if "-e HF_OIDC_RESOURCE" in row] == shown
+
+
 def test_publish_uploads_after_the_stage_and_whenever_it_is_asked_to(finished: tuple[str, ...], tmp_path: Path) -> None:
     folder = tmp_path / "out" / "tiny" / "publish"
     assert planned("publish", *finished) == []
