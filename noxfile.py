@@ -83,6 +83,14 @@ def adapters(session: nox.Session) -> None:
 
 
 @nox.session(venv_backend="none", default=False)
+def intake(session: nox.Session) -> None:
+    """Checkpoints as people have them, all forms and 300 combinations (`-- 1000` for more), against Hugging Face's."""
+    count = session.posargs[0] if session.posargs else "300"
+    command = (str(BIN / "python"), "-m", "pytest", "tests/stages/test_intake.py", "-n", "2")
+    session.run(*command, external=True, env={"INTAKE_DRAWS": count})
+
+
+@nox.session(venv_backend="none", default=False)
 def faults(session: nox.Session) -> None:
     """The upload under 200 random schedules of faults (`-- 1000` for more), and 100 changes of what is signed."""
     count = session.posargs[0] if session.posargs else "200"

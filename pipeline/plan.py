@@ -20,7 +20,7 @@ from pipeline.core import log, manifest, memory
 from pipeline.core.errors import ResourceError
 from pipeline.core.graph import Choice, behind, model_name
 from pipeline.core.recipe import load as load_recipe
-from pipeline.core.stage import common_parser, guard
+from pipeline.core.stage import common_parser, guard, parse
 from pipeline.planning.model import look
 from pipeline.planning.needs import NEEDS, Need
 
@@ -105,7 +105,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run from the command line and return the exit code."""
-    arguments = parser().parse_args(argv)
+    arguments = parse(parser(), argv)
     return guard(lambda: work(arguments))
 
 

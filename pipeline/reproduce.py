@@ -20,7 +20,7 @@ from pipeline.core.graph import model_name
 from pipeline.core.manifest import Manifest
 from pipeline.core.recipe import PROJECT, STEP
 from pipeline.core.recipe import load as load_recipe
-from pipeline.core.stage import common_parser, guard
+from pipeline.core.stage import common_parser, guard, parse
 from pipeline.tflite.difference import compare
 
 STAGES = tuple(name for name in graph.STAGES if name != "evaluate")
@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--template", type=Path, metavar="FILE", help="the chat template that fetch was given, if any")
     parser.add_argument("--eval", type=Path, metavar="FILE", help="the text that golden and verify were given, if any")
     parser.add_argument("--calibration", type=Path, metavar="FILE", help="the text that int8 was given, if any")
-    arguments = parser.parse_args(argv)
+    arguments = parse(parser, argv)
     arguments.again = arguments.again or arguments.artifacts / "reproduced"
     return guard(lambda: work(arguments))
 

@@ -14,7 +14,7 @@ from pipeline.bundling.metadata import of_checkpoint
 from pipeline.core import log
 from pipeline.core.graph import model_name
 from pipeline.core.recipe import load as load_recipe
-from pipeline.core.stage import common_parser, guard
+from pipeline.core.stage import common_parser, guard, parse
 
 
 def work(arguments: argparse.Namespace) -> None:
@@ -34,7 +34,7 @@ def work(arguments: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run from the command line and return the exit code."""
-    arguments = common_parser("template", "Prove the checkpoint's chat template in LiteRT-LM.").parse_args(argv)
+    arguments = parse(common_parser("template", "Prove the checkpoint's chat template in LiteRT-LM."), argv)
     return guard(lambda: work(arguments))
 
 

@@ -30,7 +30,7 @@ from pipeline.core.graph import model_name
 from pipeline.core.recipe import Recipe
 from pipeline.core.recipe import load as load_recipe
 from pipeline.core.recipe import parse as parse_recipe
-from pipeline.core.stage import common_parser, guard, locked, made_again
+from pipeline.core.stage import common_parser, guard, locked, made_again, parse
 from pipeline.report import tuning
 from pipeline.search import candidates, groups, rewrite
 from pipeline.search.bench import Clock
@@ -116,4 +116,4 @@ def _arguments() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(guard(lambda: work(_arguments().parse_args())))
+    sys.exit(guard(lambda: work(parse(_arguments(), None))))

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pipeline.core import log
 from pipeline.core.graph import model_name
 from pipeline.core.recipe import load
-from pipeline.core.stage import common_parser
+from pipeline.core.stage import common_parser, parse
 from pipeline.planning.model import look
 from pipeline.planning.needs import NEEDS
 
@@ -38,7 +38,7 @@ def rows(arguments: argparse.Namespace) -> Iterator[list[str]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the table."""
-    arguments = common_parser("planned", (__doc__ or "").split("\n", 1)[0]).parse_args(argv)
+    arguments = parse(common_parser("planned", (__doc__ or "").split("\n", 1)[0]), argv)
     head = ["stage", "planned s", "took s", "of processor", "ratio", "planned GiB", "took GiB", "ratio"]
     for line in log.align([head, *rows(arguments)]):
         log.line(line)

@@ -7,6 +7,7 @@ places only. Paths in a recipe are relative to the project's root.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -189,6 +190,37 @@ class Recipe:
     def activations(self, precision: str) -> str:
         """How the step graph of `precision` makes its activations integer; empty for one that does not."""
         return {"int8": self.int8.scheme, "int4": "dynamic"}.get(precision, "")
+
+
+RECIPES = PROJECT / "pipeline" / "recipes"
+DEFAULT = RECIPES / "gemma3n.toml"
+"""The shipped model's, and of a checkpoint whose type nobody knows yet: on the Hub, until it is fetched."""
+
+
+def of_type(model_type: str) -> tuple[Path, ...]:
+    """The shipped recipes for checkpoints of a model type."""
+    return tuple(file for file in sorted(RECIPES.glob("*.toml")) if model_type in load(file).model_types)
+
+
+def chosen(given: Path | None, model_id: str, root: Path) -> Path:
+    """The recipe: the one that is `given`, else the shipped one for the checkpoint's model type.
+
+    Args:
+        given: what the user said.
+        model_id: Hub id or folder of the checkpoint.
+        root: the model's artefact folder, where one from the Hub lies once it is fetched.
+    """
+    if given:
+        return given
+    for folder in (Path(model_id), root / "fetch" / "checkpoint"):
+        try:
+            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # not here; or broken, which fetch will say
+            continue
+        fitting = of_type(str(config.get("model_type"))) if isinstance(config, dict) else ()
+        if fitting:
+            return fitting[0]
+    return DEFAULT
 
 
 def load(file: Path) -> Recipe:

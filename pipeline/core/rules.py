@@ -24,7 +24,7 @@ from typing import cast, get_args
 from pipeline.core.errors import PipelineError, UsageError
 from pipeline.core.graph import STAGES, STEPS, Choice, behind, makeable, model_name
 from pipeline.core.manifest import write_atomically
-from pipeline.core.recipe import PROJECT, STEP, Graphs, load
+from pipeline.core.recipe import PROJECT, STEP, Graphs, chosen, load
 
 _SPECIAL = "$'\"`;&|<>()[]{}*?!%:\\#"
 """What Make or a shell would read as more than a name."""
@@ -303,14 +303,18 @@ def ask(said: Mapping[str, str]) -> Request:
     Raises:
         UsageError: a name or a setting that can't work, or a recipe that is none.
     """
-    for name in ("MODEL_ID", "ARTIFACTS", "RECIPE"):
+    for name in ("MODEL_ID", "ARTIFACTS"):
         _plain(name, said[name])
+    if said["RECIPE"]:
+        _plain("RECIPE", said["RECIPE"])
     if Path(said["MODEL_ID"]).is_dir():
         _plain("the folder that MODEL_ID leads to", str(Path(said["MODEL_ID"]).resolve()))
         if not model_name(said["MODEL_ID"]):
             raise UsageError(f"MODEL_ID is {said['MODEL_ID']!r}, a folder without a name to keep its results by")
     _check_words(said)
-    recipe, variants = load(Path(said["RECIPE"])), tuple(dict.fromkeys(said["VARIANTS"].split()))
+    root = Path(said["ARTIFACTS"]) / model_name(said["MODEL_ID"])
+    file = _shown(chosen(Path(said["RECIPE"]) if said["RECIPE"] else None, said["MODEL_ID"], root))
+    recipe, variants = load(file), tuple(dict.fromkeys(said["VARIANTS"].split()))
     if unknown := [name for name in variants if name not in STEPS]:
         raise UsageError(f"VARIANTS names {', '.join(unknown)}; step graphs are {', '.join(STEPS)}")
     graphs = cast(Graphs, said["GRAPHS"] or recipe.graphs)
@@ -321,7 +325,7 @@ def ask(said: Mapping[str, str]) -> Request:
     request = Request(
         model_id=said["MODEL_ID"],
         artifacts=Path(said["ARTIFACTS"]),
-        recipe=Path(said["RECIPE"]),
+        recipe=file,
         choice=Choice(recipe=recipe, graphs=graphs, variants=variants or None),
         settings={**settings, **files},
         goals=tuple(said["GOALS"].split()),

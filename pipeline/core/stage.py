@@ -33,12 +33,12 @@ from pipeline.core import graph, log, manifest, process, records, versions
 from pipeline.core.errors import PipelineError, ResourceError
 from pipeline.core.manifest import Fact, Manifest, Source
 from pipeline.core.options import Options, add_to, of
-from pipeline.core.recipe import PROJECT, Graphs, Recipe
+from pipeline.core.recipe import DEFAULT, PROJECT, Graphs, Recipe, chosen
 from pipeline.core.recipe import load as load_recipe
 from pipeline.core.records import Record
 
 DEFAULT_MODEL = "examples/tiny-gemma3n"
-DEFAULT_RECIPE = "pipeline/recipes/gemma3n.toml"
+DEFAULT_RECIPE = str(DEFAULT.relative_to(PROJECT))
 INTERRUPTED = 130
 _INTERRUPTED_TEXT = "interrupted: nothing finished is lost, the same command goes on from here"
 _PATIENCE = 5.0
@@ -104,7 +104,7 @@ def main(stage: Stage, argv: Sequence[str] | None = None) -> int:
     """Run `stage` from the command line and return its exit code."""
     parser = common_parser(stage.name, stage.summary)
     add_to(parser, stage.options)
-    arguments = parser.parse_args(argv)
+    arguments = parse(parser, argv)
     return guard(lambda: _run(stage, arguments))
 
 
@@ -134,9 +134,17 @@ def common_parser(name: str, summary: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"python -m pipeline.{name}", description=summary)
     parser.add_argument("--model-id", default=DEFAULT_MODEL, help="Hub id or folder (default: %(default)s)")
     parser.add_argument("--artifacts", type=Path, default=Path("artifacts"), help="output root (default: %(default)s)")
-    parser.add_argument("--recipe", type=Path, default=Path(DEFAULT_RECIPE), help="recipe (default: %(default)s)")
+    parser.add_argument("--recipe", type=Path, help="recipe (default: the shipped one for the checkpoint's model type)")
     parser.add_argument("--graphs", choices=("step", "bundle", "all"), help="what to build (default: the recipe's)")
     return parser
+
+
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """What `argv` says to a `parser` of `common_parser`, its recipe chosen where none is said."""
+    arguments = parser.parse_args(argv)
+    root = arguments.artifacts / graph.model_name(arguments.model_id)
+    arguments.recipe = chosen(arguments.recipe, arguments.model_id, root)
+    return arguments
 
 
 def _interrupt(_signal: int, _frame: object) -> None:

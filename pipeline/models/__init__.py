@@ -15,14 +15,13 @@ from pipeline.checkpoint.layout import Needed
 from pipeline.checkpoint.reader import Checkpoint
 from pipeline.core import records
 from pipeline.core.errors import FetchError, UsageError
-from pipeline.core.recipe import PROJECT, Recipe, load
+from pipeline.core.recipe import PROJECT, Recipe, of_type
 from pipeline.core.records import Record
 
 if TYPE_CHECKING:  # torch is loaded with a family
     from pipeline.export.export import Inputs
     from pipeline.models.transformer import DecoderGraph, StepGraph, Table
 
-RECIPES = PROJECT / "pipeline" / "recipes"
 MODELS: Mapping[str, str] = {
     "gemma3": "gemma3",
     "gemma3_text": "gemma3",
@@ -162,7 +161,7 @@ def expected(recipe: Recipe, config: Mapping[str, object]) -> Needed:
     architecture = architecture_for(config)
     model_type = config["model_type"]
     if model_type not in recipe.model_types:
-        fitting = [file for file in sorted(RECIPES.glob("*.toml")) if model_type in load(file).model_types]
+        fitting = of_type(str(model_type))
         names = " or ".join(f"RECIPE={file.relative_to(PROJECT)}" for file in fitting)
         raise UsageError(
             f"the checkpoint is of type {model_type}, recipe {recipe.name} is for {', '.join(recipe.model_types)}",

@@ -385,3 +385,22 @@ def test_any_bytes_raise_nothing_but_usage_errors(tmp_path: Path, data: bytes) -
 def test_a_recipe_of_brackets_alone_is_no_fault_of_the_project() -> None:
     with pytest.raises(UsageError, match="is not TOML"):
         recipe.parse(b"a = " + b"[" * 3000, "recipe.toml")
+
+
+def checkpoint_of(model_type: str, folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
+    return folder
+
+
+def test_the_recipe_is_the_one_for_the_checkpoints_model_type(tmp_path: Path) -> None:
+    """In a folder, or where fetch has put one; what is said counts first, and of an unknown one it is Gemma 3n's."""
+    root = tmp_path / "out"
+    for model_type in ("gemma3_text", "gemma3n", "qwen3"):
+        folder = checkpoint_of(model_type, tmp_path / model_type)
+        assert model_type in recipe.load(recipe.chosen(None, str(folder), root)).model_types
+        assert recipe.chosen(Path("my.toml"), str(folder), root) == Path("my.toml")
+    assert recipe.chosen(None, "org/model", root) == recipe.DEFAULT
+    assert recipe.chosen(None, str(checkpoint_of("none", tmp_path / "odd")), root) == recipe.DEFAULT
+    checkpoint_of("gemma3", root / "fetch" / "checkpoint")
+    assert "gemma3" in recipe.load(recipe.chosen(None, "org/model", root)).model_types
