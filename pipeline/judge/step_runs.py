@@ -159,7 +159,7 @@ def _thinned(cases: Sequence[ShapeData], most: float, window: int) -> list[Shape
     for case in cases:
         shapes.setdefault(case[1].shape, []).append(case)
     batches, lengths = (sorted(set(sizes)) for sizes in zip(*shapes, strict=True))
-    beyond = next((length for length in lengths if length > window), lengths[-1])
+    beyond = _beyond(lengths, window)
     return [
         same[(batches.index(batch) + lengths.index(length)) % len(same)]
         for (batch, length), same in shapes.items()
@@ -167,15 +167,23 @@ def _thinned(cases: Sequence[ShapeData], most: float, window: int) -> list[Shape
     ]
 
 
-def count_unsound(model: StepModel, reference: Reference, most: float = math.inf) -> tuple[int, list[str]]:
+def _beyond(lengths: Sequence[int], window: int) -> int:
+    """The shortest of the ascending `lengths` that goes beyond the window; the longest if none does."""
+    return next((length for length in lengths if length > window), lengths[-1])
+
+
+def count_unsound(
+    model: StepModel, reference: Reference, most: float = math.inf, window: int = 0
+) -> tuple[int, list[str]]:
     """How many corner cases of the shape grid give a logit that is not finite, and the names of the cases that ran.
 
     Corners are the shortest and the longest sequence of the smallest and of the largest batch, one padding each, as far
-    as batch × sequence² is at most `most`: enough for a quantised file, whose numbers the corpus judges.
+    as batch × sequence² is at most `most`, and one row beyond the window: enough for a quantised file, whose numbers
+    the corpus judges.
     """
     every = {ids.shape: (name, ids, mask) for name, ids, mask, _ in reference.shapes()}
-    most = max(most, min(batch * length**2 for batch, length in every))  # of a grid of long sequences one runs
-    shapes = {shape: case for shape, case in every.items() if shape[0] * shape[1] ** 2 <= most}
+    row = min(batch for batch, _ in every), _beyond(sorted({length for _, length in every}), window)
+    shapes = {shape: case for shape, case in every.items() if shape[0] * shape[1] ** 2 <= most or shape == row}
     batches = {batch for batch, _ in shapes}
     corners = []
     for batch in sorted({min(batches), max(batches)}):

@@ -110,6 +110,9 @@ def test_corners_are_the_ends_of_the_smallest_and_the_largest_batch() -> None:
     less = Model((3, 8), math.nan)
     bad, _ = step_runs.count_unsound(cast(StepModel, less), GRID, 8**2)
     assert [shape for shape, _ in less.ran] == [(1, 1), (1, 8), (3, 1)] and bad == 0
+    far = Model((1, 32), math.nan)
+    bad, _ = step_runs.count_unsound(cast(StepModel, far), GRID, 8**2, 8)
+    assert [shape for shape, _ in far.ran] == [(1, 1), (1, 32), (3, 1)] and bad == 1
     least = Model((1, 1), math.nan)
     assert step_runs.count_unsound(cast(StepModel, least), GRID, 0)[0] == 1 and len(least.ran) == 1
 
