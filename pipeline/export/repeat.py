@@ -3,8 +3,8 @@
 torch.export and the passes after it take a third of a second a layer, and what they find is the same for every layer of
 a kind but the weights. So the first layer of a kind is traced between two marks, `pipeline::enter` and
 `pipeline::leave`, and each other one is a single node, `pipeline::layer`. When all is decomposed, `expand` writes in
-its place what stands between the marks. The files are the same to the byte, but for some constants' names in Gemma 4's
-decoder, which `tests/stages/test_repeat.py` holds.
+its place what stands between the marks. The files are the same to the byte, but that constants which layers share may
+be called after another one, which `tests/stages/test_repeat.py` holds.
 """
 
 from __future__ import annotations

@@ -79,8 +79,8 @@ MODELS: dict[str, tuple[Callable[[], Any], int]] = {
 }
 
 
-BUT_FOR_NAMES = ("gemma4",)
-"""Of whose decoder constants that layers share are called after one of them, or after none, which others count on."""
+BUT_FOR_NAMES = ("gemma4", "qwen3")
+"""Of whose decoders constants that layers share may be called after one of them or after none, and others count on."""
 
 
 def exported(checkpoint: Path, folder: Path) -> tuple[bytes, bytes]:
