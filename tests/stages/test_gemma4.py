@@ -19,7 +19,7 @@ from test_models import check_names, eager
 from test_plain import worst
 from transformers import Gemma4Config, Gemma4ForConditionalGeneration, Gemma4TextConfig, Gemma4UnifiedTextConfig
 
-from pipeline.checkpoint import preflight
+from pipeline.checkpoint import names
 from pipeline.core.errors import FetchError
 from pipeline.core.recipe import Bundle
 from pipeline.models import architecture_for, gemma4
@@ -203,7 +203,7 @@ def test_a_checkpoint_with_towers_loads_by_name() -> None:
     architecture = architecture_for(model.config.to_dict())
     named = {architecture.canonical(name): shape for name, shape in stored.items()}
     assert {
-        name: shape for name, shape in named.items() if name not in (None, preflight.HEAD)
+        name: shape for name, shape in named.items() if name not in (None, names.HEAD)
     } == architecture.tensors()
 
 
