@@ -16,8 +16,8 @@ _PER_ROW = 12
 """Bytes of an int8 row's scale (float32) and zero point (int64)."""
 _PER_LAYER = 12_000
 """Bytes of one signature's operators and tensors per layer, in Gemma 3n's decoder."""
-EXPORT_SECONDS = 0.45
-"""Seconds per layer and signature of exporting a graph (Gemma 3n of 35 layers, narrow, 2026-11-29: 58 s for 140)."""
+_TRACED, _COPIED = 2.0, 0.17
+"""Seconds of exporting a graph per signature, in which a layer of each kind is traced, and per layer and signature."""
 EXPORT_BYTES = 3_400_000
 """Memory per layer and signature of exporting a graph, beyond the libraries' 0.4 GiB (E4B, 105 of them: 0.68 GiB)."""
 
@@ -62,6 +62,11 @@ def of_files(architecture: Architecture, prefills: int, graphs: Graphs) -> dict[
 def layers(shapes: Mapping[str, tuple[int, ...]]) -> int:
     """How many layers a text model with these tensors has."""
     return len({name.split(".")[1] for name in shapes if name.startswith("layers.")})
+
+
+def export_seconds(signatures: int, layers_written: int) -> float:
+    """How long exporting graphs takes: `layers_written` counts the layers of every signature (2 cores, 2026-11-29)."""
+    return _TRACED * signatures + _COPIED * layers_written
 
 
 def cached(shapes: Mapping[str, tuple[int, ...]]) -> int:

@@ -64,7 +64,7 @@ def fetch(model: Model) -> Need:
     """The download, hashing it, and merging an adapter: what was downloaded for that is scratch."""
     seconds = 2 + model.download / _DOWNLOAD + model.stored / _HASH + model.merged / _WRITE
     size, scratch = (model.merged, model.download) if model.merged else (model.download, 0)
-    used = (0.6 if model.merged else 0.25) * _GIB
+    used = (0.6 if model.merged else 0.2) * _GIB
     return Need(what="checkpoint", size=size, memory=used, seconds=seconds, scratch=scratch)
 
 
@@ -142,14 +142,14 @@ def graph(model: Model) -> Need:
         what="graphs without matrices",
         size=size,
         memory=0.4 * _GIB + sizes.EXPORT_BYTES * layers,
-        seconds=5 + sizes.EXPORT_SECONDS * layers,
+        seconds=3 + sizes.export_seconds(layers // sizes.layers(model.shapes), layers),
     )
 
 
 def _filled(model: Model, precision: str, *, sections: bool = True) -> Need:
     size = model.size(precision) if sections else model.files[STEP].bytes(precision)
     seconds = 2 + (size + model.stored) / _WRITE
-    taken = 0.3 * _GIB + 2 * model.cache  # each file is run once, with a cache in and a cache out
+    taken = 0.2 * _GIB + 2 * model.cache  # each file is run once, with a cache in and a cache out
     # GPTQ is all that reads the Hessians of stage moments.
     if sections and "moments" in makeable(precision, Choice(recipe=model.recipe, graphs=model.graphs)):
         seconds += _gptq(model)
