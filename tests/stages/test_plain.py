@@ -187,3 +187,14 @@ def test_each_is_what_litert_lm_calls_it() -> None:
     assert kinds["qwen3"].canonical("model.layers.0.self_attn.rotary_emb.inv_freq") is None
     with torch.device("meta"):  # where exports make the modules
         assert TextConfig.from_config({"model_type": "qwen3", "tie_word_embeddings": True}).frequencies[0] == 1.0
+
+
+def test_a_head_of_its_own_is_exact_in_the_file(tmp_path: Path) -> None:
+    """As larger Qwen and Llama models have it; one that is tied is another model."""
+    drawn = {**SMALL, **IN_FILES["llama"], "tie_word_embeddings": False}
+    model = geometry.plain_reference(drawn, 3)
+    step = StepModel(geometry.convert(geometry.save(model, tmp_path / "checkpoint"), tmp_path / "step.tflite"))
+    result = geometry.compare_on_grid(step, model, batches=(1, 3), sequences=(1, 17))
+    assert result.nmse <= 1e-9 and result.top1 == 1, result
+    model.lm_head.weight.data = model.get_input_embeddings().weight.data
+    assert geometry.compare_on_grid(step, model, batches=(1,), sequences=(17,)).nmse > 1e-6
