@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -57,6 +58,7 @@ def adapter(config: dict[str, object], base: Path, folder: Path) -> Path:
 
 def fetched(model: Path, artifacts: Path) -> watched.Watched:
     """What fetch takes of `model`; what it made goes."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the Makefile has it
     command = [sys.executable, "-m", "pipeline.fetch", "--model-id", str(model), "--artifacts", str(artifacts)]
     took = watched.run(command)
     shutil.rmtree(artifacts)

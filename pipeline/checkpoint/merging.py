@@ -21,8 +21,10 @@ from pipeline.checkpoint.reader import CONFIG, INDEX, Checkpoint, Float32, item_
 from pipeline.core import log
 from pipeline.core.manifest import dump_json
 
-_BLOCK = 4 << 20
-"""Elements of a block of rows (16 MiB in float32), and bytes that are copied at a time."""
+_BLOCK = 1 << 20
+"""Elements of a block of rows: 4 MiB in float32; new memory for larger ones took most of the time."""
+_COPIED = 8 << 20
+"""Bytes of an unchanged tensor that are copied at a time."""
 _LEAST_ROWS = 64
 """Rows of the smallest block: few rows are multiplied in another order."""
 
@@ -84,49 +86,50 @@ def _header(tensors: Mapping[str, TensorInfo]) -> bytes:
 def _stored(base: Checkpoint, name: str) -> Iterator[bytes]:
     """The bytes of a tensor of the base."""
     info = base.tensors[name]
-    for start in range(info.offset, info.offset + info.size, _BLOCK):
-        yield read_part(base.folder, info.file, start, min(start + _BLOCK, info.offset + info.size))
+    for start in range(info.offset, info.offset + info.size, _COPIED):
+        yield read_part(base.folder, info.file, start, min(start + _COPIED, info.offset + info.size))
 
 
 def _merged(base: Checkpoint, change: Change, held: Checkpoint, info: TensorInfo) -> Iterator[memoryview]:
     """The bytes of a changed tensor, as many rows at a time as fit into a block."""
     kind = getattr(torch, FLOATS[info.dtype])
-    loaded = [
-        (part, {role: held.read(name) for role, name in part.names.items() if role != "whole"}) for part in change.parts
-    ]
+    whole = [part.names["whole"] for part in change.parts if "whole" in part.names]
+    parts = [part for part in change.parts if "whole" not in part.names]
+    loaded = [{role: _tensor(held.read(name)) for role, name in part.names.items()} for part in parts]
     count = change.shape[0]
     step = max(_LEAST_ROWS, _BLOCK // math.prod(change.shape[1:]))
-    starts = [*range(0, max(1, count - _LEAST_ROWS + 1), step), count]
-    replaced = bool(change.parts) and "whole" in change.parts[0].names
-    for start, stop in pairwise(starts):
-        rows = None if replaced else _tensor(base.rows(change.base, start, stop)).to(kind)
-        for part, tensors in loaded:
-            if "whole" in part.names:
-                rows = _tensor(held.rows(part.names["whole"], start, stop)).to(kind)
-            else:
-                assert rows is not None
-                rows = _changed(part, {role: _tensor(value) for role, value in tensors.items()}, rows, start).to(kind)
-        assert rows is not None
-        yield rows.contiguous().view(torch.uint8).numpy().data.cast("B")
+    for start, stop in pairwise([*range(0, max(1, count - _LEAST_ROWS + 1), step), count]):
+        # A whole tensor takes the place of the base's, the last one of several; it is rounded to the base's type.
+        rows = _tensor(held.rows(whole[-1], start, stop) if whole else base.rows(change.base, start, stop))
+        rows = rows.to(kind).float() if whole else rows
+        for place, (part, tensors) in enumerate(zip(parts, loaded, strict=True)):
+            rows = rows.to(kind).float() if place else rows
+            rows = _changed(part, tensors, rows, start, kind)
+        yield rows.to(kind).contiguous().view(torch.uint8).numpy().data.cast("B")
 
 
-def _changed(part: Part, tensors: Mapping[str, torch.Tensor], rows: torch.Tensor, start: int) -> torch.Tensor:
-    """What a part makes of `rows`, which stand at `start` of their matrix, before it is rounded to their type."""
+def _changed(
+    part: Part, tensors: Mapping[str, torch.Tensor], rows: torch.Tensor, start: int, kind: torch.dtype
+) -> torch.Tensor:
+    """What a part makes of `rows`, float32 values of type `kind` that stand at `start` of their matrix; in float32.
+
+    In place wherever it can be: new memory for every block took most of the time.
+    """
     stop = start + len(rows)
     if "tokens" in tensors:
         rows = rows.clone()
         for place, row in enumerate(part.rows):
             if start <= row < stop:
-                rows[row - start] = tensors["tokens"][place].to(rows.dtype)
+                rows[row - start] = tensors["tokens"][place]
         return rows
     down, up = tensors["A"], tensors["B"]
     if part.embedding:  # [r, V] and [H, r]
-        return rows + ((up @ down[:, start:stop]).T * part.scale).to(rows.dtype)
-    merged = rows + up[start:stop] @ down * part.scale
+        return rows + ((up @ down[:, start:stop]).T * part.scale).to(kind)
+    merged = (up[start:stop] @ down).mul_(part.scale).add_(rows)
     if "magnitude" not in tensors:
         return merged
     lengths: torch.Tensor = torch.linalg.norm(merged, dim=1)
-    return (tensors["magnitude"][start:stop] / lengths).view(-1, 1) * merged
+    return merged.mul_((tensors["magnitude"][start:stop] / lengths).view(-1, 1))
 
 
 def _tensor(values: Float32) -> torch.Tensor:
