@@ -1,6 +1,6 @@
 """Gemma 3, text: 270M, 1B, and the text tower of the larger ones.
 
-The modules follow the Gemma 3 text model of transformers 5.23.0 (`models/gemma3/modeling_gemma3.py`) and keep its
+The modules follow the Gemma 3 text model of transformers 5.24.0 (`models/gemma3/modeling_gemma3.py`) and keep its
 parameter names, so a checkpoint loads by name. Shapes in docstrings as in `transformer.py`.
 """
 

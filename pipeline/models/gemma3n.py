@@ -1,6 +1,6 @@
 """Gemma 3n, text: the graph modules that are exported, written so that every construct lowers exactly.
 
-The modules follow the Gemma 3n text model of transformers 5.23.0 (`models/gemma3n/modeling_gemma3n.py`) and keep its
+The modules follow the Gemma 3n text model of transformers 5.24.0 (`models/gemma3n/modeling_gemma3n.py`) and keep its
 parameter names, so a checkpoint loads by name. They are our own for three reasons: some constructs there do not export
 (a `torch.distributions` object in forward), some lower wrongly without an error once shapes are dynamic (an in-place
 update of a slice), and buffers that are not in the checkpoint stay uninitialised when a model is built on the meta

@@ -1,6 +1,6 @@
 """Gemma 4, text, dense: E2B and E4B, and 12B and 31B, which have no table of per-layer embeddings.
 
-The modules follow the Gemma 4 text models of transformers 5.23.0 (`models/gemma4`, `models/gemma4_unified`) and keep
+The modules follow the Gemma 4 text models of transformers 5.24.0 (`models/gemma4`, `models/gemma4_unified`) and keep
 their parameter names, so a checkpoint loads by name. Beside Gemma 3n: no AltUp, no Laurel, no sparse gates; full layers
 have heads of another size and turn a part of them only; layers that share keys and values may have twice the MLP; each
 layer's result is multiplied with a number that is stored. Shapes in docstrings as in `transformer.py`, L layers, P
@@ -208,7 +208,7 @@ def _refuse_layers(config: TextConfig) -> None:
     if config.num_kv_shared_layers and not config.hidden_size_per_layer_input:
         raise FetchError(
             f"num_kv_shared_layers {config.num_kv_shared_layers} without per-layer embeddings is not supported: "
-            "transformers 5.23.0, which files are held against, can't run it"
+            "transformers 5.24.0, which files are held against, can't run it"
         )
     if set(config.layer_types) - set(config.layer_types[: config.num_hidden_layers - config.num_kv_shared_layers]):
         raise FetchError("config.json shares keys and values of a layer type that no unshared layer has")

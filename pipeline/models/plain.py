@@ -2,7 +2,7 @@
 
 One residual stream, a norm before attention and one before a gated MLP with SiLU, rotary positions. Families differ in
 what is on: normalised queries and keys (Qwen 3), biases of queries, keys and values (Qwen 2.5), rotary scaling (Llama).
-The modules follow transformers 5.23.0 (`models/llama`, `models/qwen2`, `models/qwen3`) and keep its parameter names, so
+The modules follow transformers 5.24.0 (`models/llama`, `models/qwen2`, `models/qwen3`) and keep its parameter names, so
 a checkpoint loads by name. Shapes in docstrings as in `transformer.py`.
 """
 

@@ -175,8 +175,8 @@ class HuggingFace:
         edges = [*range(0, start, max(1, _MAX_TOKENS // len(ids))), *range(start, tokens.shape[1] + 1)]
         with torch.inference_mode():
             for begin, end in pairwise(edges):
-                output = self.model.model(input_ids=tokens[:, begin:end], past_key_values=seen, use_cache=True)
-                seen = output.past_key_values
+                output = self.model.model(input_ids=tokens[:, begin:end], cache=seen, use_cache=True)
+                seen = output.cache
                 parts.append(output.last_hidden_state.cpu().numpy())
                 bar.advance((end - begin) * len(ids))
         return np.concatenate(parts[-count:], axis=1)

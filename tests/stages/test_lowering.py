@@ -1,6 +1,6 @@
 """What goes wrong in the toolchain without our rules. A test here that fails means upstream has mended it: delete ours.
 
-Seen in litert-torch 0.10.0 with torch 2.13.0 and transformers 5.23.0.
+Seen in litert-torch 0.10.0 with torch 2.13.0 and transformers 5.24.0.
 """
 
 from __future__ import annotations
