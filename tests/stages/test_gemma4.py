@@ -202,9 +202,7 @@ def test_a_checkpoint_with_towers_loads_by_name() -> None:
     assert any("vision_tower" in name for name in stored) and any("audio_tower" in name for name in stored)
     architecture = architecture_for(model.config.to_dict())
     named = {architecture.canonical(name): shape for name, shape in stored.items()}
-    assert {
-        name: shape for name, shape in named.items() if name not in (None, names.HEAD)
-    } == architecture.tensors()
+    assert {name: shape for name, shape in named.items() if name not in (None, names.HEAD)} == architecture.tensors()
 
 
 @pytest.mark.parametrize(
