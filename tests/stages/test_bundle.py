@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from pipeline import bundle, fetch, fp32, golden, graph, int8, verify
+from pipeline.bundling import metadata, template
 from pipeline.core import manifest
 from pipeline.core.recipe import PROJECT
 from pipeline.core.recipe import load as load_recipe
@@ -271,8 +272,8 @@ def alone(built: Line, tmp_path: Path) -> Line:
 def test_a_wrong_set_of_stop_tokens(
     alone: Line, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, stop: tuple[int, ...]
 ) -> None:
-    right = bundle.describe
-    monkeypatch.setattr(bundle, "describe", lambda *rest, **more: replace(right(*rest, **more), stop=stop))
+    right = metadata.describe
+    monkeypatch.setattr(metadata, "describe", lambda *rest, **more: replace(right(*rest, **more), stop=stop))
     assert alone.run(bundle.STAGE) == 0
     monkeypatch.undo()
     code, said, judgement = judged(alone, capsys)
@@ -339,10 +340,15 @@ def test_a_bundle_of_other_sections_than_those_that_were_judged(
 def test_a_prompt_that_the_runtime_renders_differently(
     alone: Line, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The checkpoint's own template, unprepared: LiteRT-LM keeps the newline at its end, and trims less."""
-    right = bundle.describe
+    """The checkpoint's own template, unprepared: LiteRT-LM keeps the newline at its end, and trims less.
+
+    The stage refuses such a bundle; verify, which does not rely on it, finds it too.
+    """
+    right = metadata.describe
     source = (SHIPPED / "chat_template.jinja").read_text(encoding="utf-8") + "\n"
-    monkeypatch.setattr(bundle, "describe", lambda *rest, **more: replace(right(*rest, **more), chat_template=source))
+    monkeypatch.setattr(metadata, "describe", lambda *rest, **more: replace(right(*rest, **more), chat_template=source))
+    assert alone.run(bundle.STAGE) == 7
+    monkeypatch.setattr(template, "prove", lambda *rest: None)
     assert alone.run(bundle.STAGE) == 0
     monkeypatch.undo()
     code, _, judgement = judged(alone, capsys)
