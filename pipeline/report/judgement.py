@@ -23,7 +23,7 @@ from pipeline.runtime import litert
 
 SEQUENCES = (1, 128, 1024)
 _BUILTIN_SEQUENCES = (1, 128)
-"""The built-in kernels take seconds for long prompts, and no page shows their times."""
+"""The built-in kernels take seconds for long prompts: the page shows their times for short ones."""
 _CAUSES: Mapping[Status, str] = {
     "fail": "a file is not as good as the recipe demands",
     "inconclusive": "too few positions were judged to know whether the limit is kept",

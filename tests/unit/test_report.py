@@ -138,6 +138,7 @@ def made_by_hand() -> dict[str, Any]:
         for name in order
     }
     timing = {"load": 0.0012, "latency": {"1": 0.0011, "128": 0.0123, "1024": 0.4}}
+    short = {"load": 0.0012, "latency": {"1": 0.0012, "128": 0.0456}}  # the built-in kernels take seconds at 1,024
     return {
         "schema": 2,
         "model": "tiny <b>model</b>",
@@ -179,7 +180,7 @@ def made_by_hand() -> dict[str, Any]:
             {"prompt": "<script>alert(1)</script>", "reference": "a & b", "tokens": 24, "files": files},
             {"prompt": "لكل شخص", "reference": "الحق في", "tokens": 24, "files": files},
         ],
-        "speed": {name: {"xnnpack": timing, "builtin": timing} for name in order},
+        "speed": {name: {"xnnpack": timing, "builtin": short} for name in order},
         "sequences": [1, 128, 1024],
         "machine": {"system": "Linux", "processor": "A processor", "cores": 2, "threads": 2},
         "date": "2026-11-24",
