@@ -78,7 +78,7 @@ def adapters(session: nox.Session) -> None:
     with tempfile.TemporaryDirectory() as folder:
         options = ("--no-deps", "--require-hashes", "--only-binary=:all:", "--quiet", "--target", folder)
         python(session, "-m", "pip", "install", *options, "-r", "locks/peft.txt")
-        command = (str(BIN / "python"), "-m", "pytest", "tests/peft", *session.posargs)
+        command = (str(BIN / "python"), "-m", "pytest", "tests/adapters", *session.posargs)
         session.run(*command, external=True, env={"PYTHONPATH": folder})
 
 

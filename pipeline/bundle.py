@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import sys
 
-from pipeline.bundling import litertlm, template
+from pipeline.bundling import litertlm
 from pipeline.bundling.metadata import of_checkpoint, tokenizer_json
 from pipeline.core import log
 from pipeline.core.facts import Bundle
 from pipeline.core.stage import Context, Outcome, Stage, main
 from pipeline.quantize import readback
-from pipeline.runtime.litert_lm import LmRuntime
 
 
 def work(context: Context) -> Outcome:
-    """Write a bundle per precision of the recipe."""
+    """Write a bundle per precision of the recipe.
+
+    The template is proven in LiteRT-LM with the stand-in, and what is written is read back: to open the bundle itself
+    takes memory of the weights' size, which verify alone may.
+    """
     described = of_checkpoint(context.root / "fetch" / "checkpoint", context.recipe.bundle.max_tokens)
     metadata = described.metadata
     tokenizer_text = tokenizer_json(described.tokenizer, described.vocabulary)
@@ -36,9 +39,6 @@ def work(context: Context) -> Outcome:
             weight_bytes=weight_bytes,
             remarks=metadata.remarks,
         )
-        if metadata.chat_template:
-            with LmRuntime(out) as runtime:
-                template.prove(runtime, described.tokenizer, described.template)
         log.step(f"{out.name}: {log.human_bytes(out.stat().st_size)}")
     return Outcome(facts=bundles)
 

@@ -129,11 +129,10 @@ def describe(
 
 @dataclass(frozen=True, kw_only=True)
 class Described:
-    """A checkpoint's metadata, the tokenizer and template that it was made from, and how many tokens the model has."""
+    """A checkpoint's metadata, the tokenizer that it was made from, and how many tokens the model has."""
 
     metadata: Metadata
     tokenizer: Tokenizer
-    template: str
     vocabulary: int
 
 
@@ -150,8 +149,7 @@ def of_checkpoint(folder: Path, max_tokens: int) -> Described:
         vocabulary=vocabulary,
         max_tokens=max_tokens,
     )
-    source = _template_source(tokenizer.chat_template)
-    return Described(metadata=made, tokenizer=tokenizer, template=source, vocabulary=vocabulary)
+    return Described(metadata=made, tokenizer=tokenizer, vocabulary=vocabulary)
 
 
 def _read_json(file: Path) -> Mapping[str, object]:

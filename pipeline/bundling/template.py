@@ -140,15 +140,6 @@ def prepare(source: str, renderer: Renderer, model_type: str) -> Template:
     return Template(source=rewritten, starts_with_bos=starts_with_bos, goes_on=goes_on)
 
 
-def prove(bundle: LmRuntime, tokenizer: Renderer, source: str) -> None:
-    """Make sure that an open bundle renders `CONVERSATIONS` as transformers does by `source`.
-
-    Raises:
-        BundleError: it does not.
-    """
-    _proved([None], source, _wanted(source, tokenizer), bundle)
-
-
 def _wanted(source: str, renderer: Renderer) -> list[tuple[Conversation, str]]:
     """What transformers renders; conversations that the template refuses on purpose are left out."""
     texts: list[tuple[Conversation, str]] = []
@@ -199,9 +190,9 @@ def _rewritten_tag(tag: str) -> str:
 
 
 def _proved(
-    candidates: Sequence[str | None], source: str, texts: Sequence[tuple[Conversation, str]], runtime: LmRuntime
+    candidates: Sequence[str], source: str, texts: Sequence[tuple[Conversation, str]], runtime: LmRuntime
 ) -> str:
-    """The first of `candidates` (None: the bundle's own) that the runtime renders as `texts` say.
+    """The first of `candidates` that the runtime renders as `texts` say.
 
     Raises:
         BundleError: none; names the line and the construct of `source`, or the difference.
@@ -210,7 +201,7 @@ def _proved(
     for candidate in candidates:
         fault = next(filter(None, (_fault(candidate, source, *text, runtime) for text in texts)), None)
         if fault is None:
-            return candidate or ""
+            return candidate
         faults.append(fault)
     conversation, cause = faults[-1]
     raise BundleError(
@@ -221,14 +212,14 @@ def _proved(
 
 
 def _fault(
-    candidate: str | None, source: str, conversation: Conversation, expected: str, runtime: LmRuntime
+    candidate: str, source: str, conversation: Conversation, expected: str, runtime: LmRuntime
 ) -> tuple[Conversation, str] | None:
     """What is wrong with a rendered conversation, if anything is."""
     try:
         plain = [{name: str(value) for name, value in message.items()} for message in conversation]
         text = runtime.render(plain, candidate)
     except IntegrityError as error:
-        return conversation, _placed(error.cause or "", candidate or source, source)
+        return conversation, _placed(error.cause or "", candidate, source)
     if text == expected:
         return None
     at = len(os.path.commonprefix([text, expected]))

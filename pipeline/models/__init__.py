@@ -158,13 +158,12 @@ def expected(recipe: Recipe, config: Mapping[str, object]) -> Needed:
         FetchError: as `architecture_for`.
         UsageError: the recipe is for other models, whose limits would judge this one wrongly; names one that fits.
     """
-    architecture = architecture_for(config)
-    model_type = config["model_type"]
-    if model_type not in recipe.model_types:
+    model_type = config.get("model_type")
+    if model_type in MODELS and model_type not in recipe.model_types:
         fitting = of_type(str(model_type))
         names = " or ".join(f"RECIPE={file.relative_to(PROJECT)}" for file in fitting)
         raise UsageError(
             f"the checkpoint is of type {model_type}, recipe {recipe.name} is for {', '.join(recipe.model_types)}",
             remedy=f"say {names}" if names else f"write a recipe that has {model_type!r} among its model_types",
         )
-    return needed(architecture)
+    return needed(architecture_for(config))

@@ -327,8 +327,8 @@ class TestRefusedModel:
     """One test per sentence."""
 
     def test_unsupported_architecture(self, server: HubServer, model: Files, run: Run) -> None:
-        server.add(NAME, with_config(model, model_type="llama"))
-        refused(run, 3, "'llama' is not supported", "gemma3n, gemma3n_text")
+        server.add(NAME, with_config(model, model_type="mistral"))
+        refused(run, 3, "'mistral' is not supported", "gemma3n, gemma3n_text")
 
     def test_a_recipe_for_other_models_names_the_one_that_fits(self, server: HubServer, model: Files, run: Run) -> None:
         server.add(NAME, with_config(model, model_type="gemma3_text"))

@@ -13,11 +13,11 @@ from line import Line, lasting, small_recipe
 from torch import nn
 
 from pipeline import int4, int8, moments
+from pipeline.checkpoint.names import EMBEDDING
 from pipeline.core import manifest
 from pipeline.core.errors import IntegrityError
 from pipeline.core.graph import Choice, needs
 from pipeline.core.recipe import STEP, load
-from pipeline.models import sizes
 from pipeline.quantize import hessians
 from pipeline.tflite.graph import Graph
 from tools import bench, bench_stages
@@ -63,7 +63,7 @@ def test_layers_that_read_the_same_share_a_file(line: Line) -> None:
     assert len({index[layer.format(kind)] for kind in "qkv"}) == 1
     assert index["layers.0.mlp.gate_proj.weight"] == index["layers.0.mlp.up_proj.weight"]
     assert index["layers.0.mlp.up_proj.weight"] != index["layers.0.mlp.down_proj.weight"]
-    assert sizes.HEAD in index
+    assert EMBEDDING in index, "which is the head as well"
 
 
 def test_sums_are_of_what_is_read_each_row_over_its_norm(tmp_path: Path) -> None:
