@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from pipeline.checkpoint.names import text_name
 from pipeline.core.errors import FetchError
-from pipeline.export.export import Inputs, Outputs
+from pipeline.export.export import Inputs
 from pipeline.export.operators import Embedding, Linear
 from pipeline.export.repeat import run_layers
 from pipeline.models import Runtime
@@ -25,13 +25,14 @@ from pipeline.models.transformer import (
     FULL,
     SLIDING,
     Attend,
-    DecoderGraph,
     RMSNorm,
     Rotation,
     StepGraph,
     Table,
+    TokenDecoder,
     cache_tensors,
     split_heads,
+    tensor_shapes,
 )
 
 _FUNCTION_GEMMA = Runtime(type="function_gemma", tools=True, response="<start_function_response>")
@@ -215,15 +216,11 @@ class Gemma3ForTFLite(StepGraph):
         super().__init__(TextModel(config), all_positions, tied=tied)
 
 
-class Gemma3Decoder(DecoderGraph):
+class Gemma3Decoder(TokenDecoder):
     """The decoder section of a Gemma 3 bundle. It looks tokens up itself, in the table that is also its head."""
 
     def __init__(self, config: TextConfig, logits: bool, *, tied: bool = True) -> None:
         super().__init__(TextModel(config), logits, tied=tied)
-
-    def forward(self, tokens: Tensor, input_pos: Tensor, mask: Tensor, kv_cache: Mapping[str, Tensor]) -> Outputs:
-        """`tokens` are int32 [1, T]; the rest as in `run`."""
-        return self.run(self.model.embed(tokens), input_pos, mask, kv_cache)
 
 
 class Gemma3:
@@ -241,9 +238,7 @@ class Gemma3:
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Every tensor of the text model: canonical name → shape."""
-        with torch.device("meta"):
-            state = self.step().state_dict()
-        return {name.removeprefix("model."): tuple(tensor.shape) for name, tensor in state.items()}
+        return tensor_shapes(self.step)
 
     def step(self, *, all_positions: bool = False) -> Gemma3ForTFLite:
         """The step graph, its weights still to be assigned."""

@@ -25,7 +25,7 @@ from torch.nn import functional
 
 from pipeline.checkpoint.names import EMBEDDING, text_name
 from pipeline.core.errors import FetchError
-from pipeline.export.export import Inputs, Outputs
+from pipeline.export.export import Inputs
 from pipeline.export.operators import Embedding, Linear, matmul
 from pipeline.export.repeat import run_layers
 from pipeline.models import Runtime
@@ -33,13 +33,14 @@ from pipeline.models.transformer import (
     FULL,
     SLIDING,
     Attend,
-    DecoderGraph,
+    EmbeddingDecoder,
     RMSNorm,
     Rotation,
     StepGraph,
     Table,
     cache_tensors,
     split_heads,
+    tensor_shapes,
 )
 
 
@@ -398,22 +399,11 @@ class Gemma3nForTFLite(StepGraph):
         super().__init__(TextModel(config), all_positions, tied=tied)
 
 
-class Gemma3nDecoder(DecoderGraph):
+class Gemma3nDecoder(EmbeddingDecoder):
     """The decoder section of a Gemma 3n bundle: LiteRT-LM looks both embeddings up and passes them."""
 
     def __init__(self, config: TextConfig, logits: bool, *, tied: bool = True) -> None:
         super().__init__(TextModel(config, lookup=False), logits, tied=tied)
-
-    def forward(
-        self,
-        embeddings: Tensor,
-        per_layer_embeddings: Tensor,
-        input_pos: Tensor,
-        mask: Tensor,
-        kv_cache: Mapping[str, Tensor],
-    ) -> Outputs:
-        """`embeddings` [1, T, H] and `per_layer_embeddings` [1, T, L, P] are scaled; the rest as in `run`."""
-        return self.run((embeddings[:, :, None], per_layer_embeddings), input_pos, mask, kv_cache)
 
 
 class Gemma3n:
@@ -432,9 +422,7 @@ class Gemma3n:
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Every tensor of the text model: canonical name → shape."""
-        with torch.device("meta"):
-            state = self.step().state_dict()
-        return {name.removeprefix("model."): tuple(tensor.shape) for name, tensor in state.items()}
+        return tensor_shapes(self.step)
 
     def step(self, *, all_positions: bool = False) -> Gemma3nForTFLite:
         """The step graph, its weights still to be assigned."""

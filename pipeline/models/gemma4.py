@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from pipeline.checkpoint.names import text_name
 from pipeline.core.errors import FetchError
-from pipeline.export.export import Inputs, Outputs
+from pipeline.export.export import Inputs
 from pipeline.export.operators import Embedding, Linear
 from pipeline.export.repeat import run_layers
 from pipeline.models import Runtime
@@ -30,12 +30,15 @@ from pipeline.models.transformer import (
     SLIDING,
     Attend,
     DecoderGraph,
+    EmbeddingDecoder,
     RMSNorm,
     Rotation,
     StepGraph,
     Table,
+    TokenDecoder,
     cache_tensors,
     split_heads,
+    tensor_shapes,
 )
 
 _ACTIVATION = "gelu_pytorch_tanh"
@@ -352,29 +355,6 @@ class TextModel(nn.Module):
         return embedded, tokens.reshape(*input_ids.shape, config.num_hidden_layers, config.hidden_size_per_layer_input)
 
 
-class Decoder(DecoderGraph):
-    """The decoder section where LiteRT-LM looks both embeddings up and passes them."""
-
-    def forward(
-        self,
-        embeddings: Tensor,
-        per_layer_embeddings: Tensor,
-        input_pos: Tensor,
-        mask: Tensor,
-        kv_cache: Mapping[str, Tensor],
-    ) -> Outputs:
-        """`embeddings` [1, T, H] and `per_layer_embeddings` [1, T, L, P] are scaled; the rest as in `run`."""
-        return self.run((embeddings[:, :, None], per_layer_embeddings), input_pos, mask, kv_cache)
-
-
-class TokenDecoder(DecoderGraph):
-    """The decoder section of a model without per-layer embeddings. It looks tokens up itself."""
-
-    def forward(self, tokens: Tensor, input_pos: Tensor, mask: Tensor, kv_cache: Mapping[str, Tensor]) -> Outputs:
-        """`tokens` are int32 [1, T]; the rest as in `run`."""
-        return self.run(self.model.embed(tokens), input_pos, mask, kv_cache)
-
-
 class Gemma4:
     """The `Architecture` of the Gemma 4 model types, bound to a checkpoint's configuration."""
 
@@ -396,9 +376,7 @@ class Gemma4:
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Every tensor of the text model: canonical name → shape."""
-        with torch.device("meta"):
-            state = self.step().state_dict()
-        return {name.removeprefix("model."): tuple(tensor.shape) for name, tensor in state.items()}
+        return tensor_shapes(self.step)
 
     def step(self, *, all_positions: bool = False) -> StepGraph:
         """The step graph, its weights still to be assigned."""
@@ -406,7 +384,7 @@ class Gemma4:
 
     def decoder(self, *, logits: bool) -> DecoderGraph:
         """The decoder graph, its weights still to be assigned."""
-        kind = Decoder if self._looks_up else TokenDecoder
+        kind = EmbeddingDecoder if self._looks_up else TokenDecoder
         return kind(TextModel(self.text, lookup=False), logits, tied=self.tied)
 
     def decoder_inputs(self, tokens: int, length: int) -> Inputs:

@@ -19,20 +19,21 @@ from torch.nn import functional
 
 from pipeline.checkpoint.names import text_name
 from pipeline.core.errors import FetchError
-from pipeline.export.export import Inputs, Outputs
+from pipeline.export.export import Inputs
 from pipeline.export.operators import Embedding, Linear
 from pipeline.export.repeat import run_layers
 from pipeline.models import Runtime
 from pipeline.models.transformer import (
     FULL,
     Attend,
-    DecoderGraph,
     RMSNorm,
     Rotation,
     StepGraph,
     Table,
+    TokenDecoder,
     cache_tensors,
     split_heads,
+    tensor_shapes,
 )
 
 
@@ -293,14 +294,6 @@ class TextModel(nn.Module):
         return (self.embed_tokens(input_ids)[:, :, None],)
 
 
-class Decoder(DecoderGraph):
-    """The decoder section of a bundle. It looks tokens up itself, in the table that is also its head."""
-
-    def forward(self, tokens: Tensor, input_pos: Tensor, mask: Tensor, kv_cache: Mapping[str, Tensor]) -> Outputs:
-        """`tokens` are int32 [1, T]; the rest as in `run`."""
-        return self.run(self.model.embed(tokens), input_pos, mask, kv_cache)
-
-
 class Plain:
     """The `Architecture` of the model types in `FAMILIES`, bound to a checkpoint's configuration."""
 
@@ -315,17 +308,15 @@ class Plain:
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Every tensor of the text model: canonical name → shape."""
-        with torch.device("meta"):
-            state = self.step().state_dict()
-        return {name.removeprefix("model."): tuple(tensor.shape) for name, tensor in state.items()}
+        return tensor_shapes(self.step)
 
     def step(self, *, all_positions: bool = False) -> StepGraph:
         """The step graph, its weights still to be assigned."""
         return StepGraph(TextModel(self.text), all_positions, tied=self.tied)
 
-    def decoder(self, *, logits: bool) -> Decoder:
+    def decoder(self, *, logits: bool) -> TokenDecoder:
         """The decoder graph, its weights still to be assigned."""
-        return Decoder(TextModel(self.text), logits, tied=self.tied)
+        return TokenDecoder(TextModel(self.text), logits, tied=self.tied)
 
     def decoder_inputs(self, tokens: int, length: int) -> Inputs:
         """Examples of what the decoder graph takes beside `input_pos` and `mask`, for `tokens` tokens."""

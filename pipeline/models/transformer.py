@@ -10,7 +10,7 @@ already there spares the graph many reshapes.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -405,6 +405,29 @@ class DecoderGraph(nn.Module):
         return output
 
 
+class TokenDecoder(DecoderGraph):
+    """A decoder section that looks tokens up itself."""
+
+    def forward(self, tokens: Tensor, input_pos: Tensor, mask: Tensor, kv_cache: Mapping[str, Tensor]) -> Outputs:
+        """`tokens` are int32 [1, T]; the rest as in `run`."""
+        return self.run(self.model.embed(tokens), input_pos, mask, kv_cache)
+
+
+class EmbeddingDecoder(DecoderGraph):
+    """A decoder section that is passed what LiteRT-LM has looked up in two tables."""
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        per_layer_embeddings: Tensor,
+        input_pos: Tensor,
+        mask: Tensor,
+        kv_cache: Mapping[str, Tensor],
+    ) -> Outputs:
+        """`embeddings` [1, T, H] and `per_layer_embeddings` [1, T, L, P] are scaled; the rest as in `run`."""
+        return self.run((embeddings[:, :, None], per_layer_embeddings), input_pos, mask, kv_cache)
+
+
 @dataclass(frozen=True)
 class Table:
     """An embedding table as a section of its own: one token in, its scaled row out.
@@ -416,6 +439,13 @@ class Table:
     tensor: str
     scale: float
     shape: tuple[int, ...]
+
+
+def tensor_shapes(step: Callable[[], StepGraph]) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the text model in the graph that `step` makes: canonical name → shape. They take no memory."""
+    with torch.device("meta"):
+        state = step().state_dict()
+    return {name.removeprefix("model."): tuple(tensor.shape) for name, tensor in state.items()}
 
 
 def cache_tensors(config: Config, length: int) -> dict[str, Tensor]:
