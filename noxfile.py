@@ -169,20 +169,47 @@ def large_adapter(session: nox.Session) -> None:
 
 @nox.session(python="3.11", default=False)
 def rival(session: nox.Session) -> None:
-    """The int8 bundle of Gemma 3 270M beside llama.cpp's Q8_0: builds llama.cpp from source, half an hour in all.
+    """The int8 bundle of Gemma 3 270M, or of `-- smollm2`, beside llama.cpp's Q8_0: half an hour the first time.
 
-    Needs a C++ compiler. What was built stays in artifacts/rival and is used again.
+    Builds llama.cpp from source, which needs a C++ compiler. What was built stays in artifacts/rival and is used again.
     """
     session.install("--require-hashes", "--only-binary=:all:", "-r", "locks/rival.txt")
     folder = ROOT / "artifacts" / "rival"
     source, library = llama(session, folder)
-    checkpoint = folder / "gemma3-270m"
-    if not (checkpoint / "config.json").is_file():  # which is written last
-        session.run("python", "-m", "tools.gemma3_checkpoint", str(checkpoint))
-    settings = [f"MODEL_ID={checkpoint}", "RECIPE=pipeline/recipes/gemma3.toml", f"ARTIFACTS={folder}/made"]
+    name, options = real_model(session)
+    checkpoint = real_checkpoint(session, name, folder)
+    settings = [f"MODEL_ID={checkpoint}", f"ARTIFACTS={folder}/made"]
     session.run("make", "golden", "bundle", "GRAPHS=bundle", *settings, external=True)
     tools = ("--source", str(source), "--library", str(library), "--python", str(Path(session.bin) / "python"))
-    python(session, "-m", "tools.rival", str(folder / "made" / checkpoint.name), *tools, *session.posargs)
+    python(session, "-m", "tools.rival", str(folder / "made" / checkpoint.name), "--model", name, *tools, *options)
+
+
+@nox.session(python="3.11", default=False)
+def stock(session: nox.Session) -> None:
+    """The int8 bundle of Gemma 3 270M, or of `-- smollm2`, beside the stock exporter's."""
+    session.install("--require-hashes", "--only-binary=:all:", "-r", "locks/material.txt")
+    (ROOT / "artifacts").mkdir(exist_ok=True)
+    name, options = real_model(session)
+    with tempfile.TemporaryDirectory(dir=ROOT / "artifacts") as scratch:
+        checkpoint = real_checkpoint(session, name, Path(scratch))
+        python(session, "-m", "tools.bench_stock", name, str(checkpoint), f"--work={scratch}/work", *options)
+
+
+def real_model(session: nox.Session) -> tuple[str, list[str]]:
+    """The real model that the arguments begin with, else Gemma 3, and the others."""
+    given = session.posargs[:1]
+    return (given[0], session.posargs[1:]) if given and not given[0].startswith("-") else ("gemma3", session.posargs)
+
+
+def real_checkpoint(session: nox.Session, name: str, folder: Path) -> Path:
+    """A real model's checkpoint in `folder`, made unless it is there."""
+    checkpoint = folder / {"gemma3": "gemma3-270m", "smollm2": "smollm2-135m"}[name]
+    if not (checkpoint / "config.json").is_file():  # which is written last
+        if name == "smollm2":
+            smollm2_checkpoint(session, folder)
+        else:
+            session.run("python", "-m", "tools.gemma3_checkpoint", str(checkpoint))
+    return checkpoint
 
 
 def bindings(session: nox.Session, folder: Path) -> Path:

@@ -18,15 +18,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import shutil
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +31,13 @@ from safetensors.numpy import save_file
 
 from pipeline.core import log, manifest, parallel, versions
 from pipeline.core.recipe import PROJECT
-from pipeline.core.recipe import load as load_recipe
 from pipeline.models.gemma3n import ARCHITECTURE
 from pipeline.runtime.litert import StepModel, processor
-from tools import bench_bundle, bench_stages, figures, tables, turns
+from tools import bench_stages, bench_stock, figures, tables, turns
+from tools.real_models import REAL_MODELS
 
 STEP_STAGES = ("fetch", "graph", "fp32", "int8")
-BUNDLE_STAGES = ("fetch", "graph", "moments", "int8", "bundle")
 SEQUENCES = (1, 128, 512)
-TOKENS = 128
-"""Tokens of the prompt, which a prefill takes whole, and of the answer."""
 WIDE = {
     "model_type": "gemma3n_text",
     "architectures": ["Gemma3nForCausalLM"],
@@ -124,64 +117,21 @@ def measure_steps(folder: Path, layers: int, rounds: int) -> dict[str, Any]:
     return {"parameters": parameters, "layers": layers, "stages": stages, "latency_ms": latency}
 
 
-def measure_bundles(folder: Path, rounds: int) -> dict[str, Any] | None:
-    """Make Gemma 3 270M's int8 bundle with the stages and with the stock exporter, and run both in turns.
-
-    Only ours where the stock exporter can't be installed; None where the checkpoint can't be had.
-    """
-    material = environment("material", folder)
+def gemma3_bundles(folder: Path, rounds: int) -> dict[str, Any] | None:
+    """Gemma 3 270M's int8 bundle beside the stock exporter's; None where the checkpoint can't be had."""
+    material = bench_stock.environment("material", folder)
     if material is None:
         return None
-    checkpoint = folder / "gemma3-270m"
+    checkpoint = folder / REAL_MODELS["gemma3"].folder
     subprocess.run([material, "-m", "tools.gemma3_checkpoint", checkpoint], check=True)
-    same = {"prefill = [32, 128]": f"prefill = [{TOKENS}]"}  # the signatures that the stock exporter is asked for
-    recipe = bench_stages.changed_recipe("gemma3", folder, bench_stages.INT8_ALONE | same)
-    cache = load_recipe(recipe).bundle.cache_length
-    stages = bench_stages.measure(BUNDLE_STAGES, checkpoint, folder, recipe, "bundle")
-    builds = {"ours": bench_stages.together(stages)}
-    shown = {"this project": stages}
-    files = {"ours": folder / checkpoint.name / "bundle" / "int8.litertlm"}
-    if stock := environment("stock", folder):
-        made = folder / "by-stock"
-        options = ["--precision=int8", f"--prefill={TOKENS}", f"--cache={cache}"]
-        subprocess.run([stock, "-m", "tools.stock", checkpoint, made, *options], check=True)
-        builds["stock"] = json.loads((made / "int8.json").read_text(encoding="utf-8"))
-        files["stock"] = made / "int8.litertlm"
-        shown["the stock exporter"] = {"export_hf": builds["stock"]}
-    bench_stages.draw(shown, folder.parent / "bundle.png")
-    work = bench_bundle.Work(prompt_tokens=TOKENS, decode_tokens=TOKENS, threads=parallel.threads())
-    measured = bench_bundle.compare(files, work, rounds)
-    for line in bench_bundle.table(measured):
-        log.line(line)
-    return {
-        "parameters": manifest.read(folder / checkpoint.name / "fetch").facts["parameters"],
-        "cache": cache,
-        **asdict(work),
-        "rounds": rounds,
-        "stages": stages,
-        "builds": builds,
-        "bundles": measured,
-        "runtime": version("litert-lm-api"),
-    }
-
-
-def environment(lock: str, folder: Path) -> Path | None:
-    """The Python of a new environment with `locks/<lock>.txt`, or None, said, if that can't be installed."""
-    log.step(f"installing locks/{lock}.txt")
-    made = folder / f"env-{lock}"
-    if subprocess.run(
-        [PROJECT / "tools" / "setup.sh", made, lock], env=os.environ | {"PYTHON": sys.executable}
-    ).returncode:
-        log.warn(f"locks/{lock}.txt can't be installed, so what needs it is left out of this benchmark")
-        return None
-    return made / "bin" / "python"
+    return bench_stock.measure("gemma3", checkpoint, folder, rounds)
 
 
 def run(folder: Path, layers: int, rounds: int, bundle_rounds: int) -> dict[str, Any]:
     """Both parts, in the empty folder `folder`."""
     return {
         **measure_steps(folder, layers, rounds),
-        "bundle": measure_bundles(folder, bundle_rounds),
+        "bundle": gemma3_bundles(folder, bundle_rounds),
         "machine": {"cpu": processor(), "threads": parallel.threads()},
         "versions": versions.installed(),
         "date": time.strftime("%Y-%m-%d"),

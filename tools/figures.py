@@ -3,8 +3,8 @@
     python -m tools.figures                                    # from bench/*.json
     python -m tools.figures --report artifacts/tiny-gemma3n/verify/report.json
 
-`make bench` and `nox -s large rival image` leave their tables in `bench/`; with `--report` those of the shipped model
-are made of what `make` judged. A test holds the documents to these files, byte for byte.
+`make bench` and `nox -s large rival stock image` leave their tables in `bench/`; with `--report` those of the shipped
+model are made of what `make` judged. A test holds the documents to these files, byte for byte.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pipeline.core import log
 from pipeline.core.recipe import PROJECT
 from tools import tables
 from tools.bench_stages import together
+from tools.real_models import DEFAULT, REAL_MODELS
 from tools.tables import Column, Measured, Row, Table, Value
 
 README = PROJECT / "README.md"
@@ -224,10 +225,11 @@ WHO = {"ours": "this project", "stock": "litert-torch `export_hf`"}
 
 
 def bundles(bench: Mapping[str, Any], measured: Measured) -> dict[str, Table]:
-    """Gemma 3 270M's int8 bundle in LiteRT-LM, beside the stock exporter's; nothing where it was not measured."""
+    """A real model's int8 bundle in LiteRT-LM, beside the stock exporter's; nothing where it was not measured."""
     found = bench.get("bundle")
     if not found:
         return {}
+    model = REAL_MODELS[found["model"]]
     columns = {name: column for name, (_, _, column) in (BUNDLE_COLUMNS | BUILD_COLUMNS).items()}
     rows = []
     for name, row in found["bundles"].items():
@@ -236,7 +238,7 @@ def bundles(bench: Mapping[str, Any], measured: Measured) -> dict[str, Table]:
         numbers += [build[key] * factor for key, factor, _ in BUILD_COLUMNS.values()]
         rows.append(Row(name=WHO[name], values=_values(columns, numbers)))
     table = Table(
-        title="Gemma 3 270M's int8 bundle beside the stock exporter's",
+        title=f"{model.title}'s int8 bundle beside the stock exporter's",
         about=f"{found['parameters'] / 1e6:.0f} M parameters; {found['prompt_tokens']} tokens in, "
         f"{found['decode_tokens']} out, cache of {found['cache']:,}; medians of {found['rounds']} rounds in turns. "
         f"Both are built with the same signatures, a prefill of {found['prompt_tokens']} tokens and decode; ours "
@@ -247,15 +249,16 @@ def bundles(bench: Mapping[str, Any], measured: Measured) -> dict[str, Table]:
         rows=tuple(rows),
         ratios=((WHO["ours"], WHO["stock"]),) if "stock" in found["bundles"] else (),
     )
-    return {"bundle_stock": table}
+    return {f"{model.tables}_stock": table}
 
 
 RIVALS = {"ours": "this project, int8", "llama.cpp": "llama.cpp, Q8_0"}
 
 
 def rival(found: Mapping[str, Any]) -> dict[str, Table]:
-    """Gemma 3 270M's int8 bundle beside llama.cpp's Q8_0 of the same checkpoint."""
-    ours = found["files"]["ours"]
+    """A real model's int8 bundle beside llama.cpp's Q8_0 of the same checkpoint."""
+    ours, model = found["files"]["ours"], REAL_MODELS[found["model"]]
+    said = "" if found["model"] == DEFAULT else f" -- {found['model']}"
     columns = {
         "size": Column(unit="MB", digits=".1f"),
         "KLD": Column(unit="nats", digits=".4f"),
@@ -271,7 +274,7 @@ def rival(found: Mapping[str, Any]) -> dict[str, Table]:
         numbers += [row["prefill_tokens_per_s"], row["decode_tokens_per_s"]]
         rows.append(Row(name=name, values=_values(columns, numbers)))
     table = Table(
-        title="Gemma 3 270M's int8 bundle beside llama.cpp's Q8_0 of the same checkpoint",
+        title=f"{model.title}'s int8 bundle beside llama.cpp's Q8_0 of the same checkpoint",
         about=f"Quality against Hugging Face in fp32 on {ours['positions']:,} positions of {ours['blocks']} held-out "
         f"texts, with 95 % intervals; speed with {found['prompt_tokens']} tokens in, {found['decode_tokens']} out, "
         f"medians of {found['rounds']} rounds in turns.",
@@ -279,14 +282,14 @@ def rival(found: Mapping[str, Any]) -> dict[str, Table]:
         columns=columns,
         measured=Measured(
             date=found["date"],
-            command="`nox -s rival`",
+            command=f"`nox -s rival{said}`",
             machine=f"{found['threads']} threads ({found['cpu']})",
             versions=f"llama.cpp's source in llama-cpp-python {found['bindings']}, built for this processor",
         ),
         rows=tuple(rows),
         ratios=((RIVALS["ours"], RIVALS["llama.cpp"]),),
     )
-    return {HEADLINE: table}
+    return {f"{model.tables}_rival": table}
 
 
 def large(found: Mapping[str, Any]) -> dict[str, Table]:

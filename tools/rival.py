@@ -1,6 +1,6 @@
 """The int8 bundle beside llama.cpp's Q8_0 of the very same checkpoint: quality on the same text, speed in turns.
 
-    nox -s rival                     # builds llama.cpp, makes checkpoint, reference and bundle, and calls this
+    nox -s rival [-- smollm2]        # builds llama.cpp, makes checkpoint, reference and bundle, and calls this
 
 Both predict every token of the texts that verify judges bundles on, and are held against Hugging Face in fp32 by the
 judge's own metrics: ours through the `decode` signature, a token at a time, llama.cpp a text at once, as its own
@@ -36,8 +36,8 @@ from pipeline.runtime.litert import processor
 from pipeline.runtime.sections import Conversation, Sections
 from tools import figures, tables
 from tools.bench_bundle import WORD, Work, measure_apart, medians
+from tools.real_models import DEFAULT, REAL_MODELS
 
-OUT = tables.RAW / "rival.json"
 Logits = NDArray[np.float32]
 _AT_ONCE = 8
 """Texts whose logits are on disk together: 1 GB of Gemma 3's."""
@@ -168,6 +168,7 @@ def compare(root: Path, rival: Rival, model: Path, arguments: argparse.Namespace
     }
     sizes = {"ours": bundle.stat().st_size, "llama.cpp": model.stat().st_size}
     return {
+        "model": arguments.model,
         "files": {name: {"size": sizes[name], **quality(found[name]), **speed[name]} for name in ("ours", "llama.cpp")},
         **asdict(work),
         "cache": sections.cache_length,
@@ -201,13 +202,15 @@ def main() -> int:
     parser.add_argument("--source", type=Path, required=True, help="llama-cpp-python, unpacked")
     parser.add_argument("--library", type=Path, required=True, help="the folder with libllama.so")
     parser.add_argument("--python", type=Path, required=True, help="a Python that has locks/rival.txt")
+    parser.add_argument("--model", choices=[*REAL_MODELS], default=DEFAULT, help="which it is (default: %(default)s)")
     parser.add_argument("--texts", type=int, help="judge only so many texts (default: all of the reference)")
     parser.add_argument(
         "--threads", type=int, default=parallel.threads(), help="default: OMP_NUM_THREADS, else one per core"
     )
     parser.add_argument("--rounds", type=int, default=5, help="measurements of speed (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=OUT, help="the JSON file to write (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="the JSON file to write (default: in bench/raw/)")
     arguments = parser.parse_args()
+    out = arguments.out or tables.RAW / f"{REAL_MODELS[arguments.model].tables}_rival.json"
     rival = Rival(source=arguments.source, library=arguments.library, python=arguments.python)
     model = arguments.root / "q8_0.gguf"
     try:
@@ -215,8 +218,8 @@ def main() -> int:
         found = compare(arguments.root, rival, model, arguments)
     except subprocess.CalledProcessError as error:
         parser.exit(1, f"{error}\nWhat it said is above.\n")
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     tables.write_all(figures.rival(found))
     for line in table(found):
         log.line(line)

@@ -32,8 +32,21 @@ def bundle(*names: str) -> dict[str, Any]:
     speed = {"size": 278.4e6, "prefill_tokens_per_s": 300, "decode_tokens_per_s": 40, "first_token_s": 0.4}
     speed |= {"load_s": 1.7, "peak_anonymous": 2**29}
     rows = {name: dict(speed, prefill_tokens_per_s=300 / place) for place, name in enumerate(names, start=1)}
-    about = {"parameters": 268e6, "cache": 4096, "prompt_tokens": 128, "decode_tokens": 128, "rounds": 5}
-    return {**about, "runtime": "0.18.1", "bundles": rows, "builds": {name: took(250, 0.85) for name in names}}
+    about = {
+        "model": "gemma3",
+        "parameters": 268e6,
+        "cache": 4096,
+        "prompt_tokens": 128,
+        "decode_tokens": 128,
+        "rounds": 5,
+    }
+    return {
+        **about,
+        "model": "gemma3",
+        "runtime": "0.18.1",
+        "bundles": rows,
+        "builds": {name: took(250, 0.85) for name in names},
+    }
 
 
 def test_the_wide_model_has_a_row_each_their_ratio_and_its_stages() -> None:

@@ -11,6 +11,7 @@ import pytest
 from pipeline.core.recipe import PROJECT
 from pipeline.judge.reference import Head
 from tools import figures, rival, tables
+from tools.real_models import REAL_MODELS
 from tools.rival import Texts
 
 COUNT, LENGTH, WIDTH, VOCABULARY = 5, 16, 8, 50
@@ -58,10 +59,11 @@ def test_a_side_that_answers_for_too_few_or_too_many_texts_is_refused(texts: Tex
         texts.summary(iter([exact(texts)[0]] * count))
 
 
-def made_by_hand(texts: Texts) -> dict[str, Any]:
+def made_by_hand(texts: Texts, model: str = "gemma3") -> dict[str, Any]:
     noisy = [logits + 0.1 * np.random.default_rng(9).normal(size=logits.shape) for logits in exact(texts)]
     rates = {"prefill_tokens_per_s": 400.0, "decode_tokens_per_s": 50.0}
     return {
+        "model": model,
         "files": {
             "ours": {"size": 277_500_000, **rival.quality(texts.summary(iter(noisy))), **rates},
             "llama.cpp": {
@@ -92,6 +94,13 @@ def test_the_readme_has_a_row_each_and_their_ratio(texts: Texts) -> None:
         "Measured by `nox -s rival` on 2026-11-24, 2 threads (AMD EPYC); "
         "llama.cpp's source in llama-cpp-python 0.3.36, built for this processor."
     ]
+
+
+def test_each_real_model_has_a_table_of_its_own(texts: Texts) -> None:
+    named = {name: figures.rival(made_by_hand(texts, name)) for name in REAL_MODELS}
+    assert [[*found] for found in named.values()] == [["bundle_rival"], ["smollm2_rival"]]
+    table = named["smollm2"]["smollm2_rival"]
+    assert table.title.startswith("SmolLM2-135M-Instruct's") and "-s rival -- smollm2`" in table.measured.command
 
 
 def test_the_terminal_has_the_same_figures(texts: Texts) -> None:

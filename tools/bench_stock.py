@@ -1,0 +1,112 @@
+"""A real model as an int8 bundle, made by the stages and by the stock exporter: what making and running each takes.
+
+    python -m tools.bench_stock smollm2 CHECKPOINT --work FOLDER        (nox -s stock)
+
+Both have the same cache, prefill and decode signatures, and run in LiteRT-LM in turns. The stock exporter comes from a
+lock of its own. The table goes to `bench/`, which `python -m tools.figures` writes into the documents.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from pipeline.core import log, manifest, parallel
+from pipeline.core.recipe import PROJECT, load
+from pipeline.runtime.litert import processor
+from tools import bench_bundle, bench_stages, figures, tables
+from tools.real_models import REAL_MODELS
+
+STAGES = ("fetch", "graph", "moments", "int8", "bundle")
+TOKENS = 128
+"""Tokens of the prompt, which a prefill takes whole, and of the answer."""
+
+
+def measure(name: str, checkpoint: Path, folder: Path, rounds: int) -> dict[str, Any]:
+    """Make a real model's int8 bundle with the stages and with the stock exporter, and run both in turns.
+
+    Only ours where the stock exporter can't be installed.
+
+    Args:
+        name: a key of `REAL_MODELS`.
+        checkpoint: its checkpoint.
+        folder: where all that is made goes.
+        rounds: measurements of speed.
+    """
+    same = {"prefill = [32, 128]": f"prefill = [{TOKENS}]"}  # the signatures that the stock exporter is asked for
+    recipe = bench_stages.changed_recipe(REAL_MODELS[name].recipe, folder, bench_stages.INT8_ALONE | same)
+    cache = load(recipe).bundle.cache_length
+    stages = bench_stages.measure(STAGES, checkpoint, folder, recipe, "bundle")
+    builds = {"ours": bench_stages.together(stages)}
+    shown = {"this project": stages}
+    files = {"ours": folder / checkpoint.name / "bundle" / "int8.litertlm"}
+    if stock := environment("stock", folder):
+        made = folder / "by-stock"
+        options = ["--precision=int8", f"--prefill={TOKENS}", f"--cache={cache}"]
+        subprocess.run([stock, "-m", "tools.stock", checkpoint, made, *options], check=True)
+        builds["stock"] = json.loads((made / "int8.json").read_text(encoding="utf-8"))
+        files["stock"] = made / "int8.litertlm"
+        shown["the stock exporter"] = {"export_hf": builds["stock"]}
+    bench_stages.draw(shown, folder.parent / f"{REAL_MODELS[name].tables}.png")
+    work = bench_bundle.Work(prompt_tokens=TOKENS, decode_tokens=TOKENS, threads=parallel.threads())
+    measured = bench_bundle.compare(files, work, rounds)
+    for line in bench_bundle.table(measured):
+        log.line(line)
+    return {
+        "model": name,
+        "parameters": manifest.read(folder / checkpoint.name / "fetch").facts["parameters"],
+        "cache": cache,
+        **asdict(work),
+        "rounds": rounds,
+        "stages": stages,
+        "builds": builds,
+        "bundles": measured,
+        "runtime": version("litert-lm-api"),
+    }
+
+
+def environment(lock: str, folder: Path) -> Path | None:
+    """The Python of a new environment with `locks/<lock>.txt`, or None, said, if that can't be installed."""
+    log.step(f"installing locks/{lock}.txt")
+    made = folder / f"env-{lock}"
+    if subprocess.run(
+        [PROJECT / "tools" / "setup.sh", made, lock], env=os.environ | {"PYTHON": sys.executable}
+    ).returncode:
+        log.warn(f"locks/{lock}.txt can't be installed, so what needs it is left out of this benchmark")
+        return None
+    return made / "bin" / "python"
+
+
+def main() -> int:
+    """Measure, write the table; the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", choices=[*REAL_MODELS], help="which it is")
+    parser.add_argument("checkpoint", type=Path, help="its checkpoint")
+    parser.add_argument("--work", type=Path, required=True, help="an empty folder for all that is made")
+    parser.add_argument("--rounds", type=int, default=5, help="measurements of speed (default: %(default)s)")
+    arguments = parser.parse_args()
+    work = arguments.work.resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    try:
+        found = measure(arguments.model, arguments.checkpoint.resolve(), work, arguments.rounds)
+    except subprocess.CalledProcessError as error:
+        parser.exit(1, f"{error}\nWhat it said is above.\n")
+    measured = tables.Measured(
+        date=time.strftime("%Y-%m-%d"),
+        command=f"`nox -s stock -- {arguments.model}`",
+        machine=f"{parallel.threads()} threads ({processor()})",
+    )
+    tables.write_all(figures.bundles({"bundle": found}, measured))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
