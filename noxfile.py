@@ -19,7 +19,9 @@ import nox
 nox.options.error_on_missing_interpreters = True
 ROOT = Path(__file__).parent
 BIN = ROOT / ".venv" / "bin"
-LOCKS = ("cpu", "cuda", "dev", "uv", "publish", "sign", "tensorflow", "material", "stock", "rival", "peft")
+LOCKS = ("cpu", "cuda", "dev", "uv", "publish", "sign", "tensorflow", "material", "stock", "rival", "peft", "qat")
+BESIDE = ("peft", "qat")
+"""Locks of what lies in a folder beside `.venv`, without what that has."""
 TORCH_INDEX = os.environ.get("TORCH_INDEX") or "https://download.pytorch.org/whl/cpu"
 
 
@@ -75,10 +77,21 @@ def stages(session: nox.Session) -> None:
 @nox.session(venv_backend="none")
 def adapters(session: nox.Session) -> None:
     """Adapters of every kind, merged here and by PEFT, value for value; PEFT lies in a folder beside `.venv`."""
+    beside(session, "peft", "tests/adapters")
+
+
+@nox.session(venv_backend="none", default=False)
+def qat(session: nox.Session) -> None:
+    """Packed checkpoints, read here and by transformers with compressed-tensors, which lies beside `.venv`."""
+    beside(session, "qat", "tests/qat")
+
+
+def beside(session: nox.Session, lock: str, tests: str) -> None:
+    """Run tests with a lock's packages in a folder beside `.venv`."""
     with tempfile.TemporaryDirectory() as folder:
         options = ("--no-deps", "--require-hashes", "--only-binary=:all:", "--quiet", "--target", folder)
-        python(session, "-m", "pip", "install", *options, "-r", "locks/peft.txt")
-        command = (str(BIN / "python"), "-m", "pytest", "tests/adapters", *session.posargs)
+        python(session, "-m", "pip", "install", *options, "-r", f"locks/{lock}.txt")
+        command = (str(BIN / "python"), "-m", "pytest", tests, *session.posargs)
         session.run(*command, external=True, env={"PYTHONPATH": folder})
 
 
@@ -320,7 +333,7 @@ def lock(session: nox.Session) -> None:
         command = [str(BIN / "uv"), "pip", "compile", "--quiet", "--upgrade", "--generate-hashes"]
         command += ["--python-version", "3.11", "--python-platform", "x86_64-manylinux_2_28", "--only-binary", ":all:"]
         command += ["--no-emit-find-links", "--no-emit-index-url", *(source if name in ("cpu", "stock") else ())]
-        command += ["--no-deps"] if name == "peft" else []
+        command += ["--no-deps"] if name in BESIDE else []
         command += [f"locks/{name}.in", "--output-file", f"locks/{name}.txt"]
         session.run(*command, external=True, env={"UV_CUSTOM_COMPILE_COMMAND": "nox -s lock"})
     session.notify("lock_check", session.posargs)
@@ -334,7 +347,7 @@ def lock_check(session: nox.Session) -> None:
             session.run("python", "-m", "venv", scratch)
             fresh = f"{scratch}/bin/python"
             options = ("--require-hashes", "--only-binary=:all:", "--no-compile", "--quiet")
-            locks = ("locks/cpu.txt", f"locks/{name}.txt") if name in ("dev", "peft") else (f"locks/{name}.txt",)
+            locks = ("locks/cpu.txt", f"locks/{name}.txt") if name in ("dev", *BESIDE) else (f"locks/{name}.txt",)
             requirements = [part for file in locks for part in ("-r", file)]
             index = ("--extra-index-url", os.environ["TORCH_INDEX"]) if os.environ.get("TORCH_INDEX") else ()
             session.run(fresh, "-m", "pip", "install", *options, *index, *requirements, external=True)

@@ -5,6 +5,7 @@ Only made for a recipe that has an `[int4]` section, and only when it is asked f
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,7 +17,7 @@ from pipeline.core.facts import Contents, Precision
 from pipeline.core.recipe import DECODER, STEP, Int4
 from pipeline.core.stage import Context, Outcome, Stage, main
 from pipeline.models import build
-from pipeline.quantize import gptq, int4, readback, rows
+from pipeline.quantize import given, gptq, int4, readback, rows
 
 
 def work(context: Context) -> Outcome:
@@ -45,11 +46,13 @@ def _write(
     int4.make_int4(graph, settings, hessians)
     graph.prune()
     graph.write(file)
+    kept = given.check(checkpoint, build.tensor_names(checkpoint), file)
     found = readback.read_back(file)
     facts = readback.check(found, "int4", file)
     readback.round_trip(file)
-    log.step(f"{file.name}: {log.human_bytes(found.size)}; {found.bits_per_weight:.2f} bits per weight")
-    return facts
+    as_stored = f"; {kept} matrices with the checkpoint's integers and scales" if kept else ""
+    log.step(f"{file.name}: {log.human_bytes(found.size)}; {found.bits_per_weight:.2f} bits per weight{as_stored}")
+    return dataclasses.replace(facts, weights_as_stored=kept or None)
 
 
 STAGE = Stage(

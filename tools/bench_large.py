@@ -1,11 +1,12 @@
-"""Measure the pipeline on random checkpoints of true Gemma 3n size, and hold what it took against its limits.
+"""Measure the pipeline on random checkpoints of true size, and hold what it took against its limits.
 
-    python -m tools.bench_large e2b [e4b]        (nox -s large)
+    python -m tools.bench_large e2b [e4b gemma4-e2b gemma4-e4b]        (nox -s large)
 
 Writes a table and a picture into `bench/`, and fails if a limit is missed. The disk is checked first (E2B needs
-35 GB at once, E4B 48). The runs, per size: bf16 to the int8 bundle, and on through every stage up to publish; the same
-under a memory cgroup of 4 GiB, where this process may make one; bf16 to the fp32 sections. A checkpoint of 0.3 billion
-parameters goes first, so that growth shows.
+35 GB at once, E4B 48). The runs, per size of Gemma 3n: bf16 to the int8 bundle, and on through every stage up to
+publish; the same under a memory cgroup of 4 GiB, where this process may make one; bf16 to the fp32 sections. Of
+Gemma 4, and of all with `--int8-alone`, the first alone. A checkpoint of 0.3 billion parameters goes first, so that
+growth shows.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core import log, parallel, versions
+from pipeline.core.recipe import of_type
 from pipeline.runtime.litert import processor
 from tools import bench_stages, figures, tables
 from tools.bench_stages import GIB, together
@@ -31,7 +33,7 @@ from tools.make_random_checkpoint import GEOMETRIES, make
 INT8 = ("fetch", "graph", "int8", "bundle")
 JUDGED = ("golden --weights streamed", "verify", "publish")
 FP32 = ("fetch", "graph", "fp32")
-DISK = {"e2b": 35e9, "e4b": 48e9}
+DISK = {"e2b": 35e9, "e4b": 48e9, "gemma4-e2b": 24e9, "gemma4-e4b": 36e9}
 LIMITS = {
     # run: (peak anonymous GiB: must, aim), (minutes: must, aim)
     "e2b int8": ((3.0, 1.2), (12, 5)),
@@ -39,9 +41,13 @@ LIMITS = {
     "e2b golden": ((4.0, 2.0), (None, None)),
     "e2b int8, 4 GiB cgroup": ((4.0, 2.5), (None, None)),
     "e4b int8": ((3.0, 1.2), (20, 9)),
+    "gemma4-e2b int8": ((1.2, 0.8), (None, None)),
+    "gemma4-e4b int8": ((1.2, 0.8), (None, None)),
 }
 GROWTH = (3.0, 1.3)
 """Peak anonymous memory of the int8 run at E2B over that at 0.3 billion parameters: must, aim."""
+AGAINST_GEMMA3N = (1.1, 0.7)
+"""Processor time of Gemma 4's int8 run per byte made over that of Gemma 3n's: must, aim."""
 CGROUPS = (
     (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"),  # version 1
     (Path("/sys/fs/cgroup"), "memory.max"),
@@ -83,9 +89,10 @@ def cgroup(limit: int) -> Iterator[Sequence[str] | None]:
     yield None
 
 
-def measure(size: str, folder: Path) -> dict[str, dict[str, Any]]:
+def measure(size: str, folder: Path, *, int8_alone: bool) -> dict[str, dict[str, Any]]:
     """All runs of a size: name → what each stage took. Files go once they have been measured."""
-    settings = bench_stages.changed_recipe("gemma3n", folder, CHANGES)
+    recipe = of_type(GEOMETRIES[size]["model_type"])[0].stem
+    settings = bench_stages.changed_recipe(recipe, folder, CHANGES)
     checkpoint = make(GEOMETRIES[size], folder / size)
     results = folder / "artifacts"
 
@@ -93,6 +100,10 @@ def measure(size: str, folder: Path) -> dict[str, dict[str, Any]]:
         return bench_stages.measure(stages, checkpoint, results, settings, "bundle", within)
 
     runs = {f"{size} int8": run(INT8)}
+    if int8_alone or size.startswith("gemma4"):
+        shutil.rmtree(results)
+        shutil.rmtree(checkpoint)
+        return runs
     judged = run(JUDGED)
     runs |= {f"{size} golden": {"golden": judged["golden"]}, f"{size} judged": judged}
     if size == "e2b":
@@ -119,7 +130,18 @@ def judge(runs: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     if small and large:
         growth = together(large)["peak_anonymous"] / together(small)["peak_anonymous"]
         rows.append(_row("growth of peak anonymous from 0.3 to 4.5 billion parameters", growth, *GROWTH))
+    for size in ("e2b", "e4b"):
+        known, new = (runs.get(f"{name} int8") for name in (size, f"gemma4-{size}"))
+        if known and new:
+            ratio = _per_byte(new) / _per_byte(known)
+            rows.append(_row(f"gemma4-{size} over {size}, processor time per byte made", ratio, *AGAINST_GEMMA3N))
     return rows
+
+
+def _per_byte(stages: Mapping[str, Mapping[str, Any]]) -> float:
+    """Processor seconds of a run over the bytes of its bundle: the two families' sizes of one name differ."""
+    seconds: float = together(stages)["processor_seconds"] / stages["bundle"]["size"]
+    return seconds
 
 
 def _row(what: str, value: float, must: float, aim: float) -> dict[str, Any]:
@@ -140,8 +162,9 @@ def _earlier(file: Path, about: Mapping[str, Any]) -> tuple[dict[str, Any], dict
 def main() -> int:
     """Run from the command line; 1 if a limit is missed, 10 if the disk is too small."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sizes", nargs="*", default=["e2b"], choices=("e2b", "e4b"), help="default: e2b")
+    parser.add_argument("sizes", nargs="*", default=["e2b"], choices=[*DISK], help="default: e2b")
     parser.add_argument("--out", type=Path, default=tables.RAW, help="where all results go (default: %(default)s)")
+    parser.add_argument("--int8-alone", action="store_true", help="the way to the int8 bundle alone")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     free, needed = shutil.disk_usage(arguments.out).free, max(DISK[size] for size in arguments.sizes)
@@ -153,7 +176,7 @@ def main() -> int:
     today = time.strftime("%Y-%m-%d")
     with tempfile.TemporaryDirectory(dir=arguments.out) as scratch:
         for size in ("0.3b", *arguments.sizes):
-            taken = measure(size, Path(scratch))
+            taken = measure(size, Path(scratch), int8_alone=arguments.int8_alone)
             runs, dates = runs | taken, dates | dict.fromkeys(taken, today)
     sizes = dict.fromkeys(name.split()[0] for name in runs if not name.startswith("0.3b"))
     found = {

@@ -15,6 +15,7 @@ from typing import Any
 
 from pipeline.checkpoint.headers import FLOATS, TensorInfo, listed
 from pipeline.checkpoint.names import EMBEDDING, HEAD
+from pipeline.checkpoint.packed import INT4
 from pipeline.checkpoint.reader import INDEX, SINGLE, read_header
 from pipeline.checkpoint.source import Source
 from pipeline.core.errors import FetchError
@@ -218,6 +219,8 @@ def changes(
     Raises:
         FetchError: the adapter does not fit the base, or leaves out a table that must follow.
     """
+    if whole := [name for name, info in base.items() if info.dtype == INT4]:
+        raise _misfit(adapter, where, f"{whole[0]} is stored as 4-bit integers there, which an adapter can't change")
     stored = {canonical(name): name for name in base}
     tied = HEAD not in stored
     found: dict[str, list[Part]] = {}

@@ -35,13 +35,17 @@ _BITS = {
 
 @dataclass(frozen=True, kw_only=True)
 class TensorInfo:
-    """A stored tensor: `dtype` as safetensors spells it, `offset` and `size` of its data in `file`, in bytes."""
+    """A stored tensor: `dtype` as safetensors spells it, `offset` and `size` of its data in `file`, in bytes.
+
+    Of a matrix that is stored as integers (`packed`), `scale` are the factors of their groups.
+    """
 
     shape: tuple[int, ...]
     dtype: str
     file: str
     offset: int
     size: int
+    scale: TensorInfo | None = None
 
 
 def header_length(start: bytes, file_size: int, file: str) -> int:
@@ -117,6 +121,12 @@ def merge(shards: Mapping[str, Mapping[str, TensorInfo]]) -> dict[str, TensorInf
             _refuse(shard, f"holds {listed(twice)}, which {merged[min(twice)].file} holds too")
         merged.update(tensors)
     return merged
+
+
+def files(tensors: Iterable[TensorInfo]) -> list[str]:
+    """The files that hold `tensors` and their scales, by name."""
+    parts = (part for tensor in tensors for part in (tensor, tensor.scale) if part)
+    return sorted({part.file for part in parts})
 
 
 def listed(names: Iterable[str], most: int = 5) -> str:

@@ -8,9 +8,11 @@ from typing import NoReturn
 
 from pipeline.checkpoint.headers import FLOATS, TensorInfo, listed
 from pipeline.checkpoint.names import EMBEDDING, HEAD, LEFT_OVERS, inner
+from pipeline.checkpoint.packed import INT4
 from pipeline.checkpoint.reader import CONFIG
 from pipeline.core.errors import FetchError
 
+_TAKEN = {*FLOATS, INT4}
 Canonical = Callable[[str], "str | None"]
 
 
@@ -67,7 +69,7 @@ def lay_out(tensors: Mapping[str, TensorInfo], needed: Needed, where: str, *, ti
             "stored twice", [" = ".join(twice) for twice in (*map(used.get, first), heads) if twice and len(twice) > 1]
         ),
         _fault("of another shape", _wrong_shapes(first, tensors, expected)),
-        _fault("not float", [f"{n} ({tensors[n].dtype})" for n in first.values() if tensors[n].dtype not in FLOATS]),
+        _fault("not float", [f"{n} ({tensors[n].dtype})" for n in first.values() if tensors[n].dtype not in _TAKEN]),
     ]
     if not needed.ties and stored == 1:
         _refuse_one_of_two(next(iter({HEAD, EMBEDDING} - used.keys())), where)

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
-from pipeline.checkpoint import heads
+from pipeline.checkpoint import headers, heads, packed
 from pipeline.checkpoint import names as names_
 from pipeline.checkpoint.headers import FLOATS, TensorInfo, listed, parse_index
 from pipeline.checkpoint.layout import Needed, lay_out
@@ -32,6 +32,8 @@ _WANTED = re.compile(
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "rng_state")
 _QUANTISED = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
+
+_UNQUANTISED = re.compile(r"q4_0-unquantized", re.IGNORECASE)
 
 Expected = Callable[[Mapping[str, object]], Needed]
 
@@ -64,6 +66,7 @@ def plan(source: Source, expected: Expected) -> Plan:
     needed = expected(config)
     check_tokenizer(names, where)
     tensors = read_tensors(names, source.sizes, source.read, where)
+    packed.check(config, tensors, where)
     tied = heads.is_tied(
         outer(tensors), tensors, lambda name, *part: source.rows(tensors[name], *part), sampled=source.remote
     )
@@ -74,7 +77,7 @@ def plan(source: Source, expected: Expected) -> Plan:
         raise _explained(error, tensors, needed, names) from error
     left_out = names_.towers(name for name in tensors if needed.used_as(name) is None)
     _say_what_is_odd(source, tensors, config, left_out)
-    weights = sorted({tensor.file for tensor in tensors.values()})
+    weights = headers.files(tensors.values())
     index = [] if SINGLE in names else [INDEX]
     small = sorted(name for name in names if _WANTED.fullmatch(name))
     parameters = sum(math.prod(tensors[name].shape) for name in layout.values())
@@ -206,8 +209,16 @@ def _say_what_is_odd(
     if left_out:
         parts = ", ".join(f"{count} of {part}" for part, count in left_out.items())
         log.step(f"text only: tensors left out: {parts}")
-    if method := quantised(config, source.sizes.keys()):
+    given = [tensor for tensor in tensors.values() if tensor.dtype == packed.INT4]
+    if given:
+        log.step(f"{len(given)} matrices are 4-bit integers already: int4 files take them as they are")
+    elif method := quantised(config, source.sizes.keys()):
         log.warn(f"{CONFIG} still names {method}; the weights are not quantised, so it is ignored")
+    if _UNQUANTISED.search(source.where):
+        log.warn(
+            "weights trained for Q4_0 are taken as floats and rounded anew: its scales may be negative, which XNNPACK "
+            "refuses; a twin whose name ends in -w4a16-ct goes into an int4 file without loss"
+        )
     wrapped = [name for name in tensors if names_.WRAPPERS.match(name)]
     if wrapped:
         wrapper = names_.WRAPPERS.match(wrapped[0])

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.checkpoint import headers, heads
+from pipeline.checkpoint import headers, heads, packed
 from pipeline.checkpoint.headers import FLOATS, TensorInfo, listed
 from pipeline.checkpoint.names import EMBEDDING, HEAD, outer
 from pipeline.core.errors import FetchError, IntegrityError
@@ -34,7 +34,7 @@ def float_type(tensors: Iterable[TensorInfo]) -> str:
     """The type that most parameters of `tensors` have, as torch and numpy spell it, e.g. `bfloat16`."""
     counts = Counter[str]()
     for tensor in tensors:
-        counts[FLOATS.get(tensor.dtype, tensor.dtype)] += math.prod(tensor.shape)
+        counts[FLOATS.get(tensor.dtype, tensor.dtype.lower())] += math.prod(tensor.shape)
     # Sorted first, so that of equals the same one is taken each time.
     return max(sorted(counts), key=lambda name: counts[name])
 
@@ -87,7 +87,7 @@ class Checkpoint:
     @property
     def files(self) -> tuple[str, ...]:
         """The weight files, by name."""
-        return tuple(sorted({tensor.file for tensor in self.tensors.values()}))
+        return tuple(headers.files(self.tensors.values()))
 
     @cached_property
     def _maps(self) -> dict[str, npt.NDArray[np.uint8]]:
@@ -119,8 +119,13 @@ class Checkpoint:
         return self._read(name, start * width, stop * width).reshape(stop - start, *shape[1:])
 
     def stored(self, name: str) -> Stored:
-        """The tensor as it is stored, mapped and not read: bfloat16 as uint16 bit patterns, else float."""
+        """The tensor as it is stored, mapped and not read: bfloat16 as uint16 bit patterns, else float.
+
+        One that is stored as integers is read whole.
+        """
         tensor = self.tensors[name]
+        if tensor.scale:
+            return self.read(name)
         data = self._maps[tensor.file][tensor.offset : tensor.offset + tensor.size]
         if tensor.dtype == "BF16":
             patterns: npt.NDArray[np.uint16] = data.view("<u2")
@@ -129,11 +134,32 @@ class Checkpoint:
         values = data.view("<f2") if tensor.dtype == "F16" else data.view("<f4")
         return values.reshape(tensor.shape)
 
-    def _read(self, name: str, start: int, stop: int) -> Float32:
-        """Elements `start` to `stop` of the flat tensor."""
+    def integers(self, name: str, start: int, stop: int) -> npt.NDArray[np.int8]:
+        """Rows `start` to `stop` of a matrix that is stored as 4-bit integers, int8 [rows, columns]."""
         tensor = self.tensors[name]
+        row = tensor.shape[1] // 2
+        first, last = (tensor.offset + place * row for place in (start, stop))
+        return packed.unpack(np.asarray(self._maps[tensor.file][first:last]), tensor.shape[1])
+
+    def scales(self, name: str) -> Float32:
+        """The scales of such a matrix, float32 [rows, groups]."""
+        scale = self.tensors[name].scale
+        assert scale is not None
+        return self._floats(scale, 0, math.prod(scale.shape)).reshape(scale.shape)
+
+    def _read(self, name: str, start: int, stop: int) -> Float32:
+        """Elements `start` to `stop` of the flat tensor; of one that is stored as integers whole rows."""
+        tensor = self.tensors[name]
+        if tensor.scale:
+            width, groups = tensor.shape[1], tensor.scale.shape[1]
+            first, last = start // width, stop // width
+            scale = self._floats(tensor.scale, first * groups, last * groups).reshape(-1, groups)
+            return packed.values(self.integers(name, first, last), scale).reshape(-1)
         if tensor.dtype not in FLOATS:
             raise IntegrityError(f"tensor {name} has dtype {tensor.dtype}, which is not float32, float16 or bfloat16")
+        return self._floats(tensor, start, stop)
+
+    def _floats(self, tensor: TensorInfo, start: int, stop: int) -> Float32:
         first, last = (tensor.offset + place * item_size(tensor) for place in (start, stop))
         return widen(np.asarray(self._maps[tensor.file][first:last]), tensor.dtype)
 
@@ -181,7 +207,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 def read_tensors(
     names: Collection[str], sizes: Mapping[str, int], read: Callable[[str, int, int], bytes], where: str
 ) -> dict[str, TensorInfo]:
-    """All tensors of a checkpoint, single or sharded, from its headers alone.
+    """All tensors of a checkpoint, single or sharded, from its headers alone; packed ones as `packed.fold` has them.
 
     Args:
         names: the files there are.
@@ -193,7 +219,7 @@ def read_tensors(
         IntegrityError: a shard is missing, a file is not what its header or the index says.
     """
     if SINGLE in names:  # the order of transformers
-        return read_header(SINGLE, sizes[SINGLE], read)
+        return packed.fold(read_header(SINGLE, sizes[SINGLE], read))
     weight_map = headers.parse_index(read(INDEX, 0, sizes[INDEX]), INDEX)
     shards = sorted(set(weight_map.values()))
     missing = [shard for shard in shards if shard not in names]
@@ -203,7 +229,7 @@ def read_tensors(
             cause="the download or upload was not finished",
             remedy="copy the missing files too",
         )
-    return headers.merge({shard: read_header(shard, sizes[shard], read) for shard in shards})
+    return packed.fold(headers.merge({shard: read_header(shard, sizes[shard], read) for shard in shards}))
 
 
 def read_header(file: str, size: int, read: Callable[[str, int, int], bytes]) -> dict[str, TensorInfo]:

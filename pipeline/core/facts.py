@@ -119,7 +119,8 @@ class Moments:
 class Contents:
     """What was found in a quantised file (quantize/readback.py); shares of weights by type, of products by arithmetic.
 
-    `float_operators` counts those that are not integer, `float_products` has the largest such products by name.
+    `weights_as_stored` counts matrices with the checkpoint's own 4-bit integers and scales, `float_operators` what is
+    not integer, `float_products` has the largest such products by name.
     """
 
     size: int
@@ -127,6 +128,7 @@ class Contents:
     weights_float16_share: float | None = None
     weights_int8_share: float | None = None
     weights_int4_share: float | None = None
+    weights_as_stored: int | None = None
     bits_per_weight: float | None = None
     integer_share: float | None = None
     multiply_adds: int | None = None

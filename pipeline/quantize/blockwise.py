@@ -99,7 +99,7 @@ def best_scales(values: Array) -> NDArray[np.float16]:
     peak = np.abs(blocks).max(-1)
     best, least = np.ones(peak.shape, np.float16), np.full(peak.shape, np.inf, np.float32)
     for share in _TRIED:
-        scale = _storable(peak * np.float32(share))
+        scale = storable(peak * np.float32(share))
         step = scale.astype(np.float32)[..., None]
         error = np.square(_nearest(blocks, step) * step - blocks).sum(-1)
         closer = error < least
@@ -118,7 +118,7 @@ def _nearest(blocks: Array, scale: Array) -> Array:
     return np.clip(np.rint(blocks / scale), _LOW, _HIGH)
 
 
-def _storable(scale: Array) -> NDArray[np.float16]:
+def storable(scale: Array) -> NDArray[np.float16]:
     """The nearest scale that bfloat16 and float16 both hold exactly."""
     # uint64, since adding half a unit may carry out of 32 bits.
     bits = scale.astype(np.float32).view(np.uint32).astype(np.uint64)

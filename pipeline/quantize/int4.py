@@ -5,18 +5,22 @@ Stage int4 and tune both call this, so that what tune measured is what int4 buil
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from pipeline.checkpoint.names import EMBEDDING, HEAD
 from pipeline.core.recipe import Int4
-from pipeline.quantize import blockwise, gptq, int8x2, prepare, row_ranges, rows
+from pipeline.quantize import blockwise, given, gptq, int8x2, prepare, row_ranges, rows
 from pipeline.tflite.graph import Graph
 
 
 def make_int4(graph: Graph, int4: Int4, hessians: gptq.Hessians | None = None) -> None:
     """Give `graph`, its weights attached in float32, 4-bit ones, and 8-bit ones where the recipe says so."""
-    rounding = prepare.prepare(graph, int4, hessians)
+    kept = given.keep(graph)  # first: from here on they are 4-bit matrices, which nothing rewrites
+    rounding = prepare.prepare(graph, replace(int4, equalize=0.0) if kept else int4, hessians)
     # After rotating, before rounding: a range is a constant of its own, with its own scales.
     frequent = frozenset[int]()
-    for matrix in (EMBEDDING, HEAD) if int4.int8_tokens else ():  # one where they are tied: both have a row per token
+    # One where they are tied: both have a row per token.
+    for matrix in sorted({EMBEDDING, HEAD} - kept) if int4.int8_tokens else ():
         frequent |= row_ranges.split_rows(graph, matrix, int4.int8_tokens)
     blockwise.quantise_weights(graph, rows.keeper(int4.keep_int8), rounding, frequent)
     # Last: whether a layer takes two rows or two products depends on the bits of its weights.

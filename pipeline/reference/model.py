@@ -83,11 +83,16 @@ class HuggingFace:
             vars(part).pop("quantization_config", None)
         # The class of the text configuration, and not AutoModelForCausalLM, which goes by the checkpoint's own type.
         kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        opened = open_checkpoint(checkpoint)
+        # transformers would want a library of its own for what is packed: it gets the values instead.
+        packed = any(tensor.scale for tensor in opened.tensors.values())
+        values = {name: torch.from_numpy(opened.read(name).copy()) for name in opened.tensors} if packed else None
         model, report = (
-            streaming.load(kind, config, checkpoint, _TEXT_TOWER)
+            streaming.load(kind, config, opened, _TEXT_TOWER)
             if streamed
             else kind.from_pretrained(
-                checkpoint,
+                None if packed else checkpoint,
+                state_dict=values,
                 config=config,
                 key_mapping=_TEXT_TOWER,
                 dtype=dtype,
@@ -97,9 +102,9 @@ class HuggingFace:
             )
         )
         _check_loaded(checkpoint, report)
-        if streamed:
+        if streamed or packed:
             model.generation_config = _generation_config(checkpoint)
-        said = reading.read(open_checkpoint(checkpoint))
+        said = reading.read(opened)
         return cls(
             model=model.eval() if streamed else model.eval().to(device),
             tokenizer=said.tokenizer,

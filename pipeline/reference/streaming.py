@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from pipeline.checkpoint.names import HEAD
+from pipeline.checkpoint.reader import Checkpoint
 
 KEPT = 1 << 16
 """Elements up to which a matrix stays in memory; norms and other vectors always do."""
@@ -29,13 +29,13 @@ _HEAD_BLOCK = 1 << 24
 Report = Mapping[str, Sequence[object]]
 
 
-def load(kind: Any, config: PreTrainedConfig, checkpoint: Path, renamed: Mapping[str, str]) -> tuple[Any, Report]:
+def load(kind: Any, config: PreTrainedConfig, checkpoint: Checkpoint, renamed: Mapping[str, str]) -> tuple[Any, Report]:
     """A model that streams its weights, and what of the checkpoint did not fit, as `from_pretrained` reports it.
 
     Args:
         kind: the transformers class.
         config: its configuration.
-        checkpoint: a folder with safetensors files.
+        checkpoint: the checkpoint.
         renamed: regular expressions for stored names → what replaces them in the model's.
     """
     with torch.device("meta"):
@@ -62,11 +62,35 @@ def _make_buffers(model: nn.Module) -> None:
         module.register_buffer(attribute, torch.empty_like(buffer, device="cpu"), persistent=persistent)
 
 
-def _stored(checkpoint: Path) -> Iterator[tuple[str, torch.Tensor]]:
+class Packed:
+    """A matrix that is stored as integers and scales, as far as a tensor's interface is used here; float32."""
+
+    def __init__(self, checkpoint: Checkpoint, name: str) -> None:
+        self.shape = torch.Size(checkpoint.tensors[name].shape)
+        self.ndim, self._checkpoint, self._name = len(self.shape), checkpoint, name
+
+    def numel(self) -> int:
+        """Elements in all."""
+        return self.shape.numel()
+
+    def __getitem__(self, rows: slice | torch.Tensor) -> torch.Tensor:
+        """Some rows, from `start` to `stop` or by number."""
+        if isinstance(rows, slice):
+            start, stop, _ = rows.indices(self.shape[0])
+            return torch.from_numpy(self._checkpoint.rows(self._name, start, stop))
+        return torch.cat([self[row : row + 1] for row in rows.tolist()])
+
+
+Weight = torch.Tensor | Packed
+
+
+def _stored(checkpoint: Checkpoint) -> Iterator[tuple[str, Weight]]:
     """Every tensor as a view into its file, in the type that it has there."""
-    for file in sorted(checkpoint.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            yield from ((name, tensors.get_tensor(name)) for name in tensors.keys())  # noqa: SIM118 - not a mapping
+    for file in checkpoint.files:
+        with safe_open(checkpoint.folder / file, framework="pt") as tensors:
+            for name in (name for name in tensors.keys() if name in checkpoint.tensors):  # noqa: SIM118 - not a mapping
+                yield name, tensors.get_tensor(name)
+    yield from ((name, Packed(checkpoint, name)) for name, tensor in checkpoint.tensors.items() if tensor.scale)
 
 
 def _model_name(name: str, renamed: Mapping[str, str]) -> str:
@@ -79,7 +103,7 @@ def _tied(model: Any) -> dict[str, str]:
     return model.get_expanded_tied_weights_keys() if model.config.tie_word_embeddings else {}
 
 
-def _fit(model: nn.Module, stored: Mapping[str, torch.Tensor]) -> Report:
+def _fit(model: nn.Module, stored: Mapping[str, Weight]) -> Report:
     needed = dict(model.named_parameters(remove_duplicate=False)) | dict(_stored_buffers(model))
     lost = needed.keys() - stored.keys() - _tied(model).keys()
     shapes = [(name, stored[name].shape, needed[name].shape) for name in needed.keys() & stored.keys()]
@@ -98,11 +122,11 @@ def _stored_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
                 yield name, buffer
 
 
-def _stream(model: nn.Module, stored: Mapping[str, torch.Tensor]) -> None:
+def _stream(model: nn.Module, stored: Mapping[str, Weight]) -> None:
     """Give every module its weights: small ones for good, large ones by hooks."""
     room: dict[torch.Size, torch.Tensor] = {}
     for name, buffer in _stored_buffers(model):
-        buffer.copy_(stored[name])
+        buffer.copy_(stored[name][:])
     for path, module in model.named_modules():
         for name, empty in module.named_parameters(path, recurse=False):
             weight, attribute = stored[name], name.rpartition(".")[2]
@@ -110,7 +134,7 @@ def _stream(model: nn.Module, stored: Mapping[str, torch.Tensor]) -> None:
                 module.padding_idx = None  # of use in training only, and counted in rows of the whole table
                 module.register_forward_pre_hook(_Rows(weight))
             elif weight.ndim < 2 or weight.numel() <= KEPT:
-                setattr(module, attribute, _parameter(weight.to(torch.float32, copy=True)))
+                setattr(module, attribute, _parameter(weight[:].to(torch.float32, copy=True)))
             else:
                 module.register_forward_pre_hook(_Laid(attribute, weight, room))
                 module.register_forward_hook(_Gone(attribute, empty))
@@ -123,7 +147,7 @@ def _parameter(values: torch.Tensor) -> nn.Parameter:
 class _Laid:
     """Before a module runs: its matrix in float32, in the room that all of its shape share."""
 
-    def __init__(self, attribute: str, weight: torch.Tensor, room: dict[torch.Size, torch.Tensor]) -> None:
+    def __init__(self, attribute: str, weight: Weight, room: dict[torch.Size, torch.Tensor]) -> None:
         self.attribute, self.weight, self.room = attribute, weight, room
 
     def __call__(self, module: nn.Module, _inputs: object) -> None:
@@ -131,7 +155,7 @@ class _Laid:
         if shape not in self.room:
             # Layers of one shape run one after the other, so one room is enough for all of them.
             self.room[shape] = torch.empty(shape)
-        setattr(module, self.attribute, _parameter(self.room[shape].copy_(self.weight)))
+        setattr(module, self.attribute, _parameter(self.room[shape].copy_(self.weight[:])))
 
 
 class _Gone:
@@ -147,7 +171,7 @@ class _Gone:
 class _Rows:
     """Before an embedding runs: the rows of the tokens at hand as its table, and tokens as rows of that."""
 
-    def __init__(self, table: torch.Tensor) -> None:
+    def __init__(self, table: Weight) -> None:
         self.table = table
 
     def __call__(self, module: nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
@@ -160,12 +184,13 @@ class _Rows:
 class Head(nn.Module):
     """The output projection `x @ weight.T`, a block of the vocabulary at a time."""
 
-    def __init__(self, weight: torch.Tensor) -> None:
+    def __init__(self, weight: Weight) -> None:
         super().__init__()
         self.stored = weight  # not a parameter: it stays in its file
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., H] → [..., V]."""
         rows = max(1, _HEAD_BLOCK // self.stored.shape[1])
-        blocks = (block.to(torch.float32) for block in torch.split(self.stored, rows))
+        starts = range(0, self.stored.shape[0], rows)
+        blocks = (self.stored[start : start + rows].to(torch.float32) for start in starts)
         return torch.cat([nn.functional.linear(x, block) for block in blocks], dim=-1)

@@ -85,6 +85,21 @@ class Blocks:
         return parallel.ordered(lambda part: work(self.rows(*part)), self.parts())
 
 
+class FourBits(Blocks):
+    """Values float32 that are 4-bit integers times scales [rows, groups] already; what is made of them is not."""
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        rows: Callable[[int, int], Array],
+        integers: Callable[[int, int], NDArray[np.int8]],
+        scale: NDArray[np.float32],
+    ) -> None:
+        """`integers(start, stop)` gives those of rows `start` to `stop`, as `rows` gives their values."""
+        super().__init__(shape, np.float32, rows)
+        self.integers, self.scale = integers, scale
+
+
 def pack(values: Array) -> NDArray[np.uint8]:
     """4-bit integers, −8 … 7, two in a byte, the first in its low half: [rows, columns] → [rows, columns / 2]."""
     # The order of nibbles that TFLite reads, little end first. As uint8 a negative number keeps its low four bits.

@@ -13,7 +13,7 @@ import numpy as np
 from pipeline.checkpoint.reader import Checkpoint, Float32
 from pipeline.core.errors import IntegrityError
 from pipeline.tflite.graph import Graph, Origin, text
-from pipeline.tflite.lazy import Blocks
+from pipeline.tflite.lazy import Blocks, FourBits
 
 PREFIX = "weights."
 """How the inputs of an exported graph are called that are no inputs, but weights by parameter name."""
@@ -43,7 +43,15 @@ def rows(checkpoint: Checkpoint, tensor: str) -> Blocks:
 
     Its blocks raise IntegrityError where a value is not finite.
     """
-    return Blocks(checkpoint.tensors[tensor].shape, np.float32, lambda *part: _finite(checkpoint, tensor, *part))
+    shape = checkpoint.tensors[tensor].shape
+    if checkpoint.tensors[tensor].scale is None:
+        return Blocks(shape, np.float32, lambda *part: _finite(checkpoint, tensor, *part))
+    return FourBits(
+        shape,
+        lambda *part: _finite(checkpoint, tensor, *part),
+        lambda *part: checkpoint.integers(tensor, *part),
+        checkpoint.scales(tensor),
+    )
 
 
 def vector(checkpoint: Checkpoint, tensor: str) -> Float32:

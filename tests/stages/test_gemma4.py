@@ -20,6 +20,7 @@ from test_plain import worst
 from transformers import Gemma4Config, Gemma4ForConditionalGeneration, Gemma4TextConfig, Gemma4UnifiedTextConfig
 
 from pipeline.checkpoint import names
+from pipeline.checkpoint.reader import open_checkpoint
 from pipeline.core.errors import FetchError
 from pipeline.core.recipe import Bundle
 from pipeline.models import architecture_for, gemma4
@@ -229,7 +230,7 @@ def test_what_the_modules_do_not_do_is_refused_by_name_and_value(wrong: dict[str
 def test_a_streamed_reference_has_the_stored_buffers(models: dict[str, Any], tmp_path: Path) -> None:
     model = models[E2B]
     geometry.save(model, tmp_path)
-    streamed, report = streaming.load(type(model), model.config, tmp_path, {})
+    streamed, report = streaming.load(type(model), model.config, open_checkpoint(tmp_path), {})
     assert not any(report.values())
     ids = torch.from_numpy(np.arange(40, dtype=np.int64)[None])
     with torch.inference_mode():
@@ -238,4 +239,6 @@ def test_a_streamed_reference_has_the_stored_buffers(models: dict[str, Any], tmp
     stored = load_file(tmp_path / "model.safetensors")
     del stored["model.layers.0.layer_scalar"]
     save_file(stored, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    assert streaming.load(type(model), model.config, tmp_path, {})[1]["missing_keys"] == ["model.layers.0.layer_scalar"]
+    assert streaming.load(type(model), model.config, open_checkpoint(tmp_path), {})[1]["missing_keys"] == [
+        "model.layers.0.layer_scalar"
+    ]

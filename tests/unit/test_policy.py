@@ -15,7 +15,7 @@ import yaml
 from pipeline.core.recipe import PROJECT
 
 LOCKS = PROJECT / "locks"
-NAMES = ("cpu", "cuda", "dev", "uv", "publish", "sign", "tensorflow", "material", "stock", "rival", "peft")
+NAMES = ("cpu", "cuda", "dev", "uv", "publish", "sign", "tensorflow", "material", "stock", "rival", "peft", "qat")
 WORKFLOWS = sorted((PROJECT / ".github" / "workflows").glob("*.yml"))
 PIN = re.compile(r"^([A-Za-z0-9_.-]+)==([^\s\\;]+)")
 
