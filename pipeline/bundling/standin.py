@@ -24,27 +24,30 @@ from pipeline.tflite.graph import Graph
 REPLY = "Azul, a longer answer of some words."
 _LENGTH = 64
 """Of the cache: a whole message is one token."""
-_VOCABULARY = {"<any>": 0, "<stop>": 1, REPLY: 2}
+_ANY, STOP, _REPLY = range(3)
+"""Its tokens."""
 
 
 @contextmanager
 def opened(model_type: str) -> Iterator[LmRuntime]:
     """LiteRT-LM with such a bundle of the kind that it calls `model_type`."""
-    with tempfile.TemporaryDirectory() as scratch:
-        bundle = Path(scratch) / "standin.litertlm"
-        _write(model_type, Path(scratch), bundle)
-        with LmRuntime(bundle, threads=1) as runtime:
-            yield runtime
-
-
-def _write(model_type: str, scratch: Path, out: Path) -> None:
     metadata = llm_metadata_pb2.LlmMetadata(
         max_num_tokens=_LENGTH, llm_model_type=llm_model_type_pb2.LlmModelType(), jinja_prompt_template="{{ '' }}"
     )
     getattr(metadata.llm_model_type, model_type).SetInParent()
-    metadata.stop_tokens.add().token_ids.ids.append(_VOCABULARY["<stop>"])
+    metadata.stop_tokens.add().token_ids.ids.append(STOP)
+    with tempfile.TemporaryDirectory() as scratch:
+        bundle = Path(scratch) / "standin.litertlm"
+        write(metadata, REPLY, bundle)
+        with LmRuntime(bundle, threads=1) as runtime:
+            yield runtime
+
+
+def write(metadata: llm_metadata_pb2.LlmMetadata, reply: str, out: Path) -> None:
+    """Write such a bundle, `reply` what it always says; beside it lie its parts."""
+    scratch = out.parent
     (scratch / "metadata.pb").write_bytes(metadata.SerializeToString(deterministic=True))
-    words = {"type": "WordLevel", "vocab": _VOCABULARY, "unk_token": "<any>"}
+    words = {"type": "WordLevel", "vocab": {"<any>": _ANY, "<stop>": STOP, reply: _REPLY}, "unk_token": "<any>"}
     (scratch / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": words}), encoding="utf-8")
     _decoder().write(scratch / "model.tflite")
     builder = litertlm_builder.LitertLmFileBuilder()
@@ -77,7 +80,7 @@ def _decoder() -> Graph:
         for name, values in (("slopes", (0.0, 10.0, 0.0)), ("begins", (0.0, 0.0, 5.0)))
     )
     number = graph.add_tensor("number", "FLOAT32", (1, 1))
-    scaled, logits = (graph.add_tensor(name, "FLOAT32", (1, 1, len(_VOCABULARY))) for name in ("scaled", "logits"))
+    scaled, logits = (graph.add_tensor(name, "FLOAT32", (1, 1, _REPLY + 1)) for name in ("scaled", "logits"))
     operators += [
         graph.operator("CAST", [inputs["tokens"]], [number]),
         graph.operator("MUL", [slopes, number], [scaled]),

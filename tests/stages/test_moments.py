@@ -20,7 +20,7 @@ from pipeline.core.graph import Choice, needs
 from pipeline.core.recipe import STEP, load
 from pipeline.quantize import hessians
 from pipeline.tflite.graph import Graph
-from tools import bench, bench_stages
+from tools import bench_stages, bench_stock
 
 GPTQ = {"keep_float = []": "keep_float = []\ngptq = true", "int8_tokens =": "gptq = true\nint8_tokens ="}
 
@@ -123,5 +123,5 @@ def test_the_benchmark_of_bundles_runs_every_stage_that_its_recipe_needs(tmp_pat
     """It stopped at int8 once the recipe rounded by moments."""
     recipe = load(bench_stages.changed_recipe("gemma3", tmp_path, bench_stages.INT8_ALONE))
     choice = Choice(recipe=recipe, graphs="bundle")
-    for place, name in enumerate(bench.BUNDLE_STAGES):
-        assert {*needs(name, choice)} <= {*bench.BUNDLE_STAGES[:place]}
+    for place, name in enumerate(bench_stock.STAGES):
+        assert {*needs(name, choice)} <= {*bench_stock.STAGES[:place]}
