@@ -107,7 +107,7 @@ def test_scales_are_those_that_both_short_floats_hold(values: Floats) -> None:
 
 @pytest.mark.parametrize(("wanted", "stored"), [(1.0, 1.0), (1 + 2**-9, 1.0), (1 + 3 * 2**-9, 1 + 2**-7), (3.995, 4.0)])
 def test_a_scale_is_the_nearest_that_both_short_floats_hold(wanted: float, stored: float) -> None:
-    assert blockwise._storable(np.array([wanted], np.float32)) == np.float16(stored)
+    assert blockwise.storable(np.array([wanted], np.float32)) == np.float16(stored)
 
 
 @settings(deadline=None)
