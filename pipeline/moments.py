@@ -17,15 +17,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
 from pipeline.checkpoint.names import EMBEDDING, HEAD
 from pipeline.checkpoint.reader import open_checkpoint
-from pipeline.core import facts, log, manifest, options
+from pipeline.core import facts, log, options
 from pipeline.core.recipe import PROJECT
 from pipeline.core.stage import Context, Outcome, Stage, main
 from pipeline.judge import corpus
-from pipeline.quantize import hessians
+from pipeline.quantize.hessian_sums import HessianSums, multiply_by_onednn
 from pipeline.reference.model import HuggingFace
 
 
@@ -36,52 +35,6 @@ class Options(options.Options):
     calibration: Path | None = field(
         default=None, metadata={"metavar": "FILE", "help": "your own text: .txt or .jsonl"}
     )
-
-
-class HessianSums:
-    """The Hessians so far, each in a mapped file in `folder`, and which weights each is of."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.files: dict[str, str] = {}
-        self.mapped: dict[str, np.memmap[tuple[int, ...], np.dtype[np.float32]]] = {}
-        self._last: tuple[Tensor | None, str] = (None, "")
-
-    def observe(self, model: nn.Module) -> None:
-        """Add what every linear layer of `model` reads from now on."""
-        for name, module in model.named_modules():
-            if isinstance(module, nn.Linear):
-                module.register_forward_pre_hook(
-                    lambda _, inputs, name=name: self.add_inputs(f"{name}.weight", inputs[0])
-                )
-
-    def add_inputs(self, weight: str, inputs: Tensor) -> None:
-        """Add `inputs` [..., columns] to the sum of `weight`; a tensor that several layers read is added once."""
-        if self._last[0] is inputs:  # q, k and v are called one after the other, as are gate and up
-            self.files[weight] = self._last[1]
-            return
-        file = self.files.setdefault(weight, f"{weight}.npy")
-        self._last = (inputs, file)
-        self.add(file, inputs.detach().reshape(-1, inputs.shape[-1]).float())
-
-    def add(self, file: str, rows: Tensor) -> None:
-        """Add Σ x xᵀ / |x|² of `rows` [tokens, columns], span by span."""
-        width = hessians.span(rows.shape[1])
-        count = rows.shape[1] // width
-        if file not in self.mapped:
-            self.mapped[file] = np.lib.format.open_memmap(
-                self.folder / file, mode="w+", dtype=np.float32, shape=(count, width, width)
-            )
-        unit = rows / rows.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-        for place, part in enumerate(unit.split(width, dim=1)):
-            self.mapped[file][place] += (part.T @ part).numpy()
-
-    def close(self) -> None:
-        """Finish all files, and write which weight reads which."""
-        for mapped in self.mapped.values():
-            mapped.flush()
-        self.mapped.clear()
-        manifest.write_atomically(self.folder / hessians.INDEX, manifest.dump_json(dict(sorted(self.files.items()))))
 
 
 def work(context: Context) -> Outcome:
@@ -95,9 +48,10 @@ def work(context: Context) -> Outcome:
         reference.tokenize,
         bos=reference.bos,
         window=recipe.corpus.window,
-        limit=recipe.int8.calibration_samples,
+        limit=recipe.corpus.hessian_windows,
     )
     sums = HessianSums(context.folder)
+    multiply_by_onednn(reference.model.model)
     sums.observe(reference.model.model)
     with log.progress("what layers read", windows.size, "tokens") as bar:
         states = reference.hidden(windows, np.ones_like(windows), bar)

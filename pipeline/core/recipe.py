@@ -68,6 +68,7 @@ class Corpus:
 
     `window` is the length of a teacher-forced context in tokens, `positions` how many next-token predictions are
     judged, spread evenly over the windows. `prompts` greedy continuations of `continuation` tokens are shown.
+    `hessian_windows` contexts of the calibration text are what GPTQ rounds by (stage moments).
     """
 
     verification: str
@@ -76,6 +77,7 @@ class Corpus:
     positions: int
     prompts: int
     continuation: int
+    hessian_windows: int = 128
 
 
 @dataclass(frozen=True, kw_only=True)

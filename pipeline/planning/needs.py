@@ -108,9 +108,9 @@ def _streamed(model: Model) -> float:
 def moments(model: Model) -> Need:
     """A forward pass over the calibration text; a square of each input's width, span by span."""
     recipe = model.recipe
-    tokens = recipe.int8.calibration_samples * recipe.corpus.window
+    tokens = recipe.corpus.hessian_windows * recipe.corpus.window
     size = sum(4 * width * hessians.span(width) for width in _inputs(model))
-    work = 2 * tokens * (_read_by_tokens(model) + size / 4)
+    work = 2 * tokens * (_read_by_tokens(model) + size / 8)  # of each square one half
     return Need(
         what="second moments of what layers read",
         size=size,

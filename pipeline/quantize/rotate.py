@@ -52,8 +52,7 @@ def rotate_inputs(graph: Graph, chosen: Keep, size: int) -> dict[str, int]:
 
 
 def _columns(block: Array, size: int) -> Array:
-    # Rounded once, from float64.
-    return rotate_blocks(block, size).astype(np.float32)
+    return rotate_blocks(block, size, np.float32)
 
 
 def _is_rotatable(view: Graph, operator: Operator, chosen: Keep, size: int) -> bool:

@@ -18,11 +18,15 @@ from pipeline.core import manifest
 from pipeline.core.errors import IntegrityError
 from pipeline.core.graph import Choice, needs
 from pipeline.core.recipe import STEP, load
-from pipeline.quantize import hessians
+from pipeline.quantize import hessian_sums, hessians
 from pipeline.tflite.graph import Graph
 from tools import bench_stages, bench_stock
 
-GPTQ = {"keep_float = []": "keep_float = []\ngptq = true", "int8_tokens =": "gptq = true\nint8_tokens ="}
+GPTQ = {
+    "keep_float = []": "keep_float = []\ngptq = true",
+    "int8_tokens =": "gptq = true\nint8_tokens =",
+    "[shapes]": "hessian_windows = 12\n[shapes]",
+}
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +54,8 @@ def test_every_layer_with_weights_has_them(line: Line, built: Line) -> None:
 
 def test_each_token_counts_once_each_time_a_layer_reads(line: Line) -> None:
     tokens = manifest.read(line.root / "moments").facts["tokens"]
-    assert isinstance(tokens, int)
+    corpus = load(line.recipe).corpus
+    assert tokens == corpus.hessian_windows * corpus.window == 12 * corpus.window
     for name, found in kept(line).items():
         times = 2 if "modality_router" in name else 1  # AltUp predicts and corrects
         assert np.trace(found, axis1=1, axis2=2).sum() == pytest.approx(times * tokens, rel=1e-3), name
@@ -70,11 +75,13 @@ def test_sums_are_of_what_is_read_each_row_over_its_norm(tmp_path: Path) -> None
     """Independently, in float64; a wide layer has spans of its own."""
     torch.manual_seed(3)
     model = nn.Sequential(nn.Linear(6, 2 * hessians.SPAN, bias=False), nn.Linear(2 * hessians.SPAN, 3))
-    sums = moments.HessianSums(tmp_path)
-    sums.observe(model)
+    sums = hessian_sums.HessianSums(tmp_path)
     batches = [torch.randn(2, 5, 6), torch.zeros(1, 2, 6), torch.randn(1, 4, 6)]
-    for batch in batches:
-        model(batch)
+    plain = [model(batch) for batch in batches]
+    sums.observe(model)
+    hessian_sums.multiply_by_onednn(model)
+    for batch, expected in zip(batches, plain, strict=True):
+        assert torch.allclose(model(batch), expected, atol=1e-5)
     sums.close()
     rows = torch.cat([batch.reshape(-1, 6) for batch in batches if batch.any()]).double()
     wide = rows @ model[0].weight.detach().double().T

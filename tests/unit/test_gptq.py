@@ -99,7 +99,8 @@ def test_a_channel_that_is_always_zero_counts_as_the_mean() -> None:
     np.testing.assert_allclose(found.upper, expected.upper)
 
 
-def test_spans_are_rounded_each_by_itself() -> None:
+def test_spans_are_rounded_each_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gptq, "_TOGETHER", 24 * 1000)
     parts = [hessian(24, 1), hessian(24, 2)]
     values = matrix(1100, 48)  # in two lots of rows
     scale = scale_of(values)
