@@ -188,7 +188,9 @@ def main() -> int:
         "command": f"nox -s large -- {' '.join(sizes)}",
     }
     (arguments.out / "large.json").write_text(json.dumps(found), encoding="utf-8")  # stages in their order
-    tables.write_all(figures.large(found))
+    earlier = tables.read_all()
+    made = {name: tables.joined(earlier[name], table) for name, table in figures.large(found).items()}
+    tables.write_all(made)
     bench_stages.draw({name: runs[name] for name in SHOWN if name in runs}, tables.BENCH / "large.png")
     for name, stages in runs.items():
         log.line(f"\n{name}")

@@ -293,9 +293,10 @@ def rival(found: Mapping[str, Any]) -> dict[str, Table]:
 
 
 def large(found: Mapping[str, Any]) -> dict[str, Table]:
-    """True E2B and E4B size: what each run took."""
+    """Gemma 3n and Gemma 4 at true size: what each run took."""
     columns = {
         "time": Column(unit="min", digits=".1f"),
+        "of processor": Column(unit="min", digits=".1f"),
         "peak memory": Column(unit="GiB", digits=".2f"),
         "written to disk": Column(unit="GB", digits=".1f"),
         "result": Column(unit="GB", digits=".1f"),
@@ -309,11 +310,12 @@ def large(found: Mapping[str, Any]) -> dict[str, Table]:
     for name, stages in found["runs"].items():
         took = together(stages)
         size = sum(taken["size"] for stage, taken in stages.items() if stage != "fetch")
-        numbers = [took["seconds"] / 60, took["peak_anonymous"] / 2**30, took["written"] / 1e9, size / 1e9]
+        numbers = [took["seconds"] / 60, took["processor_seconds"] / 60, took["peak_anonymous"] / 2**30]
+        numbers += [took["written"] / 1e9, size / 1e9]
         own = None if found["dates"][name] == found["date"] else replace(measured, date=found["dates"][name])
         rows.append(Row(name=f"{name} ({', '.join(stages)})", values=_values(columns, numbers), measured=own))
     table = Table(
-        title="Gemma 3n at E2B and E4B size",
+        title="Gemma 3n and Gemma 4 at true size",
         about="Random weights of true size, bf16. Each stage is a process of its own; memory is anonymous, of the "
         "largest. The picture is memory over time, stage by stage.",
         place=7,

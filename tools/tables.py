@@ -145,6 +145,14 @@ def _shown(row: Row, columns: Mapping[str, Column]) -> dict[str, dict[str, float
     }
 
 
+def joined(earlier: Table, new: Table) -> Table:
+    """`new` with those rows of an `earlier` measurement in front that it has not, which say how they were measured."""
+    names = {row.name for row in new.rows}
+    kept = [row for row in earlier.rows if row.name not in names]
+    told = [dataclasses.replace(row, measured=row.measured or earlier.measured) for row in kept]
+    return dataclasses.replace(new, rows=(*told, *new.rows))
+
+
 def markdown(table: Table) -> list[str]:
     """The table's lines: head, rows, ratios."""
     lines = [f"| | {' | '.join(table.columns)} |", "|---|" + "---|" * len(table.columns)]

@@ -16,9 +16,14 @@ import torch
 from line import Line, small_recipe
 
 from pipeline import bundle, fetch, fp32, golden, graph, verify
+from pipeline.bundling import litertlm
 from pipeline.checkpoint import chat
+from pipeline.core import log
 from pipeline.core.recipe import PROJECT
 from pipeline.core.stage import DEFAULT_MODEL
+from pipeline.reference.model import HuggingFace
+from pipeline.runtime.litert_lm import Dialogue, LmRuntime
+from pipeline.runtime.thoughts import Channel
 
 FULL, SLIDING = geometry.FULL, geometry.SLIDING
 VOCABULARY = 2048
@@ -91,6 +96,92 @@ def checkpoint(name: str, folder: Path) -> tuple[Path, str]:
     config |= {"bos_token_id": 2, "eos_token_id": [1, 6], "pad_token_id": 0}
     (model_folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     return model_folder, config["model_type"]
+
+
+# Thoughts
+
+DIALOGUES = (
+    ("What is two and two?", "Two and two, so four.", "It is four."),
+    ("Name a colour.", "Any colour will do.", "Blue."),
+    ("Say good night.", "They go to bed.", "Good night to you."),
+)
+MARKS = {"gemma4": ("<|channel>thought\n", "<channel|>"), "qwen3": ("<think>\n", "\n</think>")}
+TURNS = (
+    "{{ bos_token }}{% for message in messages %}<start_of_turn>{{ message.role }}\n"
+    "{{ message.content.split('MARK')[-1] }}<end_of_turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+"""As published templates do, it leaves out what was thought in earlier turns."""
+
+
+def train(model: torch.nn.Module, rows: list[list[int]], steps: int) -> None:
+    """Until it says these rows by heart."""
+    longest = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+    labels = torch.tensor([row + [-100] * (longest - len(row)) for row in rows])
+    best = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    model.train()
+    for _ in range(steps):
+        loss = model(input_ids=ids, attention_mask=(labels != -100).long(), labels=labels).loss
+        best.zero_grad()
+        loss.backward()
+        best.step()
+    model.eval()
+    assert loss < 0.1, loss
+
+
+@pytest.mark.parametrize("name", MARKS)
+def test_what_a_trained_model_thinks_and_answers_is_hugging_faces(name: str, tmp_path: Path) -> None:
+    """Greedy text, thoughts included, told apart; and the next turn, which has none of the first's thoughts."""
+    start, end = MARKS[name]
+    shipped, folder = PROJECT / DEFAULT_MODEL, tmp_path / name
+    tokenizer = chat.open_tokenizer(shipped)
+    tokenizer.chat_template = TURNS.replace("MARK", end.strip())
+    make = geometry.gemma4_reference if name == "gemma4" else geometry.plain_reference
+    model = make(FAMILIES[name], 7)
+    rows = []
+    for asked, thought, answer in DIALOGUES:
+        prompt = chat.render(tokenizer, [{"role": "user", "content": asked}], prompt=True)
+        parts = (prompt, f"{start}{thought}{end}{answer}<end_of_turn>")  # apart: no token lies across
+        rows.append([token for part in parts for token in tokenizer(part, add_special_tokens=False)["input_ids"]])
+    train(model, rows, 250)
+    geometry.save(model, folder)
+    tokenizer.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config |= {"bos_token_id": 2, "eos_token_id": [1, 6], "pad_token_id": 0}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    kinds = {'model_types = ["gemma3n", "gemma3n_text"]': f'model_types = ["{config["model_type"]}"]'}
+    recipe = small_recipe(
+        tmp_path / "recipe.toml", **kinds, **{'precisions = ["fp32", "int8"]': 'precisions = ["fp32"]'}
+    )
+    line = Line(artifacts=tmp_path / "artifacts", recipe=recipe, model=folder)
+    for stage in (fetch, graph, fp32, bundle):
+        assert line.run(stage.STAGE, "--graphs", "bundle") == 0, stage.__name__
+    made = line.root / "bundle" / "fp32.litertlm"
+    channel, reference = Channel(*(litertlm.thoughts(made) or ("", ""))), HuggingFace.load(folder, "cpu")
+    thoughts: list[str] = []
+    for asked, thought, answer in DIALOGUES[:2]:
+        with (
+            LmRuntime(made, threads=1) as runtime,
+            Dialogue(runtime, 48, greedy=True, thoughts=channel, aside=thoughts.append) as dialogue,
+        ):
+            talk = [{"role": "user", "content": asked}]
+            assert "".join(dialogue.answer(asked)) == answer
+            assert "".join(thoughts).strip() == thought
+            thoughts.clear()
+            talk += [{"role": "assistant", "content": answer}, {"role": "user", "content": DIALOGUES[2][0]}]
+            second = "".join(dialogue.answer(DIALOGUES[2][0]))
+            expected = greedy(reference, chat.render(tokenizer, talk, prompt=True))
+            told = list(channel.split([expected]))
+            assert second == "".join(text for thinking, text in told if not thinking)
+            assert "".join(thoughts).strip() == "".join(text for thinking, text in told if thinking).strip()
+            thoughts.clear()
+
+
+def greedy(reference: HuggingFace, prompt: str) -> str:
+    """What the reference says after `prompt`, without the stop token."""
+    with log.progress("reference", 48, "tokens") as bar:
+        return reference.continue_greedily([prompt], 48, bar)[0].text
 
 
 @pytest.mark.parametrize("name", FAMILIES)

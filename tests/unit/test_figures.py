@@ -78,10 +78,21 @@ def test_a_run_of_an_earlier_day_keeps_its_day() -> None:
     runs = {"e2b int8": {"fetch": took(60, 0.2), "int8": took(210, 1.0)}, "e4b int8": {"int8": took(270, 1.0)}}
     dates = {"e2b int8": "2026-11-24", "e4b int8": "2026-11-29"}
     (table,) = figures.large({**ABOUT, "command": "nox -s large -- e4b", "runs": runs, "dates": dates}).values()
-    assert tables.markdown(table)[2] == "| e2b int8 (fetch, int8) | 4.5 min | 1.00 GiB | 4.0 GB | 1.0 GB |"
+    assert tables.markdown(table)[2] == "| e2b int8 (fetch, int8) | 4.5 min | 6.8 min | 1.00 GiB | 4.0 GB | 1.0 GB |"
     ways = tables.origins(table)
     assert len(ways) == 2 and "e2b int8 (fetch, int8): " in ways[0] and "on 2026-11-24" in ways[0]
     assert "on 2026-11-29" in ways[1]
+
+
+def test_rows_that_were_not_measured_again_stay_with_how_they_were() -> None:
+    def table(date: str, *names: str) -> tables.Table:
+        runs = {name: {"int8": took(60, 1)} for name in names}
+        about = {**ABOUT, "date": date, "command": "nox -s large", "runs": runs, "dates": dict.fromkeys(names, date)}
+        return figures.large(about)["large"]
+
+    found = tables.joined(table("2026-11-24", "e2b int8", "e4b int8"), table("2026-11-29", "gemma4 int8", "e2b int8"))
+    assert [row.name.split()[0] for row in found.rows] == ["e4b", "gemma4", "e2b"]
+    assert [(row.measured or found.measured).date for row in found.rows] == ["2026-11-24", "2026-11-29", "2026-11-29"]
 
 
 def test_the_image_is_one_row() -> None:
