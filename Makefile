@@ -33,6 +33,7 @@ LICENCE_OVERRIDE ?=#: "identifier: reason", against what the checkpoint's card s
 RELEASE ?=#: the description in releases/ that `make release` follows
 DEVICE ?= auto#: auto, cpu or cuda: where the Hugging Face reference runs
 THREADS ?=#: threads of the stages (default: one per core)
+SERVE ?=#: yes: `make page` also shows the page on this machine, until Ctrl-C
 IN ?=#: docker: run the stages in the project's container
 LOCK ?= $(if $(TORCH_INDEX),cpu,auto)#: cpu, cuda or auto: which torch `.venv` gets (auto: cpu if pip finds it, else PyPI's CUDA build)
 TORCH_INDEX ?=#: package index with torch's CPU build, e.g. https://download.pytorch.org/whl/cpu
@@ -109,8 +110,7 @@ ASK := $(shell for python in $(PY) $(PYTHON) python3; do if $$python -c 'import 
 ifeq ($(ASK),)
 $(error Python 3.11 is needed and `$(PYTHON)` is not one: install it (Debian, Ubuntu: apt install python3.11 python3.11-venv) or name it: PYTHON=/path/to/python3.11)
 endif
-SAID := MODEL_ID REVISION BASE TEMPLATE RECIPE GRAPHS ARTIFACTS CALIBRATION EVAL TASK VARIANTS DEVICE LICENCE_OVERRIDE IN \
-	SIGNS CONFIRM HF_REPO GOALS
+SAID := MODEL_ID REVISION BASE TEMPLATE RECIPE GRAPHS ARTIFACTS CALIBRATION EVAL TASK VARIANTS DEVICE LICENCE_OVERRIDE IN SIGNS CONFIRM HF_REPO GOALS
 RULES := $(shell $(ASK) -m pipeline.core.rules $(foreach name,$(SAID),$(call QUOTE,$(name)=$($(name)))))
 ifneq ($(.SHELLSTATUS),0)
 $(error these settings can't work, for the reason said above)
@@ -120,15 +120,13 @@ endif
 
 # What the image says of itself: its source, and the lock that IMAGE_FLAGS chooses.
 IMAGE_LOCK = locks/$(or $(patsubst LOCK=%,%,$(filter LOCK=%,$(subst --build-arg=,,$(IMAGE_FLAGS)))),cpu).txt
-LABELS = --build-arg REVISION="$$(git describe --always --abbrev=40 --dirty --exclude='*' 2>/dev/null || true)" \
-	--build-arg LOCK_SHA256="$$(sha256sum <$(IMAGE_LOCK) | cut -d' ' -f1)"
+LABELS = --build-arg REVISION="$$(git describe --always --abbrev=40 --dirty --exclude='*' 2>/dev/null || true)" --build-arg LOCK_SHA256="$$(sha256sum <$(IMAGE_LOCK) | cut -d' ' -f1)"
 UPLOAD = --repository $(call QUOTE,$(HF_REPO)) $(if $(TAG),--tag $(call QUOTE,$(TAG))) $(if $(PARENT),--parent $(call QUOTE,$(PARENT))) $(if $(CONFIRM),--confirm)
-SIGNATURE = $(if $(PUBLIC_KEY),--public-key $(call QUOTE,$(call ABSOLUTE,$(PUBLIC_KEY)))) $(if $(IDENTITY),--identity $(call QUOTE,$(IDENTITY))) \
-	$(if $(ISSUER),--issuer $(call QUOTE,$(ISSUER))) $(if $(PUBLIC_KEY)$(IDENTITY)$(ISSUER),--signer $(SIGNER))
+SIGNATURE = $(if $(PUBLIC_KEY),--public-key $(call QUOTE,$(call ABSOLUTE,$(PUBLIC_KEY)))) $(if $(IDENTITY),--identity $(call QUOTE,$(IDENTITY))) $(if $(ISSUER),--issuer $(call QUOTE,$(ISSUER))) $(if $(PUBLIC_KEY)$(IDENTITY)$(ISSUER),--signer $(SIGNER))
 
 # --- targets ----------------------------------------------------------------------------------------------------------
 .DEFAULT_GOAL := all
-.PHONY: all setup plan fetch golden graph moments fp32 fp16 int8 int4 int8-static int8-dynamic int8-static16 bundle verify publish release evaluate tune check inspect reproduce compare chat run bench image test lint format clean clean-env help
+.PHONY: all setup plan fetch golden graph moments fp32 fp16 int8 int4 int8-static int8-dynamic int8-static16 bundle verify publish page release evaluate tune check inspect reproduce compare chat run bench image test lint format clean clean-env help
 
 all: publish ## set-up, then everything for MODEL_ID: fp32, fp16, int8, bundles, the report, the publish folder (default)
 	@echo "files:   $(FILES_MADE)"
@@ -156,6 +154,8 @@ evaluate: ## score the bundles and the original on your own TASK=: exact match, 
 publish: $(if $(SIGN),.venv-sign/.ready) ## assemble what would be uploaded; HF_REPO= compares it with the Hub, CONFIRM=yes uploads it
 	$(if $(SIGN),$(PY) -m pipeline.sign $(abspath $(ROOT))/publish --by $(SIGN) --signer $(SIGNER))
 	$(if $(HF_REPO),$(call RUN,upload) -m pipeline.upload $(abspath $(ROOT))/publish $(UPLOAD))
+page: ## make a static page that runs the judged int8 bundle in a browser (SERVE=yes shows it); needs Node.js
+	$(if $(SERVE),$(PY) -m pipeline.serve $(abspath $(ROOT))/page)
 
 chat: bundle ## talk to the int8 bundle in the terminal (PRECISION=)
 	$(call RUN,chat) -m pipeline.chat $(abspath $(ROOT))/bundle/$(call QUOTE,$(PRECISION)).litertlm

@@ -247,6 +247,41 @@ def llama(session: nox.Session, folder: Path) -> tuple[Path, Path]:
 
 
 @nox.session(venv_backend="none", default=False)
+def browser(session: nox.Session) -> None:
+    """The page and the reports in a real Chromium, which is installed where there is none: as root, on Debian.
+
+    `-- FILE` keeps the figures that were measured. Needs Node.js; the libraries come by web/package-lock.json.
+    """
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if not chromium:
+        session.run("apt-get", "update", "--quiet", external=True)
+        session.run("apt-get", "install", "--yes", "--quiet", "--no-install-recommends", "chromium", external=True)
+        chromium = shutil.which("chromium")
+    session.run("npm", "ci", "--prefix", "web", "--no-progress", external=True)
+    session.run(
+        "web/node_modules/.bin/biome", "check", "--config-path=web", "--error-on-warnings", "web", external=True
+    )
+    root, folder = ROOT / "artifacts" / "tiny-gemma3n", ROOT / "artifacts" / "browser"
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = (ROOT / "examples/tiny-gemma3n/corpus/chat-verification.jsonl").read_text(encoding="utf-8").splitlines()[:6]
+    task = [{"prompt": said["user"], "reference": said["model"]} for said in map(json.loads, rows)]
+    (folder / "task.jsonl").write_text("\n".join(map(json.dumps, task)), encoding="utf-8")
+    session.run("make", "page", "evaluate", f"TASK={folder / 'task.jsonl'}", external=True)
+    if not (root / "tune" / "report.json").is_file():
+        session.run("make", "tune", "MINUTES=1", external=True)
+    python(session, "-m", "tools.browser", str(root), str(folder))
+    told = {
+        "CHROMIUM": str(chromium),
+        "ROOT": str(root),
+        "EXPECTED": str(folder / "expected.json"),
+        "REPORTS": ":".join(str(folder / f"{name}.html") for name in ("verify", "evaluate", "tune")),
+        "MEASURED": str(folder / "measured.json"),
+    }
+    tests = sorted(str(file) for file in (ROOT / "web" / "test").glob("*.test.mjs"))
+    session.run("node", "--test", "--test-concurrency=1", "--test-timeout=600000", *tests, external=True, env=told)
+
+
+@nox.session(venv_backend="none", default=False)
 def large(session: nox.Session) -> None:
     """Every stage at true E2B size (or `-- e2b e4b`), with random weights, held against limits: half an hour each."""
     python(session, "-m", "tools.bench_large", *session.posargs)

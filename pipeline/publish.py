@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from pipeline.core import facts, options
 from pipeline.core.stage import Context, Outcome, Stage, main
@@ -72,23 +71,12 @@ def work(context: Context) -> Outcome:
     )
 
 
-def _needs(root: Path, _options: options.Options) -> tuple[str, ...]:
-    """Fetch, the stages that verify read, and verify.
-
-    Raises:
-        PublishError: verify is not finished, or failed.
-    """
-    verify = preflight.verified(root)
-    stages = {record.path.split("/", 1)[0] for record in verify.inputs}
-    return ("fetch", *sorted(stages - {"fetch"}), "verify")
-
-
 STAGE = Stage(
     name="publish",
     summary="Put together what would be uploaded: model files, card, licence, report, manifests, checksums (dry run).",
     work=work,
     options=Options,
-    needs_of=_needs,
+    needs_of=lambda root, _options: preflight.judged_stages(root),
     measured=MEASURED,
 )
 

@@ -95,7 +95,7 @@ def describe(
     Raises:
         BundleError: LiteRT-LM has no such model type, the template fails, or a token is not in the vocabulary.
     """
-    source = _template_source(tokenizer.chat_template)
+    source = template_source(tokenizer.chat_template)
     told = runtime(source)
     known = llm_model_type_pb2.LlmModelType.DESCRIPTOR.fields_by_name
     if told.type not in known:
@@ -163,7 +163,7 @@ def _read_json(file: Path) -> Mapping[str, object]:
     return table
 
 
-def _template_source(templates: str | Mapping[str, str] | None) -> str:
+def template_source(templates: str | Mapping[str, str] | None) -> str:
     """The template that `apply_chat_template` takes by default; some checkpoints have several, by name."""
     if isinstance(templates, Mapping):
         return str(templates.get("default", ""))

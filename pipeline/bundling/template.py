@@ -123,12 +123,12 @@ def prepare(source: str, renderer: Renderer, model_type: str) -> Template:
     Raises:
         BundleError: it fails to render, or can't be rewritten so that the runtime renders the same.
     """
-    wanted = _wanted(source, renderer)
+    rendered = wanted(source, renderer)
     bos = renderer.bos_token or ""
     starts_with_bos = bool(bos) and all(
-        text == bos + _render(source, conversation, renderer, bos_token="") for conversation, text in wanted
+        text == bos + _render(source, conversation, renderer, bos_token="") for conversation, text in rendered
     )
-    texts = [(conversation, text.removeprefix(bos) if starts_with_bos else text) for conversation, text in wanted]
+    texts = [(conversation, text.removeprefix(bos) if starts_with_bos else text) for conversation, text in rendered]
     with standin.opened(model_type) as runtime:
         rewritten = _proved(_candidates(source, renderer, keep_bos_name=starts_with_bos), source, texts, runtime)
         goes_on = _goes_on(rewritten, runtime)
@@ -140,7 +140,7 @@ def prepare(source: str, renderer: Renderer, model_type: str) -> Template:
     return Template(source=rewritten, starts_with_bos=starts_with_bos, goes_on=goes_on)
 
 
-def _wanted(source: str, renderer: Renderer) -> list[tuple[Conversation, str]]:
+def wanted(source: str, renderer: Renderer) -> list[tuple[Conversation, str]]:
     """What transformers renders; conversations that the template refuses on purpose are left out."""
     texts: list[tuple[Conversation, str]] = []
     for conversation in CONVERSATIONS:

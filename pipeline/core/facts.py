@@ -195,6 +195,13 @@ class Publish:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Page:
+    """Stage page: the versions of the libraries that came with it, by npm package."""
+
+    libraries: Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Evaluate:
     """Stage evaluate: the task."""
 

@@ -48,7 +48,8 @@ class Node:
     """A stage: the module that runs it, the stages whose folders it reads, its settings and the texts that it reads.
 
     `reads` are patterns of the files that it opens of a stage's folder, where it does not open all of them: those are
-    checked against their manifest before it runs. `options` are always the same.
+    checked against their manifest before it runs. `options` are always the same. `sources` are patterns of files
+    of the project that it takes, and then with the page's libraries, beside those that its module names.
     """
 
     needs: Callable[[Choice], tuple[str, ...]]
@@ -57,6 +58,7 @@ class Node:
     options: tuple[str, ...] = ()
     texts: tuple[str, ...] = ()
     reads: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    sources: tuple[str, ...] = ()
 
 
 def _int8(scheme: str | None) -> Callable[[Choice], tuple[str, ...]]:
@@ -91,6 +93,16 @@ def _bundle(choice: Choice) -> tuple[str, ...]:
 def _judged(choice: Choice) -> tuple[str, ...]:
     """The folders of all files that are judged."""
     return tuple(dict.fromkeys((*choice.judged, *(("bundle", *choice.bundles) if choice.bundles else ()))))
+
+
+def _page(choice: Choice) -> tuple[str, ...]:
+    if "int8" not in choice.bundles:
+        raise UsageError(
+            "there is no int8 bundle, which the page runs",
+            cause="GRAPHS=step builds no bundle" if choice.graphs == "step" else "the recipe's `bundle` names no int8",
+            remedy="leave GRAPHS out, or name int8 in the recipe's precisions",
+        )
+    return ("fetch", *_judged(choice), "verify")
 
 
 def _always(*needs: str) -> Callable[[Choice], tuple[str, ...]]:
@@ -146,6 +158,9 @@ STAGES: Mapping[str, Node] = {
         needs=lambda choice: ("fetch", *_judged(choice), "verify"),
         settings=("graphs", "licence-override"),
         reads={"fetch": _SMALL},
+    ),
+    "page": Node(
+        module="page", needs=_page, settings=("graphs",), reads={"fetch": _SMALL}, sources=("web/*.*", "web/_headers")
     ),
 }
 """By folder, each after those that it reads."""

@@ -30,6 +30,12 @@ _SPECIAL = "$'\"`;&|<>()[]{}*?!%:\\#"
 """What Make or a shell would read as more than a name."""
 _LEADING = "-~"
 """What a command would read as an option, and Make as somebody's home."""
+_LIBRARIES = "web/node_modules/.package-lock.json"
+"""What npm writes last: the libraries of the page are there, each with the hash that the lock has."""
+_NPM = (
+    "command -v npm >/dev/null || { echo 'error: the page needs npm, of Node.js 20.19 or later'; exit 2; }; "
+    "npm ci --prefix web --omit dev --no-progress --loglevel error"
+)
 _FILES = ("calibration", "eval", "task", "template")
 _CHECKPOINT = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.md", "LICENSE*", "NOTICE*")
 
@@ -169,7 +175,14 @@ def record(request: Request, stage: str) -> str:
         rows = (row for folder in request.folders for row in _checkpoint(folder))
         lines += [f"{file} {stat.st_size} {stat.st_mtime_ns}" for file, stat in rows]
     texts = dict.fromkeys(filter(None, map(request.text, STAGES[stage].texts)))
-    paths = [*modules(stage), request.recipe, *(PROJECT / text for text in texts), PROJECT / "locks" / "cpu.txt"]
+    taken = sorted(file for pattern in STAGES[stage].sources for file in PROJECT.glob(pattern) if file.is_file())
+    paths = [
+        *modules(stage),
+        *taken,
+        request.recipe,
+        *(PROJECT / text for text in texts),
+        PROJECT / "locks" / "cpu.txt",
+    ]
     lines += [f"{_digest(path)} {_shown(path)}" for path in paths]
     return "\n".join(lines) + "\n"
 
@@ -222,10 +235,12 @@ def rules(request: Request) -> str:
     if choice.bundles:  # a template that no bundle can have is refused before hours of work
         command = f"$(call RUN,template) -m pipeline.template {_quoted(request.where)}"
         lines += [f"{proof}: {root}/fetch/manifest.json | $(READY)", f"\t@{command}", "\t@touch $@", ""]
+    lines += [f"{_LIBRARIES}: web/package-lock.json", f"\t@{_NPM}", "\t@touch $@", ""]
     for name, node in STAGES.items():
         before = [f"{root}/.inputs/{name}", *(f"{root}/{need}/manifest.json" for need in makeable(name, choice))]
         words = _quoted([*request.where, *request.words(name)])
         first = f" {proof}" if choice.bundles and name != "fetch" else ""
+        first += f" {_LIBRARIES}" if node.sources else ""
         lines += [
             f"{name}: {root}/{name}/manifest.json",
             f"{root}/{name}/manifest.json: {' '.join(before)} | $(READY) {plan}{first}",

@@ -213,6 +213,12 @@ def publish(model: Model) -> Need:
     )
 
 
+def page(model: Model) -> Need:
+    """Links to the int8 sections, the tokenizer, and the page with three builds of its runtime."""
+    size = model.size("int8", sections=True)
+    return Need(what="a page that runs int8", size=30 << 20, memory=0.6 * _GIB, seconds=4 + size / _HASH)
+
+
 NEEDS: Mapping[str, Callable[[Model], Need]] = {
     "fetch": fetch,
     "golden": golden,
@@ -228,4 +234,5 @@ NEEDS: Mapping[str, Callable[[Model], Need]] = {
     "bundle": bundle,
     "verify": verify,
     "publish": publish,
+    "page": page,
 }

@@ -55,6 +55,16 @@ def verified(root: Path) -> Manifest:
         ) from error
 
 
+def judged_stages(root: Path) -> tuple[str, ...]:
+    """What publish and page read below `root`: fetch, the stages that verify read, and verify.
+
+    Raises:
+        PublishError: verify is not finished, or failed.
+    """
+    stages = {record.path.split("/", 1)[0] for record in verified(root).inputs}
+    return ("fetch", *sorted(stages - {"fetch"}), "verify")
+
+
 def judgement(folder: Path) -> Judgement:
     """The judgement in verify's `folder`, with the reports beside it.
 
