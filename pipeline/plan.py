@@ -9,32 +9,42 @@ for (pipeline/planning/needs.py).
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipeline.core import log, manifest, memory
+from pipeline.core import log, manifest, memory, options
 from pipeline.core.errors import ResourceError
-from pipeline.core.graph import Choice, behind, model_name
+from pipeline.core.graph import Choice, behind
 from pipeline.core.recipe import load as load_recipe
-from pipeline.core.stage import common_parser, guard, parse
+from pipeline.core.stage import Common, guard
 from pipeline.planning.model import look
 from pipeline.planning.needs import NEEDS, Need
 
 
-def work(arguments: argparse.Namespace) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Options(Common):
+    """Which checkpoint, exactly, and which stages."""
+
+    revision: str = field(default="", metadata={"help": "branch, tag or commit on the Hub (default: the main branch)"})
+    base: str = field(default="", metadata={"help": "of an adapter: owner/name, owner/name@revision or a folder"})
+    stages: tuple[str, ...] = field(
+        default=(), metadata={"choices": tuple(NEEDS), "help": "those to plan (default: what publish needs)"}
+    )
+
+
+def work(given: Options) -> None:
     """Print the plan.
 
     Raises:
         ResourceError: the disk or the memory is too small for it.
     """
-    recipe = load_recipe(arguments.recipe)
-    model = look(arguments.model_id, arguments.revision, arguments.base, recipe, arguments.graphs or recipe.graphs)
-    root = arguments.artifacts / model_name(arguments.model_id)
-    stages = arguments.stages or behind(["publish"], Choice(recipe=recipe, graphs=model.graphs))
+    root, recipe = given.root, load_recipe(given.recipe_file)
+    model = look(given.model_id, given.revision, given.base, recipe, given.graphs or recipe.graphs)
+    stages = given.stages or behind(["publish"], Choice(recipe=recipe, graphs=model.graphs))
     needs = {name: NEEDS[name](model) for name in stages}
     done = {name: _took(root / name) for name in needs if (root / name / manifest.NAME).is_file()}
     facts = model.facts
@@ -94,19 +104,11 @@ def _table(needs: Mapping[str, Need], done: Mapping[str, float]) -> list[str]:
     return rows
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    made = common_parser("plan", "Say what the stages will make and need, from the checkpoint's headers alone.")
-    made.add_argument("--revision", default="", help="branch, tag or commit on the Hub (default: the main branch)")
-    made.add_argument("--base", default="", help="of an adapter: owner/name, owner/name@revision or a folder")
-    made.add_argument("--stages", nargs="*", choices=tuple(NEEDS), help="those to plan (default: what publish needs)")
-    return made
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run from the command line and return the exit code."""
-    arguments = parse(parser(), argv)
-    return guard(lambda: work(arguments))
+    summary = "Say what the stages will make and need, from the checkpoint's headers alone."
+    given = options.read("plan", summary, Options, argv)
+    return guard(lambda: work(given))
 
 
 if __name__ == "__main__":

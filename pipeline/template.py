@@ -6,36 +6,33 @@ before hours of work. It takes no model: `bundling/standin.py`.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 
 from pipeline.bundling.metadata import of_checkpoint
-from pipeline.core import log
-from pipeline.core.graph import model_name
+from pipeline.core import log, options
 from pipeline.core.recipe import load as load_recipe
-from pipeline.core.stage import common_parser, guard, parse
+from pipeline.core.stage import Common, guard
 
 
-def work(arguments: argparse.Namespace) -> None:
+def work(given: Common) -> None:
     """Say what the bundle's template will be.
 
     Raises:
         BundleError: no bundle can have it; names line and construct, or how the rendered text differs.
     """
-    root = arguments.artifacts / model_name(arguments.model_id)
-    limit = load_recipe(arguments.recipe).bundle.max_tokens
-    made = of_checkpoint(root / "fetch" / "checkpoint", limit).metadata
+    limit = load_recipe(given.recipe_file).bundle.max_tokens
+    made = of_checkpoint(given.root / "fetch" / "checkpoint", limit).metadata
     what = "rendered alike in LiteRT-LM" if made.chat_template else "none: a base model"
-    log.line(f"template · {root.name} · {what}")
+    log.line(f"template · {given.root.name} · {what}")
     for remark in made.remarks:
         log.warn(remark)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run from the command line and return the exit code."""
-    arguments = parse(common_parser("template", "Prove the checkpoint's chat template in LiteRT-LM."), argv)
-    return guard(lambda: work(arguments))
+    given = options.read("template", "Prove the checkpoint's chat template in LiteRT-LM.", Common, argv)
+    return guard(lambda: work(given))
 
 
 if __name__ == "__main__":

@@ -18,73 +18,88 @@ measurement is kept in `.tune/`, so that the same command goes on after Ctrl-C, 
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import Literal, cast
 
-from pipeline.core import log, manifest
-from pipeline.core.errors import UsageError
-from pipeline.core.graph import model_name
+from pipeline.core import log, manifest, options
 from pipeline.core.recipe import Recipe
 from pipeline.core.recipe import load as load_recipe
 from pipeline.core.recipe import parse as parse_recipe
-from pipeline.core.stage import common_parser, guard, locked, made_again, parse
+from pipeline.core.stage import Common, guard, locked, made_again
 from pipeline.report import tuning
 from pipeline.search import candidates, groups, rewrite
 from pipeline.search.bench import Clock
-from pipeline.search.candidates import SPACES, Value
+from pipeline.search.candidates import SPACES
 from pipeline.search.facts import report
 from pipeline.search.preparation import NEEDS, open_bench
 from pipeline.search.study import Study
 from pipeline.tflite.graph import Graph
 
 
-def work(arguments: argparse.Namespace) -> None:
+def _by_section(key: str) -> str:
+    return ", ".join(f"{space.section} {getattr(space, key)}" for space in SPACES.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(Common):
+    """What is searched, for how long, on which text, and what a candidate may cost."""
+
+    section: Literal["int8", "int4"] = field(
+        default="int8", metadata={"help": "what is searched (default: %(default)s)"}
+    )
+    minutes: float = field(default=30.0, metadata={"help": "the time to search in (default: %(default)s)"})
+    calibration: Path | None = field(
+        default=None, metadata={"metavar": "FILE", "help": "your own text to tune on: .txt or .jsonl"}
+    )
+    size: float | None = field(
+        default=None, metadata={"help": f"largest file, of plain int8 (default: {_by_section('most')})"}
+    )
+    speed: float = field(default=0.5, metadata={"help": "least tokens/s, of the plain file (default: %(default)s)"})
+    parts: int | None = field(
+        default=None, metadata={"help": f"stretches that a kind is cut into (default: {_by_section('parts')})"}
+    )
+
+
+def work(given: Options) -> None:
     """Search, and write what was found, also when time ends or someone stops it.
 
     Raises:
         UsageError: the recipe has no such section, its scheme is not dynamic, or a text can't be read.
         IntegrityError: stages fetch, graph or moments are not finished, or were changed.
     """
-    recipe, clock, space = load_recipe(arguments.recipe), Clock(60 * arguments.minutes), SPACES[arguments.section]
-    section = getattr(recipe, space.section)
-    if section is None:
-        raise UsageError(
-            f"recipe {recipe.name} has no [int4] section", remedy="add one, as in pipeline/recipes/gemma3.toml"
-        )
-    if space.section == "int8" and not recipe.int8.is_dynamic:
-        raise UsageError("tune searches dynamic int8, the recipe's scheme is static", remedy='say scheme = "dynamic"')
-    root = arguments.artifacts / model_name(arguments.model_id)
+    file, root, clock, space = given.recipe_file, given.root, Clock(60 * given.minutes), SPACES[given.section]
+    recipe = load_recipe(file)
+    values = candidates.values_of(recipe, space)
     with locked(root, "tune"), made_again(root, NEEDS):
-        bench = open_bench(arguments.recipe, recipe, arguments.calibration, root, clock, space)
+        bench = open_bench(file, recipe, given.calibration, root, clock, space)
         try:
             layers = groups.layers_of(Graph.read(bench.all_positions))
-            values = {knob.key: _plain(getattr(section, knob.key)) for knob in space.knobs}
             study = Study(
                 bench=bench,
-                layer_groups=groups.group(layers, arguments.parts or space.parts),
+                layer_groups=groups.group(layers, given.parts or space.parts),
                 layers=layers,
                 given=candidates.priced("the given recipe", values, layers, space),
-                limits=(arguments.size or space.most, arguments.speed),
+                limits=(given.size or space.most, given.speed),
             )
             try:
                 with bench.hessians:
                     study.run()
             finally:  # also when it is interrupted
-                write(study, recipe, arguments, root / ("tune" if space.section == "int8" else f"tune-{space.section}"))
+                write(study, recipe, given, root / ("tune" if space.section == "int8" else f"tune-{space.section}"))
         finally:
             shutil.rmtree(bench.scratch)
 
 
-def write(study: Study, recipe: Recipe, arguments: argparse.Namespace, folder: Path) -> None:
+def write(study: Study, recipe: Recipe, given: Options, folder: Path) -> None:
     """Write the recipe of the best candidate so far, and the report."""
     if not any(study.bench.found(each, [0]) for each in study.tried):
         log.warn("nothing is measured yet, so there is no recipe: give it more MINUTES=")
         return
     folder.mkdir(parents=True, exist_ok=True)
-    told = cast("tuning.Report", report(study, recipe, model_name(arguments.model_id), arguments.minutes))
+    told = cast("tuning.Report", report(study, recipe, given.root.name, given.minutes))
     made = rewrite.with_values(study.bench.text, study.space.section, study.chosen().values, tuning.comment(told))
     parse_recipe(made.encode(), "the tuned recipe")
     manifest.write_atomically(folder / "recipe.toml", made)
@@ -95,25 +110,11 @@ def write(study: Study, recipe: Recipe, arguments: argparse.Namespace, folder: P
     log.line(f"recipe: {folder / 'recipe.toml'}")
 
 
-def _plain(value: Value | tuple[str, ...]) -> Value:
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _arguments() -> argparse.ArgumentParser:
-    parser = common_parser("tune", "Measure what fewer bits cost where, and write a recipe with a better section.")
-    parser.add_argument("--section", choices=SPACES, default="int8", help="what is searched (default: %(default)s)")
-    parser.add_argument("--minutes", type=float, default=30.0, help="the time to search in (default: %(default)s)")
-    parser.add_argument("--calibration", type=Path, metavar="FILE", help="your own text to tune on: .txt or .jsonl")
-    sizes, parts = (
-        ", ".join(f"{space.section} {getattr(space, key)}" for space in SPACES.values()) for key in ("most", "parts")
-    )
-    parser.add_argument("--size", type=float, help=f"largest file, of plain int8 (default: {sizes})")
-    parser.add_argument(
-        "--speed", type=float, default=0.5, help="least tokens/s, of the plain file (default: %(default)s)"
-    )
-    parser.add_argument("--parts", type=int, help=f"stretches that a kind is cut into (default: {parts})")
-    return parser
+def main() -> int:
+    """Run from the command line and return the exit code."""
+    given = options.read("tune", "Measure what fewer bits cost where, and write a better recipe.", Options)
+    return guard(lambda: work(given))
 
 
 if __name__ == "__main__":
-    sys.exit(guard(lambda: work(parse(_arguments(), None))))
+    sys.exit(main())

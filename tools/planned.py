@@ -7,26 +7,23 @@ mending.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
 
-from pipeline.core import log
-from pipeline.core.graph import model_name
+from pipeline.core import log, options
 from pipeline.core.recipe import load
-from pipeline.core.stage import common_parser, parse
+from pipeline.core.stage import Common
 from pipeline.planning.model import look
 from pipeline.planning.needs import NEEDS
 
 
-def rows(arguments: argparse.Namespace) -> Iterator[list[str]]:
+def rows(given: Common) -> Iterator[list[str]]:
     """A row per finished stage: its name, and of seconds and GiB what was planned, what was measured, and the ratio."""
-    recipe = load(arguments.recipe)
-    model = look(arguments.model_id, "", "", recipe, arguments.graphs or recipe.graphs)
-    root = arguments.artifacts / model_name(arguments.model_id)
+    recipe = load(given.recipe_file)
+    model = look(given.model_id, "", "", recipe, given.graphs or recipe.graphs)
     for name, need in NEEDS.items():
-        file = root / name / "run.json"
+        file = given.root / name / "run.json"
         if file.is_file():
             run = json.loads(file.read_text(encoding="utf-8"))
             seconds, memory = (need(model).seconds, run["seconds"]), (need(model).memory, run["peak_anonymous"])
@@ -38,9 +35,9 @@ def rows(arguments: argparse.Namespace) -> Iterator[list[str]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the table."""
-    arguments = parse(common_parser("planned", (__doc__ or "").split("\n", 1)[0]), argv)
+    given = options.read("planned", (__doc__ or "").split("\n", 1)[0], Common, argv)
     head = ["stage", "planned s", "took s", "of processor", "ratio", "planned GiB", "took GiB", "ratio"]
-    for line in log.align([head, *rows(arguments)]):
+    for line in log.align([head, *rows(given)]):
         log.line(line)
     return 0
 

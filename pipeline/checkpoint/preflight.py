@@ -195,7 +195,9 @@ def _explained(
     rows, wanted = (tensors[embedding].shape if embedding else ())[:1], needed.shapes[EMBEDDING][:1]
     if {SINGLE, INDEX} <= {*names}:
         error.cause = f"{INDEX} and its shards lie beside {SINGLE}, which is read alone, as transformers does"
-        error.remedy = f"remove {SINGLE} if it was left over from an earlier save, or the index and its shards"
+        error.remedy = (
+            f"move {SINGLE} elsewhere if it was left over from an earlier save, else the index and its shards"
+        )
     elif rows and rows != wanted and embedding in error.what:
         error.cause = f"the vocabulary was resized or padded to {rows[0]}, {CONFIG} says {wanted[0]}"
         error.remedy = f"correct vocab_size in {CONFIG}; transformers refuses such a checkpoint too"

@@ -203,6 +203,31 @@ def makeable(name: str, choice: Choice) -> tuple[str, ...]:
         return ("fetch",)
 
 
+def model_root(artifacts: Path, model_id: str) -> Path:
+    """The model's artefact folder.
+
+    Raises:
+        UsageError: the checkpoint lies in that very folder, in which stages, and `make clean`, remove what they find.
+    """
+    root = artifacts / model_name(model_id)
+    refuse_within(root, Path(model_id))
+    return root
+
+
+def refuse_within(root: Path, folder: Path) -> None:
+    """Refuse results in `root` if a checkpoint's `folder` is that or lies in it.
+
+    Raises:
+        UsageError: it does.
+    """
+    if folder.is_dir() and folder.resolve().is_relative_to(root.resolve()):
+        raise UsageError(
+            f"the results would go to {root}, where the checkpoint {folder} lies",
+            cause="ARTIFACTS is the folder that the checkpoint is kept in, and results are named like the checkpoint",
+            remedy="set ARTIFACTS= to another folder",
+        )
+
+
 def model_name(model_id: str) -> str:
     """The name of the model's artefact folder: the Hub id with `/` as `--`, or the name of a local folder."""
     return folder_name(Path(model_id)) if Path(model_id).is_dir() else model_id.replace("/", "--")

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import cast, get_args
 
 from pipeline.core.errors import PipelineError, UsageError
-from pipeline.core.graph import STAGES, STEPS, Choice, behind, makeable, model_name
+from pipeline.core.graph import STAGES, STEPS, Choice, behind, makeable, model_name, model_root, refuse_within
 from pipeline.core.manifest import write_atomically
 from pipeline.core.recipe import PROJECT, STEP, Graphs, chosen, load
 
@@ -130,7 +130,7 @@ class Request:
     @property
     def root(self) -> Path:
         """The model's artefact folder."""
-        return self.artifacts / model_name(self.model_id)
+        return model_root(self.artifacts, self.model_id)
 
     def text(self, kind: str) -> str:
         """The file of a kind of text: the user's, else (or after `recipe.`) the recipe's; empty without any."""
@@ -327,7 +327,7 @@ def ask(said: Mapping[str, str]) -> Request:
         if not model_name(said["MODEL_ID"]):
             raise UsageError(f"MODEL_ID is {said['MODEL_ID']!r}, a folder without a name to keep its results by")
     _check_words(said)
-    root = Path(said["ARTIFACTS"]) / model_name(said["MODEL_ID"])
+    root = model_root(Path(said["ARTIFACTS"]), said["MODEL_ID"])
     file = _shown(chosen(Path(said["RECIPE"]) if said["RECIPE"] else None, said["MODEL_ID"], root))
     recipe, variants = load(file), tuple(dict.fromkeys(said["VARIANTS"].split()))
     if unknown := [name for name in variants if name not in STEPS]:
@@ -347,6 +347,8 @@ def ask(said: Mapping[str, str]) -> Request:
         docker=said["IN"] == "docker",
     )
     _plain("the folder of the results", str(request.root), _SPECIAL + "=")  # `a=b: c` is a variable for Make
+    for folder in request.folders:
+        refuse_within(request.root, folder)
     return request
 
 

@@ -12,7 +12,6 @@ its own; `main` does the rest:
 
 from __future__ import annotations
 
-import argparse
 import errno
 import fcntl
 import os
@@ -32,7 +31,7 @@ from typing import TypeVar
 from pipeline.core import graph, log, manifest, process, records, versions
 from pipeline.core.errors import PipelineError, ResourceError
 from pipeline.core.manifest import Fact, Manifest, Source
-from pipeline.core.options import Options, add_to, of
+from pipeline.core.options import Options, add_to, of, parser_of
 from pipeline.core.recipe import DEFAULT, PROJECT, Graphs, Recipe, chosen
 from pipeline.core.recipe import load as load_recipe
 from pipeline.core.records import Record
@@ -45,6 +44,32 @@ _PATIENCE = 5.0
 """Seconds that an interrupted stage has to end by itself."""
 _NOT_OUTPUTS = (manifest.NAME, "run.json")
 Chosen = TypeVar("Chosen", bound=Options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Common:
+    """What all stages may be told, and every command about a model: which, where its results lie, and how."""
+
+    model_id: str = field(default=DEFAULT_MODEL, metadata={"help": "Hub id or folder (default: %(default)s)"})
+    artifacts: Path = field(default=Path("artifacts"), metadata={"help": "output root (default: %(default)s)"})
+    recipe: Path | None = field(
+        default=None, metadata={"help": "recipe (default: the shipped one for the checkpoint's model type)"}
+    )
+    graphs: Graphs | None = field(default=None, metadata={"help": "what to build (default: the recipe's)"})
+
+    @property
+    def root(self) -> Path:
+        """The model's artefact folder.
+
+        Raises:
+            UsageError: the checkpoint lies in it.
+        """
+        return graph.model_root(self.artifacts, self.model_id)
+
+    @property
+    def recipe_file(self) -> Path:
+        """The recipe that was named, else the one for the checkpoint's model type."""
+        return chosen(self.recipe, self.model_id, self.root)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,10 +127,11 @@ class Stage:
 
 def main(stage: Stage, argv: Sequence[str] | None = None) -> int:
     """Run `stage` from the command line and return its exit code."""
-    parser = common_parser(stage.name, stage.summary)
-    add_to(parser, stage.options)
-    arguments = parse(parser, argv)
-    return guard(lambda: _run(stage, arguments))
+    parser = parser_of(stage.name, stage.summary)
+    for kind in (Common, stage.options):
+        add_to(parser, kind)
+    arguments = parser.parse_args(argv)
+    return guard(lambda: _run(stage, of(arguments, Common), of(arguments, stage.options)))
 
 
 def guard(work: Callable[[], None], interrupted: str = _INTERRUPTED_TEXT) -> int:
@@ -127,24 +153,6 @@ def guard(work: Callable[[], None], interrupted: str = _INTERRUPTED_TEXT) -> int
     except Exception as error:
         return _report_unexpected(error)
     return 0
-
-
-def common_parser(name: str, summary: str) -> argparse.ArgumentParser:
-    """The arguments that all stages have."""
-    parser = argparse.ArgumentParser(prog=f"python -m pipeline.{name}", description=summary)
-    parser.add_argument("--model-id", default=DEFAULT_MODEL, help="Hub id or folder (default: %(default)s)")
-    parser.add_argument("--artifacts", type=Path, default=Path("artifacts"), help="output root (default: %(default)s)")
-    parser.add_argument("--recipe", type=Path, help="recipe (default: the shipped one for the checkpoint's model type)")
-    parser.add_argument("--graphs", choices=("step", "bundle", "all"), help="what to build (default: the recipe's)")
-    return parser
-
-
-def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """What `argv` says to a `parser` of `common_parser`, its recipe chosen where none is said."""
-    arguments = parser.parse_args(argv)
-    root = arguments.artifacts / graph.model_name(arguments.model_id)
-    arguments.recipe = chosen(arguments.recipe, arguments.model_id, root)
-    return arguments
 
 
 def _interrupt(_signal: int, _frame: object) -> None:
@@ -172,11 +180,10 @@ def _report_unexpected(error: Exception) -> int:
     return found.exit_code
 
 
-def _run(stage: Stage, arguments: argparse.Namespace) -> None:
+def _run(stage: Stage, common: Common, options: Options) -> None:
     before = source()
-    recipe = load_recipe(arguments.recipe)
-    options, root = of(arguments, stage.options), arguments.artifacts / graph.model_name(arguments.model_id)
-    choice = graph.Choice(recipe=recipe, graphs=arguments.graphs or recipe.graphs, variants=options.judged())
+    root, recipe = common.root, load_recipe(common.recipe_file)
+    choice = graph.Choice(recipe=recipe, graphs=common.graphs or recipe.graphs, variants=options.judged())
     name = options.folder(stage.name)
     needs = stage.needs_of(root, options) if stage.needs_of else graph.needs(name, choice)
     tools = versions.installed()
@@ -190,7 +197,7 @@ def _run(stage: Stage, arguments: argparse.Namespace) -> None:
         folder = _clear(root / name)
         context = Context(
             options=options,
-            model_id=arguments.model_id,
+            model_id=common.model_id,
             root=root,
             folder=folder,
             recipe=recipe,

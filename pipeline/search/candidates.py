@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import Literal
 
+from pipeline.core.errors import UsageError
+from pipeline.core.recipe import Int4, Int8, Recipe
 from pipeline.quantize.rows import keeper
 from pipeline.search import rewrite
 from pipeline.search.groups import Group, Layer, patterns
@@ -140,6 +142,23 @@ class _State:
 
     groups: Mapping[str, frozenset[str]]
     left: Mapping[tuple[str, Side], float]
+
+
+def values_of(recipe: Recipe, space: Space) -> dict[str, Value]:
+    """What the section that is searched says of its knobs.
+
+    Raises:
+        UsageError: the recipe has none, or its scheme is not dynamic.
+    """
+    if space.section == "int8" and not recipe.int8.is_dynamic:
+        raise UsageError("tune searches dynamic int8, the recipe's scheme is static", remedy='say scheme = "dynamic"')
+    section: Int8 | Int4 | None = getattr(recipe, space.section)
+    if section is None:
+        raise UsageError(
+            f"recipe {recipe.name} has no [int4] section", remedy="add one, as in pipeline/recipes/gemma3.toml"
+        )
+    said = {knob.key: getattr(section, knob.key) for knob in space.knobs}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in said.items()}
 
 
 def plain(space: Space) -> Candidate:

@@ -7,7 +7,6 @@ and out, operators by name, new tensors and operators, clean-up. Buffers stay in
 from __future__ import annotations
 
 import struct
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from mmap import mmap
@@ -236,21 +235,6 @@ class Graph:
     def producers(self) -> dict[int, Operator]:
         """Tensor → the operator that writes it."""
         return {int(tensor): operator for operator in self.main.operators for tensor in operator.outputs}
-
-    def bytes_by_type(self) -> dict[str, int]:
-        """Element type → bytes of constants of that type; a buffer that several tensors share counts once.
-
-        No stage asks: a dozen test files do, of what was written.
-        """
-        seen: dict[int, tuple[str, int]] = {}
-        for subgraph in self.model.subgraphs:
-            for tensor in subgraph.tensors:
-                if (data := self.model.buffers[tensor.buffer].data) is not None:
-                    seen.setdefault(int(tensor.buffer), (schema.names("TensorType")[tensor.type], len(data)))
-        total: Counter[str] = Counter()
-        for type_name, size in seen.values():
-            total[type_name] += size
-        return dict(sorted(total.items()))
 
     # --- editing
 

@@ -15,6 +15,7 @@ import pytest
 from line import CAP, Line, changed_model, small_recipe
 from litert_lm_builder import litertlm_peek
 from safetensors.torch import load_file, save_file
+from small_graph import bytes_by_type
 from transformers import AutoTokenizer
 
 from pipeline import bundle, fetch, fp32, golden, graph, int8, verify
@@ -91,7 +92,7 @@ def test_an_int8_bundle_has_a_byte_per_weight_and_its_scales(built: Line) -> Non
     table = 2048 * 128  # the head is the token table, which the embedder holds as well
     assert facts["int8"]["stored"] == pytest.approx(parameters + table, rel=0.01)
     for name in ("decoder", "embedder", "per_layer_embedder"):
-        kinds = Graph.read(built.root / "int8" / f"{name}.tflite").bytes_by_type()
+        kinds = bytes_by_type(Graph.read(built.root / "int8" / f"{name}.tflite"))
         assert kinds["INT8"] > 9 * kinds.get("FLOAT32", 0)
 
 

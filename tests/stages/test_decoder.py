@@ -19,6 +19,7 @@ from geometry import BUNDLE
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from line import CAP, Line
+from small_graph import bytes_by_type
 from transformers import Gemma3ForCausalLM, Gemma3nForCausalLM
 
 from pipeline.checkpoint.names import HEAD
@@ -166,9 +167,9 @@ def test_each_weight_is_stored_once_for_all_signatures(built: Line) -> None:
     config = open_checkpoint(built.root / "fetch" / "checkpoint").config
     parameters = sum(int(np.prod(shape)) for shape in architecture_for(config).tensors().values())
     table = config["vocab_size_per_layer_input"] * config["num_hidden_layers"] * config["hidden_size_per_layer_input"]
-    stored = graph.bytes_by_type()["FLOAT32"]
+    stored = bytes_by_type(graph)["FLOAT32"]
     assert 4 * 0.99 * (parameters - table) < stored < 4 * 1.01 * (parameters - table)
-    small = Graph.read(built.root / "int8" / DECODER).bytes_by_type()
+    small = bytes_by_type(Graph.read(built.root / "int8" / DECODER))
     assert 0.99 * (parameters - table) < small["INT8"] <= parameters - table and small["FLOAT32"] < 0.02 * stored
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from line import Line, small_recipe
+from small_graph import bytes_by_type
 
 from pipeline import bundle, int4, publish, verify
 from pipeline.bundling import contents
@@ -62,7 +63,7 @@ def test_what_the_recipe_keeps_has_eight_bits(line: Line) -> None:
     assert kinds["embed_tokens_per_layer.weight"] == "INT8"
     assert kinds["layers.0.mlp.down_proj.weight"] == "INT4"
     embedders = [Graph.read(line.root / "int4" / f"{name}.tflite") for name in ("embedder", "per_layer_embedder")]
-    assert ["INT4" in each.bytes_by_type() for each in embedders] == [True, False]
+    assert ["INT4" in bytes_by_type(each) for each in embedders] == [True, False]
 
 
 def test_two_runs_give_the_same_bytes(line: Line, tmp_path: Path) -> None:

@@ -12,10 +12,10 @@ from hub_server import HubServer, Sparse
 from line import Line
 
 from pipeline import plan
-from pipeline.core import manifest, memory
+from pipeline.core import manifest, memory, options
 from pipeline.core.recipe import PROJECT
 from pipeline.core.recipe import load as load_recipe
-from pipeline.core.stage import DEFAULT_MODEL, common_parser
+from pipeline.core.stage import DEFAULT_MODEL, Common
 from pipeline.models import sizes
 from pipeline.models.gemma3n import ARCHITECTURE
 from pipeline.planning.model import Model, look
@@ -26,11 +26,11 @@ from tools.make_random_checkpoint import GEOMETRIES
 SHIPPED = PROJECT / DEFAULT_MODEL
 
 
-def planned(line: Line, *options: str) -> tuple[int, Model]:
+def planned(line: Line, *words: str) -> tuple[int, Model]:
     """The exit code, and what the plan knows."""
     common = ["--model-id", str(line.model), "--artifacts", str(line.artifacts), "--recipe", str(line.recipe)]
-    given, recipe = plan.parser().parse_args([*common, *options]), load_recipe(line.recipe)
-    return plan.main([*common, *options]), look(
+    given, recipe = options.read("plan", "", plan.Options, [*common, *words]), load_recipe(line.recipe)
+    return plan.main([*common, *words]), look(
         given.model_id, given.revision, given.base, recipe, given.graphs or recipe.graphs
     )
 
@@ -146,10 +146,8 @@ def test_a_model_without_access(
 
 
 def test_what_was_planned_stands_beside_what_it_took(built: Line) -> None:
-    arguments = common_parser("planned", "").parse_args(
-        ["--model-id", str(built.model), "--artifacts", str(built.artifacts), "--recipe", str(built.recipe)]
-    )
-    told = {name: [float(value) for value in values] for name, *values in tool.rows(arguments)}
+    given = Common(model_id=str(built.model), artifacts=built.artifacts, recipe=built.recipe)
+    told = {name: [float(value) for value in values] for name, *values in tool.rows(given)}
     assert list(told) == ["fetch", "golden", "graph", "fp32", "fp16", "int8", "bundle"]
     run = json.loads((built.root / "graph" / "run.json").read_text())
     assert told["graph"][1] == pytest.approx(run["seconds"], abs=0.06)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from line import Line, small_recipe
+from small_graph import bytes_by_type
 
 from pipeline import int8
 from pipeline.core import manifest
@@ -112,7 +113,7 @@ def test_every_table_and_matrix_is_stored_once_and_as_int8(root: Path) -> None:
     for variant in ("int8-dynamic", "int8-static", "int8-static16"):
         graph = Graph.read(root / variant / "step.tflite")
         parameters = manifest.read(root / "fetch").facts["parameters"]
-        stored = graph.bytes_by_type()
+        stored = bytes_by_type(graph)
         assert isinstance(parameters, int) and 0.99 * parameters < stored["INT8"] <= parameters
         assert stored["FLOAT32"] < 0.01 * 4 * parameters
         tables = [int(o.inputs[1]) for o in graph.operators() if graph.code(o) == "EMBEDDING_LOOKUP"]

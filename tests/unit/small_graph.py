@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.quantize import rows as quantize
+from pipeline.tflite import schema
 from pipeline.tflite.graph import Graph
 
 VOCABULARY, WIDTH, INNER = 40, 32, 48
@@ -86,3 +88,16 @@ def rounded(graph: Graph) -> None:
             values, scales = quantize.quantise_rows(graph.blocks(weight))
             whole = np.concatenate(list(values.each(lambda block: block)))
             graph.set_constant(weight, whole * scales.scale[:, None])
+
+
+def bytes_by_type(graph: Graph) -> dict[str, int]:
+    """Element type → bytes of constants of that type; a buffer that several tensors share counts once."""
+    seen: dict[int, tuple[str, int]] = {}
+    for subgraph in graph.model.subgraphs:
+        for tensor in subgraph.tensors:
+            if (data := graph.model.buffers[tensor.buffer].data) is not None:
+                seen.setdefault(int(tensor.buffer), (schema.names("TensorType")[tensor.type], len(data)))
+    total: Counter[str] = Counter()
+    for type_name, size in seen.values():
+        total[type_name] += size
+    return dict(total)

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from running import run
+from small_graph import bytes_by_type
 
 from pipeline.bundling import contents
 from pipeline.quantize import blockwise, readback, row_ranges
@@ -164,7 +165,7 @@ def test_a_named_table_has_eight_bits(tmp_path: Path, plain: bool) -> None:
 def test_rows_that_are_no_whole_blocks_have_eight_bits(tmp_path: Path) -> None:
     graph = tied(TABLE[:, :40])
     blockwise.quantise_weights(graph, NOTHING)
-    assert set(written(graph, tmp_path / "odd").bytes_by_type()) == {"INT8"}
+    assert set(bytes_by_type(written(graph, tmp_path / "odd"))) == {"INT8"}
 
 
 @KERNELS
@@ -179,7 +180,7 @@ def test_a_table_in_pieces_is_the_same_table(tmp_path: Path, plain: bool, fine: 
     graph, file = tied(), tmp_path / "pieces.tflite"
     row_ranges.split_rows(graph, "table", fine)
     read = written(graph, file)
-    assert read.bytes_by_type()["FLOAT32"] == TABLE.nbytes
+    assert bytes_by_type(read)["FLOAT32"] == TABLE.nbytes
     np.testing.assert_allclose(run(file, IDS, plain=plain), TABLE[IDS] @ TABLE.T, rtol=1e-4, atol=1e-4)
 
 
@@ -200,7 +201,7 @@ def test_a_table_whose_rows_are_all_frequent_has_8_bits(tmp_path: Path) -> None:
     graph = tied()
     frequent = row_ranges.split_rows(graph, "table", [(0, 50)])
     blockwise.quantise_weights(graph, NOTHING, int8_buffers=frequent)
-    assert set(written(graph, tmp_path / "fine").bytes_by_type()) == {"INT8", "INT32"}
+    assert set(bytes_by_type(written(graph, tmp_path / "fine"))) == {"INT8", "INT32"}
 
 
 # --- what is told of a file
@@ -227,5 +228,5 @@ def test_two_signatures_share_values_and_scales(tmp_path: Path) -> None:
     blockwise.quantise_weights(graph, NOTHING)
     file = tmp_path / "two.tflite"
     read = written(graph, file)
-    assert read.bytes_by_type() == {"FLOAT16": 2 * TABLE.size // BLOCK, "INT4": TABLE.size // 2}
+    assert bytes_by_type(read) == {"FLOAT16": 2 * TABLE.size // BLOCK, "INT4": TABLE.size // 2}
     assert readback.stored_weights([file])[0] == TABLE.size

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from running import run
+from small_graph import bytes_by_type
 
 from pipeline.core.errors import IntegrityError, QuantiseError
 from pipeline.quantize import float16
@@ -50,7 +51,7 @@ def test_a_written_graph_reads_back_and_runs(tmp_path: Path) -> None:
     graph = Graph.read(file)
     assert [graph.code(operator) for operator in graph.operators()] == ["EMBEDDING_LOOKUP", "FULLY_CONNECTED"]
     assert graph.shape(int(graph.main.inputs[0])) == (-1,)
-    assert graph.bytes_by_type() == {"FLOAT32": TABLE.nbytes}
+    assert bytes_by_type(graph) == {"FLOAT32": TABLE.nbytes}
     np.testing.assert_allclose(run(file, IDS), TABLE[IDS] @ TABLE.T, rtol=1e-5, atol=1e-5)
 
 
@@ -92,7 +93,7 @@ def test_prune_drops_what_nothing_uses(tmp_path: Path) -> None:
     dead = graph.add_tensor("dead", "FLOAT32", (999, 9))
     graph.main.operators.append(graph.operator("MUL", [orphan, orphan], [dead]))
     graph.prune()
-    assert graph.bytes_by_type() == {"FLOAT32": TABLE.nbytes}
+    assert bytes_by_type(graph) == {"FLOAT32": TABLE.nbytes}
     assert [graph.code(operator) for operator in graph.operators()] == ["EMBEDDING_LOOKUP", "FULLY_CONNECTED"]
     assert len(graph.model.operatorCodes) == 2
     graph.write(tmp_path / "pruned.tflite")
@@ -122,7 +123,7 @@ def test_one_int8_table_serves_lookup_and_head(tmp_path: Path, plain: bool) -> N
     quantize.quantise_weights(graph, keep=lambda name: False)
     graph.prune()
     graph.write(file)
-    assert Graph.read(file).bytes_by_type() == {"INT8": TABLE.size}
+    assert bytes_by_type(Graph.read(file)) == {"INT8": TABLE.size}
     quantised, scales = quantize.quantise_rows(Blocks.of(TABLE))
     exact = whole(quantised) * scales.scale[:, None]
     error = run(file, IDS, plain=plain) - exact[IDS] @ exact.T
@@ -137,7 +138,7 @@ def test_float16_rows_and_weights(tmp_path: Path, plain: bool) -> None:
     float16.make_half(graph)
     graph.prune()
     graph.write(file)
-    assert Graph.read(file).bytes_by_type() == {"FLOAT16": 2 * TABLE.size}
+    assert bytes_by_type(Graph.read(file)) == {"FLOAT16": 2 * TABLE.size}
     half = TABLE.astype(np.float16).astype(np.float32)
     np.testing.assert_allclose(run(file, IDS, plain=plain), half[IDS] @ half.T, rtol=1e-5, atol=1e-5)
 
@@ -305,7 +306,7 @@ def test_prune_keeps_signatures_and_what_they_share(tmp_path: Path) -> None:
     read = Graph.read(file)
     assert [(view.place, view.signature()) for view in read.views()] == [(0, "tied"), (1, "rows")]
     assert [[port.name for port in view.ports()] for view in read.views()] == [["ids"], ["ids"]]
-    assert len(read.model.subgraphs) == 2 and read.bytes_by_type() == {"FLOAT32": TABLE.nbytes}
+    assert len(read.model.subgraphs) == 2 and bytes_by_type(read) == {"FLOAT32": TABLE.nbytes}
     np.testing.assert_allclose(call(file, "tied", IDS)["result"], TABLE[IDS] @ TABLE.T, rtol=1e-5, atol=1e-5)
     assert np.array_equal(call(file, "rows", IDS[:2])["rows"], TABLE[IDS[:2]])
     read.prune()
@@ -332,7 +333,7 @@ def test_what_two_signatures_share_is_made_small_once(
     assert np.abs(error).max() < 0.02 * np.abs(expected[IDS] @ expected.T).max()
     if not limit:
         return  # the counting below reads constants inside the flatbuffer
-    assert Graph.read(file).bytes_by_type() == ({"INT8": TABLE.size} if kind == "int8" else {"FLOAT16": 2 * TABLE.size})
+    assert bytes_by_type(Graph.read(file)) == ({"INT8": TABLE.size} if kind == "int8" else {"FLOAT16": 2 * TABLE.size})
 
 
 def test_a_constant_changes_type_in_every_subgraph() -> None:

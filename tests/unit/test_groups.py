@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_graph import VOCABULARY, WIDTH, Model, logits, rounded, twice
+from small_graph import VOCABULARY, WIDTH, Model, bytes_by_type, logits, rounded, twice
 
 from pipeline.quantize import groups, rows
 from pipeline.tflite.graph import Graph, Origin
@@ -33,7 +33,7 @@ def test_the_table_is_stored_once_in_blocks_of_int8(tmp_path: Path) -> None:
     made = Graph.read(tmp_path / "int8")
     lookups = [operator for operator in made.operators() if made.code(operator) == "EMBEDDING_LOOKUP"]
     assert [made.shape(int(lookup.inputs[1])) for lookup in lookups] == [(VOCABULARY, 16)] * (WIDTH // 16)
-    assert made.bytes_by_type()["INT8"] == VOCABULARY * WIDTH + 3 * 48 * WIDTH
+    assert bytes_by_type(made)["INT8"] == VOCABULARY * WIDTH + 3 * 48 * WIDTH
 
 
 def test_parts_are_known_by_where_they_were_cut_from_whatever_they_are_called(tmp_path: Path) -> None:

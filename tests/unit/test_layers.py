@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -137,3 +139,18 @@ def test_the_tokenizer_is_opened_in_one_place() -> None:
         file.relative_to(PIPELINE).as_posix() for file in FILES if "AutoTokenizer.from_pretrained(" in file.read_text()
     }
     assert held - {"checkpoint/preflight.py"} == {"checkpoint/chat.py"}  # preflight tells people to
+
+
+def test_nothing_in_the_pipeline_serves_tests_alone() -> None:
+    """A public function that is named nowhere but where it is defined; what others call back is named here."""
+    called_back = {"forward", "emit", "as_file"}  # by torch.nn.Module, logging.Handler, CommitOperationAdd
+    sources = [*FILES, *PIPELINE.rglob("*.jinja"), *(PROJECT / "tools").glob("*.py"), PROJECT / "noxfile.py"]
+    words = Counter(word for file in sources for word in re.findall(r"\w+", file.read_text(encoding="utf-8")))
+    kinds = (ast.FunctionDef, ast.ClassDef)
+    defined = Counter(
+        node.name
+        for file in FILES
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, kinds) and not node.name.startswith("_")
+    )
+    assert {name for name, count in defined.items() if words[name] <= count} <= called_back

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.core.graph import model_name
-from pipeline.core.recipe import PROJECT
+from pipeline.core.recipe import PROJECT, load
 
 MAKEFILE = (PROJECT / "Makefile").read_text(encoding="utf-8")
 STAGES = ("fetch", "golden", "graph", "fp32", "fp16", "int8", "int8-static", "bundle", "verify", "publish")
@@ -346,6 +346,59 @@ def test_two_folders_of_one_name_are_two_models(finished: tuple[str, ...], tmp_p
     shutil.copytree(tmp_path / "tiny", other)
     settings = tuple(row.replace(str(tmp_path / "tiny"), str(other)) for row in finished)
     assert sorted(planned(*settings)) == sorted(STAGES)
+
+
+@pytest.mark.parametrize("goal", ["clean", "fetch"])
+@pytest.mark.parametrize("inside", ["", "/newest/tiny"], ids=["the folder itself", "a folder in it"])
+def test_results_never_lie_where_the_checkpoint_does(tmp_path: Path, goal: str, inside: str) -> None:
+    """`make clean` removes them, and a stage what its own folder holds."""
+    model = tmp_path / "models" / f"tiny{inside}"
+    model.mkdir(parents=True)
+    (model / "config.json").write_text("{}")
+    (tmp_path / "link").symlink_to(tmp_path / "models")
+    for artifacts in (tmp_path / "models", tmp_path / "link"):
+        said = refused(goal, f"MODEL_ID={model}", f"ARTIFACTS={artifacts}")
+        assert "where the checkpoint" in said and "do:    set ARTIFACTS= to another folder" in said
+    adapter = tmp_path / "adapter" / "tiny"
+    adapter.mkdir(parents=True)
+    assert "where the checkpoint" in refused(goal, f"MODEL_ID={adapter}", f"BASE={model}", f"ARTIFACTS={artifacts}")
+    assert list(model.iterdir()) == [model / "config.json"]
+
+
+ODD_TOML = {
+    "over several lines": ("bundle.precisions", 'precisions = [\n    "fp32", # why\n\n    "int8",\n  ]'),
+    "in single quotes": ("graphs", "graphs = 'bundle'"),
+    "indented": ("int8.gptq", "   gptq = true"),
+    "inline": ("int8", 'int8 = { scheme = "dynamic", calibration_samples = 8, gptq = true }'),
+    "a text in single quotes": ("corpus.calibration", "calibration = '{text}'"),
+}
+
+
+@pytest.mark.parametrize("way", ODD_TOML)
+def test_make_reads_a_recipe_as_python_does(tmp_path: Path, way: str) -> None:
+    """There is one parser: what sed and awk read of these was another pipeline."""
+    place, line = ODD_TOML[way]
+    text, recipe = tmp_path / "text.txt", tmp_path / "recipe.toml"
+    text.write_text("Once.")
+    section, _, key = place.rpartition(".")
+    rows, current = list[str](), ""
+    for row in (PROJECT / "pipeline" / "recipes" / "gemma3n.toml").read_text().splitlines():
+        current = match[1] if (match := re.match(r"\[(\w+)\]", row)) else current
+        if current == section and re.match(rf"{key}\s*=", row) or way == "inline" and current == "int8":
+            continue
+        rows.append(row)
+    first = next((place for place, row in enumerate(rows) if row.startswith("[")), 0)
+    rows.insert(
+        rows.index(f"[{section}]") + 1 if section else first, line.format(text=text) if "{text}" in line else line
+    )
+    recipe.write_text("\n".join(rows) + "\n")
+    settings = (f"RECIPE={recipe}", f"ARTIFACTS={tmp_path / 'out'}")
+    loaded, order = load(recipe), planned(*settings)
+    assert ("moments" in order) is loaded.int8.gptq is ("gptq" in line)
+    assert ("int8-static" in order) is (loaded.graphs == "all") is (way != "in single quotes")
+    assert order.count("bundle") == order.count("fp32") == 1
+    recorded = (tmp_path / "out" / "tiny-gemma3n" / ".inputs" / "int8").read_text()
+    assert (str(text) in recorded) is (way == "a text in single quotes")
 
 
 def test_make_says_what_to_do_without_python_and_helps_all_the_same(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from running import run
+from small_graph import bytes_by_type
 
 from pipeline.core.recipe import Int4, Int8
 from pipeline.quantize import gptq, hessians, int4, int8, int8x2, rotate
@@ -123,7 +124,7 @@ def test_weights_that_signatures_share_are_rotated_once(tmp_path: Path) -> None:
     graph.prune()
     graph.write(tmp_path / "file")
     read = Graph.read(tmp_path / "file")
-    assert read.bytes_by_type()["FLOAT32"] == 4 * (2 * OUTPUTS * INPUTS + INPUTS * 16 + INPUTS)
+    assert bytes_by_type(read)["FLOAT32"] == 4 * (2 * OUTPUTS * INPUTS + INPUTS * 16 + INPUTS)
     for view in read.views():
         weight = next(int(o.inputs[1]) for o in view.operators() if view.operator_name(o) == "q")
         np.testing.assert_allclose(view.constant(weight), rotate_blocks(WEIGHTS[0], 16), rtol=1e-5, atol=1e-6)
@@ -166,7 +167,7 @@ def test_rows_that_are_looked_up_are_rotated_back(tmp_path: Path) -> None:
     quantize.quantise_weights(graph, lambda _: False)
     graph.prune()
     graph.write(tmp_path / "int8")
-    assert Graph.read(tmp_path / "int8").bytes_by_type()["INT8"] == WEIGHTS[0].size  # stored once
+    assert bytes_by_type(Graph.read(tmp_path / "int8"))["INT8"] == WEIGHTS[0].size  # stored once
 
 
 @pytest.mark.parametrize("why", ["not chosen", "not a multiple", "read by another", "another axis"])

@@ -92,6 +92,15 @@ FIRST = Stage(name="first", summary="makes weights", work=first_work)
 SECOND = Stage(name="second", summary="halves them", work=second_work, needs_of=lambda *_: ("first",))
 
 
+def fetch_work(context: Context) -> Outcome:
+    card = {"licence": "mit", "base_models": (), "lineage": ()}
+    facts = Fetch(model_type="gemma3n_text", parameters=256, dtype="bfloat16", shards=1, **card)
+    return replace(first_work(context), facts=facts)
+
+
+FETCH = Stage(name="fetch", summary="makes weights", work=fetch_work)
+
+
 def failing(error: BaseException) -> Stage:
     def work(context: Context) -> Outcome:
         (context.folder / "half-done.bin").write_bytes(b"x")
@@ -202,18 +211,29 @@ def test_code_that_changes_while_a_stage_runs_is_not_what_made_it(
 def test_reproduce_ends_with_the_code_of_the_stage_that_failed(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], code: int, ends: int
 ) -> None:
-    card = {"licence": "mit", "base_models": (), "lineage": ()}
-    facts = Fetch(model_type="gemma3n_text", parameters=256, dtype="bfloat16", shards=1, **card)
-
-    def work(context: Context) -> Outcome:
-        return replace(first_work(context), facts=facts)
-
-    assert run(Stage(name="fetch", summary="makes weights", work=work)) == 0
+    assert run(FETCH) == 0
     monkeypatch.setattr(reproduce.process, "run", lambda *_command, **_options: code)
     recipe = str(PROJECT / stage.DEFAULT_RECIPE)
     common = ["--model-id", "org/toy", "--artifacts", str(tmp_path), "--recipe", recipe]
     assert reproduce.main([*common, "--again", str(tmp_path / "again")]) == ends
     assert f"error: stage fetch failed with exit code {code}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", ["again", "artifacts"])
+def test_reproduce_removes_nothing_but_what_it_made(
+    run: Run, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """`--again` may be a folder of somebody's, or that of the first build."""
+    assert run(FETCH) == 0
+    again = root.parent if place == "artifacts" else tmp_path / "mine"
+    (again / "org--toy").mkdir(parents=True, exist_ok=True)
+    (again / "org--toy" / "thesis.txt").write_text("years of work")
+    (again / "letter.txt").write_text("dear")
+    monkeypatch.setattr(reproduce.process, "run", lambda *_command, **_options: 5)
+    common = ["--model-id", "org/toy", "--artifacts", str(tmp_path), "--recipe", str(RECIPE), "--again"]
+    assert reproduce.main([*common, str(again)]) == 2
+    assert (again / "org--toy" / "thesis.txt").is_file() and (again / "letter.txt").is_file()
+    assert [reproduce.main([*common, str(tmp_path / "second")]) for _ in range(2)] == [5, 5]  # its own is cleared
 
 
 @pytest.mark.parametrize("inside", [True, False])

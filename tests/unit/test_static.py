@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from running import run
+from small_graph import bytes_by_type
 
 from pipeline.quantize import readback, static
 from pipeline.quantize import rows as quantize
@@ -215,5 +216,5 @@ def test_products_are_counted_once_in_every_width(tmp_path: Path, bits: static.B
 
 
 def test_both_terms_of_an_int8x2_layer_read_the_same_weights(tmp_path: Path) -> None:
-    sizes = [made(tmp_path / "file", text(), WEIGHTS, twice=twice).bytes_by_type()["INT8"] for twice in (False, True)]
+    sizes = [bytes_by_type(made(tmp_path / "file", text(), WEIGHTS, twice=twice))["INT8"] for twice in (False, True)]
     assert sizes == [WEIGHTS.size, WEIGHTS.size]

@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from small_graph import bytes_by_type
 
 from pipeline.bundling import tables
 from pipeline.checkpoint.reader import Checkpoint, open_checkpoint
@@ -171,7 +172,7 @@ def test_attached_weights_are_constants_stored_once(
     assert files[0].read_bytes() == files[1].read_bytes()
     read = Graph.read(files[0])
     assert [[port.name for port in view.ports()] for view in read.views()] == [["x"], ["x"]]
-    assert read.bytes_by_type() == {"FLOAT32": VALUES.nbytes}
+    assert bytes_by_type(read) == {"FLOAT32": VALUES.nbytes}
     assert "head.weight" in [read.name(tensor) for tensor in range(len(read.main.tensors))]
     x = RANDOM.standard_normal((2, 24)).astype(np.float32)
     interpreter = Interpreter(model_path=str(files[0]))
@@ -195,7 +196,7 @@ def test_a_table_with_four_bits_gives_its_rounded_rows(tmp_path: Path) -> None:
     source = tables.Source(tensor="table", scale=8.0, shape=(2, 32))
     tables.write(checkpoint, source, "int4", file)
     tables.check(checkpoint, source, "int4", file)
-    assert Graph.read(file).bytes_by_type()["INT4"] == values.size // 2
+    assert bytes_by_type(Graph.read(file))["INT4"] == values.size // 2
     scale = blockwise.best_scales(values)
     rounded = blockwise.round_blocks(values, scale) * np.repeat(scale.astype(np.float32), blockwise.BLOCK, axis=1)
     from ai_edge_litert.interpreter import Interpreter
