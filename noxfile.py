@@ -303,6 +303,7 @@ def image(session: nox.Session) -> None:
     shutil.rmtree(results, ignore_errors=True)
     # Not verify and publish: their papers name versions, and the container's Python may be another 3.11.
     session.run("make", "golden", "fp16", "int8-static", "bundle", external=True)
+    python(session, "-m", "tools.planned", "--judge", "memory")
     python(session, "-m", "tools.bench_image", str(results))
     host_made, container_made = manifests(ROOT / "artifacts"), manifests(results)
     for made in (host_made, container_made):
@@ -325,6 +326,7 @@ def reproduce(session: nox.Session) -> None:
         folders = [Path(scratch) / name for name in ("first", "second")]
         for seed, folder in enumerate(folders, start=1):
             session.run("make", "publish", f"ARTIFACTS={folder}", f"PYTHONHASHSEED={seed}", external=True)
+        python(session, "-m", "tools.planned", "--artifacts", str(folders[0]))
         first, second = map(manifests, folders)
         if first != second:
             session.error(

@@ -65,12 +65,12 @@ def _take(context: Context, asked: Asked, chosen: Plan, target: Path) -> Outcome
         chosen = _plan_again(context, target, asked)
     card = licence.read_card(target, asked.card if isinstance(found, OnHub) else None)
     told = facts.Fetch(**vars(chosen.facts), **vars(card))
-    return Outcome(model=found.model, revision=found.revision(chosen.names), facts=told)
+    return Outcome(model=found.model, revision=found.revision(chosen.names, context.known), facts=told)
 
 
 def _merge(context: Context, asked: Asked, chosen: Plan, target: Path) -> Outcome:
     """Merge the adapter into its base. Both are pinned, and the terms of both come along."""
-    adapter, own, base = asked.adapter, asked.origin, asked.base
+    adapter, own, base, known = asked.adapter, asked.origin, asked.base, context.known
     assert adapter and base
     canonical = architecture_for(asked.source.json(CONFIG)).canonical
     names, where = base.source.sizes, base.source.where
@@ -80,7 +80,8 @@ def _merge(context: Context, asked: Asked, chosen: Plan, target: Path) -> Outcom
     terms = [name for name in brought if name in names and adapters.TERMS.fullmatch(name)]
     weights = sum(names[name] for name in kept if name.endswith(".safetensors"))
     there = base.obtain([*kept, *terms], context.root, extra=weights)
-    trained = own.obtain([*brought, adapters.CONFIG, adapters.WEIGHTS], context.root)
+    taken = [*brought, adapters.CONFIG, adapters.WEIGHTS]
+    trained = own.obtain(taken, context.root)
     adapters.check_tokens(own.source, base.source, changes.tokens)
     from pipeline.checkpoint import merging  # PyTorch, which nothing else here needs
 
@@ -94,9 +95,9 @@ def _merge(context: Context, asked: Asked, chosen: Plan, target: Path) -> Outcom
     judged = _plan_again(context, target, asked).facts
     log.step(changes.text(own.model, base.model))
     card = licence.read_card(target, asked.card, (adapter.base, base.model))
-    merged = facts.Merged(base=base.model, base_revision=base.revision(kept), changed=len(changes.changed))
+    merged = facts.Merged(base=base.model, base_revision=base.revision(kept, known), changed=len(changes.changed))
     told = facts.Fetch(**vars(judged), **vars(card), adapter=merged)
-    return Outcome(model=own.model, revision=own.revision([*brought, adapters.CONFIG, adapters.WEIGHTS]), facts=told)
+    return Outcome(model=own.model, revision=own.revision(taken, known), facts=told)
 
 
 def _plan_again(context: Context, target: Path, asked: Asked) -> Plan:

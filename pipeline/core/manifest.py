@@ -217,7 +217,7 @@ class Known:
 
     def sha256(self, file: Path) -> str | None:
         """The hash of `file` if it is known and the file is what it was."""
-        row = self.sums.get(str(file.absolute()))
+        row = self.sums.get(self._place(file))
         return str(row[-1]) if row and row[:-1] == self._identity(file) else None
 
     def record(self, file: Path, base: Path, bar: log.Progress | None = None) -> FileRecord:
@@ -229,7 +229,7 @@ class Known:
             return FileRecord(path=file.relative_to(base).as_posix(), size=int(before[0]), sha256=known)
         made = FileRecord.of(file, base, bar)
         if before == self._identity(file) and time.time_ns() - int(before[3]) > self._TICK:
-            self.sums[str(file.absolute())] = [*before, made.sha256]
+            self.sums[self._place(file)] = [*before, made.sha256]
         return made
 
     def keep(self) -> None:
@@ -237,6 +237,11 @@ class Known:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         # Names may hold bytes that are no text, which UTF-8 can't say; JSON's escapes can.
         write_atomically(self.file, json.dumps(self.sums, indent=2, sort_keys=True) + "\n")
+
+    @staticmethod
+    def _place(file: Path) -> str:
+        # Where a link leads, so that a local checkpoint is one file by its own name and by fetch's.
+        return os.path.realpath(file)
 
     @staticmethod
     def _identity(file: Path) -> list[int | str]:

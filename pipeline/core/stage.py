@@ -76,7 +76,8 @@ class Common:
 class Context:
     """What a stage gets: its own `folder` (empty), the model's `root`, and the manifests of the stages it needs.
 
-    `graphs` says which are built and judged: the step graph, the bundle's sections, or both.
+    `graphs` says which are built and judged: the step graph, the bundle's sections, or both. `known` are the hashes of
+    files that were read before.
     """
 
     options: Options
@@ -86,6 +87,7 @@ class Context:
     recipe: Recipe
     graphs: Graphs
     upstream: Mapping[str, Manifest]
+    known: manifest.Known
 
     def chosen(self, kind: type[Chosen]) -> Chosen:
         """The options, which are those of the stage itself."""
@@ -203,6 +205,7 @@ def _run(stage: Stage, common: Common, options: Options) -> None:
             recipe=recipe,
             graphs=choice.graphs,
             upstream=upstream,
+            known=known,
         )
         with _measure() as usage, _cleared_on_interrupt(folder), made_again(root, (name, *needs)):
             outcome = stage.work(context)

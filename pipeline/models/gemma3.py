@@ -11,13 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from pipeline.checkpoint.names import text_name
 from pipeline.core.errors import FetchError
-from pipeline.export.export import Inputs
 from pipeline.export.operators import Embedding, Linear
 from pipeline.export.repeat import run_layers
 from pipeline.models import Runtime
@@ -25,14 +21,14 @@ from pipeline.models.transformer import (
     FULL,
     SLIDING,
     Attend,
+    GatedMLP,
     RMSNorm,
     Rotation,
     StepGraph,
-    Table,
+    TextFamily,
     TokenDecoder,
-    cache_tensors,
+    gelu,
     split_heads,
-    tensor_shapes,
 )
 
 _FUNCTION_GEMMA = Runtime(type="function_gemma", tools=True, response="<start_function_response>")
@@ -126,21 +122,6 @@ def _refuse_unknown(text: Mapping[str, Any], config: TextConfig) -> None:
         raise FetchError(f"config.json gives layer types {config.layer_types} for its layers")
 
 
-class MLP(nn.Module):
-    """Gated MLP. [B, S, 1, H] → [B, S, 1, H]."""
-
-    def __init__(self, config: TextConfig) -> None:
-        super().__init__()
-        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate = functional.gelu(self.gate_proj(x), approximate="tanh")
-        product: Tensor = self.down_proj(gate * self.up_proj(x))
-        return product
-
-
 class Attention(nn.Module):
     """Grouped-query attention with normalised queries and keys; scores are scaled by query_pre_attn_scalar^(−1/2)."""
 
@@ -172,7 +153,7 @@ class DecoderLayer(nn.Module):
         super().__init__()
         size, eps = config.hidden_size, config.rms_norm_eps
         self.self_attn = Attention(config, layer)
-        self.mlp = MLP(config)
+        self.mlp = GatedMLP(size, config.intermediate_size, gelu)
         self.input_layernorm = RMSNorm(size, eps, offset=1.0)
         self.post_attention_layernorm = RMSNorm(size, eps, offset=1.0)
         self.pre_feedforward_layernorm = RMSNorm(size, eps, offset=1.0)
@@ -223,10 +204,10 @@ class Gemma3Decoder(TokenDecoder):
         super().__init__(TextModel(config), logits, tied=tied)
 
 
-class Gemma3:
+class Gemma3(TextFamily[TextConfig]):
     """The `Architecture` of both Gemma 3 model types, bound to a checkpoint's configuration."""
 
-    _left_out = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")
+    left_out = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")
 
     def __init__(self, config: Mapping[str, object], *, tied: bool = True) -> None:
         self.text, self.tied = TextConfig.from_config(config), tied
@@ -236,10 +217,6 @@ class Gemma3:
         """What LiteRT-LM is told of it: FunctionGemma differs in its template alone."""
         return _FUNCTION_GEMMA if "<start_function_call>" in template else Runtime(type="gemma3")
 
-    def tensors(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor of the text model: canonical name → shape."""
-        return tensor_shapes(self.step)
-
     def step(self, *, all_positions: bool = False) -> Gemma3ForTFLite:
         """The step graph, its weights still to be assigned."""
         return Gemma3ForTFLite(self.text, all_positions, tied=self.tied)
@@ -247,21 +224,6 @@ class Gemma3:
     def decoder(self, *, logits: bool) -> Gemma3Decoder:
         """The decoder graph, its weights still to be assigned."""
         return Gemma3Decoder(self.text, logits, tied=self.tied)
-
-    def decoder_inputs(self, tokens: int, length: int) -> Inputs:
-        """Examples of what the decoder graph takes beside `input_pos` and `mask`, for `tokens` tokens."""
-        cache = cache_tensors(self.text, length)
-        return {"tokens": torch.zeros((1, tokens), dtype=torch.int32), "kv_cache": cache}
-
-    def tables(self) -> tuple[Table, ...]:
-        """None: the decoder looks tokens up itself."""
-        return ()
-
-    def canonical(self, name: str) -> str | None:
-        """The text model's name of checkpoint tensor `name`; None for the vision tower."""
-        if self._left_out.match(name):
-            return None
-        return text_name(name)
 
 
 ARCHITECTURE = Gemma3

@@ -13,7 +13,6 @@ inputs, D head size, K key/value heads, G query heads per key/value head, T atte
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
@@ -23,9 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pipeline.checkpoint.names import EMBEDDING, text_name
 from pipeline.core.errors import FetchError
-from pipeline.export.export import Inputs
 from pipeline.export.operators import Embedding, Linear, matmul
 from pipeline.export.repeat import run_layers
 from pipeline.models import Runtime
@@ -38,9 +35,9 @@ from pipeline.models.transformer import (
     Rotation,
     StepGraph,
     Table,
-    cache_tensors,
+    TextFamily,
+    embedding_tables,
     split_heads,
-    tensor_shapes,
 )
 
 
@@ -406,11 +403,8 @@ class Gemma3nDecoder(EmbeddingDecoder):
         super().__init__(TextModel(config, lookup=False), logits, tied=tied)
 
 
-class Gemma3n:
+class Gemma3n(TextFamily[TextConfig]):
     """The `Architecture` of both Gemma 3n model types, bound to a checkpoint's configuration."""
-
-    _left_out = re.compile(r"(model\.)?(vision_tower|audio_tower|embed_vision|embed_audio)\.")
-    _own_kv = re.compile(r"layers\.(\d+)\.self_attn\.(k_proj|v_proj|k_norm|v_norm)\.")
 
     def __init__(self, config: Mapping[str, object], *, tied: bool = True) -> None:
         self.text, self.tied = TextConfig.from_config(config), tied
@@ -420,10 +414,6 @@ class Gemma3n:
         """What LiteRT-LM is told of it."""
         return Runtime(type="gemma3n")
 
-    def tensors(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor of the text model: canonical name → shape."""
-        return tensor_shapes(self.step)
-
     def step(self, *, all_positions: bool = False) -> Gemma3nForTFLite:
         """The step graph, its weights still to be assigned."""
         return Gemma3nForTFLite(self.text, all_positions, tied=self.tied)
@@ -432,39 +422,9 @@ class Gemma3n:
         """The decoder graph, its weights still to be assigned."""
         return Gemma3nDecoder(self.text, logits, tied=self.tied)
 
-    def decoder_inputs(self, tokens: int, length: int) -> Inputs:
-        """Examples of what the decoder graph takes beside `input_pos` and `mask`, for `tokens` tokens."""
-        per_layer = (1, tokens, self.text.num_hidden_layers, self.text.hidden_size_per_layer_input)
-        return {
-            "embeddings": torch.zeros(1, tokens, self.text.hidden_size),
-            "per_layer_embeddings": torch.zeros(per_layer),
-            "kv_cache": cache_tensors(self.text, length),
-        }
-
     def tables(self) -> tuple[Table, ...]:
         """The sections that LiteRT-LM looks tokens up in."""
-        per_layer = (self.text.num_hidden_layers, self.text.hidden_size_per_layer_input)
-        return (
-            Table("embedder", EMBEDDING, self.text.hidden_size**0.5, (self.text.hidden_size,)),
-            Table(
-                "per_layer_embedder",
-                "embed_tokens_per_layer.weight",
-                self.text.hidden_size_per_layer_input**0.5,
-                per_layer,
-            ),
-        )
-
-    def canonical(self, name: str) -> str | None:
-        """The text model's name of checkpoint tensor `name`.
-
-        None for the vision and audio towers, and keys and values of layers that share another layer's.
-        """
-        if self._left_out.match(name):
-            return None
-        own = text_name(name)
-        match = self._own_kv.match(own)
-        layer = int(match[1]) if match else self.text.num_hidden_layers
-        return None if layer < self.text.num_hidden_layers and self.text.kv_source(layer) != layer else own
+        return embedding_tables(self.text)
 
 
 ARCHITECTURE = Gemma3n

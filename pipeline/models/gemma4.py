@@ -10,7 +10,6 @@ per-layer input size.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,9 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pipeline.checkpoint.names import text_name
 from pipeline.core.errors import FetchError
-from pipeline.export.export import Inputs
 from pipeline.export.operators import Embedding, Linear
 from pipeline.export.repeat import run_layers
 from pipeline.models import Runtime
@@ -31,14 +28,16 @@ from pipeline.models.transformer import (
     Attend,
     DecoderGraph,
     EmbeddingDecoder,
+    GatedMLP,
     RMSNorm,
     Rotation,
     StepGraph,
     Table,
+    TextFamily,
     TokenDecoder,
-    cache_tensors,
+    embedding_tables,
+    gelu,
     split_heads,
-    tensor_shapes,
 )
 
 _ACTIVATION = "gelu_pytorch_tanh"
@@ -217,22 +216,6 @@ def _refuse_layers(config: TextConfig) -> None:
         raise FetchError("config.json shares keys and values of a layer type that no unshared layer has")
 
 
-class MLP(nn.Module):
-    """Gated MLP. [B, S, 1, H] → [B, S, 1, H]."""
-
-    def __init__(self, config: TextConfig, layer: int) -> None:
-        super().__init__()
-        width = config.mlp_size(layer)
-        self.gate_proj = Linear(config.hidden_size, width, bias=False)
-        self.up_proj = Linear(config.hidden_size, width, bias=False)
-        self.down_proj = Linear(width, config.hidden_size, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate = functional.gelu(self.gate_proj(x), approximate="tanh")
-        product: Tensor = self.down_proj(gate * self.up_proj(x))
-        return product
-
-
 class Attention(nn.Module):
     """Grouped-query attention with normalised queries, keys and values; scores are not scaled."""
 
@@ -273,7 +256,7 @@ class DecoderLayer(nn.Module):
         super().__init__()
         size, eps, own = config.hidden_size, config.rms_norm_eps, config.hidden_size_per_layer_input
         self.self_attn = Attention(config, layer)
-        self.mlp = MLP(config, layer)
+        self.mlp = GatedMLP(config.hidden_size, config.mlp_size(layer), gelu)
         self.input_layernorm = RMSNorm(size, eps)
         self.post_attention_layernorm = RMSNorm(size, eps)
         self.pre_feedforward_layernorm = RMSNorm(size, eps)
@@ -355,11 +338,8 @@ class TextModel(nn.Module):
         return embedded, tokens.reshape(*input_ids.shape, config.num_hidden_layers, config.hidden_size_per_layer_input)
 
 
-class Gemma4:
+class Gemma4(TextFamily[TextConfig]):
     """The `Architecture` of the Gemma 4 model types, bound to a checkpoint's configuration."""
-
-    _left_out = re.compile(r"(model\.)?(vision_tower|audio_tower|embed_vision|embed_audio)\.")
-    _own_kv = re.compile(r"layers\.(\d+)\.self_attn\.(k_proj|v_proj|k_norm|v_norm)\.")
 
     def __init__(self, config: Mapping[str, object], *, tied: bool = True) -> None:
         self.text, self.tied = TextConfig.from_config(config), tied
@@ -374,10 +354,6 @@ class Gemma4:
         """What LiteRT-LM is told of it."""
         return _RUNTIME
 
-    def tensors(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor of the text model: canonical name → shape."""
-        return tensor_shapes(self.step)
-
     def step(self, *, all_positions: bool = False) -> StepGraph:
         """The step graph, its weights still to be assigned."""
         return StepGraph(TextModel(self.text), all_positions, tied=self.tied)
@@ -387,39 +363,9 @@ class Gemma4:
         kind = EmbeddingDecoder if self._looks_up else TokenDecoder
         return kind(TextModel(self.text, lookup=False), logits, tied=self.tied)
 
-    def decoder_inputs(self, tokens: int, length: int) -> Inputs:
-        """Examples of what the decoder graph takes beside `input_pos` and `mask`, for `tokens` tokens."""
-        cache, text = cache_tensors(self.text, length), self.text
-        if not self._looks_up:
-            return {"tokens": torch.zeros((1, tokens), dtype=torch.int32), "kv_cache": cache}
-        per_layer = (1, tokens, text.num_hidden_layers, text.hidden_size_per_layer_input)
-        return {
-            "embeddings": torch.zeros(1, tokens, text.hidden_size),
-            "per_layer_embeddings": torch.zeros(per_layer),
-            "kv_cache": cache,
-        }
-
     def tables(self) -> tuple[Table, ...]:
         """The sections that LiteRT-LM looks tokens up in, if there is a per-layer table."""
-        text, own = self.text, self.text.hidden_size_per_layer_input
-        if not own:
-            return ()
-        return (
-            Table("embedder", "embed_tokens.weight", text.hidden_size**0.5, (text.hidden_size,)),
-            Table("per_layer_embedder", "embed_tokens_per_layer.weight", own**0.5, (text.num_hidden_layers, own)),
-        )
-
-    def canonical(self, name: str) -> str | None:
-        """The text model's name of checkpoint tensor `name`.
-
-        None for the vision and audio towers, and keys and values of layers that share another layer's.
-        """
-        if self._left_out.match(name):
-            return None
-        own = text_name(name)
-        match = self._own_kv.match(own)
-        layer = int(match[1]) if match else self.text.num_hidden_layers
-        return None if layer < self.text.num_hidden_layers and self.text.kv_source(layer) != layer else own
+        return embedding_tables(self.text) if self._looks_up else ()
 
 
 ARCHITECTURE = Gemma4

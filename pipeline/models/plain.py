@@ -9,6 +9,7 @@ a checkpoint loads by name. Shapes in docstrings as in `transformer.py`.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,23 +18,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pipeline.checkpoint.names import text_name
 from pipeline.core.errors import FetchError
-from pipeline.export.export import Inputs
 from pipeline.export.operators import Embedding, Linear
 from pipeline.export.repeat import run_layers
 from pipeline.models import Runtime
 from pipeline.models.transformer import (
     FULL,
     Attend,
+    GatedMLP,
     RMSNorm,
     Rotation,
     StepGraph,
-    Table,
+    TextFamily,
     TokenDecoder,
-    cache_tensors,
     split_heads,
-    tensor_shapes,
 )
 
 
@@ -216,20 +214,6 @@ def _llama3(periods: Tensor, _theta: float, rope: Mapping[str, Any]) -> tuple[Te
 _SCALINGS = {"default": _unscaled, "linear": _linear, "yarn": _yarn, "llama3": _llama3}
 
 
-class MLP(nn.Module):
-    """Gated MLP. [B, S, 1, H] → [B, S, 1, H]."""
-
-    def __init__(self, config: TextConfig) -> None:
-        super().__init__()
-        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        product: Tensor = self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x))
-        return product
-
-
 class Attention(nn.Module):
     """Grouped-query attention; the scores' scale D^(−1/2) stands in the queries' rotation, which is linear."""
 
@@ -261,7 +245,7 @@ class DecoderLayer(nn.Module):
     def __init__(self, config: TextConfig, layer: int) -> None:
         super().__init__()
         self.self_attn = Attention(config, layer)
-        self.mlp = MLP(config)
+        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, functional.silu, bias=config.mlp_bias)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -294,8 +278,11 @@ class TextModel(nn.Module):
         return (self.embed_tokens(input_ids)[:, :, None],)
 
 
-class Plain:
+class Plain(TextFamily[TextConfig]):
     """The `Architecture` of the model types in `FAMILIES`, bound to a checkpoint's configuration."""
+
+    left_out = re.compile(r".*rotary_emb\.inv_freq$")
+    """Frequencies that old versions stored."""
 
     def __init__(self, config: Mapping[str, object], *, tied: bool = True) -> None:
         self.text, self.tied = TextConfig.from_config(config), tied
@@ -306,10 +293,6 @@ class Plain:
         """What LiteRT-LM is told of it."""
         return self._family.runtime
 
-    def tensors(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor of the text model: canonical name → shape."""
-        return tensor_shapes(self.step)
-
     def step(self, *, all_positions: bool = False) -> StepGraph:
         """The step graph, its weights still to be assigned."""
         return StepGraph(TextModel(self.text), all_positions, tied=self.tied)
@@ -317,21 +300,6 @@ class Plain:
     def decoder(self, *, logits: bool) -> TokenDecoder:
         """The decoder graph, its weights still to be assigned."""
         return TokenDecoder(TextModel(self.text), logits, tied=self.tied)
-
-    def decoder_inputs(self, tokens: int, length: int) -> Inputs:
-        """Examples of what the decoder graph takes beside `input_pos` and `mask`, for `tokens` tokens."""
-        cache = cache_tensors(self.text, length)
-        return {"tokens": torch.zeros((1, tokens), dtype=torch.int32), "kv_cache": cache}
-
-    def tables(self) -> tuple[Table, ...]:
-        """None: the decoder looks tokens up itself."""
-        return ()
-
-    def canonical(self, name: str) -> str | None:
-        """The text model's name of checkpoint tensor `name`; None for frequencies that old versions stored."""
-        if name.endswith("rotary_emb.inv_freq"):
-            return None
-        return text_name(name)
 
 
 ARCHITECTURE = Plain

@@ -10,14 +10,17 @@ already there spares the graph many reshapes.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from pipeline.export.export import Outputs
+from pipeline.checkpoint.names import EMBEDDING, text_name
+from pipeline.export.export import Inputs, Outputs
 from pipeline.export.operators import Linear, linear, matmul, normalise, update, window
 from pipeline.export.repeat import State
 
@@ -25,6 +28,9 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 # Far below any score (queries and keys are normalised, so scores stay within ± head size × the norms' weights), yet
 # finite: a row with nothing to attend to must not become NaN.
 MASKED = -1e9
+_OWN_KV = re.compile(r"layers\.(\d+)\.self_attn\.(k_proj|v_proj|k_norm|v_norm)\.")
+TOWERS = re.compile(r"(model\.)?(vision_tower|audio_tower|embed_vision|embed_audio)\.")
+"""What models that also see or hear have beside the text model."""
 
 
 class Config(Protocol):
@@ -106,6 +112,26 @@ class Rotation:
 
 
 torch.export.register_dataclass(Rotation)
+
+
+def gelu(x: Tensor) -> Tensor:
+    """GELU by its tanh formula, the activation of all Gemma models."""
+    return functional.gelu(x, approximate="tanh")
+
+
+class GatedMLP(nn.Module):
+    """down(activation(gate x) · up x). [B, S, 1, H] → [B, S, 1, H], in between `width` wide."""
+
+    def __init__(self, size: int, width: int, activation: Callable[[Tensor], Tensor], *, bias: bool = False) -> None:
+        super().__init__()
+        self.activation = activation
+        self.gate_proj = Linear(size, width, bias=bias)
+        self.up_proj = Linear(size, width, bias=bias)
+        self.down_proj = Linear(width, size, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        product: Tensor = self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+        return product
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
@@ -441,11 +467,66 @@ class Table:
     shape: tuple[int, ...]
 
 
-def tensor_shapes(step: Callable[[], StepGraph]) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the text model in the graph that `step` makes: canonical name → shape. They take no memory."""
-    with torch.device("meta"):
-        state = step().state_dict()
-    return {name.removeprefix("model."): tuple(tensor.shape) for name, tensor in state.items()}
+Numbers = TypeVar("Numbers", bound=Config)
+
+
+class PerLayer(Config, Protocol):
+    """The numbers of a model with an embedding per layer: rows of L · P numbers, `hidden_size_per_layer_input` each."""
+
+    @property
+    def hidden_size_per_layer_input(self) -> int: ...
+
+
+def embedding_tables(text: PerLayer) -> tuple[Table, Table]:
+    """The sections in which LiteRT-LM looks tokens up for a model with an embedding per layer."""
+    own = text.hidden_size_per_layer_input
+    return (
+        Table("embedder", EMBEDDING, text.hidden_size**0.5, (text.hidden_size,)),
+        Table("per_layer_embedder", "embed_tokens_per_layer.weight", own**0.5, (text.num_hidden_layers, own)),
+    )
+
+
+class TextFamily(Generic[Numbers]):
+    """What the `Architecture`s of all families do alike, from their numbers `text` and the graphs that they make."""
+
+    text: Numbers
+    left_out = TOWERS
+    """The tensors of a checkpoint that its text model knowingly leaves out, by their beginning."""
+
+    def step(self, *, all_positions: bool = False) -> StepGraph:
+        """The step graph, its weights still to be assigned."""
+        raise NotImplementedError
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor of the text model: canonical name → shape. They take no memory."""
+        with torch.device("meta"):
+            state = self.step().state_dict()
+        return {name.removeprefix("model."): tuple(tensor.shape) for name, tensor in state.items()}
+
+    def tables(self) -> tuple[Table, ...]:
+        """The sections that LiteRT-LM looks tokens up in; none: the decoder looks them up itself."""
+        return ()
+
+    def decoder_inputs(self, tokens: int, length: int) -> Inputs:
+        """Examples of what the decoder graph takes beside `input_pos` and `mask`, for `tokens` tokens."""
+        given: Inputs = {
+            f"{table.name.removesuffix('embedder')}embeddings": torch.zeros(1, tokens, *table.shape)
+            for table in self.tables()
+        }
+        given = given or {"tokens": torch.zeros((1, tokens), dtype=torch.int32)}
+        return {**given, "kv_cache": cache_tensors(self.text, length)}
+
+    def canonical(self, name: str) -> str | None:
+        """The text model's name of checkpoint tensor `name`.
+
+        None for what it leaves out, and for keys and values of layers that share another layer's.
+        """
+        if self.left_out.match(name):
+            return None
+        own = text_name(name)
+        match = _OWN_KV.match(own)
+        layer = int(match[1]) if match else self.text.num_hidden_layers
+        return None if layer < self.text.num_hidden_layers and self.text.kv_source(layer) != layer else own
 
 
 def cache_tensors(config: Config, length: int) -> dict[str, Tensor]:

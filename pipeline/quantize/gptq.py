@@ -31,6 +31,7 @@ from scipy.linalg.lapack import dtrtri
 from threadpoolctl import threadpool_limits
 
 from pipeline.core import parallel
+from pipeline.core.errors import QuantiseError
 from pipeline.quantize.hadamard import rotate_both
 from pipeline.quantize.hessians import INDEX
 from pipeline.tflite.graph import Origin
@@ -71,6 +72,17 @@ class Factor:
         backwards = wide[np.ix_(order[::-1], order[::-1])].T
         inverse = dtrtri(cholesky(backwards, lower=True, overwrite_a=True), lower=1, overwrite_c=1)[0]
         return cls(order, np.ascontiguousarray(inverse.T[::-1, ::-1]).T)
+
+
+def _factor(hessian: Array, file: Path) -> Factor:
+    try:
+        return Factor.of(hessian)
+    except (np.linalg.LinAlgError, ValueError) as error:  # the latter where a value is not finite
+        raise QuantiseError(
+            f"the Hessian in {file} can't be factored: {error}",
+            cause="the model gives no finite numbers on the calibration text, or the file was damaged",
+            remedy="look at the reference (`make golden`), or round without it: gptq = false in the recipe",
+        ) from error
 
 
 _Key = tuple[str, int, int, int, bytes]
@@ -216,5 +228,5 @@ class Hessians:
                 if rotation > 1:
                     part = rotate_both(part, rotation)
                 kept = slice(low - first, high - first)
-                factors.append(Factor.of(part[kept, kept]))
+                factors.append(_factor(part[kept, kept], self.folder / file))
         return factors

@@ -17,7 +17,7 @@ from pipeline.checkpoint.source import Source
 from pipeline.core import log
 from pipeline.core.errors import FetchError, UsageError
 from pipeline.core.graph import folder_name
-from pipeline.core.manifest import describe, dump_json
+from pipeline.core.manifest import Known, describe, dump_json
 from pipeline.core.recipe import PROJECT
 from pipeline.release import download
 from pipeline.release.hub import Hub, Repository
@@ -61,9 +61,9 @@ class Folder:
         inside = file.is_relative_to(PROJECT) and target.resolve().is_relative_to(PROJECT)
         target.symlink_to(os.path.relpath(file, target.parent.resolve()) if inside else file)
 
-    def revision(self, names: Iterable[str]) -> str:
-        """A hash over names, sizes and contents of files."""
-        records = [vars(record) for record in describe([self.folder / name for name in names], self.folder)]
+    def revision(self, names: Iterable[str], known: Known) -> str:
+        """A hash over names, sizes and contents of files, of which those that are `known` are not read again."""
+        records = [vars(record) for record in describe([self.folder / name for name in names], self.folder, known)]
         return hashlib.sha256(dump_json(records).encode()).hexdigest()
 
     def card(self, model: str) -> Mapping[str, object] | None:
@@ -114,9 +114,9 @@ class OnHub:
         except OSError:  # a file system without hard links: a kill from here on costs this file
             file.replace(target)
 
-    def revision(self, names: Iterable[str]) -> str:
+    def revision(self, names: Iterable[str], known: Known) -> str:
         """The commit."""
-        del names
+        del names, known
         return self.repository.revision
 
     def card(self, model: str) -> Mapping[str, object] | None:

@@ -35,3 +35,16 @@ class Build:
         """What verify says of a bundle."""
         found: dict[str, Any] = self.read("verify/report.json")["bundles"][f"bundle-{precision}"]
         return found
+
+    def check_fp32(self) -> None:
+        """The bundle's decoder is the reference, whole and through the cache."""
+        found = self.bundle("fp32")
+        for scores in (found["against_reference"], found["against_cached"]):
+            assert scores["nmse_max"] <= 1e-6 and scores["top1"]["value"] == 1
+
+    def check_runtime(self) -> None:
+        """LiteRT-LM reads, renders and says what transformers does."""
+        found = self.bundle("fp32")
+        assert found["token_ids"]["total"] >= 1000 and found["token_ids"]["wrong"] == 0
+        assert found["prompts"]["total"] >= 10 and found["prompts"]["wrong"] == 0
+        assert found["greedy"]["same"] + found["greedy"]["ties"] == len(found["greedy"]["rows"]) == 16

@@ -32,16 +32,12 @@ def test_every_check_passes(built: Build) -> None:
 
 
 def test_fp32_is_exact_through_the_cache(built: Build) -> None:
-    found = built.bundle("fp32")
-    for scores in (found["against_reference"], found["against_cached"]):
-        assert scores["nmse_max"] <= 1e-6 and scores["top1"]["value"] == 1
+    built.check_fp32()
 
 
 def test_litert_lm_reads_and_says_what_hugging_face_does(built: Build) -> None:
+    built.check_runtime()
     found = built.bundle("fp32")
-    assert found["token_ids"]["total"] >= 1000 and found["token_ids"]["wrong"] == 0
-    assert found["prompts"]["total"] >= 10 and found["prompts"]["wrong"] == 0
-    assert found["greedy"]["same"] + found["greedy"]["ties"] == len(found["greedy"]["rows"]) == 16
     assert found["scored"] > 0 and found["score_error"] <= 5e-3
 
 

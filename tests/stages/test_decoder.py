@@ -15,14 +15,13 @@ import geometry
 import numpy as np
 import pytest
 import torch
-from geometry import BUNDLE
+from exact import bundles, exact_in_files, in_pytorch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from line import CAP, Line
 from small_graph import bytes_by_type
 from transformers import Gemma3ForCausalLM, Gemma3nForCausalLM
 
-from pipeline.checkpoint.names import HEAD
 from pipeline.checkpoint.reader import open_checkpoint
 from pipeline.core.recipe import DECODER, STEP, Bundle, load
 from pipeline.judge import gates
@@ -32,20 +31,10 @@ from pipeline.judge.kv_cache import Trace
 from pipeline.judge.reference import Head, Reference
 from pipeline.models import architecture_for, build, gemma3n, transformer
 from pipeline.models.gemma3n import Gemma3nDecoder, TextConfig
-from pipeline.quantize import rows
 from pipeline.runtime.litert import StepModel
 from pipeline.tflite.graph import Graph
 
 WINDOWS = (2, 5, 16)  # the first two are shorter than the prefill
-bundles = st.builds(
-    Bundle,
-    cache_length=st.sampled_from([90, 160, 700]),
-    prefill=st.sampled_from([(1,), (8,), (3, 20), (33, 5)]),
-    precisions=st.just(("fp32",)),
-    decode=st.just(12),
-    prompts=st.just(1),
-    continuation=st.just(1),
-)
 quickly = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 once = settings(  # a conversion takes many seconds: the same ones each time, drawn once
     max_examples=3,
@@ -54,16 +43,6 @@ once = settings(  # a conversion takes many seconds: the same ones each time, dr
     phases=[Phase.generate],
     suppress_health_check=list(HealthCheck),
 )
-
-
-def in_pytorch(model: Any, bundle: Bundle) -> Callable[[Trace], cache.Logits]:
-    """Our modules with the weights of Hugging Face's `model`."""
-    config = model.config.to_dict()
-    architecture = architecture_for(config)
-    named = {architecture.canonical(name): tensor for name, tensor in model.state_dict().items()}
-    return geometry.in_pytorch(
-        config, {name: tensor for name, tensor in named.items() if name not in (None, HEAD)}, bundle
-    )
 
 
 @quickly
@@ -80,21 +59,6 @@ def test_every_gemma3_conversation_is_exact_in_pytorch(drawn: dict[str, Any], bu
     model = geometry.reference(drawn, seed, Gemma3ForCausalLM)
     result = geometry.compare_conversations(in_pytorch(model, bundle), model, bundle, seed)
     assert result.nmse <= 1e-6 and result.top1 == 1, (result, drawn)
-
-
-def exact_in_files(model: Any, folder: Path, seed: int, drawn: dict[str, Any]) -> None:
-    sections = geometry.convert_decoder(geometry.save(model, folder / "checkpoint"), BUNDLE, folder)
-    views, head = Graph.read(sections / DECODER).views(), rows.keeper(["head"])
-    layers = [
-        [rows.layer_name(view, operator) for operator in view.operators() if view.code(operator) == rows.LINEAR]
-        for view in views
-    ]
-    # recipes find it, in `decode` alone, whatever the converter calls it
-    assert sorted(sum(map(head, names)) for names in layers) == [*[0] * len(BUNDLE.prefill), 1]
-    for xnnpack in (True, False):
-        play = geometry.in_file(sections, xnnpack=xnnpack)
-        result = geometry.compare_conversations(play, model, BUNDLE, seed)
-        assert result.nmse <= 1e-9 and result.top1 == 1, (xnnpack, result, drawn)
 
 
 @once

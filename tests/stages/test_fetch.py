@@ -259,9 +259,11 @@ def test_folder_has_no_revision(model: Files, run: Run, tmp_path: Path) -> None:
     assert "it has no revisions" in run.text
 
 
-def test_shipped_model(run: Run) -> None:
-    folder = PROJECT / stage.DEFAULT_MODEL
+def test_shipped_model(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, hashed, right = PROJECT / stage.DEFAULT_MODEL, list[str](), manifest.FileRecord.of
+    monkeypatch.setattr(manifest.FileRecord, "of", lambda file, *more: hashed.append(file.name) or right(file, *more))
     assert run(str(folder)) == 0, run.text
+    assert hashed.count("model.safetensors") == 1, "for the revision, and known when the results are listed"
     made = manifest.read(run.artifacts / folder.name / "fetch")
     assert made.facts["model_type"] == "gemma3n_text"
     stored = load_file(folder / "model.safetensors")

@@ -11,12 +11,10 @@ import geometry
 import numpy as np
 import pytest
 import torch
+from exact import all_exact_in_files, bundles, exact_in_pytorch, worst
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from test_decoder import bundles, exact_in_files, in_pytorch
-from test_models import check_names, eager
-from test_plain import worst
 from transformers import Gemma4Config, Gemma4ForConditionalGeneration, Gemma4TextConfig, Gemma4UnifiedTextConfig
 
 from pipeline.checkpoint import names
@@ -27,7 +25,6 @@ from pipeline.models import architecture_for, gemma4
 from pipeline.models.gemma4 import TextConfig
 from pipeline.models.transformer import FULL, SLIDING
 from pipeline.reference import streaming
-from pipeline.runtime.litert import StepModel
 
 quickly = settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 SMALL = {
@@ -65,20 +62,12 @@ E2B, UNIFIED = IN_FILES
 @given(drawn=geometry.gemma4_geometries(), bundle=bundles, seed=st.integers(0, 999))
 def test_every_geometry_is_exact_in_pytorch(drawn: dict[str, Any], bundle: Bundle, seed: int) -> None:
     model = geometry.gemma4_reference(drawn, seed)
-    check_names(model)
-    whole = geometry.compare_on_grid(eager(model), model, batches=(1, 3), sequences=(1, 7, 40))
-    cached = geometry.compare_conversations(in_pytorch(model, bundle), model, bundle, seed)
-    for result in (whole, cached):
-        assert result.nmse <= 1e-6 and result.top1 == 1, (result, drawn)  # the gate of the recipe
+    exact_in_pytorch(model, bundle, seed, drawn)
 
 
 @pytest.mark.parametrize("name", IN_FILES)
 def test_it_is_exact_in_the_files(name: str, tmp_path: Path) -> None:
-    model = geometry.gemma4_reference({**SMALL, **IN_FILES[name]}, 3)
-    exact_in_files(model, tmp_path, 3, {})
-    step = StepModel(geometry.convert(tmp_path / "checkpoint", tmp_path / "step.tflite"))
-    result = geometry.compare_on_grid(step, model, batches=(1, 3), sequences=(1, 17, 128))
-    assert result.nmse <= 1e-9 and result.top1 == 1, result
+    all_exact_in_files(geometry.gemma4_reference({**SMALL, **IN_FILES[name]}, 3), tmp_path)
 
 
 @pytest.fixture(scope="module")

@@ -9,27 +9,17 @@ from typing import Any
 import geometry
 import pytest
 import torch
+from exact import check_names, eager
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
-from pipeline.checkpoint.names import HEAD
 from pipeline.core.errors import ExportError, FetchError
 from pipeline.core.recipe import PROJECT, load
 from pipeline.core.stage import DEFAULT_RECIPE
 from pipeline.export import export
 from pipeline.models import MODELS, architecture_for, gemma3
 from pipeline.models.gemma3n import ARCHITECTURE, TextConfig
-
-
-def eager(model: Any) -> geometry.Eager:
-    """The step graph with the weights of Hugging Face's `model`."""
-    config = model.config.to_dict()
-    architecture = architecture_for(config)
-    module = architecture.step()
-    named = {architecture.canonical(name): tensor for name, tensor in model.state_dict().items()}
-    module.model.load_state_dict({name: tensor for name, tensor in named.items() if name not in (None, HEAD)})
-    return geometry.Eager(module)
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -59,15 +49,6 @@ def test_tensor_names_and_shapes_are_the_checkpoints(drawn: dict[str, Any]) -> N
 @given(drawn=geometry.gemma3_geometries())
 def test_gemma3_tensor_names_and_shapes_are_the_checkpoints(drawn: dict[str, Any]) -> None:
     check_names(geometry.reference(drawn, 0, Gemma3ForCausalLM))
-
-
-def check_names(model: Any) -> None:
-    config = model.config.to_dict()
-    architecture = architecture_for(config)
-    stored = {architecture.canonical(name): tuple(t.shape) for name, t in model.state_dict().items()}
-    for left_out in (None, HEAD):
-        stored.pop(left_out, None)
-    assert stored == architecture.tensors()
 
 
 def test_every_architecture_in_the_folder_is_listed() -> None:

@@ -11,15 +11,13 @@ from typing import Any
 import geometry
 import pytest
 import torch
-from geometry import BUNDLE
+from exact import all_exact_in_files, bundles, exact_in_pytorch, worst
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_decoder import bundles, exact_in_files, in_pytorch
-from test_models import check_names, eager
 
 from pipeline.core.errors import FetchError
 from pipeline.core.recipe import Bundle
-from pipeline.models import architecture_for, plain
+from pipeline.models import architecture_for, plain, transformer
 from pipeline.models.plain import TextConfig
 from pipeline.models.transformer import FULL
 from pipeline.runtime.litert import StepModel
@@ -60,20 +58,12 @@ IN_FILES: dict[str, dict[str, Any]] = {
 @given(drawn=geometry.plain_geometries(), bundle=bundles, seed=st.integers(0, 999))
 def test_every_geometry_is_exact_in_pytorch(drawn: dict[str, Any], bundle: Bundle, seed: int) -> None:
     model = geometry.plain_reference(drawn, seed)
-    check_names(model)
-    whole = geometry.compare_on_grid(eager(model), model, batches=(1, 3), sequences=(1, 7, 40))
-    cached = geometry.compare_conversations(in_pytorch(model, bundle), model, bundle, seed)
-    for result in (whole, cached):
-        assert result.nmse <= 1e-6 and result.top1 == 1, (result, drawn)  # the gate of the recipe
+    exact_in_pytorch(model, bundle, seed, drawn)
 
 
 @pytest.mark.parametrize("name", IN_FILES)
 def test_it_is_exact_in_the_files(name: str, tmp_path: Path) -> None:
-    model = geometry.plain_reference({**SMALL, **IN_FILES[name]}, 3)
-    exact_in_files(model, tmp_path, 3, {})
-    step = StepModel(geometry.convert(tmp_path / "checkpoint", tmp_path / "step.tflite"))
-    result = geometry.compare_on_grid(step, model, batches=(1, 3), sequences=(1, 17, 128))
-    assert result.nmse <= 1e-9 and result.top1 == 1, result
+    all_exact_in_files(geometry.plain_reference({**SMALL, **IN_FILES[name]}, 3), tmp_path)
 
 
 Judge = Callable[[], float]
@@ -83,13 +73,6 @@ Judge = Callable[[], float]
 def models() -> dict[str, Any]:
     """A model of each kind, by name."""
     return {name: geometry.plain_reference({**SMALL, **drawn}, 5) for name, drawn in IN_FILES.items()}
-
-
-def worst(model: Any) -> float:
-    """The worse NMSE of whole prompts and of the cache."""
-    whole = geometry.compare_on_grid(eager(model), model, batches=(2,), sequences=(40, 90))
-    cached = geometry.compare_conversations(in_pytorch(model, BUNDLE), model, BUNDLE, 5)
-    return min(whole.nmse, cached.nmse)
 
 
 @pytest.mark.parametrize("name", IN_FILES)
@@ -130,14 +113,14 @@ def test_a_dropped_part_is_red(
     what: str, name: str, part: str, models: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module, kind = part.split(".")
-    block: Any = plain.MLP if module == "down_proj" else plain.Attention
+    block: Any = transformer.GatedMLP if module == "down_proj" else plain.Attention
     made = block.__init__
 
     def neutral(owner: torch.nn.Module, _keys: Any) -> None:
         getattr(owner, kind).data.fill_(float(kind == "weight"))
 
-    def without(self: Any, *about: Any) -> None:
-        made(self, *about)
+    def without(self: Any, *about: Any, **options: Any) -> None:
+        made(self, *about, **options)
         getattr(self, module).register_load_state_dict_post_hook(neutral)
 
     monkeypatch.setattr(block, "__init__", without)

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from pipeline.core.errors import QuantiseError
 from pipeline.quantize import blockwise, gptq, hessians
 from pipeline.quantize import rows as quantize
 from pipeline.tflite.graph import Origin
@@ -182,3 +183,14 @@ def test_int8_rows_and_4_bit_blocks_are_rounded_by_it(tmp_path: Path) -> None:
         ),
     ):
         assert error(made, scale, values, h) < 0.7 * error(plain, scale, values, h)
+
+
+@pytest.mark.parametrize("value", [3.0, np.nan])
+def test_a_hessian_that_is_none_ends_quantisation_with_its_file(tmp_path: Path, value: float) -> None:
+    """A model that gives no finite numbers on the calibration text is no defect of the project (exit code 1)."""
+    np.save(tmp_path / "q.npy", np.array([[[1.0, value], [value, 1.0]]]))
+    (tmp_path / hessians.INDEX).write_text(json.dumps({"q.weight": "q.npy"}))
+    rounding = gptq.Hessians(tmp_path).rounding()(Origin("q.weight"), 2)
+    assert rounding
+    with pytest.raises(QuantiseError, match=r"q\.npy can't be factored"):
+        rounding.factors()

@@ -279,6 +279,15 @@ def test_a_file_that_is_what_it_was_is_read_once(tmp_path: Path, monkeypatch: py
     assert reads.count == 1
 
 
+def test_a_link_is_the_file_that_it_leads_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A local checkpoint is hashed for its revision, and as fetch's results: links."""
+    file, known, reads = old_file(tmp_path), manifest.Known(tmp_path), Reads(monkeypatch)
+    (tmp_path / "link").symlink_to(file)
+    (record,) = manifest.describe([file], tmp_path, known)
+    (linked,) = manifest.describe([tmp_path / "link"], tmp_path, known)
+    assert reads.count == 1 and linked.sha256 == record.sha256 and linked.path == "link"
+
+
 @pytest.mark.parametrize("how", ["in place", "by rename", "with its old time"])
 def test_a_known_file_that_was_changed_is_found(tmp_path: Path, how: str) -> None:
     file = old_file(tmp_path)

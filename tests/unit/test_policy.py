@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import sys
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -295,6 +297,38 @@ def test_builder_sees_listed_files_only() -> None:
     rules = [rule for rule in rules if rule and not rule.startswith("#")]
     assert rules[0] == "*"
     assert not [rule for rule in rules if rule.startswith("!") and re.search(r"git|artifacts|venv|tests|^!\*", rule)]
+
+
+def test_what_the_image_copies_is_there_and_let_through() -> None:
+    """`COPY LICENSE*` is content with nothing."""
+    rules = (PROJECT / ".dockerignore").read_text(encoding="utf-8").splitlines()
+    through = [rule.removeprefix("!") for rule in rules if rule.startswith("!")]
+    copied = [
+        word for row in re.findall(r"^COPY (?!--from)(.*) \S+$", dockerfile(), re.MULTILINE) for word in row.split()
+    ]
+    assert {"LICENSE", "README.md", "pipeline"} <= set(copied)
+    for name in copied:
+        assert (PROJECT / name).exists() and any(fnmatch(name, rule) for rule in through), name
+
+
+def test_plain_pytest_takes_two_files_of_one_name(tmp_path: Path) -> None:
+    """As tests/unit and tests/stages have them; without a mode that can, pytest ends at the second."""
+    (tmp_path / "pyproject.toml").write_bytes((PROJECT / "pyproject.toml").read_bytes())
+    for folder in ("unit", "stages"):
+        (tmp_path / "tests" / folder).mkdir(parents=True)
+        (tmp_path / "tests" / folder / "test_same.py").write_text("def test_it() -> None: ...\n")
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "2 tests collected" in done.stdout, done.stdout
+
+
+def test_no_test_takes_from_another() -> None:
+    """What they share stands in a file that is no test, or it would run twice and be found in neither."""
+    for file in sorted((PROJECT / "tests").rglob("*.py")):
+        taken = re.findall(
+            r"^\s*(?:from|import) (test_\w+)|(sys\.path)", file.read_text(encoding="utf-8"), re.MULTILINE
+        )
+        assert not taken, file
 
 
 def workflow_faults(text: str) -> list[str]:

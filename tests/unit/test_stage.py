@@ -123,6 +123,17 @@ def test_a_stage_leaves_its_files_a_run_record_and_a_manifest(run: Run, root: Pa
     assert 0 < seconds["processor_seconds"] <= sum(os.times()[:4])
 
 
+def test_a_stage_checks_and_records_the_files_that_it_reads_and_no_others(run: Run, root: Path) -> None:
+    """Bundle opens no weights of the checkpoint, so it does not hash them either."""
+    bundle = Stage(name="bundle", summary="packs", work=lambda _: Outcome(), needs_of=lambda *_: ("fetch",))
+    assert run(FETCH) == 0
+    (root / "fetch" / "checkpoint" / "weights.bin").write_bytes(b"others")
+    assert run(bundle) == 0
+    assert [record.path for record in manifest.read(root / "bundle").inputs] == ["fetch/note.txt"]
+    (root / "fetch" / "note.txt").write_text("others")
+    assert run(bundle) == 4
+
+
 def test_a_later_stage_inherits_the_model_and_records_what_it_read(run: Run, root: Path) -> None:
     assert (run(FIRST), run(SECOND)) == (0, 0)
     made = manifest.read(root / "second")
