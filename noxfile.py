@@ -250,7 +250,7 @@ def llama(session: nox.Session, folder: Path) -> tuple[Path, Path]:
 def browser(session: nox.Session) -> None:
     """The page and the reports in a real Chromium, which is installed where there is none: as root, on Debian.
 
-    `-- FILE` keeps the figures that were measured. Needs Node.js; the libraries come by web/package-lock.json.
+    `-- record` keeps what was measured, in bench/browser.json. Needs Node.js; libraries come by web/package-lock.json.
     """
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     if not chromium:
@@ -279,6 +279,9 @@ def browser(session: nox.Session) -> None:
     }
     tests = sorted(str(file) for file in (ROOT / "web" / "test").glob("*.test.mjs"))
     session.run("node", "--test", "--test-concurrency=1", "--test-timeout=600000", *tests, external=True, env=told)
+    if "record" in session.posargs:
+        version = str(session.run(str(chromium), "--version", external=True, silent=True)).split()[1]
+        python(session, "-m", "tools.browser", str(root), str(folder), "--record", version)
 
 
 @nox.session(venv_backend="none", default=False)

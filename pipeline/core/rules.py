@@ -212,6 +212,8 @@ def rules(request: Request) -> str:
     plan = root / ".inputs" / f"planned.{'-'.join(request.aims)}"
     steps = [f"{root}/{name}/{STEP}" for name in choice.judged]
     texts = [word for name in ("eval", "calibration", "base", "template") for word in _option(request, name)]
+    # Before anything else: without npm hours of work would end without a page.
+    libraries = f" {_LIBRARIES}" if any(STAGES[name].sources for name in request.planned) else ""
     lines = [
         "# Written by pipeline/core/rules.py.",
         "HASH := \\#",
@@ -223,7 +225,7 @@ def rules(request: Request) -> str:
         f"ON_HUB := {'yes' if request.online else ''}",
         f"MOUNTS := {_quoted(_mounts(request)) if request.docker else ''}",
         "",
-        f"{plan}: {' '.join(f'{root}/.inputs/{name}' for name in request.planned)} | $(READY)",
+        f"{plan}: {' '.join(f'{root}/.inputs/{name}' for name in request.planned)} | $(READY){libraries}",
         f"\t@$(call RUN,plan) -m pipeline.plan {_quoted(_plan_words(request))}",
         "\t@touch $@",
         "",
@@ -305,6 +307,11 @@ def _check_words(said: Mapping[str, str]) -> None:
         raise UsageError(f"IN={said['IN']} is unknown: leave it out, or IN=docker")
     if said["CONFIRM"] not in ("", "yes") or (said["CONFIRM"] and not said["HF_REPO"]):
         raise UsageError(f"CONFIRM={said['CONFIRM']} is unknown: CONFIRM=yes, together with HF_REPO=owner/name")
+    if said["IN"] and "page" in said["GOALS"].split():
+        raise UsageError(
+            "the container holds no page and no Node.js",
+            remedy="say it again without IN=docker, on what IN=docker made",
+        )
     if said["IN"] and said["SIGNS"]:
         raise UsageError(
             "the container neither signs nor checks signatures",

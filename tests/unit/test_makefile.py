@@ -248,6 +248,15 @@ def test_in_docker_what_talks_to_the_hub_has_a_network_and_the_token_by_name(tmp
     assert "--network none" in make("-n", "check", "IN=docker", f"FILES={tmp_path}").replace("\\\n", " ")
 
 
+def test_the_page_is_made_of_what_is_finished_with_libraries_before_all_else(finished: tuple[str, ...]) -> None:
+    assert planned("page", *finished) == ["page"]
+    plan = make("-n", "-W", "web/package-lock.json", "page", *finished)
+    assert 0 < plan.index("npm ci --prefix web") < plan.index("-m pipeline.plan") < plan.index("-m pipeline.page")
+    assert "npm" not in make("-n", "-W", "web/package-lock.json", "publish", *finished)
+    assert "-m pipeline.serve" in make("-n", "page", "SERVE=yes", *finished)
+    assert "the container holds no page" in refused("page", "IN=docker", *finished)
+
+
 def test_in_docker_paths_are_mounted_where_they_are(finished: tuple[str, ...], tmp_path: Path) -> None:
     (tmp_path / "out" / "tiny" / "fetch" / "manifest.json").unlink()
     plan = make("-n", "IN=docker", *finished)

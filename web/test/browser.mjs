@@ -41,7 +41,11 @@ export async function breaking(url, path) {
     let breaks = false;
     let come = 0;
     near.on("data", (bytes) => {
-      breaks ||= !broken && bytes.toString("latin1").includes(`GET /${path}`);
+      if (!broken && bytes.toString("latin1").includes(`GET /${path}`)) {
+        // Inside this answer, not before it: Chromium asks again by itself where nothing has come.
+        breaks = true;
+        come = 0;
+      }
       far.write(bytes);
     });
     far.on("data", (bytes) => {
