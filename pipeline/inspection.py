@@ -37,7 +37,7 @@ _SEED = 20251124
 
 def describe(file: Path, against: Path | None, biggest: int) -> dict[str, object]:
     """What is in `file`, and where it leaves `against`, as JSON; `biggest` constants are listed."""
-    found = contents.read(file)
+    content = contents.read(file)
     models = [
         {
             **asdict(model),
@@ -46,17 +46,17 @@ def describe(file: Path, against: Path | None, biggest: int) -> dict[str, object
             "weights": {kind: list(row) for kind, row in model.weights().items()},
             "bits_per_weight": model.bits_per_weight(),
         }
-        for model in found.models
+        for model in content.models
     ]
-    told: dict[str, object] = {**asdict(found), "models": models}
+    description: dict[str, object] = {**asdict(content), "models": models}
     if against:
-        where, samples = _samples(file, _vocabulary(found))
+        where, samples = _samples(file, _vocabulary(content))
         if file.name == against.name == DECODER:
             trace = sqnr.compare(Decoder(file), Decoder(against), samples[:_SPOKEN])
         else:
             trace = sqnr.trace(file, against, samples)
-        told["against"] = {"file": str(against), "text": where, **trace.facts(), "table": sqnr.table(trace)}
-    return told
+        description["against"] = {"file": str(against), "text": where, **trace.facts(), "table": sqnr.table(trace)}
+    return description
 
 
 class Decoder(sqnr.Running):

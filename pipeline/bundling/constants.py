@@ -39,8 +39,8 @@ def digests(files: Mapping[str, Path]) -> dict[str, list[dict[str, object]]]:
     Raises:
         BundleError: a bundle's header can't be read.
     """
-    found = {key: places(file) for key, file in files.items()}
-    with log.progress("hashing tensors", sum(item.size for items in found.values() for item in items)) as bar:
+    placed = {key: places(file) for key, file in files.items()}
+    with log.progress("hashing tensors", sum(item.size for items in placed.values() for item in items)) as bar:
 
         def hashed(file: Path, items: Sequence[Constant]) -> list[dict[str, object]]:
             def work(item: Constant) -> Constant:
@@ -50,7 +50,7 @@ def digests(files: Mapping[str, Path]) -> dict[str, list[dict[str, object]]]:
 
             return [asdict(item) for item in parallel.ordered(work, items)]
 
-        return {key: hashed(files[key], items) for key, items in found.items()}
+        return {key: hashed(files[key], items) for key, items in placed.items()}
 
 
 def places(file: Path) -> list[Constant]:

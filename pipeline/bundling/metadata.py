@@ -96,32 +96,32 @@ def describe(
         BundleError: LiteRT-LM has no such model type, the template fails, or a token is not in the vocabulary.
     """
     source = template_source(tokenizer.chat_template)
-    told = runtime(source)
+    family = runtime(source)
     known = llm_model_type_pb2.LlmModelType.DESCRIPTOR.fields_by_name
-    if told.type not in known:
-        raise BundleError(f"LiteRT-LM has no model type {told.type!r}", remedy=f"use one of {', '.join(known)}")
+    if family.type not in known:
+        raise BundleError(f"LiteRT-LM has no model type {family.type!r}", remedy=f"use one of {', '.join(known)}")
     generation, config = (_read_json(checkpoint / name) for name in ("generation_config.json", "config.json"))
-    chat = template.prepare(source, tokenizer, told.type) if source else None
-    tools = told.tools and bool(re.search(r"\btools\b", source))
+    chat = template.prepare(source, tokenizer, family.type) if source else None
+    tools = family.tools and bool(re.search(r"\btools\b", source))
     begins = chat.starts_with_bos if chat else prompts_begin_with_bos(tokenizer)
     stop = {*stop_tokens(generation, config, tokenizer)}
     if chat and not set(tokenizer(ending := turn_end(tokenizer), add_special_tokens=False)["input_ids"]) & stop:
         log.warn(f"an answer ends with {ending!r} in the chat template, which is no token: only eos ends one")
-    if tools and told.response and (token := tokenizer.backend_tokenizer.token_to_id(told.response)) is not None:
+    if tools and family.response and (token := tokenizer.backend_tokenizer.token_to_id(family.response)) is not None:
         stop.add(token)
     _check_tokens(stop, "stop token", vocabulary)
     if chat:
         _check_tokens(_prompt_tokens(source, tokenizer), "token of the chat template", vocabulary)
     return Metadata(
-        model_type=told.type,
+        model_type=family.type,
         sections=sections,
         start=tokenizer.bos_token_id if begins else None,
         stop=tuple(sorted(stop)),
         max_tokens=max_tokens,
         chat_template=chat.source if chat else "",
-        thoughts=told.thoughts if told.thoughts and told.thoughts[1].strip() in source else None,
+        thoughts=family.thoughts if family.thoughts and family.thoughts[1].strip() in source else None,
         tools=tools,
-        calls=told.calls if tools else {},
+        calls=family.calls if tools else {},
         sampler=_sampler(generation, vocabulary),
         remarks=_remarks(generation, chat),
     )

@@ -223,7 +223,7 @@ def changes(
         raise _misfit(adapter, where, f"{whole[0]} is stored as 4-bit integers there, which an adapter can't change")
     stored = {canonical(name): name for name in base}
     tied = HEAD not in stored
-    found: dict[str, list[Part]] = {}
+    parts_of: dict[str, list[Part]] = {}
     left_out: list[str] = []
     modules = _modules(adapter)
     # The head after all else, as PEFT walks through a model: tied, both may change the same matrix.
@@ -236,12 +236,12 @@ def changes(
         if target not in (*stored, HEAD):
             raise _misfit(adapter, where, f"that has no {module}")
         if tied and own and target in (EMBEDDING, HEAD):
-            found.setdefault(HEAD, [])
+            parts_of.setdefault(HEAD, [])
         if tied and not own and target == HEAD:
             target = EMBEDDING  # one matrix, changed in place
-        found.setdefault(target, []).extend(_parts(adapter, module, modules[module]))
+        parts_of.setdefault(target, []).extend(_parts(adapter, module, modules[module]))
     changed = {}
-    for target, parts in found.items():
+    for target, parts in parts_of.items():
         parts.sort(key=lambda part: "whole" not in part.names)  # loaded before anything is merged
         name = stored.get(target, HEAD)
         begins = stored[EMBEDDING] if target == HEAD and tied else name

@@ -167,19 +167,19 @@ def _report_unexpected(error: Exception) -> int:
     full = code in (errno.ENOSPC, errno.EDQUOT)
     if full or isinstance(error, MemoryError) or code == errno.ENOMEM:
         what = "the disk is full" if full else "there is not enough memory"
-        found: PipelineError = ResourceError(
+        reported: PipelineError = ResourceError(
             what, remedy="free some and run the same command again; finished stages are kept"
         )
     else:
         traceback.print_exception(error)
-        found = PipelineError(
+        reported = PipelineError(
             f"unexpected {type(error).__name__}: {error}",
             cause="a defect of this program, or of the machine",
             remedy="report it with all that is printed above",
         )
-    for text in found.lines():
+    for text in reported.lines():
         log.line(text)
-    return found.exit_code
+    return reported.exit_code
 
 
 def _run(stage: Stage, common: Common, options: Options) -> None:

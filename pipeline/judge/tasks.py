@@ -97,15 +97,15 @@ def answers(texts: Sequence[str], items: Sequence[Item]) -> Answers:
     said = [_plain(text) for text in texts]
     right = [[_plain(text) for text in item.references] for item in items]
     exact = [text in references for text, references in zip(said, right, strict=True)]
-    found = {"exact": np.array([[float(hit), 1.0] for hit in exact])}
+    statistics = {"exact": np.array([[float(hit), 1.0] for hit in exact])}
     score: dict[str, Callable[[NDArray[np.float64]], float]] = {"exact": lambda sums: float(100 * sums[0] / sums[1])}
     streams = cast("list[list[str]]", _streams(right))  # None is no reference, which sacrebleu's types don't say
     for name, metric in _sacrebleu().items():
-        found[name] = np.array(metric._extract_corpus_statistics(said, streams), np.float64)
+        statistics[name] = np.array(metric._extract_corpus_statistics(said, streams), np.float64)
         score[name] = lambda sums, metric=metric: float(  # type: ignore[misc]  # the default binds this turn's metric
             metric._compute_score_from_stats([int(count) for count in sums]).score
         )
-    return Answers(statistics=found, score=score)
+    return Answers(statistics=statistics, score=score)
 
 
 def _sacrebleu() -> dict[str, Metric]:

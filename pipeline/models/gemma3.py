@@ -68,7 +68,7 @@ class TextConfig:
         layers = text.get("num_hidden_layers", 26)
         pattern = int(text.get("sliding_window_pattern", text.get("_sliding_window_pattern", 6)))
         default_types = [SLIDING if (i + 1) % pattern else FULL for i in range(layers)]
-        made = cls(
+        numbers = cls(
             vocab_size=text.get("vocab_size", 262_208),
             hidden_size=text.get("hidden_size", 2304),
             intermediate_size=text.get("intermediate_size", 9216),
@@ -84,8 +84,8 @@ class TextConfig:
             rope={kind: _rope(text, kind) for kind in (FULL, SLIDING)},
             final_logit_softcapping=text.get("final_logit_softcapping"),
         )
-        _refuse_unknown(text, made)
-        return made
+        _refuse_unknown(text, numbers)
+        return numbers
 
     def kv_source(self, layer: int) -> int:
         """`layer`: every layer has its own keys and values."""

@@ -83,7 +83,7 @@ class TextConfig:
         sparsity = text.get("activation_sparsity_pattern")
         if sparsity is None:
             sparsity = [0.95] * sparse + [0.0] * (layers - sparse)
-        made = cls(
+        numbers = cls(
             vocab_size=text.get("vocab_size", 262_400),
             vocab_size_per_layer_input=text.get("vocab_size_per_layer_input", 262_144),
             hidden_size=text.get("hidden_size", 2048),
@@ -106,8 +106,8 @@ class TextConfig:
             laurel_rank=text.get("laurel_rank", 64),
             activation_sparsity_pattern=tuple(sparsity),
         )
-        _refuse_unknown(text, made)
-        return made
+        _refuse_unknown(text, numbers)
+        return numbers
 
     def kv_source(self, layer: int) -> int:
         """The layer whose keys and values `layer` attends to: itself, or the last unshared layer of its type."""

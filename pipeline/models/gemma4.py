@@ -104,7 +104,7 @@ class TextConfig:
         types = list(text.get("layer_types") or [SLIDING if (i + 1) % 6 else FULL for i in range(layers)])
         types[-1:] = [FULL]  # as transformers has it, whatever is said
         heads = _heads(text, types)
-        made = cls(
+        numbers = cls(
             vocab_size=text.get("vocab_size", 262_144),
             vocab_size_per_layer_input=text.get("vocab_size_per_layer_input", 262_144),
             hidden_size=text.get("hidden_size", 2304),
@@ -123,8 +123,8 @@ class TextConfig:
             num_kv_shared_layers=text.get("num_kv_shared_layers", 0),
             use_double_wide_mlp=text.get("use_double_wide_mlp", False),
         )
-        _refuse_layers(made)
-        return made
+        _refuse_layers(numbers)
+        return numbers
 
     def kv_source(self, layer: int) -> int:
         """The layer whose keys and values `layer` attends to: itself, or the last unshared layer of its type."""
@@ -155,18 +155,18 @@ def _heads(text: Mapping[str, Any], types: list[str]) -> dict[str, tuple[int, in
         full["num_key_value_heads"] = text["num_global_key_value_heads"]
     table = text.get("per_layer_config")
     layers = {int(layer): own for layer, own in (table or {}).items()}  # `05` where there are more than ten
-    found: dict[str, tuple[int, int]] = {}
+    heads: dict[str, tuple[int, int]] = {}
     for layer, kind in enumerate(types):
         own = (full if kind == FULL else {}) if table is None else layers.get(layer, {})
         if strange := own.keys() - common.keys():
             raise FetchError(f"per_layer_config with {strange.pop()!r} of layer {layer} is not supported")
         said = {**common, **own}
         shape = int(said["num_key_value_heads"]), int(said["head_dim"])
-        if found.setdefault(kind, shape) != shape:
+        if heads.setdefault(kind, shape) != shape:
             raise FetchError(
-                f"config.json gives layers of type {kind} different heads (number, size): {found[kind]} and {shape}"
+                f"config.json gives layers of type {kind} different heads (number, size): {heads[kind]} and {shape}"
             )
-    return {kind: found[kind] for kind in (FULL, SLIDING) if kind in found}
+    return {kind: heads[kind] for kind in (FULL, SLIDING) if kind in heads}
 
 
 def _frequencies(text: Mapping[str, Any], kind: str, size: int) -> tuple[float, ...]:

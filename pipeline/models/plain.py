@@ -101,23 +101,23 @@ class TextConfig:
         """
         _refuse_unknown(config)
         family = FAMILIES[config["model_type"]]
-        said = {**_DEFAULTS, **config}
-        heads, layers = said["num_attention_heads"], said["num_hidden_layers"]
-        size = said.get("head_dim") or family.head_dim or said["hidden_size"] // heads
-        bias = said.get("attention_bias", False)
-        frequencies, scale = _rope(said, size)
+        values = {**_DEFAULTS, **config}
+        heads, layers = values["num_attention_heads"], values["num_hidden_layers"]
+        size = values.get("head_dim") or family.head_dim or values["hidden_size"] // heads
+        bias = values.get("attention_bias", False)
+        frequencies, scale = _rope(values, size)
         return cls(
-            vocab_size=said["vocab_size"],
-            hidden_size=said["hidden_size"],
-            intermediate_size=said["intermediate_size"],
+            vocab_size=values["vocab_size"],
+            hidden_size=values["hidden_size"],
+            intermediate_size=values["intermediate_size"],
             num_hidden_layers=layers,
             num_attention_heads=heads,
-            num_key_value_heads=said.get("num_key_value_heads") or heads,
+            num_key_value_heads=values.get("num_key_value_heads") or heads,
             head_dim=size,
-            rms_norm_eps=said.get("rms_norm_eps", 1e-6),
+            rms_norm_eps=values.get("rms_norm_eps", 1e-6),
             qkv_bias=bias if family.qkv_bias is None else family.qkv_bias,
             o_bias=bias if family.o_bias is None else family.o_bias,
-            mlp_bias=said.get("mlp_bias", False),
+            mlp_bias=values.get("mlp_bias", False),
             qk_norm=family.qk_norm,
             frequencies=frequencies,
             rotary_scale=scale,

@@ -220,7 +220,7 @@ def make_cache_trace(reference: HuggingFace, documents: Sequence[str], recipe: R
     count, texts = kv_cache.texts(bundle, window), np.empty((0, window), np.int32)
     with log.progress("reference through the cache", 2 * tokens.size + count * window, "tokens") as bar:
         read = tokens[:, :-1]
-        made: dict[str, Tokens | Floats] = {
+        tensors: dict[str, Tokens | Floats] = {
             "tokens": tokens,
             "hidden": reference.hidden(read, np.ones_like(read), bar),
             "cached": reference.hidden_cached(read, bundle.decode, bar),
@@ -228,6 +228,6 @@ def make_cache_trace(reference: HuggingFace, documents: Sequence[str], recipe: R
         if count:
             texts = corpus.pack_windows(documents, reference.tokenize, bos=reference.bos, window=window, limit=count)
             told = texts[:, :-1]
-            made |= {"texts": texts, "states": reference.hidden(told, np.ones_like(told), bar)}
-    save_file(made, folder / "cache.safetensors")
+            tensors |= {"texts": texts, "states": reference.hidden(told, np.ones_like(told), bar)}
+    save_file(tensors, folder / "cache.safetensors")
     return CacheTrace(sliding_window=sliding, conversation=schedule.length, texts=len(texts))

@@ -104,15 +104,15 @@ class HuggingFace:
         _check_loaded(checkpoint, report)
         if streamed or packed:
             model.generation_config = _generation_config(checkpoint)
-        said = reading.read(opened)
+        conventions = reading.read(opened)
         return cls(
             model=model.eval() if streamed else model.eval().to(device),
-            tokenizer=said.tokenizer,
+            tokenizer=conventions.tokenizer,
             device=device,
-            bos=said.first,
-            begins=said.begins,
-            pad=said.pad,
-            stop=said.stop,
+            bos=conventions.first,
+            begins=conventions.begins,
+            pad=conventions.pad,
+            stop=conventions.stop,
         )
 
     @property

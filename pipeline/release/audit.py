@@ -94,15 +94,15 @@ def _check_manifests(folder: Path, models: Mapping[str, str], report: Judgement)
     stages = {file.stem: _read(file, parse) for file in sorted(folder.glob("*.json"))}
     if "verify" not in stages:
         _refuse("manifests/verify.json is missing")
-    if len({made.recipe_sha256 for made in stages.values()}) > 1:
+    if len({stage.recipe_sha256 for stage in stages.values()}) > 1:
         _refuse("the manifests are of different recipes")
     read = {record.sha256 for record in stages["verify"].inputs}
-    made = {record.path: record.sha256 for stage in stages.values() for record in stage.outputs}
+    sums = {record.path: record.sha256 for stage in stages.values() for record in stage.outputs}
     for name, digest in models.items():
-        if digest not in read & set(made.values()):
+        if digest not in read & set(sums.values()):
             _refuse(f"{name} is not listed in manifests/")
     judgement = dump_json({key: value for key, value in report.items() if key not in _MEASURED})
-    if hashlib.sha256(judgement.encode()).hexdigest() != made.get(f"verify/{JUDGEMENT}"):
+    if hashlib.sha256(judgement.encode()).hexdigest() != sums.get(f"verify/{JUDGEMENT}"):
         _refuse("report.json does not say what verify found")
 
 

@@ -98,25 +98,25 @@ def trace(bases: Sequence[str], read: Callable[[str], Mapping[str, object] | Non
 
     `read` gives the front matter of a model's card, or None where there is no such model or nobody may look.
     """
-    found: dict[str, Ancestor] = {}
+    ancestors: dict[str, Ancestor] = {}
     # Nearest first: the bases of a merge before the bases of those.
     waiting = list(bases)
-    while waiting and len(found) < _MOST_ANCESTORS:
+    while waiting and len(ancestors) < _MOST_ANCESTORS:
         model = waiting.pop(0)
         # Cards may name each other in a circle.
-        if model in found:
+        if model in ancestors:
             continue
         card = read(model)
-        said = _said(card or {})
-        found[model] = Ancestor(
+        claims = _said(card or {})
+        ancestors[model] = Ancestor(
             model=model,
             known=card is not None,
-            licence=said.licence,
-            base_models=said.base_models,
-            from_scratch=FROM_SCRATCH in said.tags,
+            licence=claims.licence,
+            base_models=claims.base_models,
+            from_scratch=FROM_SCRATCH in claims.tags,
         )
-        waiting += said.base_models
-    return tuple(found.values())
+        waiting += claims.base_models
+    return tuple(ancestors.values())
 
 
 def read_card(

@@ -88,9 +88,9 @@ def _refuse_missing(folder: Path, names: Iterable[str]) -> None:
 def _passed(file: Path, page: Path) -> Judgement:
     """The checks in `file`, all of them passed; `page` shows them to people."""
     try:
-        found: Judgement = json.loads(file.read_text(encoding="utf-8"))
-        failed = [_sentence(check) for check in found["checks"] if check["passed"] is not True]
-        passed = found["passed"] is True and bool(found["checks"])
+        judgement: Judgement = json.loads(file.read_text(encoding="utf-8"))
+        failed = [_sentence(check) for check in judgement["checks"] if check["passed"] is not True]
+        passed = judgement["passed"] is True and bool(judgement["checks"])
     except (ValueError, KeyError, TypeError) as error:
         raise PublishError(
             f"{file} can't be read: {error!r}",
@@ -103,7 +103,7 @@ def _passed(file: Path, page: Path) -> Judgement:
             cause="a file is not as good as the recipe demands",
             remedy=f"look at {page}, mend the cause, and run `make verify` again",
         )
-    return found
+    return judgement
 
 
 def release(folder: Path) -> Release:
@@ -243,7 +243,7 @@ def checks(judgement: Judgement, names: Mapping[str, str]) -> list[Check]:
     Raises:
         PublishError: nothing was judged of one of the files.
     """
-    found = [
+    stated = [
         Check(
             file=names[check["variant"]],
             what=check["name"],
@@ -256,13 +256,13 @@ def checks(judgement: Judgement, names: Mapping[str, str]) -> list[Check]:
         if check["variant"] in names
     ]
     for variant, name in names.items():
-        if not any(check.file == name for check in found):
+        if not any(check.file == name for check in stated):
             raise PublishError(
                 f"nothing was checked of {variant}",
                 cause="verify did not count it among the files that have to pass",
                 remedy="run `make verify` again",
             )
-    return found
+    return stated
 
 
 def _figure(value: float | None) -> str:

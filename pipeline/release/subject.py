@@ -95,7 +95,7 @@ def claim_of(fetched: Manifest, source: Mapping[str, object], terms: str) -> Cla
 
 def build_of(context: Context) -> Build:
     """How the files were made: recipe, commit and tools, and the changes in words."""
-    made, recipe = context.upstream["verify"], context.recipe
+    judged, recipe = context.upstream["verify"], context.recipe
     bundles = context.upstream.get("bundle")
     held = [bundles.part(name, Bundle).remarks for name in recipe.bundle.precisions] if bundles else []
     return Build(
@@ -104,8 +104,8 @@ def build_of(context: Context) -> Build:
         max_batch=recipe.step.max_batch,
         max_sequence=recipe.step.max_sequence,
         max_tokens=recipe.bundle.max_tokens,
-        commit=made.source.commit + (" with local changes" if made.source.commit and made.source.dirty else ""),
-        tools=made.tools,
+        commit=judged.source.commit + (" with local changes" if judged.source.commit and judged.source.dirty else ""),
+        tools=judged.tools,
         changes="the text model was rebuilt as graphs of LiteRT operators, and its weights were stored as float32, as "
         f"float16, and as int8 (one symmetric scale per output channel, {recipe.activations('int8')} activations)"
         + (", and as int4 (a scale per 32 weights; some with 8 bits)." if "int4" in recipe.bundle.precisions else "."),

@@ -180,7 +180,7 @@ class Target:
         sent = [*diff.changed, *diff.added]
         bar.total, bar.done = sum(self.files[name].size for name in sent), 0
         additions = [self._addition(name, bar) for name in sent]
-        made = self._api().create_commit(
+        commit = self._api().create_commit(
             self.repo,
             [*operations, *additions],
             commit_message=f"Publish {self.tag}",
@@ -188,7 +188,7 @@ class Target:
             # The Hub refuses if the branch has moved: the one check that nobody can slip in behind.
             parent_commit=parent,
         )
-        found = self._resolve(made.oid)
+        found = self._resolve(commit.oid)
         left = self.diff(found)
         if not left.empty:
             raise _damaged(self.repo, [*left.added, *left.changed, *left.removed][0], found.revision)
@@ -200,16 +200,16 @@ class Target:
         Raises:
             IntegrityError: it is not the one that was cleared.
         """
-        made = _Addition(path_in_repo=name, path_or_fileobj=self.folder / name)
+        addition = _Addition(path_in_repo=name, path_or_fileobj=self.folder / name)
         # The client hashes the file as it is now; what was cleared is what the sums say.
-        if made.upload_info.sha256.hex() != self.files[name].sha256:
+        if addition.upload_info.sha256.hex() != self.files[name].sha256:
             raise IntegrityError(
                 f"{self.folder / name} was changed while it was published",
                 cause="something else writes to the folder",
                 remedy="run the same command again; nothing was committed",
             )
-        made.bar = bar
-        return made
+        addition.bar = bar
+        return addition
 
     def _same(self, record: FileRecord, there: RemoteFile) -> bool:
         if record.size != there.size:
@@ -245,20 +245,20 @@ class Target:
 
     def _refusal(self, error: Exception) -> PublishError:
         """What `error` means for the person who publishes."""
-        found = self._as_refusal(self.hub.explain(error, self.repo, BRANCH), error)
+        refusal = self._as_refusal(self.hub.explain(error, self.repo, BRANCH), error)
         if (
             not isinstance(error, HfHubHTTPError)
             or isinstance(error, RepositoryNotFoundError)
             or hub.is_identity(error)
         ):
-            return found
+            return refusal
         status, url = error.response.status_code, error.response.request.url
         if status in _MOVED_ON and "/commit/" in url.path:
             return self._moved_on("the commit that was looked at", "another")
         if status in (401, 403) and str(url).startswith(self.hub.endpoint):
             return self._no_access(status)
-        again = _AGAIN if hub.is_passing(error) else found.remedy
-        return PublishError(f"{found.what}{_words(error)}", cause=found.cause, remedy=again)
+        again = _AGAIN if hub.is_passing(error) else refusal.remedy
+        return PublishError(f"{refusal.what}{_words(error)}", cause=refusal.cause, remedy=again)
 
     def _no_access(self, status: int) -> PublishError:
         tokens = f"{self.hub.endpoint}/settings/tokens"

@@ -82,27 +82,29 @@ class Told(TypedDict):
     against: NotRequired[Against]
 
 
-def text(told: Told) -> Iterator[str]:
+def text(description: Told) -> Iterator[str]:
     """What inspect found, `told` as it is in JSON, line by line."""
-    yield f"{told['file']}: {log.human_bytes(told['size'])}"
-    if told["sections"]:
+    yield f"{description['file']}: {log.human_bytes(description['size'])}"
+    if description["sections"]:
         yield ""
         yield from log.align(
             [("section", "model", "offset", "size")]
             + [
                 (each["kind"], each["model_type"], str(each["offset"]), log.human_bytes(each["size"]))
-                for each in told["sections"]
+                for each in description["sections"]
             ]
         )
-    if told["metadata"]:
+    if description["metadata"]:
         yield ""
-        yield from log.align([("metadata", ""), *((key, _short(value)) for key, value in told["metadata"].items())])
-    for model in told["models"]:
+        yield from log.align(
+            [("metadata", ""), *((key, _short(value)) for key, value in description["metadata"].items())]
+        )
+    for model in description["models"]:
         yield ""
         yield from _model(model)
-    if "against" in told:
+    if "against" in description:
         yield ""
-        yield from _against(told["against"])
+        yield from _against(description["against"])
 
 
 def _model(model: Model) -> Iterator[str]:

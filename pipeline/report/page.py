@@ -10,12 +10,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 def environment(**filters: Callable[[float], str] | Callable[[str], str]) -> Environment:
     """Jinja's environment for this folder's templates, with `filters` by name."""
-    made = Environment(
+    jinja = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters.update(filters)
-    return made
+    jinja.filters.update(filters)
+    return jinja

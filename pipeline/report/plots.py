@@ -139,9 +139,9 @@ class Tried:
 def frontier(tried: Sequence[Tried], best: Sequence[str], chosen: str) -> str:
     """Candidates by cost and KLD (low is better), a line through those named `best`, the `chosen` one marked."""
     height, top, bottom, least = 380, 20, 324, 10.0 ** DECADES[0]
-    powers = [math.log10(max(value, least)) for one in tried for value in (one.kld, one.low, one.high)]
+    powers = [math.log10(max(value, least)) for point in tried for value in (point.kld, point.low, point.high)]
     low, high = math.floor(min(powers) * 2) / 2, math.ceil(max(powers) * 2) / 2 + 1e-9
-    left, widest = min(0.0, *(one.cost for one in tried)), max(0.05, *(one.cost for one in tried)) * 1.3
+    left, widest = min(0.0, *(point.cost for point in tried)), max(0.05, *(point.cost for point in tried)) * 1.3
 
     def across(cost: float) -> float:
         return _LEFT + (_WIDTH - _RIGHT - _LEFT) * (cost - left) / (widest - left)
@@ -162,18 +162,18 @@ def frontier(tried: Sequence[Tried], best: Sequence[str], chosen: str) -> str:
     )
     parts.append(_text(_LEFT - 44, top + 4, "mean KLD, nats", "end", "tick"))
     parts.append(f'<line class="axis" x1="{_LEFT}" y1="{bottom}" x2="{_WIDTH - _RIGHT}" y2="{bottom}"/>')
-    named = {one.name: one for one in tried}
+    named = {point.name: point for point in tried}
     line = " ".join(f"{across(named[n].cost):.1f},{up(named[n].kld):.1f}" for n in best if n in named)
     parts.append(f'<polyline class="line" points="{line}"/>')
     taken: list[tuple[float, float]] = []
-    for one in sorted(tried, key=lambda one: -one.kld):
-        x, y = across(one.cost), up(one.kld)
+    for point in sorted(tried, key=lambda point: -point.kld):
+        x, y = across(point.cost), up(point.kld)
         parts.append(
-            f'<g class="{"chosen" if one.name == chosen else "series"}"><line class="whisker" x1="{x:.1f}" '
-            f'y1="{up(one.low):.1f}" x2="{x:.1f}" y2="{up(one.high):.1f}"/>'
+            f'<g class="{"chosen" if point.name == chosen else "series"}"><line class="whisker" x1="{x:.1f}" '
+            f'y1="{up(point.low):.1f}" x2="{x:.1f}" y2="{up(point.high):.1f}"/>'
             f'<circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="6"/></g>'
         )
-        parts.append(_place_label(one.name, x, y, taken))
+        parts.append(_place_label(point.name, x, y, taken))
     return "".join([*parts, "</svg>"])
 
 

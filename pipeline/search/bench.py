@@ -161,18 +161,18 @@ class Bench:
         A matrix is known by its name, its scales and the `strength` of equalization: nothing else changes its values
         before they are rounded without changing the largest of its rows.
         """
-        made: dict[Path, tuple[int, Blocks]] = {}
+        rounded: dict[Path, tuple[int, Blocks]] = {}
         for view in graph.views():
             for weight in _rounded(view):
                 buffer = view.buffer(weight)
-                made[self._home(view, weight, strength)] = buffer, view.blocks(weight)
-        missing = {file: values for file, (_, values) in made.items() if not file.is_file()}
+                rounded[self._home(view, weight, strength)] = buffer, view.blocks(weight)
+        missing = {file: values for file, (_, values) in rounded.items() if not file.is_file()}
         with log.progress("rounding weights", sum(map(len, missing.values()))) as bar:
             for file, write in zip(missing, write_all([*missing.values()], bar), strict=True):
                 with file.with_suffix(".partial").open("wb") as stream:
                     write(stream)
                 file.with_suffix(".partial").replace(file)
-        for file, (buffer, values) in made.items():
+        for file, (buffer, values) in rounded.items():
             graph.model.buffers[buffer].data = Blocks.of(np.memmap(file, values.dtype, "r", shape=values.shape))
 
     def _home(self, view: Graph, weight: int, strength: float) -> Path:
@@ -208,17 +208,17 @@ class Bench:
         file = self.write(candidate, self.all_positions, self.record(candidate, shards[0]).stem)
         # One thread: candidates run side by side, and a graph this small gains little from more.
         model = litert.StepModel(file, threads=1)
-        found = []
+        per_shard = []
         for shard in shards:
             scores = metrics.join([self._score(model, place) for place in self.rows(shard)])
-            found.append(scores)
+            per_shard.append(scores)
             ratio = scores.nll - scores.reference_nll
             kept = {"kld": list(scores.kld), "top1": list(scores.top1), "log_ratio": list(ratio)}
             kept["size"] = [file.stat().st_size]
             manifest.write_atomically(self.record(candidate, shard), json.dumps(kept))
         file.unlink()
         self.clock.longest = max(self.clock.longest, time.monotonic() - started)
-        scores = metrics.join(found)
+        scores = metrics.join(per_shard)
         return f"{candidate.name}: KLD {scores.kld.mean():.2e}, top-1 {scores.top1.mean():.1%}"
 
     def speed(self, candidate: Candidate, plain: Candidate) -> dict[str, list[float]]:

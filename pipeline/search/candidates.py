@@ -233,36 +233,36 @@ def path(
     knobs = [knob for knob in space.knobs if not knob.values]
     left = {(name, side): max(getattr(one, side), 0.0) for name, one in found.items() for side in SIDES}
     state = _State(groups={knob.key: frozenset() for knob in knobs}, left=left)
-    made = [first]
-    while moves := [move for move in _moves(state, groups, knobs) if made[-1].size + move.size <= most - 1]:
+    steps = [first]
+    while moves := [move for move in _moves(state, groups, knobs) if steps[-1].size + move.size <= most - 1]:
         best = max(moves, key=lambda move: (move.worth, move.knob.key, move.group))
         state = _after(state, best)
         chosen = {key: list(patterns(names, groups)) for key, names in state.groups.items()}
-        made.append(
+        steps.append(
             Candidate(
                 name=f"{'' if first.name == 'plain' else first.name + ' '}+ {best.knob.key} {best.group}",
                 values={**first.values, **chosen},
-                size=made[-1].size + best.size,
-                work=made[-1].work + best.work,
+                size=steps[-1].size + best.size,
+                work=steps[-1].work + best.work,
             )
         )
-    return made
+    return steps
 
 
 def _moves(state: _State, groups: Sequence[Group], knobs: Sequence[Knob]) -> list[_Move]:
     """Moves that gain anything."""
-    elements, products = sum(each.elements for each in groups), sum(each.products for each in groups)
-    found = []
+    elements, products = sum(group.elements for group in groups), sum(group.products for group in groups)
+    possible_moves = []
     for knob in knobs:
-        for each in groups:
-            possible = each.products or knob.tables
-            if not possible or each.name in state.groups[knob.key] or _spared(state, knob, each.name, knobs):
+        for group in groups:
+            possible = group.products or knob.tables
+            if not possible or group.name in state.groups[knob.key] or _spared(state, knob, group.name, knobs):
                 continue
-            spared = sum(other.work for other in knobs if other.key in knob.spares and _has(state, other, each.name))
-            gain = sum(share * state.left.get((each.name, side), 0.0) for side, share in knob.lessens.items())
-            size, work = knob.size * each.elements / elements, (knob.work - spared) * each.products / products
-            found.append(_Move(knob=knob, group=each.name, gain=gain, size=size, work=work))
-    return [move for move in found if move.gain > 0]
+            spared = sum(other.work for other in knobs if other.key in knob.spares and _has(state, other, group.name))
+            gain = sum(share * state.left.get((group.name, side), 0.0) for side, share in knob.lessens.items())
+            size, work = knob.size * group.elements / elements, (knob.work - spared) * group.products / products
+            possible_moves.append(_Move(knob=knob, group=group.name, gain=gain, size=size, work=work))
+    return [move for move in possible_moves if move.gain > 0]
 
 
 def _has(state: _State, knob: Knob, group: str) -> bool:

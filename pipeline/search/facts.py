@@ -47,19 +47,19 @@ def _group_facts(study: Study, group: Group) -> dict[str, object]:
     return {**asdict(group), "weights": found and found.weights, "activations": found and found.activations}
 
 
-def _candidate_facts(study: Study, each: Candidate, depth: int) -> dict[str, object]:
-    shards = next((n for n in range(study.bench.shards, 0, -1) if study.bench.found(each, range(n))), 0)
-    measured = study.bench.found(each, range(shards))
+def _candidate_facts(study: Study, candidate: Candidate, depth: int) -> dict[str, object]:
+    shards = next((n for n in range(study.bench.shards, 0, -1) if study.bench.found(candidate, range(n))), 0)
+    measured = study.bench.found(candidate, range(shards))
     facts = measured.facts() if measured else {}
     return {
-        "name": each.name,
-        "values": dict(each.values),
+        "name": candidate.name,
+        "values": dict(candidate.values),
         "shards": shards,
         "finalist": shards >= depth and bool(facts),
         "size": measured and measured.size,
-        "relative_size": study.relative_size(each),
-        "speed": study.relative_speed(each),
-        "seconds": study.speeds.get(each.name),
-        "cost": study.cost(each),
+        "relative_size": study.relative_size(candidate),
+        "speed": study.relative_speed(candidate),
+        "seconds": study.speeds.get(candidate.name),
+        "cost": study.cost(candidate),
         **facts,
     }

@@ -129,13 +129,13 @@ def _pattern(kind: str, numbers: Sequence[int]) -> str:
 
 def layers_of(graph: Graph) -> list[Layer]:
     """Every operator of `graph` that the stages would give int8 weights."""
-    found = []
+    layers = []
     for operator in graph.operators():
         code, weight = graph.code(operator), int(operator.inputs[1]) if len(operator.inputs) > 1 else -1
         if code not in (rows.LINEAR, rows.LOOKUP) or weight < 0:
             continue
         elements = math.prod(graph.shape(weight))
-        found.append(
+        layers.append(
             Layer(
                 name=rows.layer_name(graph, operator),
                 reads=int(operator.inputs[0]) if code == rows.LINEAR else -1 - weight,
@@ -144,4 +144,4 @@ def layers_of(graph: Graph) -> list[Layer]:
                 products=elements if code == rows.LINEAR else 0,
             )
         )
-    return found
+    return layers

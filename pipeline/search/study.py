@@ -94,19 +94,19 @@ class Study:
         What turns out to be too large goes at once; the plain file, the given recipe, the unit of sizes and the most
         faithful one within the limits stay.
         """
-        names, shards = [each.name for each in self.tried], 1
+        names, shards = [candidate.name for candidate in self.tried], 1
         while True:
-            racing = [each for each in self.tried if each.name in names]
-            self.bench.measure([(each, range(shards)) for each in racing], _CANDIDATES)
+            racing = [candidate for candidate in self.tried if candidate.name in names]
+            self.bench.measure([(candidate, range(shards)) for candidate in racing], _CANDIDATES)
             known = {name: point for name, point in self.points(shards).items() if name in names}
             if len(known) < len(names):  # time is over
                 return
             self.depth = shards
             if shards == self.bench.shards:
                 return
-            small = {each.name for each in racing if self.relative_size(each) <= self.limits[0]}
+            small = {candidate.name for candidate in racing if self.relative_size(candidate) <= self.limits[0]}
             known = {name: point for name, point in known.items() if name in small}
-            fitting = [each.name for each in racing if each.name in known and self.fits(each)]
+            fitting = [candidate.name for candidate in racing if candidate.name in known and self.fits(candidate)]
             best = min(fitting, key=lambda name: known[name].kld, default=self.given.name)
             stay = {self.tried[0].name, self.given.name, self.unit.name, best}
             kept = {*stay, *halving.better_half(known, FINALISTS)}
