@@ -67,6 +67,7 @@ GOALS := $(or $(MAKECMDGOALS),all)
 
 # model-signing has an environment of its own. The key's path goes through the environment, so that it stands nowhere else.
 SIGNER := .venv-sign/bin/python
+CHECKS_HUB := $(if $(findstring @,$(value FILES)),yes)
 SIGNS := $(if $(SIGN)$(PUBLIC_KEY)$(IDENTITY)$(ISSUER),yes)
 export SIGN_KEY
 export PYTHONHASHSEED ?= 0
@@ -74,47 +75,24 @@ export PYTHONNOUSERSITE := 1
 # Threads that wait give their core away: beside other work the reference took 80 s instead of 234 s, with the same bytes.
 export OMP_WAIT_POLICY ?= PASSIVE
 export SOURCE_DATE_EPOCH ?= $(or $(shell git log -1 --pretty=%ct 2>/dev/null),315532800)
-ifneq ($(THREADS),)
-export OMP_NUM_THREADS := $(THREADS)
-endif
+$(if $(THREADS),$(eval export OMP_NUM_THREADS := $(THREADS)))
 
 # --- where stages run -------------------------------------------------------------------------------------------------
 PY := .venv/bin/python
-ifeq ($(IN),docker)
-READY := image
-ONLINE = $(if $(ON_HUB),fetch plan) upload $(if $(findstring @,$(FILES)),check)
-# An identity that reads, for a user and not for a repository, is shown by what downloads as well.
-READER := $(shell [[ "$${HF_OIDC_RESOURCE:-/}" == */* ]] || echo fetch plan)
-# By name, so that no list of processes shows a value; what a CI job shows for itself goes to the upload alone.
-SECRETS = -e HF_TOKEN -e HF_ENDPOINT $(if $(filter upload $(READER),$(1)),-e HF_OIDC_RESOURCE -e HF_OIDC_ID_TOKEN \
-	-e GITHUB_ACTIONS -e ACTIONS_ID_TOKEN_REQUEST_URL -e ACTIONS_ID_TOKEN_REQUEST_TOKEN)
-SHOWN = $(if $(1),-v $(call QUOTE,$(call ABSOLUTE,$(1)):$(call ABSOLUTE,$(1)):ro))
-IN_CONTAINER = docker run --rm $(if $(filter chat,$(1)),-it) --read-only --tmpfs /tmp --cap-drop ALL --security-opt no-new-privileges \
-	--user "$$(id -u):$$(id -g)" $(if $(filter cuda,$(DEVICE)),--gpus all) \
-	-e PYTHONHASHSEED -e SOURCE_DATE_EPOCH -e OMP_NUM_THREADS -e OMP_WAIT_POLICY \
-	-e SOURCE_COMMIT="$$(git rev-parse HEAD 2>/dev/null || true)" -e SOURCE_DIRTY="$$(git status --porcelain 2>/dev/null | head -n 1)" \
-	-e IMAGE_DIGEST="$$(docker image inspect --format '{{.Id}}' $(IMAGE))" \
-	$(if $(filter $(1),$(ONLINE)),--network $(NETWORK) $(SECRETS),--network none -e HF_HUB_OFFLINE=1) \
-	-v $(abspath $(ARTIFACTS)):$(abspath $(ARTIFACTS)) $(call SHOWN,$(FILE)) $(call SHOWN,$(AGAINST)) $(MOUNTS) $(IMAGE)
-RUN = @echo "$(1) (in $(IMAGE))" && $(call IN_CONTAINER,$(1)) python
-else
-READY := .venv/.ready
-RUN = $(PY)
-endif
+READY := $(if $(filter docker,$(IN)),image,.venv/.ready)
+# How a command runs in the container is said by pipeline/core/container.py.
+RUN = $(if $(filter docker,$(IN)),@echo "$(1) (in $(IMAGE))" && $(IN_CONTAINER.$(1)) python,$(PY))
 
 # --- the rules of the stages --------------------------------------------------------------------------------------------
 # What needs no model does without: help works before there is a Python.
 ifneq ($(filter-out setup release bench image test lint format clean-env help,$(GOALS)),)
 # Any Python that reads TOML: a host that only has Docker needs no 3.11 of its own.
 ASK := $(shell for python in $(PY) $(PYTHON) python3; do if $$python -c 'import tomllib' 2>/dev/null; then echo $$python; break; fi; done)
-ifeq ($(ASK),)
-$(error Python 3.11 is needed and `$(PYTHON)` is not one: install it (Debian, Ubuntu: apt install python3.11 python3.11-venv) or name it: PYTHON=/path/to/python3.11)
-endif
-SAID := MODEL_ID REVISION BASE TEMPLATE RECIPE GRAPHS ARTIFACTS CALIBRATION EVAL TASK VARIANTS DEVICE LICENCE_OVERRIDE IN SIGNS CONFIRM HF_REPO GOALS
+$(if $(ASK),,$(error Python 3.11 is needed and `$(PYTHON)` is not one: install it (Debian, Ubuntu: apt install python3.11 python3.11-venv) or name it: PYTHON=/path/to/python3.11))
+SAID := MODEL_ID REVISION BASE TEMPLATE RECIPE GRAPHS ARTIFACTS CALIBRATION EVAL TASK VARIANTS DEVICE LICENCE_OVERRIDE IN \
+	SIGNS CONFIRM HF_REPO FILE AGAINST CHECKS_HUB IMAGE NETWORK GOALS
 RULES := $(shell $(ASK) -m pipeline.core.rules $(foreach name,$(SAID),$(call QUOTE,$(name)=$($(name)))))
-ifneq ($(.SHELLSTATUS),0)
-$(error these settings can't work, for the reason said above)
-endif
+$(if $(filter-out 0,$(.SHELLSTATUS)),$(error these settings can't work, for the reason said above))
 include $(RULES)
 endif
 

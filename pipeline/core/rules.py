@@ -21,6 +21,7 @@ from functools import cache
 from pathlib import Path
 from typing import cast, get_args
 
+from pipeline.core import container
 from pipeline.core.errors import PipelineError, UsageError
 from pipeline.core.graph import STAGES, STEPS, Choice, behind, makeable, model_name, model_root, refuse_within
 from pipeline.core.manifest import write_atomically
@@ -36,6 +37,8 @@ _NPM = (
     "command -v npm >/dev/null || { echo 'error: the page needs npm, of Node.js 20.19 or later'; exit 2; }; "
     "npm ci --prefix web --omit dev --no-progress --loglevel error"
 )
+_COMMANDS = ("plan", "template", "upload", "check", "inspection", "reproduce", "chat", "run", "tune")
+"""What runs beside the stages."""
 _FILES = ("calibration", "eval", "task", "template")
 _CHECKPOINT = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.md", "LICENSE*", "NOTICE*")
 
@@ -97,7 +100,7 @@ def _with_data(files: set[Path]) -> list[Path]:
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What was asked of Make. `settings` are those of stages by name, where they are set; paths as they were given.
+    """What was `said` to Make. `settings` are those of stages by name, where they are set; paths as they were given.
 
     In a container every path is absolute, since it is mounted where it is.
     """
@@ -108,7 +111,12 @@ class Request:
     choice: Choice
     settings: Mapping[str, str]
     goals: tuple[str, ...]
-    docker: bool = False
+    said: Mapping[str, str]
+
+    @property
+    def docker(self) -> bool:
+        """Whether stages run in the container."""
+        return self.said["IN"] == "docker"
 
     @property
     def folder(self) -> Path | None:
@@ -222,8 +230,7 @@ def rules(request: Request) -> str:
         f"WHERE := {_quoted(request.where)}",
         f"CALIBRATED := {_quoted(_option(request, 'calibration'))}",
         f"TEXTS := {_quoted(texts)}",
-        f"ON_HUB := {'yes' if request.online else ''}",
-        f"MOUNTS := {_quoted(_mounts(request)) if request.docker else ''}",
+        *(_containers(request) if request.docker else ()),
         "",
         f"{plan}: {' '.join(f'{root}/.inputs/{name}' for name in request.planned)} | $(READY){libraries}",
         f"\t@$(call RUN,plan) -m pipeline.plan {_quoted(_plan_words(request))}",
@@ -249,6 +256,14 @@ def rules(request: Request) -> str:
             f"\t$(call RUN,{name}) -m pipeline.{node.module} {words}",
         ]
     return "\n".join(lines) + "\n"
+
+
+def _containers(request: Request) -> Iterator[str]:
+    """A variable per stage and command: how it runs in the container."""
+    mounts, said = _mounts(request), request.said
+    online = {"upload", *(["fetch", "plan"] if request.online else []), *(["check"] if said["CHECKS_HUB"] else [])}
+    for name in (*STAGES, *_COMMANDS):
+        yield f"IN_CONTAINER.{name} := {_escaped(container.command(name, said, mounts, online=name in online))}"
 
 
 def _option(request: Request, name: str) -> list[str]:
@@ -279,7 +294,11 @@ def _quoted(words: Iterable[str]) -> str:
 
     A variable ends at a `#`, also behind a backslash of the value, and a command keeps the backslash before one.
     """
-    return shlex.join(words).replace("$", "$$").replace("#", "$(HASH)")
+    return _escaped(shlex.join(words))
+
+
+def _escaped(command: str) -> str:
+    return command.replace("$", "$$").replace("#", "$(HASH)")
 
 
 def _plain(name: str, value: str, special: str = _SPECIAL) -> str:
@@ -351,7 +370,7 @@ def ask(said: Mapping[str, str]) -> Request:
         choice=Choice(recipe=recipe, graphs=graphs, variants=variants or None),
         settings={**settings, **files},
         goals=tuple(said["GOALS"].split()),
-        docker=said["IN"] == "docker",
+        said=said,
     )
     _plain("the folder of the results", str(request.root), _SPECIAL + "=")  # `a=b: c` is a variable for Make
     for folder in request.folders:
