@@ -3,6 +3,10 @@
 Both run with the built-in kernels on the same tokens, step graphs at once and decoders token by token, each with its
 own cache. Each result is held against that of the operator of the same name. 20 dB is noise of a hundredth of the
 signal's power, 40 dB of a ten-thousandth.
+
+Names are all that relates two files. The table of origins (`tflite.graph.Origin`) stands in memory while a file is
+made, and is of constants alone; a flatbuffer keeps a tensor's name, type, shape and scales, which many tensors share.
+Both files may also be of another project, or of an earlier commit.
 """
 
 from __future__ import annotations
@@ -170,7 +174,11 @@ class Running:
 
 
 def _values_name(graph: Graph, tensor: int) -> str:
-    """The name of a tensor's values: an integer tensor is called like the float one it stands for, its type behind."""
+    """The name of a tensor's values: an integer tensor is called like the float one it stands for, its type behind.
+
+    Its type is the flatbuffer's own, so that a name which only ends like that keeps its end; that both stand for the
+    same values is said by the rest of the name, which `quantize/static.py` gives it.
+    """
     return graph.name(tensor).removesuffix(f";{graph.type_of(tensor).lower()}")
 
 
