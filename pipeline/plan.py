@@ -4,7 +4,8 @@
 
 Says per stage the files and their sizes, peak memory and rough time, and refuses (exit code 10) what the disk or the
 memory, the machine's or the container's, can't hold. The figures are right to a factor of two, which is what a plan is
-for (pipeline/planning/needs.py).
+for (pipeline/planning/needs.py). How fast this machine is, is measured at the first plan, in about a second, and
+kept in `.speed.json` in the folder of artefacts where there is one.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pipeline.core.errors import ResourceError
 from pipeline.core.graph import Choice, behind
 from pipeline.core.recipe import load as load_recipe
 from pipeline.core.stage import Common, guard
+from pipeline.planning import speed
 from pipeline.planning.model import look
 from pipeline.planning.needs import NEEDS, Need
 
@@ -45,7 +47,8 @@ def work(given: Options) -> None:
     root, recipe = given.root, load_recipe(given.recipe_file)
     model = look(given.model_id, given.revision, given.base, recipe, given.graphs or recipe.graphs)
     stages = given.stages or behind(["publish"], Choice(recipe=recipe, graphs=model.graphs))
-    needs = {name: NEEDS[name](model) for name in stages}
+    own = speed.of_this_machine(given.artifacts)
+    needs = {name: NEEDS[name](model).on(own) for name in stages}
     done = {name: _took(root / name) for name in needs if (root / name / manifest.NAME).is_file()}
     facts = model.facts
     log.line(f"plan · {root.name} · {model.where}")
@@ -79,7 +82,7 @@ def _check(needs: Sequence[Need], root: Path) -> None:
     left = log.human_bytes(free_memory) if free_memory is not None else "unknown"
     log.line(
         f"  in all: {log.human_bytes(disk)} of disk ({log.human_bytes(free_disk)} free), {log.human_bytes(most)} of "
-        f"memory ({left} free), about {log.human_seconds(sum(need.seconds for need in needs))} on two cores"
+        f"memory ({left} free), about {log.human_seconds(sum(need.seconds for need in needs))}"
     )
     if disk > free_disk:
         raise ResourceError(

@@ -1,8 +1,8 @@
 """What `make plan` says of a finished folder beside what its stages took: `python -m tools.planned`.
 
 Prints seconds and peak anonymous memory of every stage, planned over measured (`run.json`), and ends with 8 where a
-plan is out by more than a factor of two: the constants in pipeline/planning/needs.py want mending. Planned seconds are
-of two quiet cores, so a machine of another kind is asked for memory alone (`--judge memory`). Other work on the machine
+plan is out by more than a factor of two: `python -m tools.plan_fit` mends it. Planned seconds are of a quiet machine of
+this one's speed; one that is busy is asked for memory alone (`--judge memory`). Other work on the machine
 lengthens the seconds, but hardly those of the processor, of which two cores give two a second: a plan is too long
 beside twice the seconds, too short beside half of what both cores would have taken.
 """
@@ -19,6 +19,7 @@ from pipeline.core import log, options
 from pipeline.core.errors import VerificationError
 from pipeline.core.recipe import load
 from pipeline.core.stage import Common, guard
+from pipeline.planning import speed
 from pipeline.planning.model import look
 from pipeline.planning.needs import NEEDS
 
@@ -65,10 +66,11 @@ def rows(given: Common) -> Iterator[Row]:
     """A row per finished stage."""
     recipe = load(given.recipe_file)
     model = look(given.model_id, "", "", recipe, given.graphs or recipe.graphs)
+    own = speed.of_this_machine(given.artifacts)
     for name, need in NEEDS.items():
         file = given.root / name / "run.json"
         if file.is_file():
-            run, planned = json.loads(file.read_text(encoding="utf-8")), need(model)
+            run, planned = json.loads(file.read_text(encoding="utf-8")), need(model).on(own)
             yield Row(
                 stage=name,
                 planned=planned.seconds,
@@ -94,7 +96,7 @@ def work(given: Options) -> None:
         raise VerificationError(
             f"the plan is out by more than a factor of {FACTOR}: {', '.join(out)}",
             cause="the stage takes more or less than it did when its constants were measured",
-            remedy="run it on a quiet machine of two cores, then mend pipeline/planning/needs.py",
+            remedy="run it on a quiet machine of two cores, then `python -m tools.plan_fit`",
         )
 
 

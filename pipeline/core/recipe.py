@@ -23,6 +23,8 @@ Scheme = Literal["dynamic", "static", "static16"]
 Graphs = Literal["step", "bundle", "all"]
 STEP, DECODER = "step.tflite", "decoder.tflite"
 """The step graph, and the bundle's decoder, in the folder of every stage that has one."""
+BASELINE = "fp32"
+"""The precision that shows what the conversion costs, and that what others cost is held against."""
 BundlePrecision = Literal["fp32", "int8", "int4"]
 Padding = Literal["none", "left", "right"]
 

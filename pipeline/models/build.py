@@ -53,7 +53,7 @@ def export_decoder(checkpoint: Checkpoint, bundle: Bundle, out: Path) -> None:
 
 def _seconds(checkpoint: Checkpoint, signatures: int) -> float:
     shapes = architecture_of(checkpoint).tensors()
-    return sizes.export_seconds(signatures, sizes.layers(shapes) * signatures)
+    return sizes.export_seconds(signatures, shapes)
 
 
 def _call(checkpoint: Checkpoint, bundle: Bundle, name: str, length: int) -> Signature:

@@ -16,10 +16,11 @@ _PER_ROW = 12
 """Bytes of an int8 row's scale (float32) and zero point (int64)."""
 _PER_LAYER = 12_000
 """Bytes of one signature's operators and tensors per layer, in Gemma 3n's decoder."""
-_TRACED, _COPIED = 2.0, 0.17
-"""Seconds of exporting a graph per signature, in which a layer of each kind is traced, and per layer and signature."""
-EXPORT_BYTES = 3_400_000
-"""Memory per layer and signature of exporting a graph, beyond the libraries' 0.4 GiB (E4B, 105 of them: 0.68 GiB)."""
+_TRACED, _COPIED = 2.0, 0.007
+"""Seconds of exporting a graph per signature, in which a layer of each kind is traced, and per signature and tensor of
+all layers, which stands for operators: Gemma 3n has 25 of them a layer, Llama 9."""
+EXPORT_BYTES = 1_100_000
+"""Memory per layer and signature of exporting a graph, beyond what the libraries take."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,9 +65,9 @@ def layers(shapes: Mapping[str, tuple[int, ...]]) -> int:
     return len({name.split(".")[1] for name in shapes if name.startswith("layers.")})
 
 
-def export_seconds(signatures: int, layers_written: int) -> float:
-    """How long exporting graphs takes: `layers_written` counts the layers of every signature (2 cores, 2026-11-29)."""
-    return _TRACED * signatures + _COPIED * layers_written
+def export_seconds(signatures: int, shapes: Mapping[str, tuple[int, ...]]) -> float:
+    """How long exporting graphs of so many signatures takes (2 cores, 2026-11-29)."""
+    return signatures * (_TRACED + _COPIED * sum(name.startswith("layers.") for name in shapes))
 
 
 def cached(shapes: Mapping[str, tuple[int, ...]]) -> int:

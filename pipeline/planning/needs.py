@@ -1,23 +1,27 @@
 """What each stage makes and needs, by a checkpoint's sizes.
 
-Sizes follow from the configuration. Memory and time follow from constants, measured on two cores (AMD EPYC, 2026-11-29,
-`python -m tools.planned`) with the shipped model, Gemma 3 270M and the random checkpoints of
-`tools/make_random_checkpoint.py`. They are right to a factor of two, which is what a plan is for.
+Sizes follow from the configuration. Memory and time follow from constants, measured on two cores (AMD EPYC,
+2026-11-29), and from a factor per stage that `python -m tools.plan_fit` finds in what real runs took
+(fitted.toml). Seconds are told by what they are spent on, so that they can be scaled to another machine (speed.py).
+They are right to a factor of two, which is what a plan is for.
 """
 
 from __future__ import annotations
 
 import math
+import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 
 from pipeline.core import memory
 from pipeline.core.graph import Choice, makeable
-from pipeline.core.recipe import DECODER, STEP
+from pipeline.core.recipe import BASELINE, DECODER, STEP
 from pipeline.judge import corpus
 from pipeline.models import sizes
 from pipeline.planning.model import Model
+from pipeline.planning.speed import REFERENCE, Speed
 from pipeline.quantize import hessians
 
 _GIB = 1 << 30
@@ -25,8 +29,8 @@ _DOWNLOAD = 50e6
 """Bytes per second of a download: a guess, nothing is measured beforehand."""
 _HASH = 0.8e9
 """Bytes per second of reading and hashing a stage's inputs."""
-_WRITE = 0.35e9
-"""Bytes per second of writing a file of weights and hashing it, conversion included."""
+_CONVERT, _WRITE = 0.47e9, 1.4e9
+"""Bytes per second of converting a file of weights and hashing it, and of handing it to the disk."""
 _FLOPS = 1.2e11
 """Multiply-adds per second of a float32 forward on two cores, counted twice as is usual."""
 _INTEGER_FLOPS = 4e11
@@ -45,27 +49,79 @@ _FACTORED = 7e-8
 """Seconds per value of a Hessian that GPTQ factors."""
 _HALVES = 5.5
 """Bytes of memory per fp16 weight of a file that is run: LiteRT widens them, and packs what it has widened."""
+_TOKENIZER, _TOKENIZERS = 20, 35
+"""Bytes of memory per byte of tokenizer.json: loaded once, and with LiteRT-LM's own beside it."""
+_ACTIVATIONS = 4096
+"""Bytes of the reference's activations per column: of so many tokens at once, in float32."""
 _TRACED = 8e-3
 """Seconds per layer and sample of running a file whose every tensor is kept, for the ranges of static files."""
 
 
 @dataclass(frozen=True, kw_only=True)
+class Work:
+    """Seconds by what they are spent on: the four of `Speed`, and waiting for what no machine makes quicker."""
+
+    products: float = 0.0
+    copies: float = 0.0
+    writes: float = 0.0
+    calls: float = 0.0
+    waits: float = 0.0
+
+    def __add__(self, other: Work) -> Work:
+        """Both, one after the other."""
+        return Work(**{name: value + getattr(other, name) for name, value in vars(self).items()})
+
+    def __mul__(self, factor: float) -> Work:
+        """So many times as much."""
+        return Work(**{name: value * factor for name, value in vars(self).items()})
+
+    @property
+    def seconds(self) -> float:
+        """All of them."""
+        total: float = sum(vars(self).values())
+        return total
+
+    def on(self, speed: Speed) -> Work:
+        """The same work on a machine of that speed; this is what it takes on the constants' own."""
+        faster = {name: value / getattr(speed, name) for name, value in vars(REFERENCE).items()}
+        return Work(**{name: value * faster.get(name, 1.0) for name, value in vars(self).items()})
+
+
+@dataclass(frozen=True, kw_only=True)
 class Need:
-    """What a stage makes and takes: bytes of all its files, of scratch and of anonymous memory, and seconds."""
+    """What a stage makes and takes: bytes of all its files, of scratch and of anonymous memory, and work."""
 
     what: str
     size: int
     memory: float
-    seconds: float
+    work: Work
     scratch: int = 0
+
+    @property
+    def seconds(self) -> float:
+        """How long it takes."""
+        return self.work.seconds
+
+    def on(self, speed: Speed) -> Need:
+        """The same on a machine of that speed."""
+        return replace(self, work=self.work.on(speed))
+
+    def times(self, seconds: float, memory: float) -> Need:
+        """The same with so many times the seconds and the memory."""
+        return replace(self, work=self.work * seconds, memory=self.memory * memory)
 
 
 def fetch(model: Model) -> Need:
     """The download, hashing it, and merging an adapter: what was downloaded for that is scratch."""
-    seconds = 2 + model.download / _DOWNLOAD + model.stored / _HASH + model.merged / _WRITE
+    work = Work(calls=2 + model.stored / _HASH, waits=model.download / _DOWNLOAD) + _written(model.merged)
     size, scratch = (model.merged, model.download) if model.merged else (model.download, 0)
     used = (0.6 if model.merged else 0.2) * _GIB
-    return Need(what="checkpoint", size=size, memory=used, seconds=seconds, scratch=scratch)
+    return Need(what="checkpoint", size=size, memory=used, work=work, scratch=scratch)
+
+
+def _written(size: float) -> Work:
+    """Converting so many bytes of weights, and writing them."""
+    return Work(calls=size / _CONVERT, writes=size / _WRITE)
 
 
 def golden(model: Model) -> Need:
@@ -81,17 +137,22 @@ def golden(model: Model) -> Need:
         tokens += sum(count * sequence for (sequence, _), count in rows.items())
     if model.graphs != "step":
         kept += 2 * (model.conversation + bundle.decode) + bundle.positions
-        tokens += 4 * model.conversation + bundle.positions
-        steps = max(steps, bundle.continuation) + bundle.decode
+        tokens += 2 * model.conversation + bundle.positions
+        steps = max(steps, bundle.continuation)
+        if BASELINE in bundle.precisions:  # the reference's own cache is that bundle's measure
+            steps += bundle.decode
+            tokens += 2 * model.conversation
     parameters = model.facts.parameters
     streamed = memory.must_stream(parameters)
     return Need(
         what="Hugging Face in fp32, " + ("streamed" if streamed else "loaded"),
         size=4 * kept * model.table[1],
         memory=_streamed(model) if streamed else 0.6 * _GIB + 4 * parameters,
-        seconds=_IMPORTS
-        + 2 * _read_by_tokens(model) * tokens / _FLOPS
-        + steps * (model.multiplied / _READ + _CALL * sizes.layers(model.shapes)),
+        work=Work(
+            calls=_IMPORTS + steps * _CALL * sizes.layers(model.shapes),
+            products=2 * _read_by_tokens(model) * tokens / _FLOPS,
+            copies=steps * model.multiplied / _READ,
+        ),
     )
 
 
@@ -101,8 +162,11 @@ def _read_by_tokens(model: Model) -> int:
 
 
 def _streamed(model: Model) -> float:
-    """Memory of the reference that reads each matrix when it is needed."""
-    return (0.7 + 0.018 * sizes.layers(model.shapes)) * _GIB
+    """Memory of the reference that reads each matrix when it is needed: a place per shape, and activations."""
+    shapes = {shape for name, shape in _linear(model).items() if name.startswith("layers.")}
+    hidden, widest = model.table[1], max(shape[0] for shape in shapes)
+    columns = 70 * hidden + 6 * widest
+    return 0.25 * _GIB + _TOKENIZER * model.tokenizer + 4 * sum(map(math.prod, shapes)) + _ACTIVATIONS * columns
 
 
 def moments(model: Model) -> Need:
@@ -115,7 +179,7 @@ def moments(model: Model) -> Need:
         what="second moments of what layers read",
         size=size,
         memory=_streamed(model),
-        seconds=_IMPORTS + work / _FLOPS + size / _WRITE,
+        work=Work(calls=_IMPORTS, products=work / _FLOPS) + _written(size),
     )
 
 
@@ -141,21 +205,21 @@ def graph(model: Model) -> Need:
     return Need(
         what="graphs without matrices",
         size=size,
-        memory=0.4 * _GIB + sizes.EXPORT_BYTES * layers,
-        seconds=3 + sizes.export_seconds(layers // sizes.layers(model.shapes), layers),
+        memory=0.36 * _GIB + sizes.EXPORT_BYTES * layers,
+        work=Work(calls=3 + sizes.export_seconds(layers // sizes.layers(model.shapes), model.shapes)),
     )
 
 
 def _filled(model: Model, precision: str, *, sections: bool = True) -> Need:
     size = model.size(precision) if sections else model.files[STEP].bytes(precision)
-    seconds = 2 + (size + model.stored) / _WRITE
+    work = Work(calls=2.0) + _written(size + model.stored)
     taken = 0.2 * _GIB + 2 * model.cache  # each file is run once, with a cache in and a cache out
     # GPTQ is all that reads the Hessians of stage moments.
     if sections and "moments" in makeable(precision, Choice(recipe=model.recipe, graphs=model.graphs)):
-        seconds += _gptq(model)
+        work += Work(products=_gptq(model))
     if precision == "fp16":
         taken += _HALVES * model.multiplied
-    return Need(what=" ".join(model.files if sections else [STEP]), size=size, memory=taken, seconds=seconds)
+    return Need(what=" ".join(model.files if sections else [STEP]), size=size, memory=taken, work=work)
 
 
 def _gptq(model: Model) -> float:
@@ -171,17 +235,20 @@ def _static(model: Model) -> Need:
     """As the other files, and a run of the fp32 file over the calibration text."""
     filled, recipe = _filled(model, "int8", sections=False), model.recipe
     samples = recipe.int8.calibration_samples
-    run = 2 * model.multiplied * samples * recipe.corpus.window / _FLOPS + samples * _TRACED * sizes.layers(
-        model.shapes
+    run = Work(
+        products=2 * model.multiplied * samples * recipe.corpus.window / _FLOPS,
+        calls=samples * _TRACED * sizes.layers(model.shapes),
     )
-    return replace(filled, seconds=filled.seconds + run)
+    return replace(filled, work=filled.work + run)
 
 
 def bundle(model: Model) -> Need:
     """The sections in one file each; the tokenizer is loaded, which takes many times its bytes."""
     size = sum(model.size(precision, sections=True) for precision in model.bundles)
     what = " ".join(f"{precision}.litertlm" for precision in model.bundles)
-    return Need(what=what, size=size, memory=0.28 * _GIB + 20 * model.tokenizer, seconds=3 + size / _WRITE)
+    return Need(
+        what=what, size=size, memory=0.19 * _GIB + _TOKENIZERS * model.tokenizer, work=Work(calls=3.0) + _written(size)
+    )
 
 
 def verify(model: Model) -> Need:
@@ -190,36 +257,33 @@ def verify(model: Model) -> Need:
     judged = 3 * settings.decode + settings.positions
     decoders = [model.files[DECODER].bytes(precision) for precision in model.bundles]
     decoded = judged + settings.prompts * settings.continuation
-    seconds = _IMPORTS + sum(decoders) * (decoded / _STEP_READ + 2 / _HASH)
+    work = Work(calls=_IMPORTS + 2 * sum(decoders) / _HASH, copies=sum(decoders) * decoded / _STEP_READ)
     for precision in model.bundles:
         flops = _FLOPS if precision == "fp32" else _INTEGER_FLOPS
-        seconds += 2.0 + 3 * 2 * model.multiplied * model.conversation / flops
+        work += Work(calls=2.0, products=3 * 2 * model.multiplied * model.conversation / flops)
     if model.graphs != "bundle":
-        seconds += 25.0 + 2 * golden(model).seconds
+        work += Work(calls=15.0) + golden(model).work * 2
     taken = 0.35 * _GIB + 6.5 * model.cache
     if model.graphs != "bundle":
         taken += 0.35 * _GIB + 4 * model.multiplied  # XNNPACK packs a step graph's weights into memory
     logits = 4 * judged * model.table[0] * len(decoders)
-    return Need(
-        what="report.html", size=1 << 20, memory=taken, seconds=seconds, scratch=max(decoders, default=0) + logits
-    )
+    return Need(what="report.html", size=1 << 20, memory=taken, work=work, scratch=max(decoders, default=0) + logits)
 
 
 def publish(model: Model) -> Need:
     """Links to the files."""
     size = sum(model.size(precision, sections=True) for precision in model.bundles)
-    return Need(
-        what="the folder to upload, by hard links", size=1 << 20, memory=0.05 * _GIB, seconds=0.4 + size / _HASH
-    )
+    work = Work(calls=0.4 + size / _HASH)
+    return Need(what="the folder to upload, by hard links", size=1 << 20, memory=0.05 * _GIB, work=work)
 
 
 def page(model: Model) -> Need:
     """Links to the int8 sections, the tokenizer, and the page with three builds of its runtime."""
-    size = model.size("int8", sections=True)
-    return Need(what="a page that runs int8", size=30 << 20, memory=0.6 * _GIB, seconds=4 + size / _HASH)
+    work = Work(calls=4 + model.size("int8", sections=True) / _HASH)
+    return Need(what="a page that runs int8", size=30 << 20, memory=0.6 * _GIB, work=work)
 
 
-NEEDS: Mapping[str, Callable[[Model], Need]] = {
+MODELLED: Mapping[str, Callable[[Model], Need]] = {
     "fetch": fetch,
     "golden": golden,
     "moments": moments,
@@ -236,3 +300,20 @@ NEEDS: Mapping[str, Callable[[Model], Need]] = {
     "publish": publish,
     "page": page,
 }
+"""By stage, before what real runs say of it."""
+FITTED = Path(__file__).with_name("fitted.toml")
+
+
+def _fitted(name: str, model: Model) -> Need:
+    """What the stage needs, with the factors of its seconds and its memory."""
+    own = factors().get(name, {})
+    return MODELLED[name](model).times(own.get("seconds", 1.0), own.get("memory", 1.0))
+
+
+@cache
+def factors() -> dict[str, dict[str, float]]:
+    """By stage the factors of its `seconds` and its `memory`."""
+    return tomllib.loads(FITTED.read_text(encoding="utf-8"))
+
+
+NEEDS: Mapping[str, Callable[[Model], Need]] = {name: partial(_fitted, name) for name in MODELLED}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +21,9 @@ from pipeline.core.stage import DEFAULT_MODEL, Common
 from pipeline.models import sizes
 from pipeline.models.gemma3n import ARCHITECTURE
 from pipeline.planning.model import Model, look
-from pipeline.planning.needs import NEEDS
+from pipeline.planning.needs import MODELLED, NEEDS
+from pipeline.planning.speed import FILE, REFERENCE
+from tools import plan_fit
 from tools import planned as tool
 from tools.make_random_checkpoint import GEOMETRIES
 
@@ -127,7 +130,7 @@ def test_a_large_model_on_the_hub_is_planned_from_its_headers(
     assert "accessible" in text and "Gemma Terms of Use" in text and "4,435 M parameters" in text
     assert re.search(r"fetch +8\.9 GB", text) and re.search(r"int8 +5\.0 GB", text)
     assert server.sent("model.safetensors") < 2 * len(start)
-    assert not list(tmp_path.iterdir())
+    assert [file.name for file in tmp_path.iterdir()] == [FILE], "how fast the machine is, and nothing else"
 
 
 @pytest.mark.parametrize(
@@ -180,3 +183,20 @@ def test_a_plan_that_is_out_by_more_than_a_factor_of_two_is_red(
     assert tool.main([]) == (8 if out else 0)
     assert (f"factor of 2: golden ({out})" in capsys.readouterr().err) is bool(out)
     assert tool.main(["--judge", "memory"]) == (8 if out == "memory" else 0)
+
+
+def test_factors_bring_the_worst_of_several_models_as_close_as_can_be(built: Line, tmp_path: Path) -> None:
+    found = list(plan_fit.runs("tiny", str(built.model), built.artifacts, built.recipe, ""))
+    assert [run.stage for run in found] == ["fetch", "golden", "graph", "fp32", "fp16", "int8", "bundle"]
+    slow = [replace(run, took={key: 4 * value for key, value in run.took.items()}) for run in found]
+    for run in found:
+        factor = plan_fit.fit([run], REFERENCE)[run.stage]
+        need = MODELLED[run.stage](run.model)
+        assert need.memory * factor["memory"] == pytest.approx(run.memory, rel=0.01)
+        assert need.seconds * factor["seconds"] == pytest.approx(run.seconds, rel=0.01, abs=0.01)
+        other = next(each for each in slow if each.stage == run.stage)
+        between = plan_fit.fit([run, other], REFERENCE)[run.stage]
+        assert between["memory"] == pytest.approx(2 * factor["memory"], rel=0.01)
+    assert tomllib.loads(plan_fit.dump(plan_fit.fit(found, REFERENCE))) == plan_fit.fit(found, REFERENCE)
+    made = plan_fit.table(found, REFERENCE)
+    assert made.row("tiny, graph").values["took memory"].value == pytest.approx(found[2].memory / 2**30)

@@ -29,7 +29,7 @@ ALLOWED = {
     "reference": {"core", "checkpoint", "judge"},
     "report": {"core", "runtime", "judge"},
     "bundling": {"core", "checkpoint", "tflite", "runtime", "quantize", "models"},
-    "planning": {"core", "checkpoint", "quantize", "models", "judge", "release"},
+    "planning": {"core", "checkpoint", "runtime", "quantize", "models", "judge", "release"},
     "search": {"core", "checkpoint", "tflite", "runtime", "quantize", "models", "judge"},
 }
 """The rooms that a room's files may import, beside their own; a stage may import all."""
