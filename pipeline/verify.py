@@ -24,11 +24,11 @@ from pipeline.bundling.template import CONVERSATIONS
 from pipeline.checkpoint import chat
 from pipeline.core import facts, manifest, options
 from pipeline.core.errors import UsageError
-from pipeline.core.recipe import PROJECT
+from pipeline.core.recipe import BASELINE, PROJECT
 from pipeline.core.stage import Context, Outcome, Stage, main
 from pipeline.judge import bundles, corpus, steps
 from pipeline.judge.reference import Head, Reference
-from pipeline.judge.steps import BASELINE, Verdict
+from pipeline.judge.steps import Verdict
 from pipeline.judge.verdicts import judge_bundles, judge_steps, judged_files
 from pipeline.report.judgement import refuse_failed, required_checks, summarise, write_report
 

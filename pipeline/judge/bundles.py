@@ -10,7 +10,7 @@ import numpy as np
 
 from pipeline.checkpoint.chat import Tokenizer
 from pipeline.core.manifest import FileRecord
-from pipeline.core.recipe import Gate
+from pipeline.core.recipe import BASELINE, Gate
 from pipeline.judge import gates, kv_cache, metrics, parity
 from pipeline.judge.gates import REFERENCE, Check, Measurement
 from pipeline.judge.kv_cache import Logits, Trace
@@ -19,7 +19,6 @@ from pipeline.judge.parity import Parity
 from pipeline.judge.reference import Floats, Greedy, Head
 from pipeline.runtime.litert_lm import Message
 
-BASELINE = "fp32"
 SCORE_ERROR = 5e-3
 """Nats by which a log-likelihood in LiteRT-LM may be off Hugging Face's for fp32.
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pipeline.core import log, parallel
 from pipeline.core.facts import Contents
 from pipeline.core.manifest import FileRecord
-from pipeline.core.recipe import Gate
+from pipeline.core.recipe import BASELINE, Gate
 from pipeline.judge import gates, metrics, step_runs
 from pipeline.judge.gates import REFERENCE, Check, Measurement
 from pipeline.judge.metrics import Divergence, Scores, Summary
@@ -22,7 +22,6 @@ from pipeline.judge.reference import Reference
 from pipeline.judge.step_runs import GridResult, JudgedPositions, Logits
 from pipeline.runtime.litert import StepModel
 
-BASELINE = "fp32"
 KERNELS = {"xnnpack": "XNNPACK", "builtin": "built-in kernels"}
 _BUILTIN_PART, _ALTERNATIVE_PART, _LEAST = 4, 2, 512
 """Every which batch is judged without XNNPACK, whose built-in kernels are slow, and of a file that is not needed at

@@ -10,13 +10,13 @@ from pipeline.checkpoint import chat
 from pipeline.core import log
 from pipeline.core.errors import UsageError
 from pipeline.core.facts import Bundle, Fetch, Golden, Precision
-from pipeline.core.recipe import STEP
+from pipeline.core.recipe import BASELINE, STEP
 from pipeline.core.stage import Context
 from pipeline.judge import bundles, gates, kv_cache, sqnr, steps
 from pipeline.judge.kv_cache import Trace
 from pipeline.judge.reference import Reference
 from pipeline.judge.step_runs import JudgedPositions
-from pipeline.judge.steps import BASELINE, Setting, Subject, Verdict
+from pipeline.judge.steps import Setting, Subject, Verdict
 from pipeline.runtime.litert_lm import Message
 
 _PER_BATCH = 8

@@ -191,6 +191,7 @@ class Head(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., H] → [..., V]."""
         rows = max(1, _HEAD_BLOCK // self.stored.shape[1])
-        starts = range(0, self.stored.shape[0], rows)
-        blocks = (self.stored[start : start + rows].to(torch.float32) for start in starts)
-        return torch.cat([nn.functional.linear(x, block) for block in blocks], dim=-1)
+        # One room for all blocks: memory that is got anew has to be cleared each time.
+        room = torch.empty((min(rows, self.stored.shape[0]), self.stored.shape[1]))
+        blocks = (self.stored[start : start + rows] for start in range(0, self.stored.shape[0], rows))
+        return torch.cat([nn.functional.linear(x, room[: len(block)].copy_(block)) for block in blocks], dim=-1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -16,14 +17,15 @@ from safetensors.torch import load_file, save_file
 from transformers import Gemma3nForCausalLM
 
 from pipeline import fetch, golden
-from pipeline.core import manifest, memory
+from pipeline.core import log, manifest, memory
 from pipeline.core.errors import IntegrityError, UsageError
 from pipeline.core.recipe import PROJECT
+from pipeline.core.recipe import load as load_recipe
 from pipeline.core.stage import DEFAULT_MODEL
-from pipeline.judge import metrics
-from pipeline.judge.reference import Head, Reference
+from pipeline.judge import corpus, kv_cache, metrics
+from pipeline.judge.reference import Floats, Head, Reference
 from pipeline.reference import streaming
-from pipeline.reference.golden import DEVICE_NMSE, choose_device, is_streamed
+from pipeline.reference.golden import DEVICE_NMSE, choose_device, is_streamed, make_cache_trace
 from pipeline.reference.model import HuggingFace
 
 POSITIONS = int(SMALL["positions = 2048"].split()[-1])
@@ -218,6 +220,32 @@ def test_a_tensor_of_another_shape_is_refused(tmp_path: Path, streamed: bool) ->
     folder = changed_checkpoint(tmp_path / "m", lambda t: {**t, name: t[name][:-1].clone()})
     with pytest.raises((IntegrityError, RuntimeError), match="size|shape"):
         HuggingFace.load(folder, "cpu", streamed=streamed)
+
+
+def test_its_own_cache_is_asked_where_an_fp32_bundle_is_held_against_it(
+    judged: Line, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, model = load_recipe(judged.recipe), HuggingFace.load(SHIPPED, "cpu")
+    documents, asked = corpus.read_documents(PROJECT / recipe.corpus.verification), list[int]()
+    own = HuggingFace.hidden_cached
+
+    def counted(self: HuggingFace, ids: corpus.Tokens, count: int, bar: log.Progress) -> Floats:
+        asked.append(count)
+        return own(self, ids, count, bar)
+
+    monkeypatch.setattr(HuggingFace, "hidden_cached", counted)
+    found = {}
+    for precisions in (("fp32", "int8"), ("int8",)):
+        folder = tmp_path / "-".join(precisions)
+        folder.mkdir()
+        bundle = dataclasses.replace(recipe.bundle, precisions=precisions)
+        told = make_cache_trace(model, documents, dataclasses.replace(recipe, bundle=bundle), folder)
+        kept = Reference(folder, Head.of_checkpoint(SHIPPED, CAP)).cache()
+        found[precisions] = kv_cache.Trace(schedules=kv_cache.schedules(bundle, told.sliding_window), **kept)
+    both, alone = found.values()
+    assert asked == [recipe.bundle.decode] and both.cached.shape[1] == recipe.bundle.decode
+    assert alone.cached.shape == (2, 0, both.hidden.shape[2])
+    assert np.array_equal(alone.expected()[0], both.expected()[0]), "what int8 is held against is the same"
 
 
 def test_judging_on_calibration_text_is_refused(
