@@ -222,29 +222,45 @@ test("a download that breaks off is told, and the next try goes on", async () =>
   way.close();
 });
 
-test("a file that is not the judged one is refused", async () => {
-  const copy = mkdtempSync(join(tmpdir(), "page-"));
-  cpSync(FOLDER, copy, { recursive: true });
-  const file = join(copy, "model/decoder.tflite");
-  const bytes = readFileSync(file);
-  bytes[bytes.length >> 1] ^= 1;
-  rmSync(file);
-  writeFileSync(file, bytes);
-  const other = await serve(copy);
-  const { context, page } = await opened(other.url);
-  await page.click("#load");
-  await page.waitForSelector("#obstacle:not([hidden])");
-  assert.match(await page.textContent("#obstacle"), /decoder\.tflite is not the file that was judged/);
-  assert.deepEqual(
-    await page.evaluate(
-      async () => (await (await caches.open("model-files")).keys()).filter(({ url }) => url.includes("decoder")).length,
-    ),
-    0,
-  );
-  await context.close();
-  other.close();
-  rmSync(copy, { recursive: true });
-});
+const DAMAGED = {
+  "with a bit that is another one": [
+    (bytes) => {
+      bytes[bytes.length >> 1] ^= 1;
+      return bytes;
+    },
+    /decoder\.tflite is not the file that was judged/,
+  ],
+  "that ends early": [(bytes) => bytes.subarray(0, -1), /decoder\.tflite broke off after .* \(it ended early\)/],
+  "that is longer": [
+    (bytes) => Buffer.concat([bytes, Buffer.of(0)]),
+    /decoder\.tflite broke off .*more came than was said/,
+  ],
+};
+for (const [what, [damage, sentence]] of Object.entries(DAMAGED)) {
+  test(`a file ${what} is refused, and not kept`, async () => {
+    const copy = mkdtempSync(join(tmpdir(), "page-"));
+    cpSync(FOLDER, copy, { recursive: true });
+    const file = join(copy, "model/decoder.tflite");
+    const bytes = damage(readFileSync(file));
+    rmSync(file);
+    writeFileSync(file, bytes);
+    const other = await serve(copy);
+    const { context, page } = await opened(other.url);
+    await page.click("#load");
+    await page.waitForSelector("#obstacle:not([hidden])");
+    assert.match(await page.textContent("#obstacle"), sentence);
+    const kept = await page.evaluate(async () =>
+      (await (await caches.open("model-files")).keys()).map(({ url }) => url),
+    );
+    assert.deepEqual(
+      kept.filter((url) => url.includes("/decoder")),
+      [],
+    );
+    await context.close();
+    other.close();
+    rmSync(copy, { recursive: true });
+  });
+}
 
 const LACKING = {
   "no WebAssembly SIMD": [
