@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.checkpoint.chat import Tokenizer
+from pipeline.core.errors import UsageError
 from pipeline.core.manifest import FileRecord
 from pipeline.core.recipe import BASELINE, Gate
 from pipeline.judge import gates, kv_cache, metrics, parity
@@ -119,8 +120,17 @@ def judge(subject: Subject, setting: Setting) -> Verdict:
     """Run the bundle on everything that its limits need.
 
     Every bundle is held against Hugging Face. Whether fp32 is exact few positions tell, so it does not read the texts.
+
+    Raises:
+        UsageError: the bundle is fp32, and golden did not ask the reference through its own cache.
     """
     exact = subject.precision == BASELINE
+    if exact and not setting.trace.cached.shape[1]:
+        raise UsageError(
+            "the reference was not asked through its own cache, which an fp32 bundle is held against",
+            cause="golden ran with a recipe that has no fp32 bundle",
+            remedy="run `make golden` with this recipe",
+        )
     # What precision costs is a mean, which takes thousands of positions; a fault of a conversion shows in each.
     trace = setting.trace.conversations() if exact else setting.trace
     logits = kv_cache.replay(subject.sections, trace, subject.name, setting.scratch)

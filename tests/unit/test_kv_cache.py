@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.core.errors import UsageError
 from pipeline.core.recipe import PROJECT, Bundle, load
 from pipeline.core.stage import DEFAULT_RECIPE
-from pipeline.judge import kv_cache
+from pipeline.judge import bundles, kv_cache
 from pipeline.judge.kv_cache import Schedule, Trace
 
 
@@ -87,6 +90,15 @@ def test_what_is_expected_follows_the_order_of_playing() -> None:
     assert with_cache.ravel().tolist() == [100, 101, 5, 6, 102, 103, 100, 101]
     assert trace.targets.tolist() == [4, 5, 7, 8, 10, 11, 4, 5]
     assert trace.described == "8 decoded positions: 3–4, 0–1 and 3–4, 3–4 of 3 conversations"
+
+
+def test_an_fp32_bundle_is_not_held_against_a_cache_that_was_not_asked() -> None:
+    """A golden of a recipe with int8 alone; else figures without a cache would be called those with one."""
+    schedule, nothing = Schedule((("decode", 2),)), np.zeros((2, 0, 1), np.float32)
+    trace = Trace((schedule, schedule), np.zeros((2, 3), np.int32), np.zeros((2, 2, 1), np.float32), nothing)
+    subject, setting = SimpleNamespace(precision="fp32"), SimpleNamespace(trace=trace)
+    with pytest.raises(UsageError, match="not asked through its own cache"):
+        bundles.judge(cast(bundles.Subject, subject), cast(bundles.Setting, setting))
 
 
 def test_texts_follow_the_conversations_each_a_block_of_its_own() -> None:
