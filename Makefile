@@ -91,7 +91,7 @@ ASK := $(shell for python in $(PY) $(PYTHON) python3; do if $$python -c 'import 
 $(if $(ASK),,$(error Python 3.11 is needed and `$(PYTHON)` is not one: install it (Debian, Ubuntu: apt install python3.11 python3.11-venv) or name it: PYTHON=/path/to/python3.11))
 SAID := MODEL_ID REVISION BASE TEMPLATE RECIPE GRAPHS ARTIFACTS CALIBRATION EVAL TASK VARIANTS DEVICE LICENCE_OVERRIDE IN \
 	SIGNS CONFIRM HF_REPO FILE AGAINST CHECKS_HUB IMAGE NETWORK GOALS
-RULES := $(shell $(ASK) -m pipeline.core.rules $(foreach name,$(SAID),$(call QUOTE,$(name)=$($(name)))))
+RULES := $(shell $(ASK) -m pipeline.core.rules $(call QUOTE,FLAGS=$(filter-out --%,$(firstword $(MAKEFLAGS)))) $(foreach name,$(SAID),$(call QUOTE,$(name)=$($(name)))))
 $(if $(filter-out 0,$(.SHELLSTATUS)),$(error these settings can't work, for the reason said above))
 include $(RULES)
 endif

@@ -15,14 +15,14 @@ from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
-from pipeline.checkpoint import adapters
 from pipeline.checkpoint.preflight import Plan, plan
-from pipeline.checkpoint.reader import CONFIG, open_checkpoint, read_tensors
+from pipeline.checkpoint.reader import CONFIG
 from pipeline.checkpoint.source import Source
 from pipeline.core import facts, log, options
 from pipeline.core.stage import Context, Outcome, Stage, main
 from pipeline.models import architecture_for, expected
 from pipeline.release import licence, origin
+from pipeline.release.joining import join
 from pipeline.release.origin import Asked, OnHub
 
 
@@ -70,34 +70,16 @@ def _take(context: Context, asked: Asked, chosen: Plan, target: Path) -> Outcome
 
 def _merge(context: Context, asked: Asked, chosen: Plan, target: Path) -> Outcome:
     """Merge the adapter into its base. Both are pinned, and the terms of both come along."""
-    adapter, own, base, known = asked.adapter, asked.origin, asked.base, context.known
-    assert adapter and base
+    own, base = asked.origin, asked.base
+    assert asked.adapter and base
     canonical = architecture_for(asked.source.json(CONFIG)).canonical
-    names, where = base.source.sizes, base.source.where
-    changes = adapters.changes(adapter, read_tensors(names, names, base.source.read, where), canonical, where)
-    brought = [name for name in own.source.sizes if adapters.brought(name, own.source.sizes)]
-    kept = [name for name in chosen.names if name not in brought]
-    terms = [name for name in brought if name in names and adapters.TERMS.fullmatch(name)]
-    weights = sum(names[name] for name in kept if name.endswith(".safetensors"))
-    there = base.obtain([*kept, *terms], context.root, extra=weights)
-    taken = [*brought, adapters.CONFIG, adapters.WEIGHTS]
-    trained = own.obtain(taken, context.root)
-    adapters.check_tokens(own.source, base.source, changes.tokens)
-    from pipeline.checkpoint import merging  # PyTorch, which nothing else here needs
-
-    written = merging.write(open_checkpoint(there), adapter, trained, changes.changed, target)
-    for name in (name for name in kept if name not in written):
-        base.put(there / name, target / name)
-    for name in terms:
-        base.put(there / name, target / f"{name}.base")
-    for name in brought:
-        own.put(trained / name, target / name)
+    made = join(asked, chosen.names, canonical, context.root, target, context.known)
     judged = _plan_again(context, target, asked).facts
-    log.step(changes.text(own.model, base.model))
-    card = licence.read_card(target, asked.card, (adapter.base, base.model))
-    merged = facts.Merged(base=base.model, base_revision=base.revision(kept, known), changed=len(changes.changed))
+    log.step(made.changes.text(own.model, base.model))
+    card = licence.read_card(target, asked.card, (asked.adapter.base, base.model))
+    merged = facts.Merged(base=base.model, base_revision=made.base_revision, changed=len(made.changes.changed))
     told = facts.Fetch(**vars(judged), **vars(card), adapter=merged)
-    return Outcome(model=own.model, revision=own.revision(taken, known), facts=told)
+    return Outcome(model=own.model, revision=made.revision, facts=told)
 
 
 def _plan_again(context: Context, target: Path, asked: Asked) -> Plan:

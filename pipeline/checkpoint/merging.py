@@ -7,9 +7,14 @@ it is added. In memory are a few blocks of rows and one module's A and B.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,19 +23,29 @@ import torch
 from pipeline.checkpoint.adapters import Adapter, Change, Part
 from pipeline.checkpoint.headers import FLOATS, TensorInfo
 from pipeline.checkpoint.reader import CONFIG, INDEX, Checkpoint, Float32, item_size, read_json, read_part
-from pipeline.core import log
+from pipeline.core import log, parallel
 from pipeline.core.manifest import dump_json
 
-_BLOCK = 1 << 20
-"""Elements of a block of rows: 4 MiB in float32; new memory for larger ones took most of the time."""
-_COPIED = 8 << 20
+_BLOCK = 1 << 18
+"""Elements of a block of rows: 1 MiB in float32, which stays in a core's cache."""
+_COPIED = 4 << 20
 """Bytes of an unchanged tensor that are copied at a time."""
+_AHEAD = 4
+"""Blocks that are written and not yet hashed."""
 _LEAST_ROWS = 64
 """Rows of the smallest block: few rows are multiplied in another order."""
 
 
-def write(base: Checkpoint, adapter: Adapter, weights: Path, changes: Mapping[str, Change], out: Path) -> set[str]:
-    """Write the files of `base` that differ in the merged checkpoint into the folder `out`, and return their names.
+Block = Callable[[], bytes | memoryview]
+"""Makes a block of a tensor's bytes; blocks are made by several threads at a time."""
+
+
+def write(
+    base: Checkpoint, adapter: Adapter, weights: Path, changes: Mapping[str, Change], out: Path
+) -> dict[str, str]:
+    """Write the files of `base` that differ in the merged checkpoint into the folder `out`.
+
+    Returns their names with their sha256, which is taken on the way: to read them again would take a third of the time.
 
     Args:
         base: the base.
@@ -42,15 +57,39 @@ def write(base: Checkpoint, adapter: Adapter, weights: Path, changes: Mapping[st
     held = Checkpoint(folder=weights, tensors=adapter.tensors)
     files = _layout(base, changes)
     total = sum(_size(info) for tensors in files.values() for info in tensors.values())
-    with log.progress(f"merging {len(changes)} tensors", total) as bar:
+    sums = {}
+    with log.progress(f"merging {len(changes)} tensors", total) as bar, _alone(), ThreadPoolExecutor(1) as hasher:
         for file, tensors in files.items():
-            with (out / file).open("wb") as stream:
+            blocks = (
+                block
+                for name, info in tensors.items()
+                for block in (_merged(base, changes[name], held, info) if name in changes else _stored(base, name))
+            )
+            digest = hashlib.sha256(_header(tensors))
+            hashed: deque[Future[None]] = deque()
+            with (out / file).open("wb", buffering=0) as stream:
                 stream.write(_header(tensors))
-                for name, info in tensors.items():
-                    blocks = _merged(base, changes[name], held, info) if name in changes else _stored(base, name)
-                    for block in blocks:
-                        bar.advance(stream.write(block))
-    return {*files, *_write_tables(base, changes, out)}
+                for data in parallel.ordered(lambda block: block(), blocks):
+                    hashed.append(hasher.submit(digest.update, data))
+                    stream.write(data)
+                    bar.advance(len(data))
+                    if len(hashed) > _AHEAD:
+                        hashed.popleft().result()
+            for future in hashed:
+                future.result()
+            sums[file] = digest.hexdigest()
+    return {**sums, **_write_tables(base, changes, out)}
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """One thread of PyTorch's for each of ours: it would wait for its other ones after every block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _layout(base: Checkpoint, changes: Mapping[str, Change]) -> dict[str, dict[str, TensorInfo]]:
@@ -83,14 +122,15 @@ def _header(tensors: Mapping[str, TensorInfo]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _stored(base: Checkpoint, name: str) -> Iterator[bytes]:
+def _stored(base: Checkpoint, name: str) -> Iterator[Block]:
     """The bytes of a tensor of the base."""
     info = base.tensors[name]
-    for start in range(info.offset, info.offset + info.size, _COPIED):
-        yield read_part(base.folder, info.file, start, min(start + _COPIED, info.offset + info.size))
+    end = info.offset + info.size
+    for start in range(info.offset, end, _COPIED):
+        yield partial(read_part, base.folder, info.file, start, min(start + _COPIED, end))
 
 
-def _merged(base: Checkpoint, change: Change, held: Checkpoint, info: TensorInfo) -> Iterator[memoryview]:
+def _merged(base: Checkpoint, change: Change, held: Checkpoint, info: TensorInfo) -> Iterator[Block]:
     """The bytes of a changed tensor, as many rows at a time as fit into a block."""
     kind = getattr(torch, FLOATS[info.dtype])
     whole = [part.names["whole"] for part in change.parts if "whole" in part.names]
@@ -98,14 +138,18 @@ def _merged(base: Checkpoint, change: Change, held: Checkpoint, info: TensorInfo
     loaded = [{role: _tensor(held.read(name)) for role, name in part.names.items()} for part in parts]
     count = change.shape[0]
     step = max(_LEAST_ROWS, _BLOCK // math.prod(change.shape[1:]))
-    for start, stop in pairwise([*range(0, max(1, count - _LEAST_ROWS + 1), step), count]):
+
+    def block(start: int, stop: int) -> memoryview:
         # A whole tensor takes the place of the base's, the last one of several; it is rounded to the base's type.
         rows = _tensor(held.rows(whole[-1], start, stop) if whole else base.rows(change.base, start, stop))
         rows = rows.to(kind).float() if whole else rows
         for place, (part, tensors) in enumerate(zip(parts, loaded, strict=True)):
             rows = rows.to(kind).float() if place else rows
             rows = _changed(part, tensors, rows, start, kind)
-        yield rows.to(kind).contiguous().view(torch.uint8).numpy().data.cast("B")
+        return rows.to(kind).contiguous().view(torch.uint8).numpy().data.cast("B")
+
+    for start, stop in pairwise([*range(0, max(1, count - _LEAST_ROWS + 1), step), count]):
+        yield partial(block, start, stop)
 
 
 def _changed(
@@ -137,8 +181,8 @@ def _tensor(values: Float32) -> torch.Tensor:
     return torch.from_numpy(values if values.flags.writeable else values.copy())
 
 
-def _write_tables(base: Checkpoint, changes: Mapping[str, Change], out: Path) -> set[str]:
-    """The configuration and the index, where a vocabulary was resized or a tensor is new; returns what was written."""
+def _write_tables(base: Checkpoint, changes: Mapping[str, Change], out: Path) -> dict[str, str]:
+    """The configuration and the index, where a vocabulary was resized or a tensor is new; returns their sha256."""
     written = {}
     sizes = {change.shape[0] for name, change in changes.items() if change.shape != base.tensors[change.base].shape}
     if sizes:
@@ -152,6 +196,9 @@ def _write_tables(base: Checkpoint, changes: Mapping[str, Change], out: Path) ->
         held = index["weight_map"]
         assert isinstance(held, dict)  # preflight has read it
         written[INDEX] = {**index, "weight_map": {**held, **new}}
+    sums = {}
     for name, table in written.items():
-        (out / name).write_text(dump_json(table), encoding="utf-8")
-    return set(written)
+        text = dump_json(table).encode()
+        (out / name).write_bytes(text)
+        sums[name] = hashlib.sha256(text).hexdigest()
+    return sums

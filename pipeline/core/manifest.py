@@ -228,9 +228,16 @@ class Known:
                 bar.advance(int(before[0]))
             return FileRecord(path=file.relative_to(base).as_posix(), size=int(before[0]), sha256=known)
         made = FileRecord.of(file, base, bar)
-        if before == self._identity(file) and time.time_ns() - int(before[3]) > self._TICK:
-            self.sums[self._place(file)] = [*before, made.sha256]
+        if before == self._identity(file):
+            self.learn({file: made.sha256})
         return made
+
+    def learn(self, sums: Mapping[Path, str]) -> None:
+        """Remember the sha256 of files as they are now."""
+        for file, sha256 in sums.items():
+            now = self._identity(file)
+            if time.time_ns() - int(now[3]) > self._TICK:
+                self.sums[self._place(file)] = [*now, sha256]
 
     def keep(self) -> None:
         """Write the note for the next stage."""

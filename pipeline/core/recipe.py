@@ -198,7 +198,10 @@ class Recipe:
 
 RECIPES = PROJECT / "pipeline" / "recipes"
 DEFAULT = RECIPES / "gemma3n.toml"
-"""The shipped model's, and of a checkpoint whose type nobody knows yet: on the Hub, until it is fetched."""
+"""The shipped model's, and of a checkpoint whose type nobody knows."""
+CONFIG = "config.json"
+IDENTIFIED = ".inputs/identified"
+"""What `identify` writes below a model's folder: JSON with the `model_type` of a checkpoint that is not here yet."""
 
 
 def of_type(model_type: str) -> tuple[Path, ...]:
@@ -216,15 +219,18 @@ def chosen(given: Path | None, model_id: str, root: Path) -> Path:
     """
     if given:
         return given
-    for folder in (Path(model_id), root / "fetch" / "checkpoint"):
-        try:
-            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):  # not here; or broken, which fetch will say
-            continue
-        fitting = of_type(str(config.get("model_type"))) if isinstance(config, dict) else ()
-        if fitting:
-            return fitting[0]
-    return DEFAULT
+    files = (Path(model_id) / CONFIG, root / IDENTIFIED, root / "fetch" / "checkpoint" / CONFIG)
+    return next(filter(None, map(named_in, files)), DEFAULT)
+
+
+def named_in(file: Path) -> Path | None:
+    """The shipped recipe for the `model_type` that a JSON file names; none if there is none, or no such file."""
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # not here; or broken, which fetch will say
+        return None
+    fitting = of_type(str(config.get("model_type"))) if isinstance(config, dict) else ()
+    return fitting[0] if fitting else None
 
 
 def load(file: Path) -> Recipe:

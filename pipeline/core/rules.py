@@ -6,6 +6,9 @@ prints the path of a file for Make to include, `artifacts/<model>/.inputs/rules.
 `.inputs/<stage>` for each, rewritten only where something that the stage depends on changed: its settings, the contents
 of the modules that it imports, its recipe and texts, the lock; a checkpoint's files by path, size and time. Names in a
 checkpoint's folder stand in these files alone: neither Make nor a shell sees them.
+
+The recipe is chosen by the checkpoint's type, and that of one on the Hub is not known before somebody asks. Then the
+rules hold one for themselves: Make, which first makes anew what it includes, runs `identify` and begins again.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import os
 import shlex
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import cast, get_args
@@ -24,8 +27,8 @@ from typing import cast, get_args
 from pipeline.core import container
 from pipeline.core.errors import PipelineError, UsageError
 from pipeline.core.graph import STAGES, STEPS, Choice, behind, makeable, model_name, model_root, refuse_within
-from pipeline.core.manifest import write_atomically
-from pipeline.core.recipe import PROJECT, STEP, Graphs, chosen, load
+from pipeline.core.manifest import NAME, write_atomically
+from pipeline.core.recipe import CONFIG, DEFAULT, IDENTIFIED, PROJECT, STEP, Graphs, load, named_in
 
 _SPECIAL = "$'\"`;&|<>()[]{}*?!%:\\#"
 """What Make or a shell would read as more than a name."""
@@ -40,6 +43,9 @@ _NPM = (
 _COMMANDS = ("plan", "template", "upload", "check", "inspection", "reproduce", "chat", "run", "tune")
 """What runs beside the stages."""
 _FILES = ("calibration", "eval", "task", "template")
+_ADAPTER = "adapter_config.json"
+_WITHOUT_RECIPE = {"clean", "check", "inspect"}
+"""Goals that are the same whatever the recipe."""
 _CHECKPOINT = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.md", "LICENSE*", "NOTICE*")
 
 
@@ -102,7 +108,8 @@ def _with_data(files: set[Path]) -> list[Path]:
 class Request:
     """What was `said` to Make. `settings` are those of stages by name, where they are set; paths as they were given.
 
-    In a container every path is absolute, since it is mounted where it is.
+    In a container every path is absolute, since it is mounted where it is. It `looks` where the checkpoint's
+    type is to be found out before there is a recipe.
     """
 
     model_id: str
@@ -112,6 +119,7 @@ class Request:
     settings: Mapping[str, str]
     goals: tuple[str, ...]
     said: Mapping[str, str]
+    looks: bool = False
 
     @property
     def docker(self) -> bool:
@@ -130,9 +138,21 @@ class Request:
         return [*([self.folder] if self.folder else []), *([Path(base)] if base and Path(base).is_dir() else [])]
 
     @property
+    def asked(self) -> list[str]:
+        """The words for which checkpoint is meant, and the files that lie here for it."""
+        words = [self.model_id, *_option(self, "revision"), *_option(self, "base")]
+        return [*words, *self.files]
+
+    @property
+    def files(self) -> list[str]:
+        """The files that lie here for fetch, with size and time."""
+        rows = (row for folder in self.folders for row in _checkpoint(folder))
+        return [f"{file} {stat.st_size} {stat.st_mtime_ns}" for file, stat in rows]
+
+    @property
     def online(self) -> bool:
         """Whether fetch asks the Hub: for a model, or for the base of an adapter that is here."""
-        adapter = bool(self.folder) and (Path(self.model_id) / "adapter_config.json").is_file()
+        adapter = bool(self.folder) and (Path(self.model_id) / _ADAPTER).is_file()
         return len(self.folders) < (2 if adapter else 1)
 
     @property
@@ -178,10 +198,7 @@ class Request:
 
 def record(request: Request, stage: str) -> str:
     """What `.inputs/<stage>` says: everything that the stage's result depends on, beside the stages that it reads."""
-    lines = [shlex.join(["options", *request.words(stage)])]
-    if stage == "fetch":
-        rows = (row for folder in request.folders for row in _checkpoint(folder))
-        lines += [f"{file} {stat.st_size} {stat.st_mtime_ns}" for file, stat in rows]
+    lines = [shlex.join(["options", *request.words(stage)]), *(request.files if stage == "fetch" else [])]
     texts = dict.fromkeys(filter(None, map(request.text, STAGES[stage].texts)))
     taken = sorted(file for pattern in STAGES[stage].sources for file in PROJECT.glob(pattern) if file.is_file())
     paths = [
@@ -240,6 +257,15 @@ def rules(request: Request) -> str:
         f"\t$(call RUN,plan) -m pipeline.plan {_quoted(_plan_words(request))}",
         "",
     ]
+    if request.looks:  # Make begins again once this file is newer than it was read
+        words = _quoted([*request.where[:4], *(w for name in ("revision", "base") for w in _option(request, name))])
+        lines += [
+            f"{root}/.inputs/rules.mk: {root}/{IDENTIFIED}",
+            "\t@touch $@",
+            f"{root}/{IDENTIFIED}: {root}/.inputs/asked | $(READY)",
+            f"\t@$(call RUN,plan) -m pipeline.identify {words}",
+            "",
+        ]
     proof = f"{root}/.inputs/rendered"
     if choice.bundles:  # a template that no bundle can have is refused before hours of work
         command = f"$(call RUN,template) -m pipeline.template {_quoted(request.where)}"
@@ -353,21 +379,21 @@ def ask(said: Mapping[str, str]) -> Request:
         if not model_name(said["MODEL_ID"]):
             raise UsageError(f"MODEL_ID is {said['MODEL_ID']!r}, a folder without a name to keep its results by")
     _check_words(said)
-    root = model_root(Path(said["ARTIFACTS"]), said["MODEL_ID"])
-    file = _shown(chosen(Path(said["RECIPE"]) if said["RECIPE"] else None, said["MODEL_ID"], root))
-    recipe, variants = load(file), tuple(dict.fromkeys(said["VARIANTS"].split()))
+    model_root(Path(said["ARTIFACTS"]), said["MODEL_ID"])
+    variants = tuple(dict.fromkeys(said["VARIANTS"].split()))
     if unknown := [name for name in variants if name not in STEPS]:
         raise UsageError(f"VARIANTS names {', '.join(unknown)}; step graphs are {', '.join(STEPS)}")
-    graphs = cast(Graphs, said["GRAPHS"] or recipe.graphs)
     settings = {name.lower().replace("_", "-"): value for name, value in said.items()}
     files = {name: str(Path(settings[name]).absolute()) for name in _FILES if settings[name]}
     if (base := settings.get("base", "")) and Path(base).is_dir():
         files["base"] = str(Path(base).resolve())
+
+    file = Path(said["RECIPE"]) if said["RECIPE"] else DEFAULT
     request = Request(
         model_id=said["MODEL_ID"],
         artifacts=Path(said["ARTIFACTS"]),
-        recipe=file,
-        choice=Choice(recipe=recipe, graphs=graphs, variants=variants or None),
+        recipe=_shown(file),
+        choice=_choice(file, said["GRAPHS"], variants or None),
         settings={**settings, **files},
         goals=tuple(said["GOALS"].split()),
         said=said,
@@ -375,7 +401,46 @@ def ask(said: Mapping[str, str]) -> Request:
     _plain("the folder of the results", str(request.root), _SPECIAL + "=")  # `a=b: c` is a variable for Make
     for folder in request.folders:
         refuse_within(request.root, folder)
-    return request
+    return request if said["RECIPE"] else _with_recipe(request, said)
+
+
+def _choice(file: Path, graphs: str, variants: tuple[str, ...] | None) -> Choice:
+    recipe = load(file)
+    return Choice(recipe=recipe, graphs=cast(Graphs, graphs or recipe.graphs), variants=variants)
+
+
+def _with_recipe(request: Request, said: Mapping[str, str]) -> Request:
+    """`request` with the shipped recipe for the checkpoint's type; if that is not known yet, it `looks` first."""
+    asked = request.root / ".inputs" / "asked"
+    asked.parent.mkdir(parents=True, exist_ok=True)
+    _rewrite(asked, shlex.join(request.asked) + "\n")
+    known = _known(request, asked)
+    file = (named_in(known) if known else None) or DEFAULT
+    asks = not known and not {*request.goals} <= _WITHOUT_RECIPE
+    shows = asks and bool({*"nqt"} & {*said.get("FLAGS", "")})  # Make would look all the same
+    if shows:
+        sys.stderr.write(f"warning: what type {request.model_id} is of is not known yet: shown as for {file.stem}\n")
+    choice = _choice(file, said["GRAPHS"], request.choice.variants)
+    return replace(request, recipe=_shown(file), choice=choice, looks=asks and not shows)
+
+
+def _known(request: Request, asked: Path) -> Path | None:
+    """The file that says of which type the checkpoint is, or None if somebody has to look.
+
+    What was looked up or fetched counts while the same thing is asked for, by Make's own rule.
+    """
+    folder, fetched = request.folder, request.root / "fetch"
+    if folder and ((folder / CONFIG).is_file() or not (folder / _ADAPTER).is_file()):
+        return folder / CONFIG
+    identified, since = request.root / IDENTIFIED, asked.stat().st_mtime_ns
+    notes = {identified: identified, fetched / NAME: fetched / "checkpoint" / CONFIG}
+    return next((said for note, said in notes.items() if note.is_file() and note.stat().st_mtime_ns >= since), None)
+
+
+def _rewrite(file: Path, text: str) -> None:
+    """Write `text` to `file` if it says something else, so that Make sees what changed and nothing more."""
+    if not file.is_file() or file.read_text(encoding="utf-8") != text:
+        write_atomically(file, text)
 
 
 def write(request: Request) -> Path:
@@ -384,8 +449,7 @@ def write(request: Request) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     made = folder / "rules.mk"
     for file, text in [*((folder / name, record(request, name)) for name in STAGES), (made, rules(request))]:
-        if not file.is_file() or file.read_text(encoding="utf-8") != text:
-            write_atomically(file, text)
+        _rewrite(file, text)
     return made
 
 
