@@ -12,6 +12,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import mmap
 import re
 import socket
 import struct
@@ -20,6 +21,7 @@ import urllib.parse
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -41,6 +43,27 @@ class Sparse:
         return self.start[begin:end].ljust(end - begin, b"\0")
 
 
+@dataclass(frozen=True)
+class Stored:
+    """A file that stays on disk: too large for memory."""
+
+    file: Path
+    size: int
+    sha256: str
+
+    @classmethod
+    def of(cls, file: Path) -> Stored:
+        with file.open("rb") as stream:
+            return cls(file, file.stat().st_size, hashlib.file_digest(stream, "sha256").hexdigest())
+
+    def part(self, begin: int, end: int) -> memoryview:
+        with self.file.open("rb") as stream:
+            return memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))[begin:end]
+
+
+Data = bytes | Sparse | Stored
+
+
 @dataclass
 class Repo:
     """A model repository: `commits` maps a commit to its files, `refs` branches and `tags` to commits.
@@ -48,7 +71,7 @@ class Repo:
     `objects` are large files that storage holds, by sha256, whether a commit names them or not.
     """
 
-    commits: dict[str, dict[str, bytes | Sparse]]
+    commits: dict[str, dict[str, Data]]
     refs: dict[str, str]
     tags: dict[str, str] = field(default_factory=dict)
     objects: dict[str, bytes] = field(default_factory=dict)
@@ -139,7 +162,7 @@ class HubServer:
         self._server.server_close()
         self._thread.join()
 
-    def add(self, name: str, files: dict[str, bytes | Sparse], **settings: bool) -> str:
+    def add(self, name: str, files: dict[str, Data], **settings: bool) -> str:
         """Add a commit with `files` to the main branch of `name` and return it."""
         repo = self.repos.setdefault(name, Repo({}, {}))
         for key, value in settings.items():
@@ -178,15 +201,17 @@ class HubServer:
         return None
 
 
-def size_of(data: bytes | Sparse) -> int:
-    return data.size if isinstance(data, Sparse) else len(data)
+def size_of(data: Data) -> int:
+    return len(data) if isinstance(data, bytes) else data.size
 
 
-def sha256_of(data: bytes | Sparse) -> str:
+def sha256_of(data: Data) -> str:
+    if isinstance(data, Stored):
+        return data.sha256
     return hashlib.sha256(data.start if isinstance(data, Sparse) else data).hexdigest()
 
 
-def oid_of(name: str, data: bytes | Sparse) -> str:
+def oid_of(name: str, data: Data) -> str:
     """The name that the Hub has for a file's content: its sha256 if it is large, else git's."""
     if name.endswith(LARGE):
         return sha256_of(data)
@@ -202,7 +227,7 @@ def _front_matter(card: object) -> dict[str, Any]:
         return {}
 
 
-def _sibling(name: str, data: bytes | Sparse) -> dict[str, Any]:
+def _sibling(name: str, data: Data) -> dict[str, Any]:
     size = size_of(data)
     entry: dict[str, Any] = {"rfilename": name, "size": size}
     if name.endswith(LARGE):
@@ -473,7 +498,7 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
             owner, name, commit, file = path.removeprefix("/storage/").split("/", 3)
             self.content(hub.repos[f"{owner}/{name}"].commits[commit][file], {})
 
-        def content(self, data: bytes | Sparse, headers: dict[str, str]) -> None:
+        def content(self, data: Data, headers: dict[str, str]) -> None:
             size, status = size_of(data), 200
             begin, end = 0, size
             asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.request_log.range)
@@ -482,7 +507,7 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
                 if begin >= size:
                     return self.reply(416, b"", {"Content-Range": f"bytes */{size}"})
                 headers = {**headers, "Content-Range": f"bytes {begin}-{end - 1}/{size}"}
-            part = data.part(begin, end) if isinstance(data, Sparse) else data[begin:end]
+            part = data[begin:end] if isinstance(data, bytes) else data.part(begin, end)
             if self.fault and self.fault.swap:
                 part = bytes(255 - byte for byte in part)
             self.reply(status, part, headers)
@@ -491,7 +516,7 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
             headers = {"X-Error-Code": code} if code else {}
             self.reply(status, json.dumps({"error": message}).encode(), {**headers, "X-Error-Message": message})
 
-        def reply(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
+        def reply(self, status: int, body: bytes | memoryview, headers: dict[str, str] | None = None) -> None:
             self.request_log.status = status
             if self.fault and self.fault.unanswered:
                 return self.break_off()
@@ -524,6 +549,6 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
     return Handler
 
 
-def _pieces(body: bytes) -> Iterator[bytes]:
+def _pieces(body: bytes | memoryview) -> Iterator[bytes | memoryview]:
     for start in range(0, len(body), 1 << 16):
         yield body[start : start + (1 << 16)]
