@@ -101,8 +101,11 @@ def describe(
     if family.type not in known:
         raise BundleError(f"LiteRT-LM has no model type {family.type!r}", remedy=f"use one of {', '.join(known)}")
     generation, config = (_read_json(checkpoint / name) for name in ("generation_config.json", "config.json"))
-    chat = template.prepare(source, tokenizer, family.type) if source else None
     tools = family.tools and bool(re.search(r"\btools\b", source))
+    chat = template.prepare(source, tokenizer, family.type, tools=tools) if source else None
+    if chat and chat.no_tools:
+        tools = False
+        log.warn(f"the bundle takes no tools, which its template would render otherwise: {chat.no_tools}")
     begins = chat.starts_with_bos if chat else prompts_begin_with_bos(tokenizer)
     stop = {*stop_tokens(generation, config, tokenizer)}
     if chat and not set(tokenizer(ending := turn_end(tokenizer), add_special_tokens=False)["input_ids"]) & stop:
@@ -221,6 +224,8 @@ def _remarks(generation: Mapping[str, object], chat: template.Template | None) -
             "The chat template renders earlier messages otherwise once more follow: render the whole conversation anew "
             "for every turn (a session of its own, as `make chat` does), or ask one question at a time."
         )
+    if chat and chat.no_tools:
+        remarks.append("It takes no tools: LiteRT-LM would render them otherwise than the model was trained with.")
     return tuple(remarks)
 
 

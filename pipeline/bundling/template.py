@@ -6,7 +6,8 @@ rewritten so that both give the same text (seen in litert-lm 0.18.1):
 - Jinja drops one newline at the end of the source, the runtime keeps it;
 - Jinja's `trim` removes what Python calls white space, the runtime's leaves U+001C to U+001F;
 - what the runtime's engine lacks as a method or says otherwise of none is said in other words (`_REWRITINGS`);
-- the runtime hands message content over as a list of text parts, never as a string;
+- the runtime hands message content over as a list of parts, never as a string; where a tool answered, the part holds
+  its `response` and no text;
 - the runtime leaves `bos_token` and `eos_token` empty and knows no other special token; it puts the bundle's start
   token in front of the first prompt itself.
 
@@ -19,7 +20,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, TypeAlias
 
 from pipeline.bundling import standin
@@ -27,7 +28,7 @@ from pipeline.core import log
 from pipeline.core.errors import BundleError, IntegrityError
 from pipeline.runtime.litert_lm import REWRITES, LmRuntime
 
-Message: TypeAlias = "Mapping[str, str | Sequence[Mapping[str, str]]]"
+Message: TypeAlias = "Mapping[str, object]"
 Conversation: TypeAlias = "Sequence[Message]"
 
 
@@ -38,7 +39,7 @@ class Renderer(Protocol):
     bos_token: str | None
 
     def apply_chat_template(
-        self, conversation: Conversation, *, tokenize: bool, add_generation_prompt: bool, **variables: str
+        self, conversation: Conversation, *, tokenize: bool, add_generation_prompt: bool, **variables: object
     ) -> str:
         """The conversation as text."""
 
@@ -66,6 +67,41 @@ CONVERSATIONS = (
     _talk("1", "2", "3", "4", "5", system=""),
 )
 """What a template is tried on; one that refuses system messages is tried without them."""
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "The weather in a city.",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string", "description": "its name"}},
+            "required": ["city"],
+        },
+    },
+}
+"""What a template that takes tools is tried with."""
+_CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+
+
+def _asked(answer: object, **called: str) -> list[Message]:
+    """A conversation in which the tool was called, and gave `answer`."""
+    return [
+        {"role": "user", "content": "Oslo?"},
+        {"role": "assistant", "tool_calls": [_CALL], **called},
+        {"role": "tool", "name": "weather", "content": answer},
+    ]
+
+
+def _part(answer: object) -> list[Message]:
+    return [{"type": "tool_response", "name": "weather", "response": answer}]
+
+
+_WITH_TOOLS: tuple[tuple[Conversation, Conversation], ...] = (
+    *((talk, talk) for talk in (_talk("Hi"), _talk("Hi", system="Be brief."), _talk("Hi", _REPLY, "And now?"))),
+    (_asked("7 degrees", content=""), _asked(_part("7 degrees"))),
+    (_asked('{"degrees": 7}', content=""), _asked(_part({"degrees": 7}))),
+)
+"""Conversations as transformers takes them and as the runtime keeps them; a tool's result is text there, or JSON."""
 TURNS = ("Hi", "And now?", "Well?")
 """What a conversation of the runtime's own is held with."""
 
@@ -103,22 +139,50 @@ _JOIN_PARTS = """\
 {%- endfor -%}
 {%- set messages = flat.messages -%}
 """
+_JOIN_ANSWERS = """\
+        {%- set all = namespace(text='') -%}
+        {%- for part in message['content'] or [] -%}
+            {%- if part['response'] is not defined -%}
+                {%- set all.text = all.text + part['text'] -%}
+            {%- elif part['response'] is string -%}
+                {%- set all.text = all.text + part['response'] -%}
+            {%- else -%}
+                {%- set all.text = all.text + (part['response'] | tojson) -%}
+            {%- endif -%}
+        {%- endfor -%}
+        {%- set text = all.text -%}
+"""
+"""In the place of the line that joins texts, for templates that take tools."""
+_TEXTS = re.compile(r"^.*map\(attribute.*\n", re.MULTILINE)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Template:
     """A template for the runtime. `starts_with_bos`: the runtime must put the bos token in front of what it renders.
 
-    `goes_on`: the runtime's own conversations do, since the template leaves what was said before as it was.
+    `goes_on`: the runtime's own conversations do, since the template leaves what was said before as it was. `no_tools`
+    is why it can't have any, although the model may.
     """
 
     source: str
     starts_with_bos: bool
     goes_on: bool
+    no_tools: str = ""
 
 
-def prepare(source: str, renderer: Renderer, model_type: str) -> Template:
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A conversation that the runtime must render as `text`, where it has `tools`."""
+
+    conversation: Conversation
+    text: str
+    tools: tuple[Mapping[str, object], ...] = ()
+
+
+def prepare(source: str, renderer: Renderer, model_type: str, *, tools: bool = False) -> Template:
     """The template `source` for the runtime, which takes the model for one of `model_type`.
+
+    `tools`: the model takes tools, so conversations with one are tried as well; if these fail, it is without.
 
     Raises:
         BundleError: it fails to render, or can't be rewritten so that the runtime renders the same.
@@ -128,16 +192,28 @@ def prepare(source: str, renderer: Renderer, model_type: str) -> Template:
     starts_with_bos = bool(bos) and all(
         text == bos + _render(source, conversation, renderer, bos_token="") for conversation, text in rendered
     )
-    texts = [(conversation, text.removeprefix(bos) if starts_with_bos else text) for conversation, text in rendered]
+    cases = [Case(conversation=conversation, text=text) for conversation, text in rendered]
+    with_tools = cases + _with_tools(source, renderer) if tools else []
+    if starts_with_bos:
+        cases, with_tools = (
+            [replace(case, text=case.text.removeprefix(bos)) for case in each] for each in (cases, with_tools)
+        )
     with standin.opened(model_type) as runtime:
-        rewritten = _proved(_candidates(source, renderer, keep_bos_name=starts_with_bos), source, texts, runtime)
+        candidates = _candidates(source, renderer, keep_bos_name=starts_with_bos)
+        no_tools = ""
+        try:
+            joined = [text.replace(_JOIN_PARTS, _TEXTS.sub(_JOIN_ANSWERS, _JOIN_PARTS)) for text in candidates]
+            rewritten = _proved(joined, source, with_tools, runtime) if tools else ""
+        except BundleError as error:
+            rewritten, no_tools = "", f"{error}: {error.cause}"
+        rewritten = rewritten or _proved(candidates, source, cases, runtime)
         goes_on = _goes_on(rewritten, runtime)
     if not goes_on:
         log.warn(
             "the chat template rewrites what was said before (shortened, stripped or marked once more follows): "
             "LiteRT-LM's own conversations by it end after a turn or two; `make chat` and the card know"
         )
-    return Template(source=rewritten, starts_with_bos=starts_with_bos, goes_on=goes_on)
+    return Template(source=rewritten, starts_with_bos=starts_with_bos, goes_on=goes_on, no_tools=no_tools)
 
 
 def wanted(source: str, renderer: Renderer) -> list[tuple[Conversation, str]]:
@@ -154,6 +230,19 @@ def wanted(source: str, renderer: Renderer) -> list[tuple[Conversation, str]]:
                     remedy="correct the template; try it with tokenizer.apply_chat_template of transformers",
                 ) from error
     return texts
+
+
+def _with_tools(source: str, renderer: Renderer) -> list[Case]:
+    """What transformers renders with a tool; what the template refuses on purpose is left out."""
+    cases = []
+    for conversation, kept in _WITH_TOOLS:
+        try:
+            text = _render(source, conversation, renderer, tools=[TOOL])
+        except Exception as error:  # as in `wanted`
+            log.step(f"the chat template refuses a conversation with a tool: {error}")
+            continue
+        cases.append(Case(conversation=kept, text=text, tools=(TOOL,)))
+    return cases
 
 
 def _candidates(source: str, renderer: Renderer, *, keep_bos_name: bool) -> list[str]:
@@ -189,42 +278,39 @@ def _rewritten_tag(tag: str) -> str:
     return re.sub("\0(\\d+)\0", lambda place: literals[int(place[1])], text)
 
 
-def _proved(
-    candidates: Sequence[str], source: str, texts: Sequence[tuple[Conversation, str]], runtime: LmRuntime
-) -> str:
-    """The first of `candidates` that the runtime renders as `texts` say.
+def _proved(candidates: Sequence[str], source: str, cases: Sequence[Case], runtime: LmRuntime) -> str:
+    """The first of `candidates` that the runtime renders as `cases` say.
 
     Raises:
         BundleError: none; names the line and the construct of `source`, or the difference.
     """
     faults = []
     for candidate in candidates:
-        fault = next(filter(None, (_fault(candidate, source, *text, runtime) for text in texts)), None)
+        fault = next(filter(None, (_fault(candidate, source, case, runtime) for case in cases)), None)
         if fault is None:
             return candidate
         faults.append(fault)
-    conversation, cause = faults[-1]
+    case, cause = faults[-1]
+    what = f"{list(case.conversation)!r}{' with a tool' if case.tools else ''}"
     raise BundleError(
-        f"the chat template can't be made to render {list(conversation)!r} in LiteRT-LM as transformers does",
+        f"the chat template can't be made to render {what} in LiteRT-LM as transformers does",
         cause=cause,
         remedy="write that place otherwise, and give the file with TEMPLATE=file.jinja",
     )
 
 
-def _fault(
-    candidate: str, source: str, conversation: Conversation, expected: str, runtime: LmRuntime
-) -> tuple[Conversation, str] | None:
+def _fault(candidate: str, source: str, case: Case, runtime: LmRuntime) -> tuple[Case, str] | None:
     """What is wrong with a rendered conversation, if anything is."""
     try:
-        plain = [{name: str(value) for name, value in message.items()} for message in conversation]
-        text = runtime.render(plain, candidate)
+        text = runtime.render(case.conversation, candidate, case.tools)
     except IntegrityError as error:
-        return conversation, _placed(error.cause or "", candidate, source)
+        return case, _placed(error.cause or "", candidate, source)
+    expected = case.text
     if text == expected:
         return None
     at = len(os.path.commonprefix([text, expected]))
     return (
-        conversation,
+        case,
         f"after {text[max(0, at - 20) : at]!r} it has {text[at : at + 20]!r}, not {expected[at : at + 20]!r}",
     )
 
@@ -265,7 +351,7 @@ def _literal(text: str) -> str:
     return f"'{escaped}'"
 
 
-def _render(source: str, conversation: Conversation, renderer: Renderer, **variables: str) -> str:
+def _render(source: str, conversation: Conversation, renderer: Renderer, **variables: object) -> str:
     """`conversation` up to where the model is to answer, rendered by transformers."""
     return str(
         renderer.apply_chat_template(

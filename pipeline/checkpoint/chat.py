@@ -47,7 +47,7 @@ class Tokenizer(Protocol):
         *,
         tokenize: bool,
         add_generation_prompt: bool,
-        **variables: str,
+        **variables: object,
     ) -> str:
         """The conversation as text, with `tokenize` False."""
 

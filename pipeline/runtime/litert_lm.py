@@ -22,8 +22,8 @@ from pipeline.runtime.characters import WholeCharacters
 from pipeline.runtime.litert import standard_error
 from pipeline.runtime.thoughts import Channel
 
-Message: TypeAlias = "Mapping[str, str]"
-"""`role` (system, user or assistant) and `content`."""
+Message: TypeAlias = "Mapping[str, object]"
+"""`role` (system, user, assistant or tool) and `content`; `tool_calls` of an assistant's."""
 NO_CACHE = ":nocache"
 """Weights that XNNPACK has repacked stay in memory; by default the runtime writes them to a file beside the bundle."""
 # The one sampler there is (TOP_P), held to a single candidate.
@@ -101,26 +101,31 @@ class LmRuntime:
         """The text of the start token; empty if the bundle has none."""
         return "" if self.start is None else self.detokenize([self.start])
 
-    def render(self, messages: Sequence[Message], template: str | None = None) -> str:
+    def render(
+        self, messages: Sequence[Message], template: str | None = None, tools: Sequence[Mapping[str, object]] = ()
+    ) -> str:
         """The prompt of a conversation up to where the model is to answer, by `template` or the bundle's own.
+
+        `tools` are descriptions of functions, as OpenAI's interface has them.
 
         Raises:
             IntegrityError: the template fails on these messages; the cause is what the runtime says, with a line.
         """
-        for message in messages:
-            _checked(message["content"])
+        for content in (message.get("content") for message in messages):
+            _checked(content if isinstance(content, str) else "")
         history = [dict(message) for message in messages]
 
         def attempt() -> str:
             # The runtime renders one message at a time, with those before it as history.
-            with self._engine.create_conversation(messages=history[:-1], chat_template=template) as conversation:
+            options = {"messages": history[:-1], "chat_template": template}
+            with self._engine.create_conversation(tools=list(map(_Described, tools)), **options) as conversation:
                 return str(conversation.render_message_to_string(history[-1]))
 
         text = attempt()
         if not text:
             raise IntegrityError(
                 f"the chat template in {self._path.name} fails on a conversation of roles "
-                f"{', '.join(message['role'] for message in messages)}",
+                f"{', '.join(str(message['role']) for message in messages)}",
                 cause=_complaint(attempt).rpartition("apply template: ")[2]
                 or "the template refuses this order of roles, or uses what the runtime's template engine lacks",
                 remedy="try the same messages with tokenizer.apply_chat_template of transformers",
@@ -194,6 +199,19 @@ class LmRuntime:
 
     def _new_session(self, **options: litert_lm.SamplerConfig) -> litert_lm.Session:
         return self._engine.create_session(apply_prompt_template=False, **options)
+
+
+class _Described(litert_lm.Tool):  # type: ignore[misc]  # the package has no types
+    """A function as the runtime is told of it; nobody calls it here."""
+
+    def __init__(self, description: Mapping[str, object]) -> None:
+        self._description = dict(description)
+
+    def get_tool_description(self) -> dict[str, object]:
+        return self._description
+
+    def execute(self, param: Mapping[str, object]) -> object:
+        raise NotImplementedError(param)
 
 
 class Session:

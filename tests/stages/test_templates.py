@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,47 @@ def test_what_the_runtime_cannot_render_is_refused_with_line_and_construct(body:
         template.prepare(source, opened(source), "gemma3")
     said = "\n".join(caught.value.lines())
     assert construct in said and "TEMPLATE=file.jinja" in said
+
+
+CALLS = (
+    "{% if tools %}{% for tool in tools %}<tool>{{ TOOL }}</tool>\n{% endfor %}{% endif %}"
+    "{% for message in messages %}{{ '<start_of_turn>' }}{{ message.role }} {{ message.content }}"
+    "{% for call in message.tool_calls or [] %}<call>{{ call.function.name }} {{ call.function.arguments | tojson }}"
+    "</call>{% endfor %}<end_of_turn>\n{% endfor %}"
+)
+"""A template that takes tools, which it describes by `TOOL`."""
+
+
+@pytest.mark.parametrize("model_type", ["gemma4", "qwen2p5", "qwen3"])
+def test_tools_and_what_they_answer_are_rendered_as_transformers_does(model_type: str) -> None:
+    """The runtime keeps a tool's result as a part without text, which read as nothing: the model never saw it."""
+    source = CALLS.replace("TOOL", "tool | tojson")
+    prepared = template.prepare(source, opened(source), model_type, tools=True)
+    assert not prepared.no_tools
+    with standin.opened(model_type) as runtime:
+        for conversation, kept in template._WITH_TOOLS:
+            expected = opened(source).apply_chat_template(
+                conversation, tools=[template.TOOL], tokenize=False, add_generation_prompt=True
+            )
+            assert runtime.render(kept, prepared.source, [template.TOOL]) == expected
+    assert '{"degrees": 7}<end_of_turn>' in expected, "the last one has a result"
+
+
+@pytest.mark.parametrize(
+    ("model_type", "tool", "construct"),
+    [
+        ("qwen3", "tool.keys() | list", "map has no method named keys, in line 1"),
+        ("function_gemma", "tool.function.name", "undefined value, in line 1"),  # it hands over texts of its own
+    ],
+)
+def test_a_bundle_says_that_it_takes_tools_only_if_they_are_rendered_alike(
+    model_type: str, tool: str, construct: str
+) -> None:
+    source = CALLS.replace("TOOL", tool)
+    prepared = template.prepare(source, opened(source), model_type, tools=True)
+    assert construct in prepared.no_tools and "with a tool" in prepared.no_tools
+    assert prepared == replace(template.prepare(source, opened(source), model_type), no_tools=prepared.no_tools)
+    assert "takes no tools" in metadata._remarks({}, prepared)[-1]
 
 
 @pytest.mark.parametrize("mark", ["{% if loop.last %}!{% endif %}", "{{ 'old' if not loop.last }}"])

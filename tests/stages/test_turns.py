@@ -14,8 +14,11 @@ from typing import Any
 import pytest
 
 from pipeline import chat
-from pipeline.bundling import litertlm, standin
+from pipeline.bundling import litertlm, standin, template
 from pipeline.bundling.metadata import Metadata
+from pipeline.checkpoint.chat import open_tokenizer
+from pipeline.core.recipe import PROJECT
+from pipeline.core.stage import DEFAULT_MODEL
 from pipeline.models import Runtime, gemma3, gemma4, plain
 from pipeline.runtime.litert_lm import Dialogue, LmRuntime
 from pipeline.runtime.thoughts import Channel
@@ -116,6 +119,27 @@ def test_a_tool_call_comes_back_parsed(name: str, tmp_path: Path) -> None:
         {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}},
     ]
     assert not said.get("content") and ("channels" in said) == ("thought" in name)
+
+
+@pytest.mark.parametrize("name", [name for name in CALLS if "thought" not in name])
+def test_a_conversation_goes_on_after_a_tool_was_called(name: str, tmp_path: Path) -> None:
+    """Three turns of the runtime's own conversation: a call, its result, and what is asked then."""
+    told, reply = CALLS[name]
+    source = (
+        "{% for message in messages %}{{ message.role }}: {{ message.content }}"
+        "{% for call in message.tool_calls or [] %}{{ call.function.arguments.city }}{% endfor %}\n{% endfor %}"
+    )
+    tokenizer = open_tokenizer(PROJECT / DEFAULT_MODEL)
+    tokenizer.chat_template = source
+    made = template.prepare(source, tokenizer, told.type, tools=True)
+    assert made.goes_on
+    bundle, options = written(tmp_path, told, reply), {"tools": [weather], "automatic_tool_calling": False}
+    answer = {"role": "tool", "content": [{"type": "tool_response", "name": "weather", "response": "rain"}]}
+    with conversation(bundle, chat_template=made.source, **options) as own:
+        for message in ("How is the weather in Oslo?", answer, "And now?"):
+            assert own.send_message(message)["tool_calls"][0]["function"]["arguments"] == {"city": "Oslo"}
+        shown = own.render_message_to_string({"role": "user", "content": "Well?"})
+    assert "user: Well?" in shown
 
 
 def test_of_a_family_without_tools_it_is_text(tmp_path: Path) -> None:
