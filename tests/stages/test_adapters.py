@@ -300,7 +300,12 @@ def test_make_asks_the_hub_for_the_base_of_a_folder(tmp_path: Path) -> None:
     folder = write(adapter(), tmp_path / "mine")
     names = ["MODEL_ID", "REVISION", "BASE", "RECIPE", "GRAPHS", "ARTIFACTS", "CALIBRATION", "EVAL", "TASK", "VARIANTS"]
     names += ["TEMPLATE", "DEVICE", "LICENCE_OVERRIDE", "IN", "SIGNS", "CONFIRM", "HF_REPO", "GOALS"]
-    said = dict.fromkeys(names, "") | {"RECIPE": stage.DEFAULT_RECIPE, "ARTIFACTS": str(tmp_path), "IN": "docker"}
+    names += ["FILE", "AGAINST", "CHECKS_HUB", "IMAGE", "NETWORK"]
+    said = dict.fromkeys(names, "") | {
+        "RECIPE": stage.DEFAULT_RECIPE,
+        "ARTIFACTS": str(tmp_path / "out"),
+        "IN": "docker",
+    }
     asked = rules.ask({**said, "MODEL_ID": str(folder)})
     assert asked.online
     assert asked.folders == [folder]
