@@ -12,7 +12,7 @@ import ctypes
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,18 +43,24 @@ def predict(task: Mapping[str, Any]) -> dict[str, Any]:
     return {"positions": int(windows.size)}
 
 
-def speed(task: Mapping[str, Any]) -> dict[str, Any]:
-    """Read `prompt_tokens` at once, then decode `decode_tokens` greedily; tokens per second, seconds.
+def words(tokenize: Callable[[bytes], list[int]], word: str, count: int) -> list[int]:
+    """`count` tokens: the start token, if the model has one, and `word` again and again.
 
     Raises:
-        RuntimeError: the prompt, `word` again and again after the start token, has another number of tokens.
+        RuntimeError: the word is not one token.
     """
+    prompt = tokenize((word * (count - len(tokenize(b"")))).encode())
+    if len(prompt) != count:
+        raise RuntimeError(f"the prompt is {len(prompt)} tokens, not {count}")
+    return prompt
+
+
+def speed(task: Mapping[str, Any]) -> dict[str, Any]:
+    """Read `prompt_tokens` at once, then decode `decode_tokens` greedily; tokens per second, seconds."""
     started = time.perf_counter()
     model = opened(task["model"], context=task["context"], threads=task["threads"], every=False)
     loaded = time.perf_counter()
-    prompt = model.tokenize((task["word"] * (task["prompt_tokens"] - 1)).encode())
-    if len(prompt) != task["prompt_tokens"]:
-        raise RuntimeError(f"the prompt is {len(prompt)} tokens, not {task['prompt_tokens']}")
+    prompt = words(model.tokenize, task["word"], task["prompt_tokens"])
     began = time.perf_counter()
     model.eval(prompt)
     token = int(_last(model).argmax())

@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.core.recipe import PROJECT
 from pipeline.judge.reference import Head
-from tools import figures, rival, tables
+from tools import figures, llama, rival, tables
 from tools.real_models import REAL_MODELS
 from tools.rival import Texts
 
@@ -101,6 +101,16 @@ def test_each_real_model_has_a_table_of_its_own(texts: Texts) -> None:
     assert [[*found] for found in named.values()] == [["bundle_rival"], ["smollm2_rival"]]
     table = named["smollm2"]["smollm2_rival"]
     assert table.title.startswith("SmolLM2-135M-Instruct's") and "-s rival -- smollm2`" in table.measured.command
+
+
+@pytest.mark.parametrize("start", [[], [2]])
+def test_the_prompt_has_its_length_with_and_without_a_start_token(start: list[int]) -> None:
+    def tokenize(text: bytes) -> list[int]:
+        return start + [7] * text.count(b" a")
+
+    assert llama.words(tokenize, " a", 5) == (start + [7] * 5)[:5]
+    with pytest.raises(RuntimeError, match="is 10 tokens, not 5"):
+        llama.words(lambda text: [7, 7] * text.count(b" a"), " a", 5)
 
 
 def test_the_terminal_has_the_same_figures(texts: Texts) -> None:
