@@ -56,7 +56,7 @@ def work(given: Options) -> None:
         f"  {facts.model_type}, {facts.parameters / 1e6:,.0f} M parameters in {facts.dtype}, "
         f"{facts.shards} weight files, {log.human_bytes(model.stored)}; licence: {model.licence}"
     )
-    for row in _table(needs, done):
+    for row in (*_table(needs, done), *(model.remarks if "bundle" in needs else ())):
         log.line(f"  {row}")
     if done:
         expected, took = sum(needs[name].seconds for name in done), sum(done.values())

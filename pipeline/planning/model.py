@@ -11,6 +11,7 @@ from pipeline.checkpoint import preflight
 from pipeline.checkpoint.names import EMBEDDING
 from pipeline.checkpoint.reader import CONFIG
 from pipeline.checkpoint.source import Source
+from pipeline.core import log
 from pipeline.core.errors import PublishError
 from pipeline.core.facts import Checkpoint
 from pipeline.core.recipe import STEP, Graphs, Recipe
@@ -19,6 +20,9 @@ from pipeline.models import architecture_for, expected, sizes, terms
 from pipeline.models.sizes import Weights
 from pipeline.release import origin
 from pipeline.release.licence import Claim, claimed, resolve
+
+_MAPPED = 2 << 30
+"""Bytes of a section from which on iOS refuses to map it into an app without an entitlement (LiteRT-LM's #2545)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +68,24 @@ class Model:
     def cache(self) -> int:
         """Bytes of one KV cache in float32."""
         return 0 if self.graphs == "step" else 4 * sizes.cached(self.shapes) * self.recipe.bundle.cache_length
+
+    @property
+    def remarks(self) -> list[str]:
+        """What an application has to know of the bundles before any is made."""
+        if self.graphs == "step":
+            return []
+        length, known = self.recipe.bundle.cache_length, self.text.get("max_position_embeddings")
+        said = [f"each conversation's KV cache: {length:,} positions, {log.human_bytes(self.cache)} in float32"]
+        if isinstance(known, int) and known < length:
+            said[0] += f"; the model was made for {known:,} (max_position_embeddings): what it says beyond is untrained"
+        sizes_ = {f"{each}/{name}": self.files[name].bytes(each) for each in self.bundles for name in self.files}
+        large = [name for name, size in sizes_.items() if size >= _MAPPED and not name.endswith(STEP)]
+        if large:
+            said.append(
+                f"2 GiB or more: {', '.join(large)}; an app on an iPhone can map such a section only with the "
+                "entitlement com.apple.developer.kernel.extended-virtual-addressing"
+            )
+        return said
 
     @property
     def conversation(self) -> int:

@@ -101,7 +101,7 @@ def header(config: dict[str, object]) -> bytes:
 def test_a_large_model_on_the_hub_is_planned_from_its_headers(
     server: HubServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = GEOMETRIES["e2b"]
+    config = GEOMETRIES["e2b"] | {"max_position_embeddings": 2048}
     start = header(config)
     parameters = sum(math.prod(shape) for shape in ARCHITECTURE(config).tensors().values())
     server.add(
@@ -123,12 +123,15 @@ def test_a_large_model_on_the_hub_is_planned_from_its_headers(
         "--stages",
         "fetch",
         "int8",
+        "bundle",
     ]
     code = plan.main(options)
     text = capsys.readouterr().err
     assert code in (0, 10), "this machine's disk may be too small"
     assert "accessible" in text and "Gemma Terms of Use" in text and "4,435 M parameters" in text
     assert re.search(r"fetch +8\.9 GB", text) and re.search(r"int8 +5\.0 GB", text)
+    assert "4,096 positions, " in text and "the model was made for 2,048 (max_position_embeddings)" in text
+    assert "2 GiB or more: fp32/decoder.tflite, " in text and "entitlement" in text
     assert server.sent("model.safetensors") < 2 * len(start)
     assert [file.name for file in tmp_path.iterdir()] == [FILE], "how fast the machine is, and nothing else"
 

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline.core import recipe
+from pipeline.core import graph, recipe
 from pipeline.core.errors import UsageError
 
 FILE = recipe.PROJECT / "pipeline" / "recipes" / "gemma3n.toml"
@@ -404,3 +404,11 @@ def test_the_recipe_is_the_one_for_the_checkpoints_model_type(tmp_path: Path) ->
     assert recipe.chosen(None, str(checkpoint_of("none", tmp_path / "odd")), root) == recipe.DEFAULT
     checkpoint_of("gemma3", root / "fetch" / "checkpoint")
     assert "gemma3" in recipe.load(recipe.chosen(None, "org/model", root)).model_types
+
+
+def test_a_snapshot_in_the_cache_of_the_hub_is_called_by_its_model(tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--org--name" / "snapshots" / ("a" * 40)
+    other = tmp_path / "models--org--name" / "refs" / "main"
+    for folder, name in {snapshot: "org--name", other: "main"}.items():
+        folder.mkdir(parents=True)
+        assert graph.model_name(str(folder)) == name
