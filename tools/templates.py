@@ -18,8 +18,10 @@ from pipeline.core import log
 from pipeline.core.errors import BundleError
 from pipeline.core.recipe import PROJECT
 
-KINDS = {"gemma": "gemma3", "qwen": "qwen3"}
-"""What LiteRT-LM takes a model for, by the beginning of its template's name (after the maker's); else a generic one."""
+KINDS = {"gemma-4": "gemma4", "gemma": "gemma3", "qwen": "qwen3"}
+"""What LiteRT-LM takes a model for, by a word in its template's name, the first that fits; else a generic one."""
+TOOLS = ("gemma4", "qwen3")
+"""Those whose bundles take tools, where the template does."""
 
 
 def tried(file: Path) -> tuple[bool, str]:
@@ -28,10 +30,11 @@ def tried(file: Path) -> tuple[bool, str]:
     tokenizer.chat_template = source = file.read_text(encoding="utf-8")
     kind = next((kind for word, kind in KINDS.items() if word in file.name.lower()), "generic_model")
     try:
-        made = template.prepare(source, tokenizer, kind)
+        made = template.prepare(source, tokenizer, kind, tools=kind in TOOLS and "tools" in source)
     except BundleError as error:
         return False, f"{error}; {error.cause}"
-    return True, "as it is" if made.source == source.removesuffix("\n") else "rewritten"
+    how = "as it is" if made.source == source.removesuffix("\n") else "rewritten"
+    return True, f"{how}, but without tools: {made.no_tools}" if made.no_tools else how
 
 
 def main() -> int:

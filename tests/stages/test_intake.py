@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Mapping
@@ -16,7 +17,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from intake import Form
+from intake import SHIPPED, Form
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, Gemma3nForCausalLM
 
 from pipeline import fetch
@@ -163,6 +165,26 @@ def test_the_embedding_in_place_of_a_trained_head_is_found(tmp_path: Path, monke
     model = intake.write(form, tmp_path)
     monkeypatch.setattr(Checkpoint, "tied", True)
     assert error(ours(open_checkpoint(model)), theirs(form, model)[0]) > 1e-3
+
+
+def test_tokens_that_were_added_with_their_rows_are_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two tokens more in the embedding and not in the per-layer table, as `resize_token_embeddings` leaves it."""
+    plainly, rows = intake.write, len(load_file(SHIPPED / "model.safetensors")["model.embed_tokens.weight"])
+
+    def write(form: Form, folder: Path) -> Path:
+        model = plainly(form, folder)
+        tensors, config = load_file(model / "model.safetensors"), json.loads((model / "config.json").read_text())
+        table = tensors["model.embed_tokens.weight"]
+        tensors["model.embed_tokens.weight"] = torch.cat([table, 1.5 * table[100:102]])
+        save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+        (model / "config.json").write_text(json.dumps({**config, "vocab_size": rows + 2}))
+        return model
+
+    monkeypatch.setattr(intake, "write", write)
+    monkeypatch.setitem(globals(), "IDS", torch.cat([IDS, torch.tensor([[rows, rows + 1, 5]])], dim=1))
+    judge(Form(), tmp_path, capsys)
 
 
 def test_there_are_sixty_forms_and_more() -> None:
