@@ -133,7 +133,7 @@ THINKING = Runtime(
 
 def test_thoughts_and_tools_are_told_where_the_template_has_them(models: dict[str, Path], tmp_path: Path) -> None:
     mask = Rendering().backend_tokenizer.token_to_id("<mask>")
-    source = SIMPLE + "{% if tools %}{{ tools }}<mask>{% endif %}"
+    source = SIMPLE + "{% for tool in tools %}{{ tool.function.name }}<mask>{% endfor %}"
     found = described(source, runtime=lambda _: THINKING)
     assert found.thoughts == THINKING.thoughts and found.tools and found.calls == THINKING.calls
     assert found.stop == tuple(sorted((EOS, END_OF_TURN, mask)))
