@@ -14,7 +14,7 @@ from hub_server import HubServer, Sparse
 from line import Line
 
 from pipeline import plan
-from pipeline.core import manifest, memory, options
+from pipeline.core import log, manifest, memory, options
 from pipeline.core.recipe import PROJECT
 from pipeline.core.recipe import load as load_recipe
 from pipeline.core.stage import DEFAULT_MODEL, Common
@@ -66,8 +66,10 @@ def test_what_is_done_takes_no_more_disk(built: Line, tmp_path: Path, capsys: py
     planned(built, "--stages", "fetch", "graph", "fp32")
     text = capsys.readouterr().err
     took = json.loads((built.root / "graph" / "run.json").read_text())["seconds"]
-    assert len(re.findall(r"^  (fetch|graph|fp32) .* took \d+ s ", text, flags=re.MULTILINE)) == 3
-    assert f" took {took:.0f} s " in text and re.search(r"^  done: .* s, by this plan .* s$", text, flags=re.MULTILINE)
+    assert len(re.findall(r"^  (fetch|graph|fp32) .* took (?:\d+ min )?\d+ s ", text, flags=re.MULTILINE)) == 3
+    assert f" took {log.human_seconds(took)} " in text and re.search(
+        r"^  done: .* s, by this plan .* s$", text, flags=re.MULTILINE
+    )
     assert "in all: 0 B of disk" in text
 
 
