@@ -27,7 +27,8 @@ def work(context: Context) -> Outcome:
     checkpoint = open_checkpoint(context.root / "fetch" / "checkpoint")
     graphs = build.graph_files(context.upstream["graph"], context.root, context.graphs)
     contents: dict[str, Contents] = {}
-    hessians = gptq.Hessians(context.root / "moments") if "moments" in context.upstream else None
+    room = context.folder if len(graphs) > 1 else None
+    hessians = gptq.Hessians(context.root / "moments", room) if "moments" in context.upstream else None
     with hessians or nullcontext():
         for name, file in graphs.items():
             contents[name] = _write(checkpoint, file, context.folder / name, settings, hessians)

@@ -52,7 +52,8 @@ def work(context: Context) -> Outcome:
     asked = context.chosen(Options).scheme
     scheme = asked or context.recipe.int8.scheme
     facts = Precision(graphs=context.graphs, scheme=scheme)
-    hessians = gptq.Hessians(context.root / "moments") if "moments" in context.upstream else None
+    room = context.folder if len(graphs) > 1 and not asked else None
+    hessians = gptq.Hessians(context.root / "moments", room) if "moments" in context.upstream else None
     with hessians or nullcontext():
         if STEP in graphs:
             graph = build.with_weights(checkpoint, graphs[STEP])

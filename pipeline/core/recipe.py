@@ -79,7 +79,7 @@ class Corpus:
     positions: int
     prompts: int
     continuation: int
-    hessian_windows: int = 128
+    hessian_windows: int = 64
 
 
 @dataclass(frozen=True, kw_only=True)

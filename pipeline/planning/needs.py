@@ -43,9 +43,9 @@ _CALL = 5e-3
 """Seconds that PyTorch takes for a layer whatever its size: small models are bound by that, token by token."""
 _STEP_READ = 1.5e10
 """Bytes of weights per second that a decoder reads, token by token."""
-_ROUNDED, _ROUNDED_COLUMN = 1.6e-8, 2.5e-11
+_ROUNDED, _ROUNDED_COLUMN = 0.6e-8, 1.3e-11
 """Seconds per weight that GPTQ rounds on two cores, and per column of its span that takes up the error."""
-_FACTORED = 7e-8
+_FACTORED = 2.5e-8
 """Seconds per value of a Hessian that GPTQ factors."""
 _HALVES = 5.5
 """Bytes of memory per fp16 weight of a file that is run: LiteRT widens them, and packs what it has widened."""
@@ -214,21 +214,25 @@ def _filled(model: Model, precision: str, *, sections: bool = True) -> Need:
     size = model.size(precision) if sections else model.files[STEP].bytes(precision)
     work = Work(calls=2.0) + _written(size + model.stored)
     taken = 0.2 * _GIB + 2 * model.cache  # each file is run once, with a cache in and a cache out
+    scratch = 0
     # GPTQ is all that reads the Hessians of stage moments.
     if sections and "moments" in makeable(precision, Choice(recipe=model.recipe, graphs=model.graphs)):
         work += Work(products=_gptq(model))
+        # What is rounded for the step graph is kept for the decoder, a byte per weight.
+        scratch = sum(map(math.prod, _linear(model).values())) if model.graphs == "all" else 0
     if precision == "fp16":
         taken += _HALVES * model.multiplied
-    return Need(what=" ".join(model.files if sections else [STEP]), size=size, memory=taken, work=work)
+    what = " ".join(model.files if sections else [STEP])
+    return Need(what=what, size=size, memory=taken, work=work, scratch=scratch)
 
 
 def _gptq(model: Model) -> float:
-    """Seconds of rounding every graph's weights, and of the factors that they are rounded by."""
+    """Seconds of rounding every matrix once, and of the factors that they are rounded by."""
     rounded = sum(
         math.prod(shape) * (_ROUNDED + _ROUNDED_COLUMN * hessians.span(shape[1])) for shape in _linear(model).values()
     )
     factored = sum(width * hessians.span(width) * _FACTORED for width in _inputs(model))
-    return (rounded + factored) * len([name for name, held in model.files.items() if held.graph_layers])
+    return rounded + factored
 
 
 def _static(model: Model) -> Need:

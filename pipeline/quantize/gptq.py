@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -34,6 +34,7 @@ from pipeline.core import parallel
 from pipeline.core.errors import QuantiseError
 from pipeline.quantize.hadamard import rotate_both
 from pipeline.quantize.hessians import INDEX
+from pipeline.quantize.kept import Kept
 from pipeline.tflite.graph import Origin
 from pipeline.tflite.lazy import Array
 
@@ -90,13 +91,24 @@ _Key = tuple[str, int, int, int, bytes]
 
 @dataclass(frozen=True)
 class ByFactors:
-    """Rounds rows of a matrix by the factors of its spans, from left to right, made when they are needed."""
+    """Rounds rows of a matrix by the factors of its spans, from left to right, made when they are needed.
+
+    `made_of` says what the factors are made of: rows that are the same, by the same, are taken from `kept`.
+    """
 
     factors: Callable[[], Sequence[Factor]]
+    made_of: tuple[bytes, ...] = ()
+    kept: Kept | None = None
 
     def __call__(self, values: Array, scale: Array, low: int, high: int) -> NDArray[np.int8]:
         """As `round_rows`."""
-        return round_rows(values, scale, self.factors(), low, high)
+
+        def make() -> NDArray[np.int8]:
+            return round_rows(values, scale, self.factors(), low, high)
+
+        if not self.kept:
+            return make()
+        return self.kept.once([*self.made_of, f"{low} {high}".encode(), scale, values], values.shape, make)
 
 
 def round_rows(values: Array, scale: Array, factors: Sequence[Factor], low: int, high: int) -> NDArray[np.int8]:
@@ -161,21 +173,25 @@ class _Span:
 class Hessians:
     """H of what each layer reads, as stage `moments` left them in a folder, by the name of the layer's weight.
 
-    Within `with hessians:` BLAS has one thread: rows are rounded in a thread per core already.
+    Within `with hessians:` BLAS has one thread: rows are rounded in a thread per core already. Several graphs have the
+    same matrices: with a folder as `room`, what is rounded for one is kept there, and the next takes it.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, room: Path | None = None) -> None:
+        self.folder, self.room = folder, room
         self.files: dict[str, str] = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         self._lock, self._cache = threading.Lock(), dict[_Key, tuple[threading.Lock, list[Factor]]]()
-        self._limits = ExitStack()
+        self._within = ExitStack()
+        self._kept: Kept | None = None
 
     def __enter__(self) -> Self:
-        self._limits.enter_context(threadpool_limits(1, "blas"))
+        self._within.enter_context(threadpool_limits(1, "blas"))
+        if self.room:
+            self._kept = self._within.enter_context(closing(Kept(self.room)))
         return self
 
     def __exit__(self, *_error: object) -> None:
-        self._limits.close()
+        self._within.close()
 
     def rounding(
         self, column_factors: Mapping[str, Array] | None = None, rotated: Mapping[str, int] | None = None
@@ -192,7 +208,10 @@ class Hessians:
         def of(part: Origin, columns: int) -> ByFactors | None:
             file, factors = self.files.get(part.matrix), (column_factors or {}).get(part.matrix)
             size = (rotated or {}).get(part.matrix, 1)
-            return ByFactors(lambda: self._factors(file, part.column, columns, factors, size)) if file else None
+            if not file:
+                return None
+            made_of = repr((file, part.column, columns, size)).encode(), b"" if factors is None else factors.tobytes()
+            return ByFactors(lambda: self._factors(file, part.column, columns, factors, size), made_of, self._kept)
 
         return of
 

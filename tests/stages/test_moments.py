@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from line import Line, lasting, small_recipe
+from line import Line, small_recipe
 from torch import nn
 
 from pipeline import int4, int8, moments
@@ -17,8 +17,8 @@ from pipeline.checkpoint.names import EMBEDDING
 from pipeline.core import manifest
 from pipeline.core.errors import IntegrityError
 from pipeline.core.graph import Choice, needs
-from pipeline.core.recipe import STEP, load
-from pipeline.quantize import hessian_sums, hessians
+from pipeline.core.recipe import DECODER, STEP, load
+from pipeline.quantize import gptq, hessian_sums, hessians
 from pipeline.tflite.graph import Graph
 from tools import bench_stages, bench_stock
 
@@ -100,14 +100,31 @@ def test_two_runs_give_the_same_bytes(line: Line, tmp_path: Path) -> None:
     assert manifest.read(other.root / "moments").outputs == manifest.read(line.root / "moments").outputs
 
 
-def test_int8_and_int4_are_rounded_by_them_and_come_out_again(line: Line, built: Line) -> None:
+def test_int8_and_int4_are_rounded_by_them_and_come_out_again(
+    line: Line, built: Line, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Alone and with the bundle's decoder, which has the step graph's matrices: each is rounded once."""
+    rounded_lots: list[int] = []
+    plainly = gptq.round_rows
+
+    def counted(values: np.ndarray[Any, Any], *more: Any) -> np.ndarray[Any, Any]:
+        rounded_lots.append(values.size)
+        return plainly(values, *more)
+
+    monkeypatch.setattr(gptq, "round_rows", counted)
     for stage in (int8.STAGE, int4.STAGE):
-        assert line.run(stage, "--graphs", "step") == 0
-        folder = line.root / stage.name
-        first = lasting(folder, STEP)
-        assert any(record.path.startswith("moments/") for record in manifest.read(folder).inputs)
-        assert line.run(stage, "--graphs", "step") == 0
-        assert lasting(folder, STEP) == first
+        found, folder = {}, line.root / stage.name
+        for graphs in ("step", "bundle", "all"):
+            rounded_lots.clear()
+            assert line.run(stage, "--graphs", graphs) == 0
+            assert any(record.path.startswith("moments/") for record in manifest.read(folder).inputs)
+            found[graphs] = (
+                sum(rounded_lots),
+                [(folder / name).read_bytes() for name in (STEP, DECODER) if (folder / name).is_file()],
+            )
+        assert found["all"][0] == found["step"][0] == found["bundle"][0] > 0
+        assert found["all"][1] == found["step"][1] + found["bundle"][1]
+    assert line.run(int8.STAGE, "--graphs", "step") == 0
     plain, rounded = (Graph.read(root / "int8" / STEP) for root in (built.root, line.root))
     name = "layers.0.mlp.down_proj.weight"
     pair = [
