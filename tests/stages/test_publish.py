@@ -19,8 +19,8 @@ import pytest
 from huggingface_hub.repocard import metadata_load
 from release_line import BUNDLES, CHAIN, STAGES, STEPS, Line, judgement, reseal
 
-from pipeline import check, publish, reproduce
-from pipeline.core import manifest
+from pipeline import check, publish
+from pipeline.core import manifest, rerun
 from pipeline.core.stage import Context
 from pipeline.release import provenance
 from pipeline.release.preflight import MODELS
@@ -343,7 +343,7 @@ def test_an_overridden_licence_goes_on_and_is_said_everywhere(
     said = json.loads((line.folder / "provenance.json").read_text(encoding="utf-8"))
     assert said["predicate"]["buildDefinition"]["externalParameters"]["LICENCE_OVERRIDE"] == override
     made = manifest.read(line.folder)
-    assert reproduce._options("publish", made, {}) == ["--licence-override", override]
+    assert rerun.words("publish", {"publish": made}, rerun.Given()) == ["--licence-override", override]
     assert (line.folder / "NOTICE").read_text(encoding="utf-8").startswith("Gemma is provided under")
 
 

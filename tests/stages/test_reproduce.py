@@ -13,7 +13,7 @@ from line import Line
 from safetensors.numpy import load_file, save_file
 
 from pipeline import reproduce
-from pipeline.core import manifest
+from pipeline.core import manifest, rerun
 from pipeline.core.errors import IntegrityError
 from pipeline.core.manifest import FileRecord
 from pipeline.tflite import difference
@@ -76,14 +76,18 @@ def test_a_finished_folder_is_made_again_byte_for_byte(built: Line, tmp_path: Pa
 
 def test_every_stage_is_run_with_the_settings_in_its_manifest(built: Line) -> None:
     finished = {name: manifest.read(built.root / name) for name in ("fetch", "golden", "graph", "fp32", "int8")}
-    options = {name: reproduce._options(name, made, finished) for name, made in finished.items()}
-    assert options["fetch"] == [] and options["int8"] == options["fp32"] == ["--graphs", "all"]
-    assert options["golden"] == ["--graphs", "all", "--device", "cpu", "--weights", "loaded"]
-    assert reproduce._options("int8-static", finished["int8"], finished) == ["--graphs", "all", "--scheme", "static"]
+    given = rerun.Given()
+    words = {name: rerun.words(name, finished, given) for name in finished}
+    assert words["fetch"] == [] and words["int8"] == words["fp32"] == ["--graphs", "all"]
+    assert words["golden"] == ["--graphs", "all", "--device", "cpu", "--weights", "loaded"]
+    static = finished | {"int8-static": finished["int8"]}
+    assert rerun.words("int8-static", static, given) == ["--graphs", "all", "--scheme", "static"]
+    assert rerun.words("int8", finished, rerun.Given(calibration=Path("c")))[-2:] == ["--calibration", "c"]
     judged = dataclasses.replace(finished["fp32"], inputs=finished["fp32"].outputs + finished["int8"].outputs)
-    assert reproduce._options("verify", judged, finished) == ["--graphs", "all", "--variants", "fp32", "int8"]
+    expected = ["--graphs", "all", "--variants", "fp32", "int8"]
+    assert rerun.words("verify", finished | {"verify": judged}, given) == expected
     hub = dataclasses.replace(finished["fetch"], model="org/name", revision="b" * 40)
-    assert reproduce._options("fetch", hub, finished) == ["--revision", "b" * 40]
+    assert rerun.words("fetch", finished | {"fetch": hub}, given) == ["--revision", "b" * 40]
 
 
 def test_what_differs_is_named(built: Line, tmp_path: Path, again: Reproduce) -> None:
