@@ -24,8 +24,11 @@ from pipeline.runtime.litert import StepModel
 
 KERNELS = {"xnnpack": "XNNPACK", "builtin": "built-in kernels"}
 _BUILTIN_PART, _ALTERNATIVE_PART, _LEAST = 4, 2, 512
-"""Every which batch is judged without XNNPACK, whose built-in kernels are slow, and of a file that is not needed at
-all, whose interval says so; of a small corpus `_LEAST` positions in any case."""
+"""Every which pair of batches is judged without XNNPACK, whose built-in kernels are slow, and of a file that is not
+needed at all, whose interval says so; of a small corpus `_LEAST` positions in any case."""
+_FLOAT, _FLOAT_PART, _FLOAT_LEAST = "fp16", 16, 128
+"""The same of a file that the built-in kernels compute in float32 like fp32: what its weights lose XNNPACK's kernels
+show on all positions, and a kernel that is wrong is wrong at each, so few tell."""
 _GRID_LIMITS = {"xnnpack": math.inf, "builtin": 2**20}
 """Largest batch × sequence² on the shape grid. Attention in the built-in kernels takes ten times XNNPACK's time (one
 row of 2048 tokens of the shipped model: 6.6 s against 0.5 s of processor time), so there 1024 tokens run at batch 1
@@ -206,9 +209,11 @@ def _run_kernels(subject: Subject, setting: Setting, kernels: str) -> KernelRun:
 
 
 def every_which(subject: Subject, kernels: str, positions: int) -> int:
-    """Every which batch of a corpus of so many positions the file is judged on with one kind of kernels."""
-    part = _BUILTIN_PART if kernels == "builtin" else _ALTERNATIVE_PART if subject.alternative else 1
-    return max(1, min(part, positions // _LEAST))
+    """Every which pair of a corpus of so many positions the file is judged on with one kind of kernels."""
+    part, least = _ALTERNATIVE_PART if subject.alternative else 1, _LEAST
+    if kernels == "builtin":
+        part, least = (_FLOAT_PART, _FLOAT_LEAST) if subject.name == _FLOAT else (_BUILTIN_PART, _LEAST)
+    return max(1, min(part, positions // least))
 
 
 def _against_baseline(run: KernelRun, baseline: Verdict) -> tuple[Scores, Summary]:

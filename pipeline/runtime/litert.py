@@ -32,7 +32,7 @@ LENGTH_STEP = 8
 SIGNATURE = "serving_default"
 INPUTS, OUTPUT = ("attention_mask", "input_ids"), "logits"
 # The first run packs weights and plans memory.
-_WARM_UP, _RUNS, _SECONDS = 1, 15, 0.5
+_WARM_UP, _RUNS, _SECONDS = 1, 15, 0.2
 
 
 class MakeInterpreter(Protocol):
@@ -297,7 +297,7 @@ def measure_in_turns(paths: Sequence[Path], sequence: int, *, bos: int, rounds: 
 
 
 def _median_seconds(model: StepModel, ids: Tokens) -> float:
-    """Median of up to 15 runs after warm-up, or fewer once half a second has gone.
+    """Median of up to 15 runs after warm-up, or fewer once a fifth of a second has gone.
 
     A first run that takes as long is not repeated: what it does once alone is a small part of it.
     """

@@ -126,10 +126,14 @@ def test_corners_are_the_ends_of_the_smallest_and_the_largest_batch() -> None:
         ("int8-static", "xnnpack", 1000, 1),
         ("int8", "builtin", 1100, 2),
         ("int8-static", "builtin", 9, 1),
+        ("int8-static", "builtin", 2048, 4),
+        ("fp16", "builtin", 2048, 16),
+        ("fp16", "builtin", 500, 3),
+        ("fp16", "xnnpack", 2048, 1),
     ],
 )
 def test_a_part_is_judged_of_what_is_slow_or_not_needed(name: str, kernels: str, positions: int, every: int) -> None:
-    subject = cast(Subject, SimpleNamespace(alternative=name != "int8"))
+    subject = cast(Subject, SimpleNamespace(name=name, alternative=name.startswith("int8-")))
     assert steps.every_which(subject, kernels, positions) == every
 
 
@@ -164,6 +168,8 @@ def test_all_positions_stay_in_their_order_and_a_part_says_which_it_has() -> Non
     assert whole is judged and list(chosen) == list(range(12))
     for every in (2, 3):
         part, chosen = judged.part(every)
+        sides = {bool(batch.attention_mask[:, 0].all()) for batch in part.batches if not batch.attention_mask.all()}
+        assert sides == {False, True}, "a part meets padding on the left and on the right"
         assert 0 < len(chosen) < 12 and (part.hidden == judged.hidden[chosen]).all()
         assert sorted(np.concatenate([batch.index for batch in part.batches])) == list(range(len(chosen)))
         for batch in part.batches:
