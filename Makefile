@@ -34,11 +34,11 @@ RELEASE ?=#: the description in releases/ that `make release` follows
 DEVICE ?= auto#: auto, cpu or cuda: where the Hugging Face reference runs
 THREADS ?=#: threads of the stages (default: one per core)
 SERVE ?=#: yes: `make page` also shows the page on this machine, until Ctrl-C
-IN ?=#: docker: run the stages in the project's container
+IN ?=#: docker: run the stages in the project's container (inside it, image)
 LOCK ?= $(if $(TORCH_INDEX),cpu,auto)#: cpu, cuda or auto: which torch `.venv` gets (auto: cpu if pip finds it, else PyPI's CUDA build)
 TORCH_INDEX ?=#: package index with torch's CPU build, e.g. https://download.pytorch.org/whl/cpu
-PYTHON ?= python3.11#: the Python 3.11 that makes `.venv`
-IMAGE ?= hf-to-litert#: name of the container image
+PYTHON ?=#: the Python, 3.11 to 3.13, that makes `.venv` (default: the first of python3.11, 3.12, 3.13 and python3 that is one)
+IMAGE ?= hf-to-litert#: name of the container image; one with a digest (name@sha256:…) is pulled, not built
 IMAGE_FLAGS ?=#: more options of `docker build`, e.g. --build-arg LOCK=cuda
 NETWORK ?= bridge#: container network of what downloads or uploads
 
@@ -55,9 +55,8 @@ $(foreach name,$(SETTINGS),$(if $(filter-out file,$(origin $(name))),$(if $(find
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 MAKEFLAGS += --no-builtin-rules --no-builtin-variables --warn-undefined-variables
-.DELETE_ON_ERROR:
+.DELETE_ON_ERROR .SUFFIXES:
 .NOTPARALLEL: # a stage uses all cores, and two at a time need the memory of both
-.SUFFIXES:
 
 # A word for the shell, whatever is in it.
 QUOTE = '$(subst ','\'',$(1))'
@@ -78,17 +77,19 @@ export SOURCE_DATE_EPOCH ?= $(or $(shell git log -1 --pretty=%ct 2>/dev/null),31
 $(if $(THREADS),$(eval export OMP_NUM_THREADS := $(THREADS)))
 
 # --- where stages run -------------------------------------------------------------------------------------------------
-PY := .venv/bin/python
-READY := $(if $(filter docker,$(IN)),image,.venv/.ready)
-# How a command runs in the container is said by pipeline/core/container.py.
-RUN = $(if $(filter docker,$(IN)),@echo "$(1) (in $(IMAGE))" && $(IN_CONTAINER.$(1)) python,$(PY))
+# The Python that runs stages, what must be there first, and how: in a container by pipeline/core/container.py.
+PY := $(if $(filter image,$(IN)),,.venv/bin/)python
+READY := $(if $(filter docker,$(IN)),$(if $(findstring @,$(IMAGE)),,image),$(if $(IN),,.venv/.ready))
+RUN = $(if $(IN),$(if $(filter docker,$(IN)),@echo "$(1) (in $(IMAGE))" && )$(IN_CONTAINER.$(1)) python,$(PY))
 
 # --- the rules of the stages --------------------------------------------------------------------------------------------
+# Any Python that reads TOML: a host that only has Docker needs none of its own that the locks are for.
+ASK = $(shell for python in $(PY) $(PYTHON) python3.11 python3 python3.12 python3.13; do if $$python -c 'import tomllib' 2>/dev/null; then echo $$python; break; fi; done)
 # What needs no model does without: help works before there is a Python.
-ifneq ($(filter-out setup release bench image test lint format clean-env help,$(GOALS)),)
-# Any Python that reads TOML: a host that only has Docker needs no 3.11 of its own.
-ASK := $(shell for python in $(PY) $(PYTHON) python3; do if $$python -c 'import tomllib' 2>/dev/null; then echo $$python; break; fi; done)
-$(if $(ASK),,$(error Python 3.11 is needed and `$(PYTHON)` is not one: install it (Debian, Ubuntu: apt install python3.11 python3.11-venv) or name it: PYTHON=/path/to/python3.11))
+ON_SOURCES := setup release bench image test lint format clean-env
+$(if $(filter image,$(IN)),$(foreach goal,$(filter $(ON_SOURCES),$(GOALS)),$(error the image can't `make $(goal)`: do that in a clone of the project)))
+ifneq ($(filter-out $(ON_SOURCES) help,$(GOALS)),)
+$(if $(ASK),,$(error Python 3.11, 3.12 or 3.13 is needed and not found: install one (Debian, Ubuntu: apt install python3 python3-venv) or name it: PYTHON=/path/to/python3.12))
 SAID := MODEL_ID REVISION BASE TEMPLATE RECIPE GRAPHS ARTIFACTS CALIBRATION EVAL TASK VARIANTS DEVICE LICENCE_OVERRIDE IN \
 	SIGNS CONFIRM HF_REPO FILE AGAINST CHECKS_HUB IMAGE NETWORK GOALS
 RULES := $(shell $(ASK) -m pipeline.core.rules $(call QUOTE,FLAGS=$(filter-out --%,$(firstword $(MAKEFLAGS)))) $(foreach name,$(SAID),$(call QUOTE,$(name)=$($(name)))))
@@ -98,13 +99,13 @@ endif
 
 # What the image says of itself: its source, and the lock that IMAGE_FLAGS chooses.
 IMAGE_LOCK = locks/$(or $(patsubst LOCK=%,%,$(filter LOCK=%,$(subst --build-arg=,,$(IMAGE_FLAGS)))),cpu).txt
-LABELS = --build-arg REVISION="$$(git describe --always --abbrev=40 --dirty --exclude='*' 2>/dev/null || true)" --build-arg LOCK_SHA256="$$(sha256sum <$(IMAGE_LOCK) | cut -d' ' -f1)"
+LABELS = --build-arg SOURCE_DATE_EPOCH --build-arg REVISION="$$(git rev-parse HEAD 2>/dev/null || true)" --build-arg CHANGED="$$(git status --porcelain 2>/dev/null | head -n 1)" --build-arg LOCK_SHA256="$$(sha256sum <$(IMAGE_LOCK) | cut -d' ' -f1)"
 UPLOAD = --repository $(call QUOTE,$(HF_REPO)) $(if $(TAG),--tag $(call QUOTE,$(TAG))) $(if $(PARENT),--parent $(call QUOTE,$(PARENT))) $(if $(CONFIRM),--confirm)
 SIGNATURE = $(if $(PUBLIC_KEY),--public-key $(call QUOTE,$(call ABSOLUTE,$(PUBLIC_KEY)))) $(if $(IDENTITY),--identity $(call QUOTE,$(IDENTITY))) $(if $(ISSUER),--issuer $(call QUOTE,$(ISSUER))) $(if $(PUBLIC_KEY)$(IDENTITY)$(ISSUER),--signer $(SIGNER))
 
 # --- targets ----------------------------------------------------------------------------------------------------------
 .DEFAULT_GOAL := all
-.PHONY: all setup plan fetch golden graph moments fp32 fp16 int8 int4 int8-static int8-dynamic int8-static16 bundle verify publish page release evaluate tune check inspect reproduce compare chat run bench image test lint format clean clean-env help
+.PHONY: all setup plan fetch golden graph moments fp32 fp16 int8 int4 int8-static int8-dynamic int8-static16 bundle verify publish page release evaluate tune check inspect job reproduce compare chat run bench image test lint format clean clean-env help
 
 all: publish ## set-up, then everything for MODEL_ID: fp32, fp16, int8, bundles, the report, the publish folder (default)
 	@echo "files:   $(FILES_MADE)"
@@ -136,10 +137,9 @@ page: ## make a static page that runs the judged int8 bundle in a browser (SERVE
 	$(if $(SERVE),$(PY) -m pipeline.serve $(abspath $(ROOT))/page)
 
 chat: bundle ## talk to the int8 bundle in the terminal (PRECISION=)
-	$(call RUN,chat) -m pipeline.chat $(abspath $(ROOT))/bundle/$(call QUOTE,$(PRECISION)).litertlm
-
 run: bundle ## let the int8 bundle answer PROMPT= once
-	$(call RUN,run) -m pipeline.chat $(abspath $(ROOT))/bundle/$(call QUOTE,$(PRECISION)).litertlm --prompt $(call QUOTE,$(PROMPT))
+chat run:
+	$(call RUN,$@) -m pipeline.chat $(abspath $(ROOT))/bundle/$(call QUOTE,$(PRECISION)).litertlm $(if $(filter run,$@),--prompt $(call QUOTE,$(PROMPT)))
 
 tune: graph moments ## search the recipe's [int8] (SECTION=int4) for MINUTES=: what costs quality where, and tune/recipe.toml for RECIPE=
 	$(call RUN,tune) -m pipeline.tune $(WHERE) $(CALIBRATED) --minutes $(call QUOTE,$(MINUTES)) --section $(call QUOTE,$(SECTION))
@@ -151,8 +151,12 @@ check: $(READY) $(if $(SIGNS),.venv-sign/.ready) ## hold a published folder (FIL
 inspect: $(READY) ## tell what is in FILE=, and where it leaves AGAINST=
 	$(call RUN,inspection) -m pipeline.inspection $(call QUOTE,$(call ABSOLUTE,$(FILE))) $(if $(AGAINST),--against $(call QUOTE,$(call ABSOLUTE,$(AGAINST))))
 
+job: $(READY) ## print the Hub's job that builds MODEL_ID and publishes it (HF_REPO=; IMAGE= with its digest); CONFIRM=yes submits it
+	$(call RUN,job) -m pipeline.job $(WHERE) $(call QUOTE,$(HF_REPO)) $(call QUOTE,$(IMAGE)) $(if $(TAG),--tag $(call QUOTE,$(TAG))) \
+		$(if $(REVISION),--revision $(call QUOTE,$(REVISION))) $(if $(GRAPHS),--graphs $(GRAPHS)) --device $(call QUOTE,$(DEVICE)) $(if $(CONFIRM),--confirm yes)
+
 release: ## publish what a description says (RELEASE=); a dry run without CONFIRM=yes
-	settings=$$($(PYTHON) -m tools.release $(if $(RELEASE),$(call QUOTE,$(RELEASE))) $(if $(filter yes,$(CONFIRM)),--upload)) && \
+	settings=$$($(ASK) -m tools.release $(if $(RELEASE),$(call QUOTE,$(RELEASE))) $(if $(filter yes,$(CONFIRM)),--upload)) && \
 	$(MAKE) --no-print-directory publish $$settings
 
 reproduce: $(READY) ## rebuild what is finished for MODEL_ID from its manifests, and compare every file
@@ -174,8 +178,7 @@ lint: .venv/.ready ## linters and types only
 	.venv/bin/nox -s lint types
 
 format: .venv/.ready ## rewrite the sources in the project's format
-	$(PY) -m ruff check --fix .
-	$(PY) -m ruff format .
+	$(PY) -m ruff check --fix . && $(PY) -m ruff format .
 
 clean: ## remove the results for MODEL_ID
 	rm -rf $(ROOT)

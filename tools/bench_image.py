@@ -1,4 +1,4 @@
-"""Build the image, run the main job in it, look into its layers; time and size become a table in `bench/`.
+"""Build the image, run the main job in it, try its entry point, look into its layers; `bench/` gets a table of it.
 
     python -m tools.bench_image RESULTS
 
@@ -9,22 +9,31 @@ the image is larger than it may be or holds what it must not.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import secrets
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from pipeline.core import log
+from pipeline.core import log, stage
 from pipeline.core.recipe import PROJECT
 from tools import engine, figures, image_scan, tables
 
 IMAGE = "hf-to-litert"
-LARGEST = 3.0e9
+LARGEST = 2.0e9
 """Bytes that the CPU image may have, as the engine counts them."""
+SOON = 8
+"""Seconds; after ten, `docker stop` kills."""
+SAME = ("outputs", "facts", "source", "tools")
+"""What a stage's manifest has in common, whichever way the image was used."""
+OWNER = 1234
+"""Whose folder is mounted, where root runs this."""
 
 
 def timed(env: Mapping[str, str], *command: str) -> float:
@@ -39,14 +48,84 @@ def timed(env: Mapping[str, str], *command: str) -> float:
 
 
 def measure(env: Mapping[str, str], results: Path) -> dict[str, float | str]:
-    """Build the image and run the main job in it: seconds, and bytes of the image."""
+    """Build the image and run the main job in it, offline and read-only: seconds, and bytes of the image."""
     build = timed(env, "make", "image", f"IMAGE={IMAGE}")
-    job = timed(env, "make", "publish", "IN=docker", f"IMAGE={IMAGE}", f"ARTIFACTS={results}")
+    job = timed(env, *in_image("all", mounted=results))
     inspect = ("docker", "image", "inspect", "--format", "{{.Size}}", IMAGE)
     size = int(subprocess.run(inspect, env=env, stdout=subprocess.PIPE, check=True).stdout)
     log.line(f"image: built in {build:.0f} s, main job in {job:.0f} s, {log.human_bytes(size)}")
     cores = os.cpu_count() or 1
     return {"date": time.strftime("%Y-%m-%d"), "cores": cores, "build": build, "job": job, "size": size}
+
+
+def in_image(*words: str, mounted: Path | None = None, options: Sequence[str] = ()) -> list[str]:
+    """The command that runs `words` in the image, without a network and on a read-only root."""
+    mount = ("-v", f"{mounted}:/artifacts") if mounted else ()
+    return ["docker", "run", "--rm", "--network=none", "--read-only", *mount, *options, IMAGE, *words]
+
+
+def entry_faults(env: Mapping[str, str], results: Path) -> Iterator[str]:
+    """What the entry point does otherwise than it must, `results` being what the main job left."""
+    owner = results.stat().st_uid
+    others = [file for file in results.rglob("*") if file.lstat().st_uid != owner]
+    if others:
+        yield f"{others[0]} does not belong to user {owner}, as the mounted folder does"
+
+    def said(*words: str, **run: Any) -> tuple[int, str]:
+        command = in_image(*words, **run)
+        done = subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        return done.returncode, done.stdout
+
+    who = (
+        "python",
+        "-c",
+        "import os; print(os.getuid(), *(r for r in open('/proc/self/status') if r[:6] == 'CapEff'))",
+    )
+    tries = {
+        "without words": (0, "make [target", said()),
+        "without a folder": (2, "there is no folder /artifacts", said("int8")),
+        "with somebody else's folder": (
+            *(2, "can't be written to"),
+            said("int8", mounted=results, options=("--user=4321:4321",)),
+        ),
+        "as the owner, without capabilities": (
+            *(0, "int8"),
+            said("plan", mounted=results, options=(f"--user={owner}:{owner}", "--cap-drop=ALL")),
+        ),
+        "as root, with a folder": (0, f"{owner} CapEff:\t{'0' * 16}\n", said(*who, mounted=results)),
+        "as root, without one": (0, f"65534 CapEff:\t{'0' * 16}\n", said(*who)),
+        "asked for what needs the sources": (2, "can't `make test`", said("test", mounted=results)),
+    }
+    for what, (code, text, (ended, output)) in tries.items():
+        if ended != code or text not in output:
+            yield f"{what} it ended with {ended}, expected {code} and {text!r}: {output.strip()[-400:]}"
+    for sent in ("INT", "TERM"):
+        yield from signal_faults(env, sent)
+
+
+def signal_faults(env: Mapping[str, str], sent: str) -> Iterator[str]:
+    """What is wrong with how the image ends at a signal, which the engine sends to its first process alone."""
+    name = f"{IMAGE}-{secrets.token_hex(4)}"
+    command = in_image("python", "-c", "import time; print(flush=True); time.sleep(60)", options=("--name", name))
+    with subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        started = time.monotonic()
+        subprocess.run(["docker", "kill", f"--signal={sent}", name], env=env, stdout=subprocess.DEVNULL, check=True)
+        process.wait()
+    if time.monotonic() - started > SOON:
+        yield f"SIG{sent} did not end it within {SOON} s"
+
+
+def ways_differ(env: Mapping[str, str], results: Path) -> Iterator[str]:
+    """What a stage by `make IN=docker` made otherwise than the main job did."""
+    with tempfile.TemporaryDirectory() as scratch:
+        timed(env, "make", "fetch", "IN=docker", f"IMAGE={IMAGE}", f"ARTIFACTS={scratch}")
+        papers = [folder / "tiny-gemma3n" / "fetch" / "manifest.json" for folder in (Path(scratch), results)]
+        one, other = (json.loads(file.read_text(encoding="utf-8")) for file in papers)
+    yield from (f"its {key} in fetch is not `make IN=docker`'s" for key in SAME if one[key] != other[key])
+    if other["source"] != asdict(stage.source()):
+        yield f"it says that its source is {other['source']}, here it is {stage.source()}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,9 +140,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         certificates.write(f"{trusted}\n# {secret}\n")
         certificates.flush()
         os.environ["BUILD_CERTIFICATES"] = certificates.name
+        arguments.results.mkdir(parents=True)
+        if os.geteuid() == 0:
+            os.chown(arguments.results, OWNER, OWNER)
         with engine.engine() as env:
-            found = measure(env, arguments.results)
-            faults = image_scan.scan(IMAGE, secret, env)
+            found = measure(env, arguments.results.absolute())
+            faults = [*entry_faults(env, arguments.results), *ways_differ(env, arguments.results)]
+            faults += image_scan.scan(IMAGE, secret, env)
     tables.write_all(figures.image(found))
     faults += [f"it is larger than {log.human_bytes(LARGEST)}"] if float(found["size"]) > LARGEST else []
     for fault in faults:

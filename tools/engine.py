@@ -120,12 +120,12 @@ def unmount(home: Path) -> None:
 
 
 def make_base(home: Path) -> Path:
-    """Make a root file system with Debian's Python 3.11, as small as the official slim image's."""
+    """Make a root file system with Debian's Python 3.11 and make, as small as the official slim image's."""
     say(f"making a base image from Debian {SUITE}")
     tar = home / "base.tar"
     run(
         *(DEBOOTSTRAP, "--quiet", "--variant=minbase", "--mode=root", "--format=tar"),
-        *("--include=python3,python3-venv,ca-certificates", SUITE, tar, mirror()),
+        *("--include=python3,python3-venv,ca-certificates,make", SUITE, tar, mirror()),
         env={"SOURCE_DATE_EPOCH": "315532800", **os.environ},
     )
     return tar

@@ -337,7 +337,7 @@ def image(found: Mapping[str, Any]) -> dict[str, Table]:
     numbers = [found["size"] / 1e9, found["build"], found["job"] / 60]
     table = Table(
         title="The container image",
-        about="The CPU image, and `make publish` of the shipped model in it without a network.",
+        about="The CPU image, and `docker run IMAGE all` on the shipped model, offline and on a read-only root.",
         place=8,
         columns=columns,
         measured=Measured(date=found["date"], command="`nox -s image`", machine=f"{found['cores']} cores"),

@@ -6,13 +6,14 @@
 # auto    cpu if pip finds that build, else cuda
 # others  alone: beside the right to publish, or to sign, whatever is installed could run
 #
-# PYTHON names the interpreter (default python3.11). FOLDER/.ready is written last; it holds what was installed.
+# PYTHON names the interpreter (default: the first that fits of python3.11, python3.12, python3.13, python3; the locks are
+# the same for all). FOLDER/.ready is written last; it holds what was installed.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 folder=$1
 lock=$2
-python=${PYTHON:-python3.11}
+python=''
 
 die() { # what, cause, remedy: as pipeline.core.errors prints them
     printf 'error: %s\n  cause: %s\n  do:    %s\n' "$1" "$2" "$3" >&2
@@ -24,14 +25,28 @@ check_machine() {
         "the locked environment is for Linux on x86-64, this is $(uname -sm)" \
         "litert-converter has wheels for few platforms and the locks name one" \
         "use a container: put IN=docker behind make (make IN=docker int8)"
-    [[ "$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)" == 3.11 ]] || die \
-        "Python 3.11 is needed and \`$python\` is not one" \
-        "it is not installed, or is called something else" \
-        "install it (Debian, Ubuntu: apt install python3.11 python3.11-venv) or name it: make setup PYTHON=/path/to/python3.11"
-    "$python" -c 'import ensurepip, venv' 2>/dev/null || die \
-        "\`$python\` can't make virtual environments" \
+}
+
+find_python() { # the first that the locks are for and that can make environments
+    local name names=(python3.11 python3.12 python3.13 python3) bare=''
+    [[ -z "${PYTHON:-}" ]] || names=("$PYTHON")
+    for name in "${names[@]}"; do
+        "$name" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null || continue
+        python=$name
+        "$name" -c 'import ensurepip, venv' 2>/dev/null && return
+        bare=$name
+    done
+    [[ -z "$bare" ]] || die \
+        "\`$bare\` can't make virtual environments" \
         "Debian and Ubuntu keep venv in a package of its own" \
-        "apt install python3.11-venv"
+        "apt install $(basename "$bare")-venv"
+    die "Python 3.11, 3.12 or 3.13 is needed, and there is none called ${names[*]}" \
+        "it is not installed, or is called something else" \
+        "install one (Debian, Ubuntu: apt install python3 python3-venv) or name it: make setup PYTHON=/path/to/python3.12"
+}
+
+for_311() { # PyTorch's index has CPU builds for the others too; their hashes are not in locks/cpu.txt
+    "$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'
 }
 
 locks() { # the files that the environment of a lock is made from: tests and linters belong to those with torch
@@ -46,6 +61,11 @@ fingerprint() { # of what would be installed
 
 find_lock() { # which lock `auto` means here
     local torch
+    if ! for_311; then
+        echo "setup: torch's CPU build is locked for Python 3.11 alone, so PyPI's build of it is installed: it runs on CPUs too, but is 6 GB." >&2
+        echo cuda
+        return
+    fi
     torch=$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' locks/cpu.txt)
     if "$folder/bin/pip" install -qqq --dry-run --ignore-installed --no-deps --only-binary=:all: "$torch" 2>/dev/null; then
         echo cpu
@@ -107,6 +127,12 @@ if [[ -f "$folder/.ready" ]]; then
     fi
 fi
 check_machine
+find_python
+[[ "$lock" != cpu ]] || for_311 || die \
+    "locks/cpu.txt has torch's CPU build for Python 3.11 alone, and \`$python\` is another" \
+    "only that build's hash is known" \
+    "make setup LOCK=cuda, which runs on CPUs too, or install Python 3.11"
+echo "setup: $folder is made from $python" >&2
 rm -rf "$folder"
 "$python" -m venv "$folder"
 [[ "$lock" != auto ]] || lock=$(find_lock)

@@ -11,19 +11,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 _HARDENED = ("--read-only", "--tmpfs", "/tmp", "--cap-drop", "ALL", "--security-opt", "no-new-privileges")
-_PASSED = ("PYTHONHASHSEED", "SOURCE_DATE_EPOCH", "OMP_NUM_THREADS", "OMP_WAIT_POLICY")
+_PASSED = ("PYTHONHASHSEED", "OMP_NUM_THREADS", "OMP_WAIT_POLICY")
 # Secrets go by name, so that no list of processes shows a value; what a CI job shows for itself goes to uploads alone.
 _TOKEN = ("HF_TOKEN", "HF_ENDPOINT")
 _IDENTITY = (
     *("HF_OIDC_RESOURCE", "HF_OIDC_ID_TOKEN", "GITHUB_ACTIONS"),
     *("ACTIONS_ID_TOKEN_REQUEST_URL", "ACTIONS_ID_TOKEN_REQUEST_TOKEN"),
 )
-# Evaluated by the shell that runs the command: as whom, and from which source and image.
+# Evaluated by the shell that runs the command: as whom. Which source it is made of the image says itself.
 _WHOSE = '--user "$(id -u):$(id -g)"'
-_SOURCE = (
-    '-e SOURCE_COMMIT="$(git rev-parse HEAD 2>/dev/null || true)" '
-    '-e SOURCE_DIRTY="$(git status --porcelain 2>/dev/null | head -n 1)"'
-)
+INSIDE = "env -u HF_TOKEN HF_HUB_OFFLINE=1"
+"""Before a command that needs no Hub, where Make itself runs in the image."""
 
 
 def command(name: str, said: Mapping[str, str], mounts: Sequence[str], *, online: bool) -> str:
@@ -44,7 +42,6 @@ def command(name: str, said: Mapping[str, str], mounts: Sequence[str], *, online
         shlex.join(["docker", "run", "--rm", *terminal, *_HARDENED]),
         _WHOSE,
         shlex.join([*gpus, *_environment(_PASSED)]),
-        _SOURCE,
         digest,
         shlex.join([*_network(name, said, online), "-v", f"{artifacts}:{artifacts}"]),
         shlex.join([word for mount in shown for word in ("-v", mount)]),

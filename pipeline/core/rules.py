@@ -40,7 +40,7 @@ _NPM = (
     "command -v npm >/dev/null || { echo 'error: the page needs npm, of Node.js 20.19 or later'; exit 2; }; "
     "npm ci --prefix web --omit dev --no-progress --loglevel error"
 )
-_COMMANDS = ("plan", "template", "upload", "check", "inspection", "reproduce", "chat", "run", "tune")
+_COMMANDS = ("plan", "template", "upload", "check", "inspection", "job", "reproduce", "chat", "run", "tune")
 """What runs beside the stages."""
 _FILES = ("calibration", "eval", "task", "template")
 _ADAPTER = "adapter_config.json"
@@ -247,7 +247,7 @@ def rules(request: Request) -> str:
         f"WHERE := {_quoted(request.where)}",
         f"CALIBRATED := {_quoted(_option(request, 'calibration'))}",
         f"TEXTS := {_quoted(texts)}",
-        *(_containers(request) if request.docker else ()),
+        *(_containers(request) if request.said["IN"] else ()),
         "",
         f"{plan}: {' '.join(f'{root}/.inputs/{name}' for name in request.planned)} | $(READY){libraries}",
         f"\t@$(call RUN,plan) -m pipeline.plan {_quoted(_plan_words(request))}",
@@ -285,11 +285,18 @@ def rules(request: Request) -> str:
 
 
 def _containers(request: Request) -> Iterator[str]:
-    """A variable per stage and command: how it runs in the container."""
-    mounts, said = _mounts(request), request.said
-    online = {"upload", *(["fetch", "plan"] if request.online else []), *(["check"] if said["CHECKS_HUB"] else [])}
+    """A variable per stage and command: how it runs in the container, which may be the one that Make is in."""
+    mounts, said = _mounts(request) if request.docker else [], request.said
+    online = {
+        "upload",
+        "job",
+        *(["fetch", "plan"] if request.online else []),
+        *(["check"] if said["CHECKS_HUB"] else []),
+    }
     for name in (*STAGES, *_COMMANDS):
-        yield f"IN_CONTAINER.{name} := {_escaped(container.command(name, said, mounts, online=name in online))}"
+        inside = "" if name in online else container.INSIDE
+        how = container.command(name, said, mounts, online=name in online) if request.docker else inside
+        yield f"IN_CONTAINER.{name} := {_escaped(how)}"
 
 
 def _option(request: Request, name: str) -> list[str]:
@@ -348,7 +355,7 @@ def _check_words(said: Mapping[str, str]) -> None:
     """Refuse settings of a few words that are another one."""
     if said["GRAPHS"] not in ("", *get_args(Graphs)):
         raise UsageError(f"GRAPHS={said['GRAPHS']} is unknown: step, bundle or all")
-    if said["IN"] not in ("", "docker"):
+    if said["IN"] not in ("", "docker", "image"):
         raise UsageError(f"IN={said['IN']} is unknown: leave it out, or IN=docker")
     if said["CONFIRM"] not in ("", "yes") or (said["CONFIRM"] and not said["HF_REPO"]):
         raise UsageError(f"CONFIRM={said['CONFIRM']} is unknown: CONFIRM=yes, together with HF_REPO=owner/name")
@@ -360,7 +367,7 @@ def _check_words(said: Mapping[str, str]) -> None:
     if said["IN"] and said["SIGNS"]:
         raise UsageError(
             "the container neither signs nor checks signatures",
-            remedy="say it again without IN=docker, on what IN=docker made",
+            remedy="say it again on the host, without IN=docker, on what the container made",
         )
 
 

@@ -28,6 +28,15 @@ from typing import Any
 import yaml
 
 LARGE = (".safetensors", ".model", ".bin", ".gguf", ".tflite", ".litertlm")
+HARDWARE = (  # name, memory, disk, accelerator, micro-dollars a minute
+    ("cpu-basic", "16 GB", "20 GB", None, 167),
+    ("cpu-upgrade", "32 GB", "50 GB", None, 500),
+    ("cpu-xl", "124 GB", "1 TB", None, 16667),
+    ("odd", "1 TB", "N/A", None, 1),
+    ("a10g-large", "46 GB", "110 GB", "A10G", 25000),
+    ("a100-large", "142 GB", "1 TB", "A100", 41667),
+)
+"""The machines for jobs."""
 PART = 1000
 """Bytes from which on a large file is sent in parts of this size."""
 
@@ -126,7 +135,7 @@ class HubServer:
     """The server; use as a context manager.
 
     `tokens` maps a valid token to the models its account may read, `writers` to those it may write to, and `identities`
-    maps a CI job's identity to the token that it is exchanged for.
+    maps a CI job's identity to the token that it is exchanged for. `jobs` are those that were submitted.
     """
 
     def __init__(self) -> None:
@@ -134,6 +143,7 @@ class HubServer:
         self.tokens: dict[str, set[str]] = {}
         self.writers: dict[str, set[str]] = {}
         self.identities: dict[str, str] = {}
+        self.jobs: list[dict[str, Any]] = []
         self.lock = threading.Lock()
         self.faults: list[Fault] = []
         self.requests: list[Request] = []
@@ -199,6 +209,15 @@ class HubServer:
                     fault.times -= 1
                     return fault
         return None
+
+
+def _machine(name: str, memory: str, disk: str, accelerator: str | None, price: int) -> dict[str, Any]:
+    card = {"type": "gpu", "model": accelerator, "quantity": "1", "vram": "24 GB", "manufacturer": "Nvidia"}
+    return {
+        **{"name": name, "prettyName": name.upper(), "cpu": "2 vCPU", "ram": memory, "ephemeralStorage": disk},
+        **{"accelerator": card if accelerator else None, "unitCostMicroUSD": price, "unitCostUSD": price / 1e6},
+        "unitLabel": "minute",
+    }
 
 
 def size_of(data: Data) -> int:
@@ -313,6 +332,8 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
                 self.storage(path, token)
             elif token and token not in hub.tokens:
                 self.refuse(401, "", "Invalid credentials in Authorization header")
+            elif path == "/api/jobs/hardware":
+                self.reply(200, json.dumps([_machine(*each) for each in HARDWARE]).encode())
             elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/refs", path):
                 self.references(found[1], token)
             elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path):
@@ -333,6 +354,8 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
                 return self.reply(400 if bad else 200, json.dumps(said).encode())
             if token not in hub.tokens:
                 return self.refuse(401, "", "Invalid credentials in Authorization header")
+            if found := re.fullmatch(r"/api/jobs/([^/]+)", path):
+                return self.submit(found[1])
             for pattern, work in (
                 (r"/api/models/([^/]+/[^/]+)/preupload/(.+)", self.preupload),
                 (r"/([^/]+/[^/]+)\.git/info/lfs/objects/(batch)", self.batch),
@@ -346,6 +369,12 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
                     with hub.lock:
                         return work(hub.repos[found[1]], found[1], found[2])
             self.refuse(404, "", "Not found")
+
+        def submit(self, namespace: str) -> None:
+            hub.jobs.append({"namespace": namespace, **json.loads(self.body)})
+            owner = {"id": "1", "name": namespace, "type": "user"}
+            said = {"id": f"job{len(hub.jobs)}", "owner": owner, "status": {"stage": "SCHEDULING", "message": None}}
+            self.reply(200, json.dumps(said).encode())
 
         def exchange(self) -> None:
             token = hub.identities.get(json.loads(self.body)["subject_token"])

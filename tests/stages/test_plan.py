@@ -1,19 +1,25 @@
-"""The plan against the files that the stages really make, on too small a machine, and of a model on a Hub."""
+"""The plan against the files that the stages really make, on too small a machine, of a model on a Hub, and of a job."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import re
+import shlex
+import subprocess
+import sys
 import tomllib
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import hub_server
 import pytest
 from hub_server import HubServer, Sparse
 from line import Line
 
-from pipeline import plan
+from pipeline import job, plan
 from pipeline.core import log, manifest, memory, options
 from pipeline.core.recipe import PROJECT
 from pipeline.core.recipe import load as load_recipe
@@ -100,10 +106,9 @@ def header(config: dict[str, object]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def test_a_large_model_on_the_hub_is_planned_from_its_headers(
-    server: HubServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    config = GEOMETRIES["e2b"] | {"max_position_embeddings": 2048}
+def add_large(server: HubServer, geometry: str = "e2b") -> bytes:
+    """Put a model of a true size on the Hub, all zeros, and return what is before its weights."""
+    config = GEOMETRIES[geometry] | {"max_position_embeddings": 2048}
     start = header(config)
     parameters = sum(math.prod(shape) for shape in ARCHITECTURE(config).tensors().values())
     server.add(
@@ -115,6 +120,13 @@ def test_a_large_model_on_the_hub_is_planned_from_its_headers(
             "model.safetensors": Sparse(start, len(start) + 2 * parameters),
         },
     )
+    return start
+
+
+def test_a_large_model_on_the_hub_is_planned_from_its_headers(
+    server: HubServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start = add_large(server)
     options = [
         "--model-id",
         "org/large",
@@ -136,6 +148,93 @@ def test_a_large_model_on_the_hub_is_planned_from_its_headers(
     assert "2 GiB or more: fp32/decoder.tflite, " in text and "entitlement" in text
     assert server.sent("model.safetensors") < 2 * len(start)
     assert [file.name for file in tmp_path.iterdir()] == [FILE], "how fast the machine is, and nothing else"
+
+
+IMAGE = f"ghcr.io/org/it@sha256:{'5' * 64}"
+
+
+def submitted(tmp_path: Path, *options: str, image: str = IMAGE, target: str = "mine/large-litert") -> int:
+    common = ["--model-id", "org/large", "--artifacts", str(tmp_path), "--graphs", "bundle"]
+    return job.main([*common, target, image, *options])
+
+
+def test_a_job_is_printed_as_it_is_submitted(
+    server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the Hub's own command line and by its client; the machine is the cheapest that is large enough."""
+    add_large(server)
+    server.tokens["hidden"] = set()
+    assert submitted(tmp_path) == 0 and server.jobs == []
+    printed = shlex.split(capsys.readouterr().out)
+    assert printed[:3] == ["hf", "jobs", "run"] and printed[printed.index("--secrets") + 1] == "HF_TOKEN"
+    monkeypatch.setenv("HF_TOKEN", "hidden")
+    assert submitted(tmp_path, "--confirm", "yes") == 0
+    told = capsys.readouterr()
+    assert "hidden" not in told.out + told.err
+    assert f"submitted: {server.endpoint}/jobs/mine/job1" in told.err
+    command = [str(Path(sys.executable).parent / "hf"), *printed[1:]]
+    done = subprocess.run(
+        command, env={**os.environ, "HF_HUB_DISABLE_UPDATE_CHECK": "1"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    ours, theirs = server.jobs
+    assert ours == theirs
+    commit = server.repos["org/large"].refs["main"]
+    assert ours["command"][:2] == ["/app/tools/entry.sh", "publish"] and f"REVISION={commit}" in ours["command"]
+    assert ours["secrets"] == {"HF_TOKEN": "hidden"} and "hidden" not in " ".join(ours["command"])
+    assert ours["environment"] == {"IMAGE_DIGEST": IMAGE.split("@")[1]}
+    assert ours["dockerImage"] == IMAGE and ours["namespace"] == "mine" and ours["timeoutSeconds"] >= 3600
+    assert ours["flavor"] == "cpu-xl"  # 16 GB of disk for the checkpoint and its files are too little on the others
+
+
+def test_a_job_with_a_gpu_takes_a_machine_that_has_one(server: HubServer, tmp_path: Path, capsys: Any) -> None:
+    add_large(server)
+    assert submitted(tmp_path, "--device", "cuda") == 0
+    assert " --flavor a10g-large " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "said"),
+    [
+        ({"image": "hf-to-litert"}, 2, "name a pushed one by its digest"),
+        ({"image": "ghcr.io/org/it:v1"}, 2, "name a pushed one by its digest"),
+        ({"target": ""}, 2, "HF_REPO does not say where to"),
+        ({"recipe": "own.toml"}, 2, "is not in the image"),
+        ({"model": str(SHIPPED)}, 2, "is a folder"),
+        ({"confirm": "yes"}, 9, "a job needs a token"),
+        ({"confirm": "yes", "token": "other"}, 3, "refuses the token"),
+    ],
+)
+def test_what_can_be_no_job_is_refused_with_a_sentence(
+    server: HubServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options: dict[str, str],
+    code: int,
+    said: str,
+) -> None:
+    add_large(server)
+    words = ["--confirm", "yes"] if "confirm" in options else []
+    words += ["--model-id", options["model"]] if "model" in options else []
+    if "token" in options:
+        monkeypatch.setenv("HF_TOKEN", options["token"])
+    if "recipe" in options:
+        own = tmp_path / options["recipe"]
+        own.write_bytes((PROJECT / "pipeline" / "recipes" / "gemma3n.toml").read_bytes())
+        words += ["--recipe", str(own)]
+    settings = {key: options[key] for key in ("image", "target") if key in options}
+    assert submitted(tmp_path, *words, **settings) == code
+    assert said in capsys.readouterr().err and server.jobs == []
+
+
+def test_no_machine_is_large_enough_for_the_largest(
+    server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    add_large(server)
+    monkeypatch.setattr(hub_server, "HARDWARE", hub_server.HARDWARE[:2])
+    assert submitted(tmp_path) == 10
+    assert "no machine of the Hub has" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,13 @@ def test_root_and_a_name_that_may_be_root_are_refused(tmp_path: Path, user: str)
     assert "runs as user" in found
 
 
+@pytest.mark.parametrize(("entry", "count"), [(["/app/tools/entry.sh"], 0), (["/bin/sh", "/app/tools/entry.sh"], 1)])
+def test_only_the_entry_point_that_puts_root_off_may_begin_as_root(
+    tmp_path: Path, entry: list[str], count: int
+) -> None:
+    assert len(image_scan.faults(saved(tmp_path, FILES, config={"config": {"Entrypoint": entry}}))) == count
+
+
 def test_configuration_and_history_are_looked_at(tmp_path: Path) -> None:
     config = {"config": {**CLEAN["config"], "Env": ["HF_TOKEN=x"]}, "history": [{"created_by": f"RUN echo {SECRET}"}]}
     found = image_scan.faults(saved(tmp_path, FILES, config=config), SECRET)

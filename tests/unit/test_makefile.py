@@ -265,6 +265,22 @@ def test_in_docker_paths_are_mounted_where_they_are(finished: tuple[str, ...], t
     assert f"--model-id {tmp_path / 'tiny'} --artifacts {tmp_path / 'out'}" in plan
 
 
+def test_in_the_image_what_needs_no_hub_is_offline_and_sees_no_token(tmp_path: Path) -> None:
+    settings = ("MODEL_ID=google/gemma-3n-E2B-it", f"ARTIFACTS={tmp_path}", "HF_REPO=org/model")
+    rows = re.findall(r"^(.*) -m pipeline\.(\w+)", make("-n", "publish", "IN=image", *settings), flags=re.MULTILINE)
+    ways = {name: before for before, name in rows}
+    online = {"plan", "fetch", "upload"}
+    assert online < set(ways) and "verify" in ways
+    for name, before in ways.items():
+        assert before.strip() == ("python" if name in online else "env -u HF_TOKEN HF_HUB_OFFLINE=1 python"), name
+
+
+@pytest.mark.parametrize(("image", "built"), [("mine", True), (f"ghcr.io/me/it@sha256:{'5' * 64}", False)])
+def test_an_image_with_a_digest_is_not_built(tmp_path: Path, image: str, built: bool) -> None:
+    plan = make("-n", "fetch", "IN=docker", f"IMAGE={image}", f"ARTIFACTS={tmp_path}")
+    assert f" {image} python -m pipeline.fetch" in plan and ("docker build" in plan) is built
+
+
 @pytest.mark.parametrize("setting", ["MODEL_ID=two words", "MODEL_ID=", "IN=podman"])
 def test_a_setting_that_can_not_work_is_refused_with_a_sentence(setting: str) -> None:
     done = subprocess.run(["make", "-n", setting], cwd=PROJECT, capture_output=True, text=True)
@@ -416,21 +432,63 @@ def test_make_says_what_to_do_without_python_and_helps_all_the_same(tmp_path: Pa
     command = [shutil.which("make") or "make", "PY=/nowhere/python"]
     environment = {"PATH": str(tmp_path)}
     done = subprocess.run([*command, "-n", "int8"], cwd=PROJECT, capture_output=True, text=True, env=environment)
-    assert done.returncode == 2 and "Python 3.11 is needed" in done.stderr and "PYTHON=" in done.stderr
+    assert done.returncode == 2 and "3.11, 3.12 or 3.13 is needed" in done.stderr and "PYTHON=" in done.stderr
     helped = subprocess.run([*command, "help"], cwd=PROJECT, capture_output=True, text=True, env=environment)
     assert helped.returncode == 0 and "MODEL_ID" in helped.stdout
 
 
-def test_setup_says_what_to_do_without_python_311(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [PROJECT / "tools" / "setup.sh", tmp_path / "env", "cpu"],
-        env={"PATH": "/usr/bin:/bin", "PYTHON": "python3.11-that-is-not-there"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 2
-    assert "Python 3.11 is needed" in done.stderr and "make setup PYTHON=" in done.stderr
-    assert not (tmp_path / "env").exists()
+def setup(folder: Path, lock: str, pythons: dict[str, str], **settings: str) -> tuple[int, str]:
+    """Run set-up where only `pythons` are: name → what it fails, of `version`, `venv`, `3.11`. It ends at venv."""
+    for name in ("bash", "sed", "rm", "env", "dirname", "uname", "basename"):
+        (folder / name).symlink_to(shutil.which(name) or name)
+    for name, lacks in pythons.items():
+        (folder / name).write_text(
+            f"""#!{folder}/bash
+case "$2" in
+*"<="*) [[ "{lacks}" != *version* ]] ;;
+*ensurepip*) [[ "{lacks}" != *venv* ]] ;;
+*"!="*) [[ "{lacks}" != *3.11* ]] ;;
+venv) echo "{name} makes it" >&2; exit 9 ;;
+esac
+"""
+        )
+        (folder / name).chmod(0o755)
+    command = [PROJECT / "tools" / "setup.sh", folder / "made", lock]
+    done = subprocess.run(command, env={"PATH": str(folder), **settings}, capture_output=True, text=True)
+    assert not (folder / "made").exists()
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("pythons", "chosen"),
+    [
+        ({"python3.11": "", "python3.12": "3.11", "python3": "3.11"}, "python3.11"),
+        ({"python3.11": "version", "python3.12": "3.11", "python3": "3.11"}, "python3.12"),  # a shim of nothing
+        ({"python3.11": "venv", "python3.13": "3.11"}, "python3.13"),
+        ({"python3": "3.11"}, "python3"),
+    ],
+)
+def test_setup_finds_a_python_that_the_locks_are_for(tmp_path: Path, pythons: dict[str, str], chosen: str) -> None:
+    code, said = setup(tmp_path, "cuda", pythons)
+    assert code == 9 and f"{chosen} makes it" in said
+    assert f"made is made from {chosen}\n" in said
+
+
+@pytest.mark.parametrize(
+    ("lock", "pythons", "settings", "reason"),
+    [
+        ("cuda", {}, {}, "Python 3.11, 3.12 or 3.13 is needed"),
+        ("cuda", {"python3": "version"}, {}, "none called python3.11 python3.12 python3.13 python3"),
+        ("cuda", {"python3": ""}, {"PYTHON": "python3.11"}, "none called python3.11\n"),
+        ("cuda", {"python3.12": "venv"}, {}, "apt install python3.12-venv"),
+        ("cpu", {"python3.12": "3.11"}, {}, "make setup LOCK=cuda"),
+    ],
+)
+def test_setup_says_what_to_do_without_a_python_that_fits(
+    tmp_path: Path, lock: str, pythons: dict[str, str], settings: dict[str, str], reason: str
+) -> None:
+    code, said = setup(tmp_path, lock, pythons, **settings)
+    assert code == 2 and reason in said, said
 
 
 def test_a_finished_folder_is_signed_where_it_lies(finished: tuple[str, ...], tmp_path: Path) -> None:
@@ -504,4 +562,4 @@ def test_a_variant_that_is_named_twice_is_judged_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize("setting", ["SIGN_KEY=k", "PUBLIC_KEY=k", "SIGN=keyless"])
 def test_the_container_does_not_sign(setting: str) -> None:
     done = subprocess.run(["make", "-n", "check", "IN=docker", setting], cwd=PROJECT, capture_output=True, text=True)
-    assert done.returncode == 2 and "without IN=docker" in done.stderr
+    assert done.returncode == 2 and "on the host, without IN=docker" in done.stderr
