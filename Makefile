@@ -10,6 +10,7 @@ RECIPE ?=#: what to build and how good it must be (default: the shipped recipe f
 GRAPHS ?=#: step, bundle or all: the step graph, the bundle's sections, or both (default: the recipe's)
 ARTIFACTS ?= artifacts#: where results go
 CALIBRATION ?=#: your own text (.txt or .jsonl) for the full-integer file
+RUNG ?=#: the rung of int8's ladder that an earlier build's manifest names, to repeat that build elsewhere
 VARIANTS ?=#: the step graphs that verify judges (default: fp32 fp16 int8, the recipe's int4, the int8 it leaves out)
 EVAL ?=#: your own text (.txt or .jsonl, chat conversations too) to judge on, for the recipe's
 PROMPT ?= Hello#: what `make run` asks
@@ -90,7 +91,7 @@ ON_SOURCES := setup release bench image test lint format clean-env
 $(if $(filter image,$(IN)),$(foreach goal,$(filter $(ON_SOURCES),$(GOALS)),$(error the image can't `make $(goal)`: do that in a clone of the project)))
 ifneq ($(filter-out $(ON_SOURCES) help,$(GOALS)),)
 $(if $(ASK),,$(error Python 3.11, 3.12 or 3.13 is needed and not found: install one (Debian, Ubuntu: apt install python3 python3-venv) or name it: PYTHON=/path/to/python3.12))
-SAID := MODEL_ID REVISION BASE TEMPLATE RECIPE GRAPHS ARTIFACTS CALIBRATION EVAL TASK VARIANTS DEVICE LICENCE_OVERRIDE IN SIGNS CONFIRM HF_REPO FILE AGAINST CHECKS_HUB IMAGE NETWORK GOALS
+SAID := MODEL_ID REVISION BASE TEMPLATE RECIPE GRAPHS ARTIFACTS CALIBRATION RUNG EVAL TASK VARIANTS DEVICE LICENCE_OVERRIDE IN SIGNS CONFIRM HF_REPO FILE AGAINST CHECKS_HUB IMAGE NETWORK GOALS
 RULES := $(shell $(ASK) -m pipeline.core.rules $(call QUOTE,FLAGS=$(filter-out --%,$(firstword $(MAKEFLAGS)))) $(foreach name,$(SAID),$(call QUOTE,$(name)=$($(name)))))
 $(if $(filter-out 0,$(.SHELLSTATUS)),$(error these settings can't work, for the reason said above))
 include $(RULES)

@@ -292,6 +292,12 @@ def large(session: nox.Session) -> None:
 
 
 @nox.session(venv_backend="none", default=False)
+def stress(session: nox.Session) -> None:
+    """int8's ladder with twelve stressed variants of the shipped model, judged by its limits: some ten minutes."""
+    python(session, "-m", "tools.bench_ladder", *session.posargs)
+
+
+@nox.session(venv_backend="none", default=False)
 def house(session: nox.Session) -> None:
     """Print the figures of the code's shape beside their limits: rooms, imports, types, names, comments."""
     python(session, "-m", "tools.house")

@@ -17,22 +17,25 @@ from typing import cast
 from pipeline.bundling import tables
 from pipeline.checkpoint import chat
 from pipeline.checkpoint.reader import open_checkpoint
-from pipeline.core import log, options
-from pipeline.core.facts import Contents, Precision
-from pipeline.core.recipe import DECODER, PROJECT, STEP, Scheme
+from pipeline.core import options
+from pipeline.core.facts import Fetch, Ladder, Precision
+from pipeline.core.recipe import DECODER, PROJECT, STEP, Int8, Scheme
 from pipeline.core.stage import Context, Outcome, Stage, main
 from pipeline.judge import corpus
 from pipeline.models import build
 from pipeline.quantize import calibrate, gptq, int8, readback
 from pipeline.runtime import litert
-from pipeline.tflite.graph import Graph
+from pipeline.search import ladder
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options(options.Options):
-    """The scheme of the step graph, where it is not the recipe's, and the text."""
+    """The scheme of the step graph, where it is not the recipe's, the rung of an earlier build, and the text."""
 
     scheme: Scheme | None = field(default=None, metadata={"help": "write int8-SCHEME/ instead of int8/"})
+    rung: str = field(
+        default="", metadata={"metavar": "NAME", "help": "the ladder's rung that an earlier build's manifest names"}
+    )
     calibration: Path | None = field(
         default=None, metadata={"metavar": "FILE", "help": "your own text for the static ranges: .txt or .jsonl"}
     )
@@ -49,42 +52,47 @@ def work(context: Context) -> Outcome:
     """
     checkpoint = open_checkpoint(context.root / "fetch" / "checkpoint")
     graphs = build.graph_files(context.upstream["graph"], context.root, context.graphs)
-    asked = context.chosen(Options).scheme
-    scheme = asked or context.recipe.int8.scheme
-    facts = Precision(graphs=context.graphs, scheme=scheme)
+    asked, section = context.chosen(Options).scheme, context.recipe.int8
+    scheme = asked or section.scheme
+    facts, step = Precision(graphs=context.graphs, scheme=scheme), context.folder / STEP
     room = context.folder if len(graphs) > 1 and not asked else None
     hessians = gptq.Hessians(context.root / "moments", room) if "moments" in context.upstream else None
     with hessians or nullcontext():
+        if scheme == "dynamic" and not asked:
+            section, told = _choose(context, ladder.Maker(checkpoint, graphs.get(STEP), step, hessians))
+            facts = replace(facts, ladder=told)
+        if STEP in graphs and scheme != "dynamic":
+            graph, samples = build.with_weights(checkpoint, graphs[STEP]), _samples(context)
+            fp32 = context.root / context.upstream["fp32"].output(STEP).path
+            int8.make_static(graph, section, scheme, fp32, samples)
+            graph.prune()
+            graph.write(step)
+            facts = replace(facts, calibration_samples=len(samples), calibration_tokens=sum(map(len, samples)))
+        elif STEP in graphs and not step.is_file():  # the ladder has left what it took
+            ladder.write(checkpoint, graphs[STEP], step, section, hessians)
         if STEP in graphs:
-            graph = build.with_weights(checkpoint, graphs[STEP])
-            if scheme != "dynamic":
-                samples, fp32 = _samples(context), context.root / context.upstream["fp32"].output(STEP).path
-                int8.make_static(graph, context.recipe.int8, scheme, fp32, samples)
-                facts = replace(facts, calibration_samples=len(samples), calibration_tokens=sum(map(len, samples)))
-            else:
-                int8.make_int8(graph, context.recipe.int8, hessians)
-            facts = replace(facts, step=_write(graph, context.folder / STEP, scheme))
+            facts = replace(facts, step=readback.contents(step, scheme))
         if DECODER in graphs and not asked:
-            graph = build.with_weights(checkpoint, graphs[DECODER])
-            int8.make_int8(graph, context.recipe.int8, hessians)
-            facts = replace(facts, decoder=_write(graph, context.folder / DECODER, "dynamic"))
+            ladder.write(checkpoint, graphs[DECODER], context.folder / DECODER, section, hessians)
+            facts = replace(facts, decoder=readback.contents(context.folder / DECODER, "dynamic"))
             tables.write_tables(checkpoint, "int8", context.folder)
     return Outcome(facts=facts)
 
 
-def _write(graph: Graph, file: Path, scheme: Scheme) -> Contents:
-    """Write `file`, and find out what stands in it."""
-    log.step(f"{file.name}: int8 weights, {scheme}")
-    graph.prune()
-    graph.write(file)
-    found = readback.read_back(file)
-    facts = readback.check(found, scheme, file)
-    readback.round_trip(file)
-    log.step(
-        f"{file.name}: {log.human_bytes(found.size)}; {facts.integer_share:.1%} of multiply-adds integer, "
-        f"{facts.weights_int8_share:.1%} of weights int8"
-    )
-    return replace(facts, scheme=scheme)
+def _choose(context: Context, maker: ladder.Maker) -> tuple[Int8, Ladder | None]:
+    """The section that files are made by, and how it was found."""
+    recipe, limits = context.recipe, ladder.limits(context.recipe, context.graphs)
+    if rung := context.chosen(Options).rung:
+        return ladder.named(recipe.int8, rung), Ladder(rung=rung)
+    if not recipe.int8.ladder or not limits:
+        return recipe.int8, None
+    from pipeline.reference.model import HuggingFace  # its imports take seconds, which no other scheme needs
+
+    source = context.chosen(Options).calibration or PROJECT / recipe.corpus.calibration
+    parameters = context.upstream["fetch"].told(Fetch).parameters
+    reference, folder = HuggingFace.load(maker.checkpoint.folder, "cpu", streamed=True), maker.checkpoint.folder
+    text = ladder.Text.of(source, recipe.corpus.window, parameters, reference, folder)
+    return ladder.climb(ladder.rungs(recipe.int8), limits, maker, text)
 
 
 def _samples(context: Context) -> list[litert.Tokens]:

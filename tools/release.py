@@ -16,7 +16,7 @@ from pathlib import Path
 from pipeline.core.stage import guard
 from pipeline.release import description
 
-KEYS = ("model", "revision", "recipe", "graphs", "target", "tag")
+KEYS = ("model", "revision", "recipe", "graphs", "rung", "target", "tag")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

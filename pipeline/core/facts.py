@@ -137,8 +137,57 @@ class Contents:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Rung:
+    """A rung of int8's ladder on calibration text, against Hugging Face in fp32; None where logits are not finite.
+
+    `kept`: whether it keeps the recipe's limits. `kld` in nats, with the ends of its 95 % interval.
+    """
+
+    rung: str
+    kept: bool
+    positions: int
+    kld: float | None
+    kld_low: float | None
+    kld_high: float | None
+    top1: float | None
+    perplexity_ratio: float | None
+
+    @property
+    def figures(self) -> str:
+        """The KLD in words."""
+        if self.kld is None:
+            return "its logits are not finite"
+        return f"KLD {self.kld:.2g} ({self.kld_low:.2g} to {self.kld_high:.2g}) on {self.positions} positions"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ladder:
+    """The rung that int8 files were made by, and all that were judged, against the smallest `limit` of the KLD.
+
+    None was where the rung was told: that of an earlier build, whose manifest has the evidence.
+    """
+
+    rung: str
+    limit: float | None = None
+    judged: tuple[Rung, ...] = ()
+
+    @property
+    def shortfall(self) -> str:
+        """Where no rung keeps the recipe's limits: how far the closest one is, and what would help; else empty."""
+        if not self.judged or any(rung.kept for rung in self.judged):
+            return ""
+        best = next(rung for rung in self.judged if rung.rung == self.rung)
+        times = best.kld / self.limit if best.kld and self.limit else 0.0
+        far = f", {times:.1f} times the limit of {self.limit:g}" if times > 1 else ""
+        return (
+            f"no rung of the ladder keeps the recipe's limits, {self.rung} comes closest: {best.figures}{far}; "
+            "`gptq = true`, `groups` or `keep_float` in the recipe brings int8 closer, and `make tune` measures which"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Precision:
-    """Stages fp16, int8 and int4; the calibration is a static scheme's."""
+    """Stages fp16, int8 and int4; the calibration is a static scheme's, the ladder int8's."""
 
     graphs: Graphs
     scheme: Scheme | None = None
@@ -146,6 +195,7 @@ class Precision:
     calibration_tokens: int | None = None
     step: Contents | None = None
     decoder: Contents | None = None
+    ladder: Ladder | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

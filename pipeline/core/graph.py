@@ -6,7 +6,7 @@ The runner (`stage.py`), the rules that Make includes (`rules.py`), plan and rep
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -131,7 +131,7 @@ STAGES: Mapping[str, Node] = {
     "moments": Node(module="moments", needs=_always("fetch"), settings=("calibration",), texts=("calibration",)),
     "fp32": Node(module="fp32", needs=_always("fetch", "graph"), settings=("graphs",)),
     "fp16": Node(module="fp16", needs=_always("fetch", "graph"), settings=("graphs",)),
-    "int8": _quantised("int8", _int8(None)),
+    "int8": replace(_quantised("int8", _int8(None)), settings=("graphs", "calibration", "rung")),
     "int4": Node(
         module="int4",
         needs=_int4,

@@ -107,7 +107,8 @@ class Int8:
     multiple of it (quantize/groups.py). `rotate` are regular expressions over those whose inputs are rotated in blocks
     of `rotation` channels, a power of two, where their width is a multiple of it (quantize/rotate.py). With `gptq`,
     weights of layers in dynamic files are rounded so that the layers' results stay close on calibration text, not each
-    weight by itself (quantize/gptq.py).
+    weight by itself (quantize/gptq.py). With `ladder`, dynamic files that do not keep the recipe's limits on
+    calibration text are made closer, rung by rung (search/ladder.py); this section is the first rung.
     """
 
     scheme: Scheme
@@ -122,6 +123,7 @@ class Int8:
     rotate: tuple[toml.Pattern, ...] = ()
     rotation: int = 64
     gptq: bool = False
+    ladder: bool = False
 
     @property
     def is_dynamic(self) -> bool:

@@ -146,6 +146,17 @@ def pack_windows(documents: Sequence[str], tokenize: Tokenize, *, bos: int, wind
     return np.concatenate([np.full((count, 1), bos, dtype=np.int32), chosen], axis=1)
 
 
+def calibration_windows(text: Path, tokenizer: chat.Tokenizer, window: int, limit: int) -> Tokens:
+    """At most `limit` windows of a calibration text, as `pack_windows`: not of the text that verify judges on."""
+    return pack_windows(
+        read_documents(text, partial(chat.render, tokenizer, where=str(text))),
+        lambda document: tokenizer.encode(document, add_special_tokens=False),
+        bos=chat.first_token(tokenizer),
+        window=window,
+        limit=limit,
+    )
+
+
 def without_start(ids: Sequence[int], bos: int) -> Sequence[int]:
     """`ids` without the `bos` that a template puts in front; elsewhere it belongs to the text, as in ChatML's turns."""
     return ids[1:] if ids[:1] == [bos] else ids

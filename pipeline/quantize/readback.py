@@ -15,8 +15,10 @@ from typing import Literal
 
 import numpy as np
 
+from pipeline.core import log
 from pipeline.core.errors import PipelineError, QuantiseError
 from pipeline.core.facts import Contents
+from pipeline.core.recipe import Scheme
 from pipeline.runtime.interface import Array, Detail, Interpreter
 from pipeline.tflite.graph import Graph
 from pipeline.tflite.schema import Operator
@@ -298,6 +300,22 @@ def _facts(contents: ReadBack, target: Target, share: float, integer: float) -> 
     four, eight = (round(contents.shares.get(f"INT{bits}", 0.0), 6) for bits in (4, 8))
     bits = round(contents.bits_per_weight, 4)
     return replace(found, weights_int4_share=four, weights_int8_share=eight, bits_per_weight=bits)
+
+
+def contents(file: Path, scheme: Scheme) -> Contents:
+    """What stands in a written int8 file; said as well.
+
+    Raises:
+        QuantiseError: it is not what the scheme makes, or does not run.
+    """
+    found = read_back(file)
+    facts = check(found, scheme, file)
+    round_trip(file)
+    log.step(
+        f"{file.name}: {log.human_bytes(found.size)}; {facts.integer_share:.1%} of multiply-adds integer, "
+        f"{facts.weights_int8_share:.1%} of weights int8"
+    )
+    return replace(facts, scheme=scheme)
 
 
 def round_trip(file: Path, error: type[PipelineError] = QuantiseError) -> None:

@@ -31,6 +31,7 @@ class Release:
     """One release: `model` at `revision`, by `recipe` (a name in pipeline/recipes/), to the repository `target`.
 
     `tag` is what the published commit is called there; `graphs` as in the recipe, for another choice than the recipe's.
+    `rung` is that of int8's ladder in the manifest of the build that was reviewed: its bytes are then made everywhere.
     """
 
     model: str
@@ -39,6 +40,7 @@ class Release:
     target: str
     tag: str
     graphs: Graphs | None = None
+    rung: str = ""
 
     @property
     def is_pinned(self) -> bool:
@@ -52,6 +54,7 @@ class Release:
             "REVISION": self.revision,
             "RECIPE": f"pipeline/recipes/{self.recipe}.toml",
             "GRAPHS": self.graphs or "",
+            "RUNG": self.rung,
             "HF_REPO": self.target,
             "TAG": self.tag,
         }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 
-from pipeline.core.facts import Fetch
+from pipeline.core.facts import Fetch, Ladder, Precision
 from pipeline.core.manifest import dump_json
 from pipeline.core.recipe import PROJECT
 from pipeline.core.stage import Context
@@ -53,8 +53,14 @@ def _parameters(context: Context, override: str) -> dict[str, str]:
         **({"BASE": f"{base.model}@{base.revision}"} if (base := base_of(told)) else {}),
         "RECIPE": context.recipe.name,
         "GRAPHS": context.graphs,
+        **({"RUNG": ladder.rung} if (ladder := _ladder(context)) else {}),
         **({"LICENCE_OVERRIDE": override} if override else {}),
     }
+
+
+def _ladder(context: Context) -> Ladder | None:
+    """How int8 was made, where it chose for itself."""
+    return context.upstream["int8"].told(Precision).ladder if "int8" in context.upstream else None
 
 
 def _locks() -> dict[str, str]:

@@ -101,8 +101,8 @@ def write_report(context: Context, judgement: Mapping[str, object], verdicts: Se
         log.line(f"  {row}")
 
 
-def refuse_failed(verdicts: Sequence[Verdict | bundles.Verdict], folder: Path) -> None:
-    """Print what missed its limit.
+def refuse_failed(verdicts: Sequence[Verdict | bundles.Verdict], folder: Path, shortfall: str = "") -> None:
+    """Print what missed its limit; `shortfall` is what int8's ladder says, where no rung of it was good enough.
 
     Raises:
         VerificationError: a required file did.
@@ -119,6 +119,6 @@ def refuse_failed(verdicts: Sequence[Verdict | bundles.Verdict], folder: Path) -
             log.line(f"  {check.status}: {check.sentence()}")
         raise VerificationError(
             f"{len(failed)} checks did not pass, the first: {failed[0].sentence()}",
-            cause=_CAUSES[failed[0].status],
+            cause=shortfall or _CAUSES[failed[0].status],
             remedy=f"read {folder / 'report.html'}; {_REMEDIES[failed[0].status]}",
         )

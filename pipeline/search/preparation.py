@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from functools import partial
 from pathlib import Path
 
 from pipeline.checkpoint import chat
@@ -13,7 +12,6 @@ from pipeline.checkpoint.reader import open_checkpoint
 from pipeline.core import manifest, versions
 from pipeline.core.recipe import PROJECT, STEP, Recipe
 from pipeline.judge import corpus
-from pipeline.judge.corpus import Tokens
 from pipeline.models import build
 from pipeline.quantize import gptq
 from pipeline.search.bench import WINDOWS, Bench, Clock
@@ -44,7 +42,8 @@ def open_bench(file: Path, recipe: Recipe, calibration: Path | None, root: Path,
     upstream = {name: manifest.read(root / name) for name in NEEDS}
     manifest.check([record for made in upstream.values() for record in made.outputs], root)
     checkpoint = open_checkpoint(root / "fetch" / "checkpoint")
-    windows = _windows(calibration, recipe, root / "fetch" / "checkpoint")
+    tokenizer, text = chat.open_tokenizer(checkpoint.folder), calibration or PROJECT / recipe.corpus.calibration
+    windows = corpus.calibration_windows(text, tokenizer, recipe.corpus.window, SHARDS * WINDOWS)
     folder = root / ".tune"
     shutil.rmtree(folder / "scratch", ignore_errors=True)
     (folder / "scratch").mkdir(parents=True)
@@ -78,17 +77,3 @@ def makers() -> list[Path]:
     """The files of the code that makes what is measured."""
     rooms = ("checkpoint", "export", "models", "quantize", "tflite")
     return sorted(file for room in rooms for file in (PROJECT / "pipeline" / room).rglob("*.py"))
-
-
-def _windows(calibration: Path | None, recipe: Recipe, checkpoint: Path) -> Tokens:
-    """Windows of the calibration text, spread evenly: not of the text that verify judges on."""
-    tokenizer = chat.open_tokenizer(checkpoint)
-    text = calibration or PROJECT / recipe.corpus.calibration
-    documents = corpus.read_documents(text, partial(chat.render, tokenizer, where=str(text)))
-    return corpus.pack_windows(
-        documents,
-        lambda document: tokenizer.encode(document, add_special_tokens=False),
-        bos=chat.first_token(tokenizer),
-        window=recipe.corpus.window,
-        limit=SHARDS * WINDOWS,
-    )

@@ -15,7 +15,7 @@ from typing import Any
 from pipeline import publish
 from pipeline.core import manifest, stage
 from pipeline.core.errors import VerificationError
-from pipeline.core.facts import Bundle
+from pipeline.core.facts import Bundle, Ladder, Precision
 from pipeline.core.recipe import PROJECT
 from pipeline.core.stage import Context, Outcome, Stage
 from pipeline.release import provenance
@@ -130,6 +130,8 @@ class Line:
         def work(context: Context) -> Outcome:
             for file in [f"{kind}.litertlm" for kind in BUNDLES] if name == "bundle" else ["step.tflite"]:
                 (context.folder / file).write_bytes(data + file.encode())
+            if name == "int8":
+                return Outcome(facts=Precision(graphs="all", ladder=Ladder(rung="rotate")))
             return Outcome(facts=dict.fromkeys(BUNDLES, HELD) if name == "bundle" else {})
 
         assert self.run(Stage(name=name, summary="", work=work, needs_of=lambda *_: ("fetch",))) == 0

@@ -299,7 +299,7 @@ def test_make_asks_the_hub_for_the_base_of_a_folder(tmp_path: Path) -> None:
     """In a container fetch has a network where it needs one, and both folders where it needs none."""
     folder = write(adapter(), tmp_path / "mine")
     names = ["MODEL_ID", "REVISION", "BASE", "RECIPE", "GRAPHS", "ARTIFACTS", "CALIBRATION", "EVAL", "TASK", "VARIANTS"]
-    names += ["TEMPLATE", "DEVICE", "LICENCE_OVERRIDE", "IN", "SIGNS", "CONFIRM", "HF_REPO", "GOALS"]
+    names += ["TEMPLATE", "DEVICE", "RUNG", "LICENCE_OVERRIDE", "IN", "SIGNS", "CONFIRM", "HF_REPO", "GOALS"]
     names += ["FILE", "AGAINST", "CHECKS_HUB", "IMAGE", "NETWORK"]
     said = dict.fromkeys(names, "") | {
         "RECIPE": stage.DEFAULT_RECIPE,

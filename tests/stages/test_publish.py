@@ -367,6 +367,7 @@ def test_provenance_names_every_model_file_and_what_it_was_made_from(ready: Line
     definition = said["predicate"]["buildDefinition"]
     assert definition["externalParameters"]["MODEL_ID"] == "tiny-gemma3n"
     assert definition["externalParameters"]["REVISION"] == "a" * 40
+    assert definition["externalParameters"]["RUNG"] == "rotate"  # without it another machine could take another one
     sources = {entry.get("name"): entry["digest"] for entry in definition["resolvedDependencies"]}
     assert {"source", "model.safetensors", "locks/cpu.txt", "locks/cuda.txt"} <= sources.keys()
     assert sources["model.safetensors"]["sha256"] == hashlib.sha256(b"model.safetensors").hexdigest()

@@ -55,7 +55,11 @@ def parent_of(table: Any, place: Place) -> Any:
 
 
 def is_optional(place: Place) -> bool:
-    return place == ("int8", "keep_float") or place[0] == "int4" or (place[0] == "gates" and len(place) > 1)
+    return (
+        place in (("int8", "keep_float"), ("int8", "ladder"))
+        or place[0] == "int4"
+        or (place[0] == "gates" and len(place) > 1)
+    )
 
 
 PLACES = sorted(places(GOOD), key=str)

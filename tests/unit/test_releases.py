@@ -55,6 +55,7 @@ def test_a_description_and_the_same_words_given_are_one_release(tmp_path: Path) 
         "REVISION": COMMIT,
         "RECIPE": "pipeline/recipes/gemma3n.toml",
         "GRAPHS": "",
+        "RUNG": "",
         "HF_REPO": "org/name-litert",
         "TAG": "v1",
     }
