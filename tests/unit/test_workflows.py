@@ -84,7 +84,7 @@ def test_what_is_handed_on_is_the_folder_and_its_papers(tmp_path: Path) -> None:
     (root / "fp32").mkdir()
     for name in ("manifest.json", "run.json", "step.tflite"):
         (root / "fp32" / name).write_text(name)
-    given = {"MODEL_ID": "me/model", "REVISION": "", "RECIPE": "", "GRAPHS": ""}
+    given = {"MODEL_ID": "me/model", "REVISION": "", "RECIPE": "", "GRAPHS": "", "RUNG": ""}
     done, outputs = run_step(tmp_path, "release", "build", "tools/release_pack.sh", given)
     assert done.returncode == 0, done.stderr
     tar = tmp_path / "handover.tar"
