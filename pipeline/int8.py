@@ -19,7 +19,7 @@ from pipeline.checkpoint import chat
 from pipeline.checkpoint.reader import open_checkpoint
 from pipeline.core import options
 from pipeline.core.facts import Fetch, Ladder, Precision
-from pipeline.core.recipe import DECODER, PROJECT, STEP, Int8, Scheme
+from pipeline.core.recipe import CLIMBED, DECODER, PROJECT, STEP, Int8, Scheme
 from pipeline.core.stage import Context, Outcome, Stage, main
 from pipeline.judge import corpus
 from pipeline.models import build
@@ -60,7 +60,7 @@ def work(context: Context) -> Outcome:
     with hessians or nullcontext():
         if scheme == "dynamic" and not asked:
             section, told = _choose(context, ladder.Maker(checkpoint, graphs.get(STEP), step, hessians))
-            facts = replace(facts, ladder=told)
+            facts = replace(facts, climbed=told)
         if STEP in graphs and scheme != "dynamic":
             graph, samples = build.with_weights(checkpoint, graphs[STEP]), _samples(context)
             fp32 = context.root / context.upstream["fp32"].output(STEP).path
@@ -84,14 +84,13 @@ def _choose(context: Context, maker: ladder.Maker) -> tuple[Int8, Ladder | None]
     recipe, limits = context.recipe, ladder.limits(context.recipe, context.graphs)
     if rung := context.chosen(Options).rung:
         return ladder.named(recipe.int8, rung), Ladder(rung=rung)
-    if not recipe.int8.ladder or not limits:
+    if not recipe.int8.ladder or not limits or context.upstream["fetch"].told(Fetch).parameters > CLIMBED:
         return recipe.int8, None
     from pipeline.reference.model import HuggingFace  # its imports take seconds, which no other scheme needs
 
     source = context.chosen(Options).calibration or PROJECT / recipe.corpus.calibration
-    parameters = context.upstream["fetch"].told(Fetch).parameters
     reference, folder = HuggingFace.load(maker.checkpoint.folder, "cpu", streamed=True), maker.checkpoint.folder
-    text = ladder.Text.of(source, recipe.corpus.window, parameters, reference, folder)
+    text = ladder.Text.of(source, recipe.corpus.window, reference, folder)
     return ladder.climb(ladder.rungs(recipe.int8), limits, maker, text)
 
 

@@ -71,7 +71,7 @@ def work(context: Context) -> Outcome:
     write_report(context, judgement, verdicts)
     tensors = constants.digests(judged_files(context, variants))
     manifest.write_atomically(context.folder / "tensors.json", manifest.dump_json(tensors))
-    made = context.upstream["int8"].told(facts.Precision).ladder if "int8" in context.upstream else None
+    made = context.upstream["int8"].told(facts.Precision).climbed if "int8" in context.upstream else None
     refuse_failed([*verdicts, *bundle_verdicts], context.folder, made.shortfall if made else "")
     return Outcome(
         facts=facts.Verify(

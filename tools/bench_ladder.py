@@ -50,18 +50,17 @@ def climbed(source: Path, recipe: Recipe, artifacts: Path, folder: Path) -> tupl
     Args:
         source: the checkpoint.
         recipe: what it is made by.
-        artifacts: where its stage moments is, if it has one.
+        artifacts: where its stage moments is, as the recipe's GPTQ wants it.
         folder: for files.
     """
     checkpoint, reference = open_checkpoint(source), HuggingFace.load(source, "cpu", streamed=True)
     moments = artifacts / source.name / "moments"
-    hessians = gptq.Hessians(moments) if recipe.int8.gptq else None
+    hessians = gptq.Hessians(moments) if moments.is_dir() else None
     exported = folder / "exported.tflite"
     build.export_step(checkpoint, recipe.step, exported)
     maker = ladder.Maker(checkpoint, exported, folder / STEP, hessians)
-    parameters = sum(tensor.size for tensor in checkpoint.tensors.values()) // 2
     texts, window = recipe.corpus, recipe.corpus.window
-    text = ladder.Text.of(PROJECT / texts.calibration, window, parameters, reference, source)
+    text = ladder.Text.of(PROJECT / texts.calibration, window, reference, source)
     with hessians or nullcontext():
         section, told = ladder.climb(ladder.rungs(recipe.int8), ladder.limits(recipe, "all"), maker, text)
         every = maker.make(section, folder, window, reference.cap)

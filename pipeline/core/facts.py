@@ -195,7 +195,7 @@ class Precision:
     calibration_tokens: int | None = None
     step: Contents | None = None
     decoder: Contents | None = None
-    ladder: Ladder | None = None
+    climbed: Ladder | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,8 +5,6 @@ Stage int4 and tune both call this, so that what tune measured is what int4 buil
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from pipeline.checkpoint.names import EMBEDDING, HEAD
 from pipeline.core.recipe import Int4
 from pipeline.quantize import blockwise, given, gptq, int8x2, prepare, row_ranges, rows
@@ -16,7 +14,7 @@ from pipeline.tflite.graph import Graph
 def make_int4(graph: Graph, int4: Int4, hessians: gptq.Hessians | None = None) -> None:
     """Give `graph`, its weights attached in float32, 4-bit ones, and 8-bit ones where the recipe says so."""
     kept = given.keep(graph)  # first: from here on they are 4-bit matrices, which nothing rewrites
-    rounding = prepare.prepare(graph, replace(int4, equalize=0.0) if kept else int4, hessians)
+    rounding = prepare.prepare(graph, int4, hessians, rounded=bool(kept))
     # After rotating, before rounding: a range is a constant of its own, with its own scales.
     frequent = frozenset[int]()
     # One where they are tied: both have a row per token.

@@ -36,7 +36,7 @@ def make_static(graph: Graph, int8: Int8, scheme: Scheme, fp32: Path, samples: S
     plan = partial(
         static.plan_static,
         keep=keep,
-        int8x2=rows.keeper(int8.int8x2_static if bits == 8 else ()),
+        two=rows.keeper(int8.int8x2_static if bits == 8 else ()),
         float_scores=int8.float_scores and bits == 8,
     )
     log.step(f"run fp32 on {len(samples)} samples of {sum(map(len, samples))} tokens for the ranges")

@@ -10,12 +10,16 @@ from pipeline.quantize import equalize, gptq, rotate, rows
 from pipeline.tflite.graph import Graph
 
 
-def prepare(graph: Graph, section: Int8 | Int4, hessians: gptq.Hessians | None) -> rows.Rounding:
+def prepare(
+    graph: Graph, section: Int8 | Int4, hessians: gptq.Hessians | None, *, rounded: bool = False
+) -> rows.Rounding:
     """Equalize and rotate `graph`, its weights in float32, as `section` says.
+
+    No scale moves where some weights are `rounded` already: those could not take it.
 
     Returns:
         What its weights are to be rounded by: GPTQ by `hessians` where the section says so.
     """
-    column_factors = equalize.equalize_columns(graph, section.equalize) if section.equalize else {}
+    column_factors = equalize.equalize_columns(graph, section.equalize) if section.equalize and not rounded else {}
     rotated = rotate.rotate_inputs(graph, rows.keeper(section.rotate), section.rotation)
     return hessians.rounding(column_factors, rotated) if hessians and section.gptq else rows.to_nearest

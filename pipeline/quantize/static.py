@@ -55,20 +55,20 @@ _DEVIATIONS = 6.0
 class Plan:
     """What becomes integer (places in `main.operators`), and the tensors whose ranges that needs.
 
-    `integer` operators take and give one integer tensor each; `int8x2` linear layers take two and give float32.
+    `integer` operators take and give one integer tensor each; `split` linear layers take two and give float32.
     """
 
     integer: frozenset[int]
-    int8x2: frozenset[int]
+    split: frozenset[int]
     wanted: tuple[int, ...]
 
 
-def plan_static(graph: Graph, keep: Keep, int8x2: Keep = lambda _: False, *, float_scores: bool = False) -> Plan:
+def plan_static(graph: Graph, keep: Keep, two: Keep = lambda _: False, *, float_scores: bool = False) -> Plan:
     """Choose the operators of the static scheme.
 
     Every matrix product becomes integer but the head, what picks its rows, and those that `keep` names; and so does
     what only moves values on the way into one. Everything else stays float32; see the measurements at `make_static`.
-    Linear layers that `int8x2` names take two tensors; with `float_scores` what a softmax reads is left in float too.
+    Linear layers that `two` names take two tensors; with `float_scores` what a softmax reads is left in float too.
     """
     left, operators = _heads(graph) | (_scores(graph) if float_scores else set()), graph.main.operators
     products = {
@@ -77,9 +77,7 @@ def plan_static(graph: Graph, keep: Keep, int8x2: Keep = lambda _: False, *, flo
         if _is_product(graph, operator) and id(operator) not in left and not keep(layer_name(graph, operator))
     }
     split = {
-        place
-        for place in products
-        if _is_plain(graph, operators[place]) and int8x2(layer_name(graph, operators[place]))
+        place for place in products if _is_plain(graph, operators[place]) and two(layer_name(graph, operators[place]))
     }
     # int8×2 layers read a float tensor, which they split themselves.
     moves = _moves_into(graph, products - split)
@@ -90,7 +88,7 @@ def plan_static(graph: Graph, keep: Keep, int8x2: Keep = lambda _: False, *, flo
         wanted.update(dict.fromkeys(_activations(graph, operators[place])))
     return Plan(
         integer=frozenset(products - split | moves),
-        int8x2=frozenset(split),
+        split=frozenset(split),
         wanted=tuple(tensor for tensor in wanted if tensor not in moved),
     )
 
@@ -195,7 +193,7 @@ class _Static:
         )
         operators, self.consumers = graph.main.operators, graph.consumers()
         self.integer = {id(operators[place]) for place in plan.integer}
-        self.int8x2 = {id(operators[place]) for place in plan.int8x2}
+        self.split = {id(operators[place]) for place in plan.split}
         self.results = {int(i) for i in graph.main.outputs}
         self.twins: dict[int, int] = {}
         self.pairs: dict[int, tuple[int, int]] = {}
@@ -207,7 +205,7 @@ class _Static:
         self.graph.rewrite(self._change)
 
     def _change(self, operator: Operator) -> list[Operator]:
-        if id(operator) in self.int8x2:
+        if id(operator) in self.split:
             return self._change_int8x2(operator)
         if id(operator) not in self.integer:
             return [operator]

@@ -53,14 +53,14 @@ def _parameters(context: Context, override: str) -> dict[str, str]:
         **({"BASE": f"{base.model}@{base.revision}"} if (base := base_of(told)) else {}),
         "RECIPE": context.recipe.name,
         "GRAPHS": context.graphs,
-        **({"RUNG": ladder.rung} if (ladder := _ladder(context)) else {}),
+        **({"RUNG": climbed.rung} if (climbed := _climbed(context)) else {}),
         **({"LICENCE_OVERRIDE": override} if override else {}),
     }
 
 
-def _ladder(context: Context) -> Ladder | None:
+def _climbed(context: Context) -> Ladder | None:
     """How int8 was made, where it chose for itself."""
-    return context.upstream["int8"].told(Precision).ladder if "int8" in context.upstream else None
+    return context.upstream["int8"].told(Precision).climbed if "int8" in context.upstream else None
 
 
 def _locks() -> dict[str, str]:

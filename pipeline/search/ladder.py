@@ -41,9 +41,7 @@ _STRENGTH, _FEW, _ALL = 0.5, (Pattern("down_proj"), Pattern("head")), (Pattern("
 """Of equalization; the layers whose activations cost most in Gemma 3; all layers."""
 _TOKENS = 256
 """Tokens that the reference reads at once: their activations take memory, and reading its weights anew little time."""
-_LARGE = 10**9
-"""Parameters from which on less text is read, so that time stays bounded."""
-_LOTS, _LARGE_LOTS = (16,) * 4, (8,) * 2
+_LOTS = (16,) * 4
 """Windows of each lot; each window is judged at `corpus.POSITIONS_PER_WINDOW` positions."""
 
 
@@ -229,11 +227,10 @@ class Text:
     known: dict[int, tuple[Positions, Floats]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, text: Path, window: int, parameters: int, reference: Reference, checkpoint: Path) -> Text:
-        """As much of the file `text` as a model of so many `parameters` is judged on."""
-        lots = _LOTS if parameters < _LARGE else _LARGE_LOTS
-        windows = corpus.calibration_windows(text, reference.tokenizer, window, sum(lots))
-        return cls(windows=windows, lots=lots, reference=reference, head=Head.of_checkpoint(checkpoint, reference.cap))
+    def of(cls, text: Path, window: int, reference: Reference, checkpoint: Path) -> Text:
+        """As much of the file `text` as a model is judged on."""
+        windows = corpus.calibration_windows(text, reference.tokenizer, window, sum(_LOTS))
+        return cls(windows=windows, lots=_LOTS, reference=reference, head=Head.of_checkpoint(checkpoint, reference.cap))
 
     def rows(self, lot: int) -> Tokens:
         """The windows of a lot; a text that is short has fewer."""

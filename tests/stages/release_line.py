@@ -131,7 +131,7 @@ class Line:
             for file in [f"{kind}.litertlm" for kind in BUNDLES] if name == "bundle" else ["step.tflite"]:
                 (context.folder / file).write_bytes(data + file.encode())
             if name == "int8":
-                return Outcome(facts=Precision(graphs="all", ladder=Ladder(rung="rotate")))
+                return Outcome(facts=Precision(graphs="all", climbed=Ladder(rung="rotate")))
             return Outcome(facts=dict.fromkeys(BUNDLES, HELD) if name == "bundle" else {})
 
         assert self.run(Stage(name=name, summary="", work=work, needs_of=lambda *_: ("fetch",))) == 0

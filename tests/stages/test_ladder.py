@@ -19,7 +19,7 @@ from tools import stress
 
 
 def told(line: Line) -> facts.Ladder:
-    found = manifest.read(line.root / "int8").told(facts.Precision).ladder
+    found = manifest.read(line.root / "int8").told(facts.Precision).climbed
     assert found
     return found
 

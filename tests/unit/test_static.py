@@ -157,7 +157,7 @@ def test_a_bias_is_added_in_both_widths(tmp_path: Path) -> None:
         wanted = x @ rounded(WEIGHTS).T + bias
         seen = {taken: statistics(x), given_: statistics(wanted.astype(np.float32))}
         plan = static.plan_static(graph, never, lambda _: True)
-        assert not plan.int8x2, "a layer with a bias takes one tensor"
+        assert not plan.split, "a layer with a bias takes one tensor"
         static.make_static(graph, plan, seen, head, bits)
         graph.write(tmp_path / str(bits))
         assert np.abs(run(tmp_path / str(bits), x) - wanted).max() < 700 / 2**bits * 3
@@ -185,7 +185,7 @@ def test_the_head_and_what_picks_its_rows_stay_float() -> None:
     assert static.plan_static(graph, never).integer == {0}
     assert static.plan_static(graph, lambda name: name == "layer").integer == set()
     split = static.plan_static(graph, never, lambda name: name == "layer")
-    assert not split.integer and split.int8x2 == {0}
+    assert not split.integer and split.split == {0}
 
 
 def test_what_a_softmax_reads_can_stay_float() -> None:
