@@ -55,7 +55,7 @@ def work(context: Context) -> Outcome:
     asked, section = context.chosen(Options).scheme, context.recipe.int8
     scheme = asked or section.scheme
     facts, step = Precision(graphs=context.graphs, scheme=scheme), context.folder / STEP
-    room = context.folder if len(graphs) > 1 and not asked else None
+    room = context.folder if not asked and (section.ladder or len(graphs) > 1) else None
     hessians = gptq.Hessians(context.root / "moments", room) if "moments" in context.upstream else None
     with hessians or nullcontext():
         if scheme == "dynamic" and not asked:
