@@ -9,7 +9,7 @@ TEMPLATE ?=#: a chat template (.jinja) in place of the checkpoint's own
 RECIPE ?=#: what to build and how good it must be (default: the shipped recipe for the checkpoint's model type)
 GRAPHS ?=#: step, bundle or all: the step graph, the bundle's sections, or both (default: the recipe's)
 ARTIFACTS ?= artifacts#: where results go
-CALIBRATION ?=#: your own text (.txt or .jsonl) for the full-integer file
+CALIBRATION ?=#: your own text (.txt or .jsonl) that int8 and int4 are rounded by
 RUNG ?=#: the rung of int8's ladder that an earlier build's manifest names, to repeat that build elsewhere
 VARIANTS ?=#: the step graphs that verify judges (default: fp32 fp16 int8, the recipe's int4, the int8 it leaves out)
 EVAL ?=#: your own text (.txt or .jsonl, chat conversations too) to judge on, for the recipe's
@@ -32,7 +32,7 @@ IDENTITY ?=#: whose signature by sigstore `make check` accepts
 ISSUER ?=#: who vouches for IDENTITY
 LICENCE_OVERRIDE ?=#: "identifier: reason", against what the checkpoint's card says; both are published
 RELEASE ?=#: the description in releases/ that `make release` follows
-DEVICE ?= auto#: auto, cpu or cuda: where the Hugging Face reference runs
+DEVICE ?= auto#: auto, cpu or cuda: where golden's reference runs
 THREADS ?=#: threads of the stages (default: one per core)
 SERVE ?=#: yes: `make page` also shows the page on this machine, until Ctrl-C
 IN ?=#: docker: run the stages in the project's container (inside it, image)
@@ -165,7 +165,7 @@ reproduce: $(READY) ## rebuild what is finished for MODEL_ID from its manifests,
 compare: verify ## build every variant and print the table that compares them
 	$(call RUN,verify) -m pipeline.report.verification $(abspath $(ROOT))/verify/report.json
 
-bench: $(READY) ## measure speed, memory and time on a larger random model
+bench: $(READY) ## measure speed, memory and time, on a larger random model and on Gemma 3 270M
 	$(PY) -m tools.bench
 
 image: ## build the container image (IMAGE_FLAGS=)

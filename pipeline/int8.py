@@ -19,7 +19,7 @@ from pipeline.checkpoint import chat
 from pipeline.checkpoint.reader import open_checkpoint
 from pipeline.core import options
 from pipeline.core.facts import Fetch, Ladder, Precision
-from pipeline.core.recipe import CLIMBED, DECODER, PROJECT, STEP, Int8, Scheme
+from pipeline.core.recipe import DECODER, LADDER_PARAMETERS, PROJECT, STEP, Int8, Scheme
 from pipeline.core.stage import Context, Outcome, Stage, main
 from pipeline.judge import corpus
 from pipeline.models import build
@@ -37,7 +37,8 @@ class Options(options.Options):
         default="", metadata={"metavar": "NAME", "help": "the ladder's rung that an earlier build's manifest names"}
     )
     calibration: Path | None = field(
-        default=None, metadata={"metavar": "FILE", "help": "your own text for the static ranges: .txt or .jsonl"}
+        default=None,
+        metadata={"metavar": "FILE", "help": "your own text for ranges and the ladder: .txt, .jsonl"},
     )
 
     def folder(self, stage: str) -> str:
@@ -84,7 +85,7 @@ def _choose(context: Context, maker: ladder.Maker) -> tuple[Int8, Ladder | None]
     recipe, limits = context.recipe, ladder.limits(context.recipe, context.graphs)
     if rung := context.chosen(Options).rung:
         return ladder.named(recipe.int8, rung), Ladder(rung=rung)
-    if not recipe.int8.ladder or not limits or context.upstream["fetch"].told(Fetch).parameters > CLIMBED:
+    if not recipe.int8.ladder or not limits or context.upstream["fetch"].told(Fetch).parameters > LADDER_PARAMETERS:
         return recipe.int8, None
     from pipeline.reference.model import HuggingFace  # its imports take seconds, which no other scheme needs
 

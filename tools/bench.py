@@ -128,7 +128,7 @@ def gemma3_bundles(folder: Path, rounds: int) -> dict[str, Any] | None:
 
 
 def run(folder: Path, layers: int, rounds: int, bundle_rounds: int) -> dict[str, Any]:
-    """Both parts, in the empty folder `folder`."""
+    """All parts, in the empty folder `folder`."""
     return {
         **measure_steps(folder, layers, rounds),
         "bundle": gemma3_bundles(folder, bundle_rounds),
@@ -143,7 +143,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=tables.RAW, help="where all results go (default: %(default)s)")
     parser.add_argument(
-        "--layers", type=int, default=3, help="layers of the random model (default: %(default)s, 236 M parameters)"
+        "--layers", type=int, default=3, help="layers of the random model (default: %(default)s, 257 M parameters)"
     )
     parser.add_argument("--rounds", type=int, default=15, help="timed runs per file and length (default: %(default)s)")
     parser.add_argument("--bundle-rounds", type=int, default=5, help="the same per bundle (default: %(default)s)")

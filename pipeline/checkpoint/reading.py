@@ -1,7 +1,7 @@
 """What a checkpoint says of text: its tokenizer, and the tokens that frame and end what is said.
 
 Bundle and reference both read it here: two opinions on when an answer ends would make a bundle that stops where its
-reference goes on.
+reference goes on. What the bundle adds, where LiteRT-LM ends a tool call at it, stands in bundling/metadata.py.
 """
 
 from __future__ import annotations

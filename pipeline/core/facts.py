@@ -164,7 +164,7 @@ class Rung:
 class Ladder:
     """The rung that int8 files were made by, and all that were judged, against the smallest `limit` of the KLD.
 
-    None was where the rung was told: that of an earlier build, whose manifest has the evidence.
+    `judged` is empty where the rung was given: the earlier build's manifest has the evidence.
     """
 
     rung: str

@@ -49,7 +49,7 @@ class Node:
 
     `reads` are patterns of the files that it opens of a stage's folder, where it does not open all of them: those are
     checked against their manifest before it runs. `options` are always the same. `sources` are patterns of files
-    of the project that it takes, and then with the page's libraries, beside those that its module names.
+    of the project that it takes, beside those that its module names.
     """
 
     needs: Callable[[Choice], tuple[str, ...]]

@@ -25,7 +25,7 @@ STEP, DECODER = "step.tflite", "decoder.tflite"
 """The step graph, and the bundle's decoder, in the folder of every stage that has one."""
 BASELINE = "fp32"
 """The precision that shows what the conversion costs, and that what others cost is held against."""
-CLIMBED = 10**8
+LADDER_PARAMETERS = 10**8
 """Parameters up to which int8 climbs its ladder: with more, the first rung alone takes more than all else."""
 BundlePrecision = Literal["fp32", "int8", "int4"]
 Padding = Literal["none", "left", "right"]

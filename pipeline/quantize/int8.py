@@ -1,6 +1,6 @@
 """The int8 schemes as a whole: what the recipe's [int8] section makes of a graph, dynamic or static.
 
-Stage int8 and tune both call `make`, so that what tune measured is what int8 builds.
+Stage int8 and tune both call this, so that what tune measured is what int8 builds.
 """
 
 from __future__ import annotations
