@@ -13,11 +13,13 @@ import pytest
 from pipeline.core.recipe import PROJECT
 
 ENTRY = PROJECT / "tools" / "entry.sh"
+# No engine starts it below another make, whose settings a make of its own would obey: as in `make test`.
+OUTSIDE = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
 
 
 def enter(artifacts: Path, *words: str, **settings: str) -> subprocess.CompletedProcess[str]:
     """Run the entry point without a terminal."""
-    environment = {**os.environ, "ARTIFACTS": str(artifacts), **settings}
+    environment = {**OUTSIDE, "ARTIFACTS": str(artifacts), **settings}
     return subprocess.run([ENTRY, *words], env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
 
 
@@ -80,7 +82,7 @@ def test_a_signal_to_it_alone_ends_what_make_runs(tmp_path: Path, sent: signal.S
     """As Ctrl-C and `docker stop` send it; make would wait for its recipe, which no SIGINT reached."""
     pid = tmp_path / "pid"
     command = [ENTRY, *makefile(tmp_path, f"echo $$$$ >{pid}.part; mv {pid}.part {pid}; exec sleep 60")]
-    environment = {**os.environ, "ARTIFACTS": str(tmp_path)}
+    environment = {**OUTSIDE, "ARTIFACTS": str(tmp_path)}
     # A shell's job in the background ignores SIGINT, and so would all that its children run: an engine's does not.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
