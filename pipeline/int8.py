@@ -19,7 +19,7 @@ from pipeline.checkpoint import chat
 from pipeline.checkpoint.reader import open_checkpoint
 from pipeline.core import options
 from pipeline.core.facts import Fetch, Ladder, Precision
-from pipeline.core.recipe import DECODER, LADDER_PARAMETERS, PROJECT, STEP, Int8, Scheme
+from pipeline.core.recipe import DECODER, PROJECT, STEP, Int8, Scheme
 from pipeline.core.stage import Context, Outcome, Stage, main
 from pipeline.judge import corpus
 from pipeline.models import build
@@ -56,11 +56,12 @@ def work(context: Context) -> Outcome:
     asked, section = context.chosen(Options).scheme, context.recipe.int8
     scheme = asked or section.scheme
     facts, step = Precision(graphs=context.graphs, scheme=scheme), context.folder / STEP
-    room = context.folder if not asked and (section.ladder or len(graphs) > 1) else None
+    climbs = not asked and section.climbs(context.upstream["fetch"].told(Fetch).parameters)
+    room = context.folder if climbs or (len(graphs) > 1 and not asked) else None
     hessians = gptq.Hessians(context.root / "moments", room) if "moments" in context.upstream else None
     with hessians or nullcontext():
         if scheme == "dynamic" and not asked:
-            section, told = _choose(context, ladder.Maker(checkpoint, graphs.get(STEP), step, hessians))
+            section, told = _choose(context, climbs, ladder.Maker(checkpoint, graphs.get(STEP), step, hessians))
             facts = replace(facts, climbed=told)
         if STEP in graphs and scheme != "dynamic":
             graph, samples = build.with_weights(checkpoint, graphs[STEP]), _samples(context)
@@ -80,12 +81,12 @@ def work(context: Context) -> Outcome:
     return Outcome(facts=facts)
 
 
-def _choose(context: Context, maker: ladder.Maker) -> tuple[Int8, Ladder | None]:
+def _choose(context: Context, climbs: bool, maker: ladder.Maker) -> tuple[Int8, Ladder | None]:
     """The section that files are made by, and how it was found."""
     recipe, limits = context.recipe, ladder.limits(context.recipe, context.graphs)
     if rung := context.chosen(Options).rung:
         return ladder.named(recipe.int8, rung), Ladder(rung=rung)
-    if not recipe.int8.ladder or not limits or context.upstream["fetch"].told(Fetch).parameters > LADDER_PARAMETERS:
+    if not climbs or not limits:
         return recipe.int8, None
     from pipeline.reference.model import HuggingFace  # its imports take seconds, which no other scheme needs
 

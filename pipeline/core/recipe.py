@@ -132,6 +132,10 @@ class Int8:
         """Whether the step graph's activations become int8 while it runs, each token by itself."""
         return self.scheme == "dynamic"
 
+    def climbs(self, parameters: int) -> bool:
+        """Whether files of a model of so many parameters are looked for on the ladder."""
+        return self.ladder and self.is_dynamic and parameters <= LADDER_PARAMETERS
+
     @property
     def alternative(self) -> Scheme:
         """The scheme that is made for comparison."""

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from pipeline.core import memory
 from pipeline.core.graph import Choice, makeable
-from pipeline.core.recipe import BASELINE, DECODER, LADDER_PARAMETERS, STEP
+from pipeline.core.recipe import BASELINE, DECODER, STEP
 from pipeline.judge import corpus
 from pipeline.models import sizes
 from pipeline.planning.model import Model
@@ -231,7 +231,7 @@ def _filled(model: Model, precision: str, *, sections: bool = True) -> Need:
 def _int8(model: Model) -> Need:
     """As the other files; with a ladder, its first rung is run on some text, and so is the reference, streamed."""
     filled, recipe = _filled(model, "int8"), model.recipe
-    if not (recipe.int8.ladder and recipe.int8.is_dynamic) or model.facts.parameters > LADDER_PARAMETERS:
+    if not recipe.int8.climbs(model.facts.parameters):
         return filled
     tokens = _LADDER * recipe.corpus.window
     run = 2 * tokens * (_read_by_tokens(model) / _FLOPS + model.multiplied / _INTEGER_FLOPS)
