@@ -2,8 +2,10 @@
 
     python -m tools.turns COMMIT [--targets graph verify]
 
-Both sources are built in this project's environment, a target of Make's after the other and in turns, so that what else
-the machine does falls on both. Processor time is that of all processes that a target starts.
+A target of Make's after the other and in turns, so that what else the machine does falls on both. Processor time is
+that of all processes that a target starts. A source whose lock is this project's is built in its environment; one with
+another lock gets an environment of its own first, which no figure counts: a stage refuses packages that its lock does
+not name.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
 
 from pipeline.core import log, parallel
@@ -38,8 +41,28 @@ def clone(commit: str, folder: Path) -> Path:
     """
     subprocess.run(["git", "clone", "--quiet", "--no-checkout", PROJECT, folder], check=True)
     subprocess.run(["git", "checkout", "--quiet", commit], cwd=folder, check=True)
-    (folder / ".venv").symlink_to(PROJECT / ".venv")
+    give_environment(folder, PROJECT / ".venv")
     return folder
+
+
+def give_environment(source: Path, ours: Path) -> None:
+    """Let `source` have the environment `ours` if that was made from its lock, else one that its own set-up makes.
+
+    Args:
+        source: a clone of the project, without `.venv`.
+        ours: an environment as `tools/setup.sh` leaves it: `.ready` has `lock NAME`, then the files' SHA-256.
+
+    Raises:
+        subprocess.CalledProcessError: its packages can't be installed; its set-up has said why.
+    """
+    first, *files = (ours / ".ready").read_text(encoding="utf-8").splitlines()
+    lock = first.removeprefix("lock ")
+    held = (source / "locks" / f"{lock}.txt").read_bytes()
+    if f"{sha256(held).hexdigest()}  locks/{lock}.txt" in files:
+        (source / ".venv").symlink_to(ours)
+        return
+    log.step(f"an environment from the locks of {source.name}")
+    subprocess.run([source / "tools" / "setup.sh", source / ".venv", lock], check=True)
 
 
 def make(source: Path, target: str, artifacts: Path) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -26,3 +27,24 @@ def test_processes_of_processes_count(tmp_path: Path) -> None:
     assert turns.make(tmp_path, "work", tmp_path) > 0.05
     with pytest.raises(subprocess.CalledProcessError):
         turns.make(tmp_path, "fail", tmp_path)
+
+
+def test_a_source_with_other_locks_gets_an_environment_of_its_own(tmp_path: Path) -> None:
+    """A stage refuses packages that its lock does not name, so ours is of no use to it."""
+    ours, lock = tmp_path / "ours", "torch==2\n"
+    ours.mkdir()
+    digest = sha256(lock.encode()).hexdigest()
+    (ours / ".ready").write_text(f"lock cpu\n{digest}  locks/cpu.txt\n{'0' * 64}  locks/dev.txt\n", encoding="utf-8")
+    for name, held in (("same", lock), ("other", "torch==1\n")):
+        source = tmp_path / name
+        for folder in (source / "locks", source / "tools"):
+            folder.mkdir(parents=True)
+        (source / "locks" / "cpu.txt").write_text(held, encoding="utf-8")
+        setup = source / "tools" / "setup.sh"
+        setup.write_text('#!/bin/sh\nmkdir "$1" && echo "lock $2" >"$1/.ready"\n', encoding="utf-8")
+        setup.chmod(0o755)
+        turns.give_environment(source, ours)
+    assert (tmp_path / "same" / ".venv").resolve() == ours
+    other = tmp_path / "other" / ".venv"
+    assert not other.is_symlink()
+    assert (other / ".ready").read_text(encoding="utf-8") == "lock cpu\n"
