@@ -1,17 +1,16 @@
 """Small random models of each family, the shipped tokenizer and template, through all stages to a verified bundle.
 
-LiteRT-LM reads what Hugging Face reads and says what it says: ids, prompts, three turns, greedy text, scores. Rows of
-tokens that are no plain text are short, so that what a random model says is text.
+LiteRT-LM reads what Hugging Face reads and says what it says: ids, prompts, three turns, greedy text, scores.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import geometry
 import pytest
+import speaking
 import torch
 from line import Line, small_recipe
 
@@ -26,8 +25,7 @@ from pipeline.runtime.litert_lm import Dialogue, LmRuntime
 from pipeline.runtime.thoughts import Channel
 
 FULL, SLIDING = geometry.FULL, geometry.SLIDING
-VOCABULARY = 2048
-COMMON = {"vocab_size": VOCABULARY, "num_attention_heads": 4, "num_key_value_heads": 2}
+COMMON = {"vocab_size": speaking.VOCABULARY, "num_attention_heads": 4, "num_key_value_heads": 2}
 FAMILIES = {
     "gemma4": {
         **COMMON,
@@ -40,7 +38,7 @@ FAMILIES = {
         "head_dim": 16,
         "global_head_dim": 32,
         "sliding_window": 16,
-        "vocab_size_per_layer_input": VOCABULARY,
+        "vocab_size_per_layer_input": speaking.VOCABULARY,
         "hidden_size_per_layer_input": 16,
         "final_logit_softcapping": 30.0,
     },
@@ -81,21 +79,9 @@ FAMILIES = {
 
 def checkpoint(name: str, folder: Path) -> tuple[Path, str]:
     """A model of the family in a folder of its name, and its model type."""
-    drawn = FAMILIES[name]
-    shipped, model_folder = PROJECT / DEFAULT_MODEL, folder / name
-    tokenizer = chat.open_tokenizer(shipped)
     make = geometry.gemma4_reference if name.startswith("gemma4") else geometry.plain_reference
-    model = make(drawn, 7)
-    texts = [tokenizer.decode([token]) for token in range(VOCABULARY)]
-    spoken = torch.tensor([text.isascii() and text.isprintable() and "<" not in text for text in texts])
-    model.get_input_embeddings().weight.data[~spoken] *= 0.05
-    geometry.save(model, model_folder)
-    for file in (*shipped.glob("tokenizer*"), *shipped.glob("chat_template*"), shipped / "generation_config.json"):
-        shutil.copy(file, model_folder)
-    config = json.loads((model_folder / "config.json").read_text(encoding="utf-8"))
-    config |= {"bos_token_id": 2, "eos_token_id": [1, 6], "pad_token_id": 0}
-    (model_folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    return model_folder, config["model_type"]
+    model_folder = speaking.save(make(FAMILIES[name], 7), folder / name)
+    return model_folder, json.loads((model_folder / "config.json").read_text(encoding="utf-8"))["model_type"]
 
 
 # Thoughts
