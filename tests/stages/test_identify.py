@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
 import geometry
 import pytest
+import speaking
 import torch
 from hub_server import HubServer
 from safetensors.torch import save_file
 
+from pipeline.core import log
 from pipeline.core.recipe import PROJECT
-from pipeline.core.stage import DEFAULT_MODEL
+from pipeline.reference.model import HuggingFace
+from pipeline.runtime.litert_lm import Dialogue, LmRuntime
 
 QWEN = "owner/qwen"
 GEOMETRY = {
@@ -29,19 +31,13 @@ GEOMETRY = {
     "num_key_value_heads": 1,
     "head_dim": 16,
     "tie_word_embeddings": True,
-    "bos_token_id": 2,
-    "eos_token_id": [1, 6],
-    "pad_token_id": 0,
 }
 
 
 @pytest.fixture(scope="module")
 def qwen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """A small Qwen 3 with the shipped tokenizer and template."""
-    folder, shipped = tmp_path_factory.mktemp("qwen"), PROJECT / DEFAULT_MODEL
-    geometry.save(geometry.plain_reference(GEOMETRY, 1), folder)
-    for file in (*shipped.glob("tokenizer*"), *shipped.glob("chat_template*")):
-        shutil.copy(file, folder)
+    folder = speaking.save(geometry.plain_reference(GEOMETRY, 1), tmp_path_factory.mktemp("qwen"))
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
@@ -90,6 +86,29 @@ def test_a_model_on_the_hub_gets_the_recipe_of_its_type_in_one_go(
     (make.root / ".inputs" / "identified").unlink()
     make("fetch")
     assert not make.ran and not make.asked, "what was fetched says it too"
+
+
+def test_make_bundle_makes_a_bundle_of_a_model_on_the_hub_from_nothing(
+    server: HubServer, make: Make, qwen: dict[str, bytes]
+) -> None:
+    """The whole line by the recipe that was found, and what it made answers as the model in the repository does."""
+    server.add(QWEN, qwen)
+    make("bundle", "GRAPHS=bundle")
+    assert (make.ran[0], make.ran[-1]) == ("fetch", "bundle")
+    assert sorted(make.ran[1:-1]) == ["fp32", "graph", "int8", "moments"]
+    assert make.recipes == {"plain"}
+    for precision in ("fp32", "int8"):
+        assert (make.root / "bundle" / f"{precision}.litertlm").is_file()
+    reference = HuggingFace.load(make.root / "fetch" / "checkpoint", "cpu")
+    with log.progress("reference", 24, "tokens") as bar:
+        expected = reference.continue_greedily([reference.as_turn("Name a colour.")], 24, bar)[0].text
+    with (
+        LmRuntime(make.root / "bundle" / "fp32.litertlm", threads=1) as runtime,
+        Dialogue(runtime, 24, greedy=True) as dialogue,
+    ):
+        assert "".join(dialogue.answer("Name a colour.")) == expected
+    make("bundle", "GRAPHS=bundle")
+    assert not make.ran and not make.asked
 
 
 def test_another_revision_is_asked_for_anew(server: HubServer, make: Make, qwen: dict[str, bytes]) -> None:
