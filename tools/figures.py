@@ -241,8 +241,8 @@ def bundles(bench: Mapping[str, Any], measured: Measured) -> dict[str, Table]:
         title=f"{model.title}'s int8 bundle beside the stock exporter's",
         about=f"{found['parameters'] / 1e6:.0f} M parameters; {found['prompt_tokens']} tokens in, "
         f"{found['decode_tokens']} out, cache of {found['cache']:,}; medians of {found['rounds']} rounds in turns. "
-        f"Both are built with the same signatures, a prefill of {found['prompt_tokens']} tokens and decode; ours "
-        "counts the calibration run that GPTQ needs.",
+        f"Both are built with the same signatures, a prefill of {found['prompt_tokens']} tokens and decode, "
+        f"{found['built']} times in turns; ours counts the calibration run that GPTQ needs.",
         place=6,
         columns=columns,
         measured=replace(measured, versions=f"LiteRT-LM {found['runtime']}"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tools import figures, tables
+from tools import bench_stock, figures, tables
 
 ABOUT = {"machine": {"cpu": "AMD EPYC", "threads": 2}, "date": "2026-11-29"}
 
@@ -46,6 +46,7 @@ def bundle(*names: str) -> dict[str, Any]:
         "runtime": "0.18.1",
         "bundles": rows,
         "builds": {name: took(250, 0.85) for name in names},
+        "built": 2,
     }
 
 
@@ -146,3 +147,9 @@ def test_the_shipped_models_files_are_held_against_what_they_were_judged_by() ->
         "| builtin | 72 | 1.0e-13 | 100% |",
     ]
     assert "LiteRT 2.3.0" in tables.origins(found["shipped_files"])[0]
+
+
+def test_of_several_builds_the_middle_one_counts() -> None:
+    """An even number has two: of these the faster, beside which less ran."""
+    for seconds, middle in (([3.0], 3.0), ([9.0, 2.0], 2.0), ([7.0, 1.0, 4.0], 4.0)):
+        assert bench_stock._middle(seconds, lambda each: each) == middle
