@@ -1,10 +1,11 @@
 """GPTQ: weights rounded one column after the other, each column's error taken up by those still to come.
 
 What counts is not how far a weight is from its integer but how far the layer's result is: for inputs x with the Hessian
-H = Σ x xᵀ the mean square of an error e of one row is e H eᵀ. Columns are rounded from left to right; the error
-of one, over the diagonal of U, is subtracted from the rest along its row of U, where Uᵀ U = H⁻¹ with U upper triangular
-(Frantar et al., GPTQ, arXiv 2210.17323, equations 2 and 3, algorithm 1). Scales are set beforehand, as without it, so
-columns can be taken in any order: those with the largest inputs come first, whose errors all others can take up.
+H = Σ x xᵀ the mean square of an error e of one row is e H eᵀ = |e R|², where H = R Rᵀ with R upper triangular. Columns
+are rounded from left to right: column j, to which the errors before it add Σ e_i R_ij / R_jj, so that its own part of
+e R becomes as small as it can (Frantar et al., GPTQ, arXiv 2210.17323; its algorithm 1 takes the same steps by R⁻¹,
+Chee et al., QuIP, arXiv 2307.13304, theorem 6). Scales are set beforehand, as without it, so columns can be taken in
+any order: those with the largest inputs come first, whose errors all others can take up.
 
 Weights are [rows, columns], H is [n, n] for a span of n columns, from stage `moments`. Everything here is float64: a
 product's last bits differ from machine to machine, and so would weights that lie between two integers. Columns are
@@ -27,7 +28,6 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import cholesky
-from scipy.linalg.lapack import dtrtri
 from threadpoolctl import threadpool_limits
 
 from pipeline.core import parallel
@@ -49,7 +49,7 @@ _TOGETHER = 1 << 21
 
 @dataclass(frozen=True)
 class Factor:
-    """What a span of columns is rounded by: the order in which they are taken, and U for the columns in that order."""
+    """What a span of columns is rounded by: the order in which they are taken, and in that order R_ij / R_jj."""
 
     order: NDArray[np.int64]
     upper: NDArray[np.float64]
@@ -68,11 +68,12 @@ class Factor:
         diagonal += damping * mean
         # Stable, so that equal channels keep one order on every machine, and files their bytes.
         order = np.argsort(-diagonal, kind="stable")
-        # H = R Rᵀ with R upper triangular, by the Cholesky factor of H read backwards; then U = R⁻¹, in place. LAPACK
-        # has matrices column by column: transposed, so that it takes them without a copy.
+        # The Cholesky factor of H read backwards is R read backwards. LAPACK has matrices column by column: transposed,
+        # so that it takes them without a copy.
         backwards = wide[np.ix_(order[::-1], order[::-1])].T
-        inverse = dtrtri(cholesky(backwards, lower=True, overwrite_a=True), lower=1, overwrite_c=1)[0]
-        return cls(order, np.ascontiguousarray(inverse.T[::-1, ::-1]).T)
+        factor = np.ascontiguousarray(cholesky(backwards, lower=True, overwrite_a=True).T[::-1, ::-1])
+        factor /= np.diag(factor).copy()[:, None]
+        return cls(order, factor.T)
 
 
 def _factor(hessian: Array, file: Path) -> Factor:
@@ -124,8 +125,8 @@ def _round_lot(values: Array, scale: Array, factors: Sequence[Factor], low: int,
     for factor in factors:
         columns = first + factor.order
         # Columns as rows: each step below then works on memory that lies together.
-        rest = values.T[columns].astype(np.float64)
-        span = _Span.of(rest, [steps[place] for place in columns // block], factor.upper, low, high)
+        own = values.T[columns].astype(np.float64)
+        span = _Span.of(own, [steps[place] for place in columns // block], factor.upper, low, high)
         rounded[columns] = span.round(0, len(columns))
         first += len(columns)
     return rounded.T
@@ -133,20 +134,23 @@ def _round_lot(values: Array, scale: Array, factors: Sequence[Factor], low: int,
 
 @dataclass(frozen=True)
 class _Span:
-    """Columns under way: `rest` [columns, rows], what they should be by now; what each becomes, and by its steps."""
+    """Columns under way: what each is off [columns, rows], before it is rounded its values; and what is added to it.
 
-    rest: Array
+    What each becomes, and by which steps.
+    """
+
+    errors: Array
     steps: Sequence[Array]
     upper: Array
     low: int
     high: int
     rounded: NDArray[np.int8]
-    errors: Array
+    added: Array
 
     @classmethod
-    def of(cls, rest: Array, steps: Sequence[Array], upper: Array, low: int, high: int) -> _Span:
+    def of(cls, values: Array, steps: Sequence[Array], upper: Array, low: int, high: int) -> _Span:
         """With nothing rounded so far; `steps` [rows] for each column."""
-        return cls(rest, steps, upper, low, high, np.empty(rest.shape, np.int8), np.empty(rest.shape))
+        return cls(values, steps, upper, low, high, np.empty(values.shape, np.int8), np.zeros(values.shape))
 
     def round(self, start: int, stop: int) -> NDArray[np.int8]:
         """Round columns `start` to `stop`, and keep their errors; all that is rounded."""
@@ -156,18 +160,18 @@ class _Span:
         else:
             middle = start + -(-(stop - start) // (2 * _FEW)) * _FEW
             self.round(start, middle)
-            self.rest[middle:stop] -= self.upper[start:middle, middle:stop].T @ self.errors[start:middle]
+            self.added[middle:stop] += self.upper[start:middle, middle:stop].T @ self.errors[start:middle]
             self.round(middle, stop)
         return self.rounded
 
     def _round_one(self, column: int, stop: int) -> None:
-        value, step, error = self.rest[column], self.steps[column], self.errors[column]
-        np.rint(np.divide(value, step, out=error), out=error)
-        self.rounded[column] = np.minimum(np.maximum(error, self.low, out=error), self.high, out=error)
-        np.subtract(value, np.multiply(error, step, out=error), out=error)
-        error /= self.upper[column, column]
+        error, step, whole = self.errors[column], self.steps[column], self.added[column]
+        whole += error
+        np.rint(np.divide(whole, step, out=whole), out=whole)
+        self.rounded[column] = np.minimum(np.maximum(whole, self.low, out=whole), self.high, out=whole)
+        error -= np.multiply(whole, step, out=whole)
         for later in range(column + 1, stop):
-            self.rest[later] -= self.upper[column, later] * error
+            self.added[later] += self.upper[column, later] * error
 
 
 class Hessians:
@@ -243,7 +247,8 @@ class Hessians:
                 if scaled is not None:
                     scale = scaled[place * width + first : place * width + last].astype(np.float64)
                     # Columns of weights times f means inputs over f, and H is a product of two inputs.
-                    part /= scale[:, None] * scale
+                    part /= scale
+                    part /= scale[:, None]
                 if rotation > 1:
                     part = rotate_both(part, rotation)
                 kept = slice(low - first, high - first)
