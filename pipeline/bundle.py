@@ -11,6 +11,11 @@ from pipeline.core.facts import Bundle
 from pipeline.core.stage import Context, Outcome, Stage, main
 from pipeline.quantize import readback
 
+_CPU_ALONE = (
+    "The KV cache grows with the conversation, so LiteRT-LM runs this file on the CPU alone. For a phone's GPU, or a "
+    'browser, make it with `cache = "static"` in the recipe.'
+)
+
 
 def work(context: Context) -> Outcome:
     """Write a bundle per precision of the recipe.
@@ -37,7 +42,7 @@ def work(context: Context) -> Outcome:
             top_k=metadata.sampler.top_k,
             stored=stored,
             weight_bytes=weight_bytes,
-            remarks=metadata.remarks,
+            remarks=(*metadata.remarks, *([_CPU_ALONE] if context.recipe.bundle.grows else [])),
         )
         log.step(f"{out.name}: {log.human_bytes(out.stat().st_size)}")
     return Outcome(facts=bundles)

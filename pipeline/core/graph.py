@@ -102,6 +102,12 @@ def _page(choice: Choice) -> tuple[str, ...]:
             cause="GRAPHS=step builds no bundle" if choice.graphs == "step" else "the recipe's `bundle` names no int8",
             remedy="leave GRAPHS out, or name int8 in the recipe's precisions",
         )
+    if choice.recipe.bundle.grows:
+        raise UsageError(
+            "the page can't run a bundle whose cache grows",
+            cause="a browser takes graphs of fixed shapes",
+            remedy='say cache = "static" under [bundle] in a recipe of your own, and RECIPE= to it',
+        )
     return ("fetch", *_judged(choice), "verify")
 
 

@@ -21,6 +21,7 @@ KIND = toml.Kind(name="recipe", setting="RECIPE", example="pipeline/recipes/gemm
 
 Scheme = Literal["dynamic", "static", "static16"]
 Graphs = Literal["step", "bundle", "all"]
+CacheKind = Literal["static", "dynamic"]
 STEP, DECODER = "step.tflite", "decoder.tflite"
 """The step graph, and the bundle's decoder, in the folder of every stage that has one."""
 BASELINE = "fp32"
@@ -43,7 +44,10 @@ class StepLimits:
 class Bundle:
     """The on-device bundle: LiteRT-LM's decoder with its cache.
 
-    `cache_length` positions, `prefill` tokens that each prefill signature takes, `precisions` that become bundles.
+    `cache_length` positions, `prefill` tokens that each prefill signature takes, `precisions` that become bundles. A
+    `static` cache has all its positions from the start. A `dynamic` one grows with the conversation, and there is one
+    prefill signature for any number of tokens; LiteRT-LM runs it on the CPU alone, and models without a sliding window
+    can have it. Verify then reads by calls of up to `prefill` tokens.
     Verify decodes `decode` tokens in each of its conversations, then whole texts of `corpus.window` tokens until these
     have `positions` predictions (where left out: none). It holds LiteRT-LM's greedy text of `continuation` tokens after
     each of `prompts` prompts against Hugging Face's.
@@ -56,6 +60,17 @@ class Bundle:
     prompts: int
     continuation: int
     positions: int = 0
+    cache: CacheKind = "static"
+
+    @property
+    def grows(self) -> bool:
+        """Whether the cache is as long as what it holds."""
+        return self.cache == "dynamic"
+
+    @property
+    def prefills(self) -> int:
+        """How many prefill signatures there are."""
+        return 1 if self.grows else len(self.prefill)
 
     @property
     def max_tokens(self) -> int:
@@ -63,6 +78,8 @@ class Bundle:
 
         The cache is written with one slice, which the runtime would move back, over older tokens, if it did not fit.
         """
+        if self.grows:  # nothing is padded
+            return self.cache_length
         return self.cache_length - max(self.prefill) + 1
 
 

@@ -56,7 +56,7 @@ class Converter(Protocol):
         module: nn.Module,
         *,
         sample_kwargs: Mapping[str, Inputs],
-        dynamic_shapes: Mapping[str, Mapping[str, Mapping[int, Dim] | None]] | None,
+        dynamic_shapes: Mapping[str, Mapping[str, object]] | None,
     ) -> Converter:
         """Another graph beside those before."""
 
@@ -74,7 +74,8 @@ class Signature:
             It is on the meta device.
         vector: the values of a parameter that is no matrix, by its name in `module`.
         inputs: one example of each input; of a dynamic dimension any size ≥ 2.
-        dimensions: input name → axis → (name, least, most) of the dimensions that are chosen at run time.
+        dimensions: input name → axis → (name, least, most) of the dimensions that are chosen at run time; of those
+            that stand together by both names, joined by `_`.
     """
 
     name: str
@@ -184,7 +185,10 @@ def _apart(inputs: Inputs) -> Inputs:
     return apart
 
 
-def _symbols(inputs: Inputs, dimensions: Dimensions) -> dict[str, dict[int, Dim]]:
+Symbols = dict[int, "Dim"]
+
+
+def _symbols(inputs: Inputs, dimensions: Dimensions) -> dict[str, Symbols | dict[str, Symbols]]:
     """torch.export's dynamic shapes; equal names are one dimension.
 
     torch.export takes a least size of 1 as 2 for all it may assume; the graph runs with 1 all the same, which verify
@@ -194,7 +198,14 @@ def _symbols(inputs: Inputs, dimensions: Dimensions) -> dict[str, dict[int, Dim]
     for axes in dimensions.values():
         for name, least, most in axes.values():
             made.setdefault(name, torch.export.Dim(name, min=least, max=most))
-    return {name: {axis: made[entry[0]] for axis, entry in dimensions.get(name, {}).items()} for name in inputs}
+
+    def of(name: str) -> Symbols:
+        return {axis: made[entry[0]] for axis, entry in dimensions.get(name, {}).items()}
+
+    return {
+        name: of(name) if isinstance(value, Tensor) else {inner: of(f"{name}_{inner}") for inner in value}
+        for name, value in inputs.items()
+    }
 
 
 def _tidy(graph: Graph) -> None:

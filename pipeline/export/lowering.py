@@ -86,6 +86,38 @@ def _lower_sigmoid(context: LoweringContext, x: ir.Value) -> ir.Value:
     return _lowerings._ir_operation("tfl.logistic", lowering_utils.node_meta_to_ir_types(context.node), [x])
 
 
+@registry.lower(torch.ops.pipeline.fold.default)
+def _lower_fold(context: LoweringContext, x: ir.Value, _kv_heads: int) -> ir.Value:
+    (folded,) = lowering_utils.node_meta_to_ir_types(context.node)
+    return _reshaped(_heads_first(x), folded)
+
+
+@registry.lower(torch.ops.pipeline.unfold.default)
+def _lower_unfold(context: LoweringContext, x: ir.Value, heads: int) -> ir.Value:
+    (joined,) = lowering_utils.node_meta_to_ir_types(context.node)
+    kind = ir.RankedTensorType(x.type)
+    shape = [1, heads, ir.RankedTensorType(joined).shape[1], kind.shape[3]]
+    return _reshaped(_heads_first(_reshaped(x, ir.RankedTensorType.get(shape, kind.element_type))), joined)
+
+
+def _heads_first(x: ir.Value) -> ir.Value:
+    """[1, T, N, D] → [1, N, T, D], and back."""
+    kind, order = ir.RankedTensorType(x.type), (0, 2, 1, 3)
+    swapped = ir.RankedTensorType.get([kind.shape[axis] for axis in order], kind.element_type)
+    return _lowerings._ir_operation(
+        "tfl.transpose", [swapped], [x, lowering_utils.numpy_array_constant(np.array(order, np.int32))]
+    )
+
+
+def _reshaped(x: ir.Value, result: ir.RankedTensorType) -> ir.Value:
+    """`x` in the shape of `result`, of which one dimension may be unknown."""
+    kind = ir.RankedTensorType(result)
+    shape = [-1 if kind.is_dynamic_dim(axis) else size for axis, size in enumerate(kind.shape)]
+    return _lowerings._ir_operation(
+        "tfl.reshape", [kind], [x, lowering_utils.numpy_array_constant(np.array(shape, np.int32))]
+    )
+
+
 @registry.lower(torch.ops.pipeline.update.default)
 def _lower_update(context: LoweringContext, x: ir.Value, part: ir.Value, start: ir.Value) -> ir.Value:
     return _lowerings._ir_operation(

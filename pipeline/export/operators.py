@@ -67,6 +67,49 @@ def _(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return torch.empty_like(x)
 
 
+def fold(x: Tensor, kv_heads: int) -> Tensor:
+    """[1, T, N, D] → [1, K, G · T, D], where `kv_heads` is K and G = N / K: the rows of a head stay together."""
+    folded: Tensor = _rows(x, kv_heads) if isinstance(x.shape[1], int) else fold_unknown(x, kv_heads)
+    return folded
+
+
+def unfold(x: Tensor, heads: int) -> Tensor:
+    """What `fold` made, [1, K, G · T, D] → [1, T, 1, N · D], where `heads` is N."""
+    joined: Tensor = _joined(x, heads) if isinstance(x.shape[2], int) else unfold_unknown(x, heads)
+    return joined
+
+
+def _rows(x: Tensor, kv_heads: int) -> Tensor:
+    return x.transpose(1, 2).reshape(1, kv_heads, -1, x.shape[3])
+
+
+def _joined(x: Tensor, heads: int) -> Tensor:
+    apart = x.reshape(1, heads, x.shape[2] // (heads // x.shape[1]), x.shape[3])
+    return apart.transpose(1, 2).reshape(1, apart.shape[2], 1, -1)
+
+
+@torch.library.custom_op("pipeline::fold", mutates_args=())
+def fold_unknown(x: Tensor, kv_heads: int) -> Tensor:
+    """`fold` where T is unknown: merging it with another axis would make torch.export guard on its value."""
+    return _rows(x, kv_heads).clone()
+
+
+@fold_unknown.register_fake
+def _(x: Tensor, kv_heads: int) -> Tensor:
+    return x.new_empty((1, kv_heads, x.shape[2] // kv_heads * x.shape[1], x.shape[3]))
+
+
+@torch.library.custom_op("pipeline::unfold", mutates_args=())
+def unfold_unknown(x: Tensor, heads: int) -> Tensor:
+    """`unfold` where T is unknown."""
+    return _joined(x, heads).clone()
+
+
+@unfold_unknown.register_fake
+def _(x: Tensor, heads: int) -> Tensor:
+    return x.new_empty((1, x.shape[2] // (heads // x.shape[1]), 1, heads * x.shape[3]))
+
+
 @torch.library.custom_op("pipeline::update", mutates_args=())
 def update(x: Tensor, part: Tensor, start: Tensor) -> Tensor:
     """A copy of `x` with `part` (same rank) written at `start`, int32 [rank]; moved back where it would not fit."""

@@ -90,6 +90,10 @@ class Architecture(Protocol):
     def decoder(self, *, logits: bool) -> DecoderGraph:
         """The bundle's decoder graph with or without `logits` (as `step`), its weights still to be assigned."""
 
+    @property
+    def slides(self) -> bool:
+        """Whether a layer attends to a sliding window."""
+
     def decoder_inputs(self, tokens: int, length: int) -> Inputs:
         """Examples of the decoder graph's inputs but `input_pos` and `mask`: `tokens` tokens, a cache of `length`."""
 
@@ -157,6 +161,7 @@ def expected(recipe: Recipe, config: Mapping[str, object]) -> Needed:
     Raises:
         FetchError: as `architecture_for`.
         UsageError: the recipe is for other models, whose limits would judge this one wrongly; names one that fits.
+            Or its cache grows, and the model has a sliding window.
     """
     model_type = config.get("model_type")
     if model_type in MODELS and model_type not in recipe.model_types:
@@ -166,4 +171,11 @@ def expected(recipe: Recipe, config: Mapping[str, object]) -> Needed:
             f"the checkpoint is of type {model_type}, recipe {recipe.name} is for {', '.join(recipe.model_types)}",
             remedy=f"say {names}" if names else f"write a recipe that has {model_type!r} among its model_types",
         )
-    return needed(architecture_for(config))
+    architecture = architecture_for(config)
+    if recipe.bundle.grows and architecture.slides:
+        raise UsageError(
+            f"`bundle.cache` of recipe {recipe.name} is dynamic, and this model has layers with a sliding window",
+            cause="such a layer reads its window alone of a static cache; of one that grows it would read all",
+            remedy='say cache = "static" there',
+        )
+    return needed(architecture)

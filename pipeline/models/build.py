@@ -12,7 +12,7 @@ from pipeline.checkpoint.reader import Checkpoint
 from pipeline.core import log
 from pipeline.core.manifest import Manifest
 from pipeline.core.recipe import DECODER, STEP, Bundle, Graphs, StepLimits
-from pipeline.export.export import Signature, export
+from pipeline.export.export import Dimensions, Inputs, Signature, export
 from pipeline.models import architecture_for, architecture_of, needed, sizes
 from pipeline.tflite import weights
 from pipeline.tflite.graph import Graph
@@ -45,8 +45,12 @@ def export_all_positions(checkpoint: Checkpoint, window: int, out: Path) -> None
 
 
 def export_decoder(checkpoint: Checkpoint, bundle: Bundle, out: Path) -> None:
-    """Write the bundle's decoder, as `export_step`: signatures `decode`, and `prefill_<n>` for the recipe's lengths."""
-    lengths = {"decode": 1} | {f"prefill_{length}": length for length in bundle.prefill}
+    """Write the bundle's decoder, as `export_step`: signatures `decode`, and `prefill_<n>` for the recipe's lengths.
+
+    With a cache that grows: `decode` and `prefill`.
+    """
+    prefills = {f"prefill_{length}": length for length in bundle.prefill}
+    lengths = {"decode": 1} | ({"prefill": max(bundle.prefill)} if bundle.grows else prefills)
     with log.waiting("exporting the decoder", _seconds(checkpoint, len(lengths))):
         export([_call(checkpoint, bundle, name, length) for name, length in lengths.items()], out)
 
@@ -65,7 +69,17 @@ def _call(checkpoint: Checkpoint, bundle: Bundle, name: str, length: int) -> Sig
         "input_pos": torch.arange(length, dtype=torch.int32),
         "mask": torch.zeros(1, 1, length, bundle.cache_length),
     }
-    return Signature(name, module, _vectors(checkpoint), inputs)
+    return Signature(name, module, _vectors(checkpoint), inputs, _unknown(name, inputs, bundle) if bundle.grows else {})
+
+
+def _unknown(name: str, inputs: Inputs, bundle: Bundle) -> Dimensions:
+    """What is chosen at run time where the cache grows: its length, and the tokens of a prefill."""
+    length, tokens = ("cache", 1, bundle.cache_length), ("tokens", 1, bundle.cache_length)
+    kept = {f"kv_cache_{key}": {2 if key.startswith("k_") else 3: length} for key in inputs["kv_cache"]}
+    if name == "decode":
+        return {"mask": {3: length}, **kept}
+    given = {key: {1: tokens} for key in inputs if key.endswith(("tokens", "embeddings"))}
+    return {"mask": {2: tokens, 3: length}, "input_pos": {0: tokens}, **given, **kept}
 
 
 def _vectors(checkpoint: Checkpoint) -> Callable[[str], torch.Tensor]:

@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from pipeline.checkpoint.names import EMBEDDING, text_name
 from pipeline.export.export import Inputs, Outputs
-from pipeline.export.operators import Linear, linear, matmul, normalise, update, window
+from pipeline.export.operators import Linear, fold, linear, matmul, normalise, unfold, update, window
 from pipeline.export.repeat import State
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -227,9 +227,9 @@ class CacheAttention:
         size = config.sliding_window if SLIDING in config.layer_types else None
         # W behind the first of T tokens, and the T themselves.
         self.near = self.length if size is None else min(self.length, size + self.tokens)
-        self.start = self._window_start()
         self.masks = {FULL: self._tiled(mask, FULL)}
         if size is not None:
+            self.start = self._window_start()
             self.masks[SLIDING] = self._tiled(self._sliding_mask(input_pos, mask, size), SLIDING)
 
     def __call__(self, layer: int, queries: Tensor, own: tuple[Tensor, Tensor] | None) -> Tensor:
@@ -238,12 +238,10 @@ class CacheAttention:
         if own:
             self.attended[layer] = self._store(layer, *own)
         keys, values = self.attended[self.config.kv_source(layer)]
-        # [1, T, N, D] → [1, K, G · T, D]: query heads that share keys become rows of one product, nothing is repeated
-        kv_heads, size = self.config.kv_shape(kind)
-        scores = matmul(queries.transpose(1, 2).reshape(1, kv_heads, -1, size), keys, True) + self.masks[kind]
+        # Query heads that share keys become rows of one product, nothing is repeated.
+        scores = matmul(fold(queries, self.config.kv_shape(kind)[0]), keys, True) + self.masks[kind]
         mixed = matmul(torch.softmax(scores, dim=-1), values, True)
-        heads = mixed.reshape(1, self.config.num_attention_heads, self.tokens, size)
-        return heads.transpose(1, 2).reshape(1, self.tokens, 1, -1)
+        return unfold(mixed, self.config.num_attention_heads)
 
     def kind(self, index: int) -> tuple[object, ...]:
         """As `State`."""
@@ -492,6 +490,11 @@ class TextFamily(Generic[Numbers]):
     text: Numbers
     left_out = TOWERS
     """The tensors of a checkpoint that its text model knowingly leaves out, by their beginning."""
+
+    @property
+    def slides(self) -> bool:
+        """Whether a layer attends to a sliding window."""
+        return SLIDING in self.text.layer_types
 
     def step(self, *, all_positions: bool = False) -> StepGraph:
         """The step graph, its weights still to be assigned."""

@@ -118,7 +118,7 @@ def look(model_id: str, revision: str, base: str, recipe: Recipe, graphs: Graphs
         text=nested if isinstance(nested := config.get("text_config"), dict) else config,
         shapes=architecture.tensors(),
         multiplied=sizes.multiplied(architecture),
-        files=sizes.of_files(architecture, len(recipe.bundle.prefill), graphs),
+        files=sizes.of_files(architecture, recipe.bundle.prefills, graphs),
         recipe=recipe,
         graphs=graphs,
     )

@@ -107,6 +107,9 @@ class CompiledModel(Protocol):
     def get_output_tensor_details(self, signature: str) -> Mapping[str, Detail]:
         """Its outputs."""
 
+    def resize_input_tensor_by_name(self, signature: str, name: str, dims: Sequence[int]) -> None:
+        """Give an input whose shape is unknown another one."""
+
     def create_input_buffer_by_name(self, signature: str, name: str) -> TensorBuffer:
         """Room for an input."""
 

@@ -101,7 +101,10 @@ class MappedModel:
 
 
 class MappedRunner:
-    """One signature of a `MappedModel`, called with arrays or buffers by name."""
+    """One signature of a `MappedModel`, called with arrays or buffers by name.
+
+    Inputs of unknown shape take that of the arrays.
+    """
 
     def __init__(self, model: CompiledModel, signature: str) -> None:
         self._model, self._signature = model, signature
@@ -118,6 +121,7 @@ class MappedRunner:
 
         Outputs of the names of such buffers are written into them, and given as these; the others are given as arrays.
         """
+        self._resize({name: value.shape for name, value in inputs.items() if isinstance(value, np.ndarray)})
         placed = {name: value for name, value in inputs.items() if not isinstance(value, np.ndarray)}
         given = {
             name: self._filled(name, value) if isinstance(value, np.ndarray) else value
@@ -126,6 +130,16 @@ class MappedRunner:
         taken = {name: placed[name] if name in placed else self._buffer("output", name) for name in self._outputs}
         self._model.run_by_name(self._signature, given, taken)
         return {name: placed[name] if name in placed else self._read(name) for name in self._outputs}
+
+    def _resize(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        changed = {name: shape for name, shape in shapes.items() if shape != tuple(self._inputs[name]["shape"])}
+        if not changed:
+            return
+        for name, shape in changed.items():
+            self._model.resize_input_tensor_by_name(self._signature, name, list(shape))
+        self._buffers.clear()  # their sizes are those of the shapes before
+        self._inputs = self._model.get_input_tensor_details(self._signature)
+        self._outputs = self._model.get_output_tensor_details(self._signature)
 
     def _buffer(self, way: Literal["input", "output"], name: str) -> TensorBuffer:
         model = self._model

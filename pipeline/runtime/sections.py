@@ -25,6 +25,10 @@ _REPACKED = 3e8
 # What LiteRT-LM 0.18 writes where a token may not look: 0.7 times the lowest float32.
 _MASKED = np.float32(-0.7 * np.finfo(np.float32).max)
 _PREFILL = re.compile(r"prefill_(\d+)")
+_ANY = "prefill"
+"""The signature for any number of tokens that a decoder has whose cache grows."""
+_GROWTH = 16
+"""Positions by which a cache grows at least, as in LiteRT-LM."""
 
 
 class Conversation:
@@ -42,6 +46,8 @@ class Conversation:
     def prefill(self, tokens: Sequence[int]) -> None:
         """Put `tokens` into the cache, in one call of the shortest prefill signature that holds them.
 
+        A cache that grows is as long as what it holds, rounded up; what it held stays.
+
         Raises:
             VerificationError: no signature does, or the cache is full.
         """
@@ -53,6 +59,7 @@ class Conversation:
         return logits
 
     def _run(self, signature: str, tokens: Sequence[int]) -> dict[str, Value]:
+        self.cache = self.sections.grown(self.cache, self.position + len(tokens))
         outputs = self.sections.run(signature, tokens, self.position, self.cache)
         self.cache |= {name: value for name, value in outputs.items() if name.startswith("kv_cache_")}
         self.position += len(tokens)
@@ -108,9 +115,9 @@ class Sections:
         }
 
     @property
-    def cache_length(self) -> int:
-        """Positions that a conversation can have."""
-        return int(self._shapes["decode"]["mask"][-1])
+    def grows(self) -> bool:
+        """Whether the cache grows with the conversation."""
+        return _ANY in self.signatures
 
     @property
     def prefills(self) -> list[int]:
@@ -123,18 +130,37 @@ class Sections:
         Raises:
             VerificationError: there is none.
         """
+        if self.grows:
+            return _ANY
         length = next((length for length in self.prefills if length >= tokens), None)
         if length is None:
             raise VerificationError(f"the decoder has no prefill signature for {tokens} tokens")
         return f"prefill_{length}"
 
     def empty_cache(self) -> Cache:
-        """A cache of zeros."""
+        """A cache of zeros; of no position where it grows."""
         shapes = self._shapes["decode"]
         kept = {name: shape for name, shape in shapes.items() if name.startswith("kv_cache_")}
+        if self.grows:
+            return {name: np.zeros(_resized(shape, _axis(name), 0), np.float32) for name, shape in kept.items()}
         if self._mapped:
             return {name: self._mapped.room("decode", name) for name in kept}
         return {name: np.zeros(shape, np.float32) for name, shape in kept.items()}
+
+    def grown(self, cache: Cache, positions: int) -> Cache:
+        """`cache`, or a longer one with what it holds, where it grows and has no room for `positions` positions."""
+        held = self._length(cache)
+        if not self.grows or held >= positions:
+            return cache
+        more = -(-(positions - held) // _GROWTH) * _GROWTH
+        return {name: _longer(_array(value), _axis(name), more) for name, value in cache.items()}
+
+    def _length(self, cache: Cache) -> int:
+        """Positions that a conversation can have, in `cache` as it is now."""
+        if not self.grows:
+            return int(self._shapes["decode"]["mask"][-1])
+        name = next(iter(cache))
+        return int(_array(cache[name]).shape[_axis(name)])
 
     def run(self, signature: str, tokens: Sequence[int], position: int, cache: Cache) -> dict[str, Value]:
         """Run `tokens` at `position` … with `cache`, padded as LiteRT-LM pads: position 0, all masked, all zero.
@@ -144,11 +170,12 @@ class Sections:
         Raises:
             VerificationError: the cache has no room for them.
         """
-        shapes = self._shapes[signature]
-        length, count = shapes["input_pos"][0], len(tokens)
+        count, held = len(tokens), self._length(cache)
+        shapes = self._called(signature, count, held)
+        length = shapes["input_pos"][0]
         # The padded length: the update is one slice, which would be moved back over older tokens.
-        if position + length > self.cache_length:
-            raise VerificationError(f"position {position} + {length} is beyond the cache of {self.cache_length}")
+        if position + length > held:
+            raise VerificationError(f"position {position} + {length} is beyond the cache of {held}")
         input_pos = np.zeros(length, np.int32)
         input_pos[:count] = np.arange(position, position + count)
         mask = np.full(shapes["mask"], _MASKED, np.float32)
@@ -158,6 +185,18 @@ class Sections:
         inputs: dict[str, Value] = {"input_pos": input_pos, "mask": mask, **self._embed(tokens, shapes)}
         inputs |= {name: cache[name] for name in shapes if name.startswith("kv_cache_")}
         return self._runners[signature](**inputs)
+
+    def _called(self, signature: str, tokens: int, positions: int) -> dict[str, tuple[int, ...]]:
+        """The shapes of a signature's inputs in a call for `tokens` tokens with a cache of `positions`."""
+        shapes = self._shapes[signature]
+        if not self.grows:
+            return shapes
+        kept = {
+            name: shape if name.startswith("kv_cache_") else _resized(shape, 1, tokens)
+            for name, shape in shapes.items()
+            if name not in ("input_pos", "mask")
+        }
+        return {**kept, "input_pos": (tokens,), "mask": (1, 1, tokens, positions)}
 
     def _embed(self, tokens: Sequence[int], shapes: dict[str, tuple[int, ...]]) -> dict[str, Array]:
         if "tokens" in shapes:
@@ -170,6 +209,20 @@ class Sections:
             for row, token in enumerate(tokens):
                 inputs[name][0, row] = _array(embedder(token_ids=np.array([[token]], np.int32))["embeddings"])[0, 0]
         return inputs
+
+
+def _axis(name: str) -> int:
+    """Where the positions stand in a cache input: keys are [1, K, C, D], values [1, K, D, C]."""
+    return 2 if name.startswith("kv_cache_k_") else 3
+
+
+def _resized(shape: tuple[int, ...], axis: int, size: int) -> tuple[int, ...]:
+    return (*shape[:axis], size, *shape[axis + 1 :])
+
+
+def _longer(values: Array, axis: int, more: int) -> Array:
+    """`values` with `more` zeros behind them along `axis`."""
+    return np.concatenate([values, np.zeros(_resized(values.shape, axis, more), values.dtype)], axis)
 
 
 def _array(value: Value) -> Array:

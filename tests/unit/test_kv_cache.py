@@ -131,6 +131,9 @@ class Talking:
     def empty_cache(self) -> dict[str, np.ndarray]:
         return {}
 
+    def grown(self, cache: dict[str, np.ndarray], _positions: int) -> dict[str, np.ndarray]:
+        return cache
+
     def signature_for(self, tokens: int) -> str:
         return f"prefill_{tokens}"
 
