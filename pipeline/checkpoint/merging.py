@@ -10,9 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
@@ -24,14 +22,13 @@ from pipeline.checkpoint.adapters import Adapter, Change, Part
 from pipeline.checkpoint.headers import FLOATS, TensorInfo
 from pipeline.checkpoint.reader import CONFIG, INDEX, Checkpoint, Float32, item_size, read_json, read_part
 from pipeline.core import log, parallel
+from pipeline.core.direct import DirectFile
 from pipeline.core.manifest import dump_json
 
 _BLOCK = 1 << 18
 """Elements of a block of rows: 1 MiB in float32, which stays in a core's cache."""
 _COPIED = 4 << 20
 """Bytes of an unchanged tensor that are copied at a time."""
-_AHEAD = 4
-"""Blocks that are written and not yet hashed."""
 _LEAST_ROWS = 64
 """Rows of the smallest block: few rows are multiplied in another order."""
 
@@ -58,26 +55,19 @@ def write(
     files = _layout(base, changes)
     total = sum(_size(info) for tensors in files.values() for info in tensors.values())
     sums = {}
-    with log.progress(f"merging {len(changes)} tensors", total) as bar, _alone(), ThreadPoolExecutor(1) as hasher:
+    with log.progress(f"merging {len(changes)} tensors", total) as bar, _alone():
         for file, tensors in files.items():
             blocks = (
                 block
                 for name, info in tensors.items()
                 for block in (_merged(base, changes[name], held, info) if name in changes else _stored(base, name))
             )
-            digest = hashlib.sha256(_header(tensors))
-            hashed: deque[Future[None]] = deque()
-            with (out / file).open("wb", buffering=0) as stream:
+            with DirectFile(out / file) as stream:
                 stream.write(_header(tensors))
                 for data in parallel.ordered(lambda block: block(), blocks):
-                    hashed.append(hasher.submit(digest.update, data))
                     stream.write(data)
                     bar.advance(len(data))
-                    if len(hashed) > _AHEAD:
-                        hashed.popleft().result()
-            for future in hashed:
-                future.result()
-            sums[file] = digest.hexdigest()
+            sums[file] = stream.sha256()
     return {**sums, **_write_tables(base, changes, out)}
 
 
