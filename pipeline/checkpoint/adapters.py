@@ -282,7 +282,8 @@ def _settings(table: Mapping[str, Any], where: str) -> Settings:
         raise FetchError(
             f"{where} is an adapter, but none of PEFT's: its {CONFIG} has no peft_type",
             cause="mlx-lm and other trainers have formats of their own",
-            remedy="let the trainer merge it (`mlx_lm.fuse --de-quantize`), then MODEL_ID= the fused folder",
+            remedy="let the trainer merge it (`mlx_lm.fuse --dequantize`, older: `--de-quantize`), then MODEL_ID= the "
+            "fused folder",
         )
     if table["peft_type"] != "LORA":
         raise _refused(where, "peft_type", table["peft_type"])

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
-from pipeline.checkpoint import headers, heads, packed
+from pipeline.checkpoint import headers, heads, kinds, packed
 from pipeline.checkpoint import names as names_
 from pipeline.checkpoint.headers import FLOATS, TensorInfo, listed, parse_index
 from pipeline.checkpoint.layout import Needed, lay_out
@@ -29,8 +29,11 @@ _WANTED = re.compile(
     r"|chat_template\.(jinja|json)|(licen[cs]e|notice|readme|use_policy|usage_policy)[\w.-]*",
     re.IGNORECASE,
 )
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-_NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "rng_state")
+_MLX = "mlx"
+_UNFUSED = (
+    "fuse your adapter with `mlx_lm.fuse --dequantize` (older: `--de-quantize`), or on the full-precision model, and "
+    "give that folder"
+)
 _QUANTISED = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 
 _UNQUANTISED = re.compile(r"q4_0-unquantized", re.IGNORECASE)
@@ -59,7 +62,7 @@ def plan(source: Source, expected: Expected) -> Plan:
         IntegrityError: a file is missing, truncated, or not what its header or the index says.
     """
     names, where = source.sizes.keys(), source.where
-    check_kind(names, where)
+    kinds.check(source)
     config = source.json(CONFIG)
     check_own_code(config, CONFIG, where)
     check_own_code(source.json(_TOKENIZER_CONFIG), _TOKENIZER_CONFIG, where)
@@ -74,7 +77,7 @@ def plan(source: Source, expected: Expected) -> Plan:
         layout = lay_out(tensors, needed, where, tied=tied)
     except FetchError as error:
         check_left_overs(tensors, config, names, where)
-        raise _explained(error, tensors, needed, names) from error
+        raise _explained(error, tensors, needed, names, config) from error
     left_out = names_.towers(name for name in tensors if needed.used_as(name) is None)
     _say_what_is_odd(source, tensors, config, left_out)
     weights = headers.files(tensors.values())
@@ -104,40 +107,6 @@ def check_tokenizer(names: Collection[str], where: str) -> None:
             cause="only the model was saved",
             remedy="save the tokenizer beside it: `AutoTokenizer.from_pretrained(BASE).save_pretrained(FOLDER)`",
         )
-
-
-def check_kind(names: Collection[str], where: str) -> None:
-    """Refuse a set of files that is no plain safetensors checkpoint; `names` are those at the top of `where`.
-
-    Raises:
-        FetchError: says what it is instead (pickle, another format) and what to do.
-    """
-    if INDEX in names or SINGLE in names:
-        if CONFIG not in names:
-            raise FetchError(f"{where} has no {CONFIG}", cause="it is not a whole Hugging Face checkpoint")
-        return
-    if any(name.endswith(".safetensors") and "-of-" in name for name in names):
-        raise FetchError(
-            f"{where} has shards but no {INDEX}",
-            cause="the copy is incomplete, or the tool that saved it wrote none",
-            remedy="copy or upload the index too; or take the base model's, if the shards have its names",
-        )
-    pickles = [name for name in names if name.endswith(_PICKLES) and not name.startswith(_NO_WEIGHTS)]
-    if pickles:
-        raise FetchError(
-            f"{where} has its weights as pickle files only ({listed(pickles, 3)})",
-            cause="pickle files can run code when they are opened, so they are never opened here",
-            remedy="in a place where that does no harm, save it again as safetensors:"
-            " `AutoModelForCausalLM.from_pretrained(MODEL_ID).save_pretrained(FOLDER)`, then MODEL_ID=FOLDER",
-        )
-    others = [
-        name for name in names if name.endswith((".gguf", ".safetensors", ".litertlm", ".tflite", ".onnx", ".h5"))
-    ]
-    raise FetchError(
-        f"{where} has neither {SINGLE} nor {INDEX}",
-        cause=f"its weights are in another format ({listed(others, 3)})" if others else "it holds no model",
-        remedy="give the Hugging Face checkpoint that it was made from",
-    )
 
 
 def check_own_code(table: Mapping[str, object], file: str, where: str) -> None:
@@ -174,7 +143,9 @@ def check_left_overs(
         raise FetchError(
             f"{where} is quantised already ({method}; {whole[0]} is {tensors[whole[0]].dtype})",
             cause="its weights were rounded once; to round them again would lose more than the recipe allows",
-            remedy="give the full-precision checkpoint that it was made from (`base_model` in its README)",
+            remedy=_UNFUSED
+            if method == _MLX
+            else "give the full-precision checkpoint that it was made from (`base_model` in its README)",
         )
 
 
@@ -188,12 +159,19 @@ def quantised(config: Mapping[str, object], names: Collection[str]) -> str:
 
 
 def _explained(
-    error: FetchError, tensors: Mapping[str, TensorInfo], needed: Needed, names: Collection[str]
+    error: FetchError,
+    tensors: Mapping[str, TensorInfo],
+    needed: Needed,
+    names: Collection[str],
+    config: Mapping[str, object],
 ) -> FetchError:
     """`error` of a layout with the cause that what lies around it tells."""
     embedding = outer(tensors).get(EMBEDDING, "")
     rows, wanted = (tensors[embedding].shape if embedding else ())[:1], needed.shapes[EMBEDDING][:1]
-    if {SINGLE, INDEX} <= {*names}:
+    if other := kinds.purpose(config):
+        error.cause = f"{CONFIG} calls it a {other}: a model that scores or labels text writes none"
+        error.remedy = "give a model for generation (…ForCausalLM, …ForConditionalGeneration)"
+    elif {SINGLE, INDEX} <= {*names}:
         error.cause = f"{INDEX} and its shards lie beside {SINGLE}, which is read alone, as transformers does"
         error.remedy = (
             f"move {SINGLE} elsewhere if it was left over from an earlier save, else the index and its shards"
@@ -243,8 +221,9 @@ def _say_where_the_index_errs(source: Source, tensors: Mapping[str, TensorInfo])
 
 
 def _method(table: object) -> str:
-    """What a quantisation table calls its method; bitsandbytes tables of old versions have no name."""
+    """What a quantisation table calls its method; mlx-lm's and bitsandbytes' of old versions have no name."""
     if not isinstance(table, Mapping):
         return "unknown method"
     guess = "bitsandbytes" if any(str(key).startswith(("load_in_", "bnb_")) for key in table) else "unknown method"
+    guess = _MLX if {"group_size", "bits"} <= table.keys() else guess
     return str(table.get("quant_method") or guess)

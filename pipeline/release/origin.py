@@ -92,7 +92,10 @@ class OnHub:
         """How it is read: by ranges, before anything is downloaded."""
         sizes = {name: file.size for name, file in self.repository.files.items() if "/" not in name}
         where = f"{self.hub.endpoint}/{self.model}"
-        return Source(where=where, sizes=sizes, read=partial(self.hub.read, self.repository), remote=True)
+        below = tuple(name for name in self.repository.files if "/" in name)
+        return Source(
+            where=where, sizes=sizes, read=partial(self.hub.read, self.repository), remote=True, below=lambda: below
+        )
 
     @property
     def where(self) -> str:
@@ -161,6 +164,10 @@ def find(model_id: str, revision: str = "") -> Origin:
         if revision:
             raise UsageError(f"{model_id} is a folder: it has no revisions", remedy="leave REVISION= out")
         return Folder(folder=Path(model_id).resolve())
+    if (file := Path(model_id)).is_file():
+        raise UsageError(
+            f"{model_id} is a file", remedy=f"give the folder of the whole checkpoint: MODEL_ID={file.parent}"
+        )
     hub = Hub()
     repository = hub.resolve(model_id, revision)
     log.step(f"{repository.model_id} at commit {repository.revision}")

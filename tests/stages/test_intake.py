@@ -19,9 +19,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from intake import SHIPPED, Form
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer as Backend
 from transformers import AutoConfig, Gemma3nForCausalLM
 
 from pipeline import fetch
+from pipeline.bundling import metadata
+from pipeline.checkpoint import chat
 from pipeline.checkpoint.reader import Checkpoint, open_checkpoint
 from pipeline.checkpoint.reading import read
 from pipeline.core.recipe import PROJECT
@@ -185,6 +188,26 @@ def test_tokens_that_were_added_with_their_rows_are_read(
     monkeypatch.setattr(intake, "write", write)
     monkeypatch.setitem(globals(), "IDS", torch.cat([IDS, torch.tensor([[rows, rows + 1, 5]])], dim=1))
     judge(Form(), tmp_path, capsys)
+
+
+def test_a_sentencepiece_model_alone_gives_the_same_ids(tmp_path: Path) -> None:
+    """`tokenizer.model` without `tokenizer.json`: as transformers converts it, and so in the bundle."""
+    model = intake.write(Form(), tmp_path)
+    (model / "tokenizer.json").unlink()
+    converted, shipped = (chat.open_tokenizer(folder) for folder in (model, SHIPPED))
+    bundled = Backend.from_str(metadata.tokenizer_json(converted, 2048))
+    texts = (SHIPPED / "corpus" / "verification.txt").read_text(encoding="utf-8").splitlines()
+    odd = (
+        "<start_of_turn>user\nHi<end_of_turn>",
+        "  two \t spaces\n\n",
+        "ⵣ 👩‍👩‍👧 <eos><bos>",
+        "\u2581x",
+        "",
+        "a\u0301é",
+    )
+    for text in (*texts, *odd):
+        expected = shipped(text)["input_ids"]
+        assert converted(text)["input_ids"] == bundled.encode(text).ids == expected, text
 
 
 def test_there_are_sixty_forms_and_more() -> None:

@@ -18,10 +18,11 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save
 
-from pipeline.checkpoint import headers, preflight, reader
+from pipeline.checkpoint import headers, kinds, preflight, reader
 from pipeline.checkpoint.headers import TensorInfo
 from pipeline.checkpoint.layout import Needed, lay_out
 from pipeline.checkpoint.reader import open_checkpoint
+from pipeline.checkpoint.source import Source
 from pipeline.core.errors import FetchError, IntegrityError
 
 Entry = dict[str, Any]
@@ -448,12 +449,27 @@ def test_float_type_is_that_of_most_parameters() -> None:
 )
 def test_kinds(names: set[str], phrase: str) -> None:
     with pytest.raises(FetchError) as caught:
-        preflight.check_kind(names, "it")
+        kinds.check(holding(names))
     assert phrase in "\n".join(caught.value.lines())
 
 
+def holding(names: set[str], *below: str, remote: bool = False) -> Source:
+    """What has files of these names, each an empty JSON object."""
+    return Source(where="it", sizes=dict.fromkeys(names, 2), read=lambda *_: b"{}", remote=remote, below=lambda: below)
+
+
 def test_a_whole_model_may_have_an_adapter_beside() -> None:
-    preflight.check_kind({FILE, "config.json", "adapter_config.json", "pytorch_model.bin"}, "it")
+    kinds.check(holding({FILE, "config.json", "adapter_config.json", "adapter_model.safetensors"}))
+
+
+def test_of_checkpoints_in_subfolders_the_last_is_named() -> None:
+    """By number: 1000 comes after 90. On the Hub a subfolder has to be downloaded first."""
+    below = [f"checkpoint-{steps}/model.safetensors" for steps in (90, 1000, 500)]
+    for remote, remedy in ((False, "MODEL_ID=it/checkpoint-1000"), (True, "--include 'checkpoint-1000/*'")):
+        with pytest.raises(FetchError) as caught:
+            kinds.check(holding({"README.md"}, *below, remote=remote))
+        assert "one in each of checkpoint-90, checkpoint-500, checkpoint-1000" in caught.value.what
+        assert remedy in caught.value.remedy
 
 
 @pytest.mark.parametrize(
@@ -461,7 +477,7 @@ def test_a_whole_model_may_have_an_adapter_beside() -> None:
     [
         ({"quantization_config": {"quant_method": "compressed-tensors"}}, "compressed-tensors"),
         ({"text_config": {"quantization_config": {"load_in_4bit": True}}}, "bitsandbytes"),
-        ({"quantization": {"group_size": 64, "bits": 4}}, "unknown method"),
+        ({"quantization": {"group_size": 64, "bits": 4}}, "mlx"),
         ({"quantization_config": "int4"}, "unknown method"),
     ],
 )

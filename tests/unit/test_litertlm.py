@@ -358,6 +358,25 @@ def test_added_tokens_beyond_the_vocabulary_are_left_out() -> None:
     assert again.encode(text).ids == Rendering().backend_tokenizer.encode(text).ids
 
 
+def test_other_tokens_that_are_left_out_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = Rendering()
+    size = len(tokenizer.backend_tokenizer.get_vocab())
+    tokenizer.backend_tokenizer.add_special_tokens(["<image_soft_token>", "<mine>"])
+    metadata.tokenizer_json(tokenizer, size)
+    assert capsys.readouterr().err.rstrip().endswith("which read as text now: <mine>")
+
+
+def test_an_end_of_turn_that_is_no_token_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    """ChatML on a tokenizer without its tokens."""
+    turn = "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    source = f"{{% for message in messages %}}{turn}{{% endfor %}}"
+    source += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    assert described(source).stop == (EOS, END_OF_TURN)
+    assert "in the chat template, which is no token: only eos ends one" in capsys.readouterr().err
+    described()
+    assert "which is no token" not in capsys.readouterr().err
+
+
 def test_a_tokenizer_of_another_model_is_refused() -> None:
     with pytest.raises(BundleError, match="vocabulary only 1000"):
         metadata.tokenizer_json(Rendering(), 1000)
