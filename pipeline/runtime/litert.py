@@ -127,9 +127,11 @@ class MappedRunner:
             name: self._filled(name, value) if isinstance(value, np.ndarray) else value
             for name, value in inputs.items()
         }
-        taken = {name: placed[name] if name in placed else self._buffer("output", name) for name in self._outputs}
+        # Written in place: LiteRT 2.3.0 knows the size of an output only after a run, and would write beyond a room for
+        # the shape before.
+        taken = {name: given[name] if name in given else self._buffer("output", name) for name in self._outputs}
         self._model.run_by_name(self._signature, given, taken)
-        return {name: placed[name] if name in placed else self._read(name) for name in self._outputs}
+        return {name: placed[name] if name in placed else self._read(name, taken[name]) for name in self._outputs}
 
     def _resize(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         changed = {name: shape for name, shape in shapes.items() if shape != tuple(self._inputs[name]["shape"])}
@@ -139,7 +141,6 @@ class MappedRunner:
             self._model.resize_input_tensor_by_name(self._signature, name, list(shape))
         self._buffers.clear()  # their sizes are those of the shapes before
         self._inputs = self._model.get_input_tensor_details(self._signature)
-        self._outputs = self._model.get_output_tensor_details(self._signature)
 
     def _buffer(self, way: Literal["input", "output"], name: str) -> TensorBuffer:
         model = self._model
@@ -153,9 +154,9 @@ class MappedRunner:
         buffer.write(value)
         return buffer
 
-    def _read(self, name: str) -> Array:
-        detail = self._outputs[name]
-        values = self._buffer("output", name).read(math.prod(detail["shape"]), np.dtype(detail["dtype"]))
+    def _read(self, name: str, buffer: TensorBuffer) -> Array:
+        detail = self._inputs.get(name) or self._outputs[name]
+        values = buffer.read(math.prod(detail["shape"]), np.dtype(detail["dtype"]))
         return values.reshape(detail["shape"])
 
 

@@ -23,6 +23,7 @@ from pipeline.core.stage import DEFAULT_MODEL
 from pipeline.judge import kv_cache
 from pipeline.models import expected
 from pipeline.runtime import sections
+from pipeline.runtime.litert import MappedRunner
 from pipeline.runtime.litert_lm import LmRuntime
 from pipeline.runtime.sections import DECODER, Conversation, Sections
 
@@ -72,14 +73,25 @@ def test_what_a_growth_loses_is_seen(model: Any, folder: Path, monkeypatch: pyte
     assert result.nmse > 1e-3
 
 
-def test_repacked_weights_in_a_file_change_nothing(folder: Path, tmp_path: Path) -> None:
-    spoken = []
+def test_repacked_weights_in_a_file_change_nothing(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cache is written where it was read: room made for it before a run is that of the shape before."""
+    rooms, spoken = set[str](), []
+    kept = MappedRunner._buffer
+
+    def buffer(runner: MappedRunner, way: Any, name: str) -> Any:
+        rooms.update([name] if way == "output" else [])
+        return kept(runner, way, name)
+
+    monkeypatch.setattr(MappedRunner, "_buffer", buffer)
     for opened in (Sections(folder), Sections(folder, weights=tmp_path / "weights")):
         first, second = Conversation(opened), Conversation(opened)
         first.prefill([2, *range(10, 50)])
         second.decode(2)  # in between: another length of the cache
         spoken.append(np.stack([first.decode(5), second.decode(6), first.decode(7)]))
     assert np.array_equal(spoken[0], spoken[1])
+    assert rooms == {"logits"}
 
 
 def test_litert_lm_says_what_hugging_face_does(model: Any, folder: Path) -> None:
