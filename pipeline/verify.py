@@ -24,7 +24,8 @@ from pipeline.bundling.template import CONVERSATIONS
 from pipeline.checkpoint import chat
 from pipeline.core import facts, manifest, options
 from pipeline.core.errors import UsageError
-from pipeline.core.recipe import BASELINE, PROJECT
+from pipeline.core.graph import Choice
+from pipeline.core.recipe import PROJECT
 from pipeline.core.stage import Context, Outcome, Stage, main
 from pipeline.judge import bundles, corpus, steps
 from pipeline.judge.reference import Head, Reference
@@ -32,29 +33,28 @@ from pipeline.judge.steps import Verdict
 from pipeline.judge.verdicts import judge_bundles, judge_steps, judged_files
 from pipeline.report.judgement import refuse_failed, required_checks, summarise, write_report
 
-VARIANTS = (BASELINE, "fp16", "int8")
-
 
 @dataclass(frozen=True, kw_only=True)
 class Options(options.Options):
     """The files to judge, and the texts that they were and were not calibrated on."""
 
-    variants: tuple[str, ...] = field(
-        default=VARIANTS, metadata={"help": "folders with a step graph (default: %(default)s)"}
+    variants: tuple[str, ...] | None = field(
+        default=None, metadata={"help": "folders with a step graph (default: those that the recipe makes)"}
     )
     eval: Path | None = field(default=None, metadata={"metavar": "FILE", "help": "the text that golden's --eval named"})
     calibration: Path | None = field(
         default=None, metadata={"metavar": "FILE", "help": "the text that int8's --calibration named"}
     )
 
-    def judged(self) -> tuple[str, ...]:
-        """The variants."""
+    def judged(self) -> tuple[str, ...] | None:
+        """The variants, None: the recipe's."""
         return self.variants
 
 
 def work(context: Context) -> Outcome:
     """Judge every file, write judgement and report, and fail if a required check did not pass."""
-    checkpoint, variants = context.root / "fetch" / "checkpoint", context.chosen(Options).variants
+    checkpoint, told = context.root / "fetch" / "checkpoint", context.chosen(Options).variants
+    variants = Choice(recipe=context.recipe, graphs=context.graphs, variants=told).judged
     cap = context.upstream["golden"].told(facts.Golden).final_logit_softcapping
     reference = Reference(context.root / "golden", Head.of_checkpoint(checkpoint, cap))
     tokenizer = chat.open_tokenizer(checkpoint)
