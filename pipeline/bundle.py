@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 from pipeline.bundling import litertlm
-from pipeline.bundling.metadata import of_checkpoint, tokenizer_json
+from pipeline.bundling.metadata import activation_type, of_checkpoint, tokenizer_json
 from pipeline.core import log
-from pipeline.core.facts import Bundle
+from pipeline.core.facts import Bundle, Precision
 from pipeline.core.stage import Context, Outcome, Stage, main
 from pipeline.quantize import readback
 
@@ -24,7 +25,10 @@ def work(context: Context) -> Outcome:
     takes memory of the weights' size, which verify alone may.
     """
     described = of_checkpoint(context.root / "fetch" / "checkpoint", context.recipe.bundle.max_tokens)
-    metadata = described.metadata
+    made_int8 = context.upstream["int8"].told(Precision) if "int8" in context.upstream else None
+    metadata = replace(
+        described.metadata, activation_type=activation_type(made_int8.largest_activation if made_int8 else None)
+    )
     tokenizer_text = tokenizer_json(described.tokenizer, described.vocabulary)
     bundles: dict[str, Bundle] = {}
     for precision in context.recipe.bundle.precisions:

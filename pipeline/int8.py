@@ -56,13 +56,11 @@ def work(context: Context) -> Outcome:
     asked, section = context.chosen(Options).scheme, context.recipe.int8
     scheme = asked or section.scheme
     facts, step = Precision(graphs=context.graphs, scheme=scheme), context.folder / STEP
-    climbs = not asked and section.climbs(context.upstream["fetch"].told(Fetch).parameters)
-    room = context.folder if climbs or (len(graphs) > 1 and not asked) else None
+    room = context.folder if not asked and (section.climbs or len(graphs) > 1) else None
     hessians = gptq.Hessians(context.root / "moments", room) if "moments" in context.upstream else None
     with hessians or nullcontext():
         if scheme == "dynamic" and not asked:
-            section, told = _choose(context, climbs, ladder.Maker(checkpoint, graphs.get(STEP), step, hessians))
-            facts = replace(facts, climbed=told)
+            section, facts = _choose(context, facts, ladder.Maker(checkpoint, graphs.get(STEP), step, hessians))
         if STEP in graphs and scheme != "dynamic":
             graph, samples = build.with_weights(checkpoint, graphs[STEP]), _samples(context)
             fp32 = context.root / context.upstream["fp32"].output(STEP).path
@@ -81,19 +79,21 @@ def work(context: Context) -> Outcome:
     return Outcome(facts=facts)
 
 
-def _choose(context: Context, climbs: bool, maker: ladder.Maker) -> tuple[Int8, Ladder | None]:
-    """The section that files are made by, and how it was found."""
-    recipe, limits = context.recipe, ladder.limits(context.recipe, context.graphs)
-    if rung := context.chosen(Options).rung:
-        return ladder.named(recipe.int8, rung), Ladder(rung=rung)
-    if not climbs or not limits:
-        return recipe.int8, None
-    from pipeline.reference.model import HuggingFace  # its imports take seconds, which no other scheme needs
+def _choose(context: Context, facts: Precision, maker: ladder.Maker) -> tuple[Int8, Precision]:
+    """The section that files are made by, and `facts` with how it was found and the largest activation."""
+    recipe, rung, limits = context.recipe, context.chosen(Options).rung, ladder.limits(context.recipe, context.graphs)
+    section, told = (ladder.named(recipe.int8, rung), Ladder(rung=rung)) if rung else (recipe.int8, None)
+    if recipe.int8.climbs and limits:
+        from pipeline.reference import activations, model  # torch takes seconds, which no other scheme needs
 
-    source = context.chosen(Options).calibration or PROJECT / recipe.corpus.calibration
-    reference, folder = HuggingFace.load(maker.checkpoint.folder, "cpu", streamed=True), maker.checkpoint.folder
-    text = ladder.Text.of(source, recipe.corpus.window, reference, folder)
-    return ladder.climb(ladder.rungs(recipe.int8), limits, maker, text)
+        text = context.chosen(Options).calibration or PROJECT / recipe.corpus.calibration
+        reference = model.HuggingFace.load(maker.checkpoint.folder, "cpu", streamed=True)
+        parameters = context.upstream["fetch"].told(Fetch).parameters
+        read = ladder.Text.of(text, recipe.corpus.window, reference, maker.checkpoint, parameters)
+        facts = replace(facts, largest_activation=activations.largest(reference, read.rows(0)[:2]))
+        if not rung:
+            section, told = ladder.climb(ladder.rungs(recipe.int8), limits, maker, read)
+    return section, replace(facts, climbed=told)
 
 
 def _samples(context: Context) -> list[litert.Tokens]:

@@ -12,6 +12,7 @@ them. Where the recipe has `gptq`, stage moments must be finished below ARTIFACT
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import tempfile
 import time
@@ -60,7 +61,8 @@ def climbed(source: Path, recipe: Recipe, artifacts: Path, folder: Path) -> tupl
     build.export_step(checkpoint, recipe.step, exported)
     maker = ladder.Maker(checkpoint, exported, folder / STEP, hessians)
     texts, window = recipe.corpus, recipe.corpus.window
-    text = ladder.Text.of(PROJECT / texts.calibration, window, reference, source)
+    parameters = sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
+    text = ladder.Text.of(PROJECT / texts.calibration, window, reference, checkpoint, parameters)
     with hessians or nullcontext():
         section, told = ladder.climb(ladder.rungs(recipe.int8), ladder.limits(recipe, "all"), maker, text)
         every = maker.make(section, folder, window, reference.cap)

@@ -12,7 +12,7 @@ import tempfile
 import uuid
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from datetime import UTC, datetime
 from io import StringIO
 from pathlib import Path
@@ -59,7 +59,7 @@ def write(metadata: Metadata, tokenizer: str, models: Mapping[str, Path], out: P
     partial = out.with_name(out.name + ".partial")
     try:
         with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
-            _build(_files(metadata, tokenizer, models, Path(scratch)), partial)
+            _build(_files(metadata, tokenizer, models, Path(scratch)), metadata.activation_type, partial)
         sections = read_sections(partial)
         _check(partial, sections, metadata, tokenizer, models)
         partial.replace(out)
@@ -68,9 +68,10 @@ def write(metadata: Metadata, tokenizer: str, models: Mapping[str, Path], out: P
     return sections
 
 
+_DECODER = "decoder"
 # The order in which they stand in the file; the runtime finds them by kind.
 _MODEL_KINDS = {
-    "decoder": litertlm_builder.TfLiteModelType.PREFILL_DECODE,
+    _DECODER: litertlm_builder.TfLiteModelType.PREFILL_DECODE,
     "embedder": litertlm_builder.TfLiteModelType.EMBEDDER,
     "per_layer_embedder": litertlm_builder.TfLiteModelType.PER_LAYER_EMBEDDER,
 }
@@ -142,14 +143,17 @@ def _pack(tokenizer: str) -> bytes:
     return len(data).to_bytes(8, "little") + zlib.compress(data)
 
 
-def _build(files: Mapping[str, Path], out: Path) -> None:
-    """Stream `files` into a bundle at `out`."""
+def _build(files: Mapping[str, Path], activation_type: str, out: Path) -> None:
+    """Stream `files` into a bundle at `out`; `activation_type` is the decoder's."""
     builder = litertlm_builder.LitertLmFileBuilder()
     builder.add_llm_metadata(str(files["metadata"]))
     builder.add_hf_tokenizer(str(files["tokenizer"]))
     for name, kind in _MODEL_KINDS.items():
         if name in files:
-            builder.add_tflite_model(str(files[name]), kind)
+            with redirect_stdout(None):  # it says what it was told
+                builder.add_tflite_model(
+                    str(files[name]), kind, prefer_activation_type=activation_type if name == _DECODER else None
+                )
     label = f"writing {out.name.removesuffix('.partial')}"
     expected = _total(files) / _COPIED_PER_SECOND
     with _system_metadata(_identity(files)), out.open("wb") as stream, log.waiting(label, expected):
@@ -211,6 +215,7 @@ def read_sections(bundle: Path) -> list[Section]:
                 model_type=litertlm_peek.get_model_type(item) or "",
                 offset=item.BeginOffset(),
                 size=item.EndOffset() - item.BeginOffset(),
+                activation_type=_told(item, "prefer_activation_type"),
             )
             for item in objects
         ]
@@ -220,13 +225,27 @@ def read_sections(bundle: Path) -> list[Section]:
         ) from error
 
 
+def _told(item: litertlm_peek.schema.SectionObject, key: str) -> str:
+    """The text of a section's metadata by its name; empty where it has none. The library reads one key alone."""
+    for entry in (item.Items(place) for place in range(item.ItemsLength())):
+        table = entry.Value() if entry and entry.Key() == key.encode() else None
+        if table and entry.ValueType() == litertlm_peek.schema.VData.StringValue:
+            text = litertlm_peek.schema.StringValue()
+            text.Init(table.Bytes, table.Pos)
+            return (text.Value() or b"").decode("utf-8")
+    return ""
+
+
 def _check(
     bundle: Path, sections: Sequence[Section], metadata: Metadata, tokenizer: str, models: Mapping[str, Path]
 ) -> None:
     """Hold what is in the file against what was given."""
-    expected = [("LlmMetadataProto", ""), ("HF_Tokenizer_Zlib", "")]
-    expected += [("TFLiteModel", kind.value) for name, kind in _MODEL_KINDS.items() if name in models]
-    kinds = [(section.kind, section.model_type) for section in sections]
+    told = {_DECODER: metadata.activation_type}
+    expected = [("LlmMetadataProto", "", ""), ("HF_Tokenizer_Zlib", "", "")]
+    expected += [
+        ("TFLiteModel", kind.value, told.get(name, "")) for name, kind in _MODEL_KINDS.items() if name in models
+    ]
+    kinds = [(section.kind, section.model_type, section.activation_type) for section in sections]
     if kinds != expected:
         _refuse(bundle, f"has the sections {kinds} instead of {expected}")
     try:

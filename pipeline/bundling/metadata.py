@@ -57,7 +57,8 @@ class Metadata:
     the TFLite files that the bundle has: a decoder that takes token ids looks embeddings up itself. `max_tokens` bounds
     prompt and answer together. `chat_template` is empty for a base model; `thoughts` are the texts around thoughts,
     `tools` whether it takes tools, `calls` what the runtime needs to know of their calls;
-    `remarks` are for the card: what the runtime does otherwise than the checkpoint says.
+    `remarks` are for the card: what the runtime does otherwise than the checkpoint says. `activation_type` is what a
+    GPU is to compute the decoder in, `fp32`, or empty: the runtime's own choice, fp16.
     """
 
     model_type: str
@@ -71,6 +72,18 @@ class Metadata:
     calls: Mapping[str, str] = field(default_factory=dict)
     sampler: Sampler = Sampler()
     remarks: tuple[str, ...] = ()
+    activation_type: str = ""
+
+
+FLOAT16_HOLDS = 65504.0
+"""The largest number in float16."""
+_ROOM = 2.0
+"""Times the largest activation that was seen: other text has larger ones."""
+
+
+def activation_type(largest: float | None) -> str:
+    """What a GPU is to compute a model in whose largest activation is known."""
+    return "fp32" if largest is not None and _ROOM * largest > FLOAT16_HOLDS else ""
 
 
 def describe(

@@ -187,7 +187,10 @@ class Ladder:
 
 @dataclass(frozen=True, kw_only=True)
 class Precision:
-    """Stages fp16, int8 and int4; the calibration is a static scheme's, the ladder int8's."""
+    """Stages fp16, int8 and int4; the calibration is a static scheme's, the ladder int8's.
+
+    `largest_activation` is what the reference had on some calibration text, where the ladder reads any.
+    """
 
     graphs: Graphs
     scheme: Scheme | None = None
@@ -196,16 +199,21 @@ class Precision:
     step: Contents | None = None
     decoder: Contents | None = None
     climbed: Ladder | None = None
+    largest_activation: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """A section of a bundle: `kind` as litert-lm-peek names it, `offset` and `size` in bytes."""
+    """A section of a bundle: `kind` as litert-lm-peek names it, `offset` and `size` in bytes.
+
+    `activation_type` is what a GPU is to compute in, empty where it is left to the runtime, which takes fp16.
+    """
 
     kind: str
     model_type: str
     offset: int
     size: int
+    activation_type: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

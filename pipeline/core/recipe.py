@@ -26,8 +26,6 @@ STEP, DECODER = "step.tflite", "decoder.tflite"
 """The step graph, and the bundle's decoder, in the folder of every stage that has one."""
 BASELINE = "fp32"
 """The precision that shows what the conversion costs, and that what others cost is held against."""
-LADDER_PARAMETERS = 10**8
-"""Parameters up to which int8 climbs its ladder: with more, the first rung alone takes more than all else."""
 BundlePrecision = Literal["fp32", "int8", "int4"]
 Padding = Literal["none", "left", "right"]
 
@@ -149,9 +147,10 @@ class Int8:
         """Whether the step graph's activations become int8 while it runs, each token by itself."""
         return self.scheme == "dynamic"
 
-    def climbs(self, parameters: int) -> bool:
-        """Whether files of a model of so many parameters are looked for on the ladder."""
-        return self.ladder and self.is_dynamic and parameters <= LADDER_PARAMETERS
+    @property
+    def climbs(self) -> bool:
+        """Whether files are looked for on the ladder."""
+        return self.ladder and self.is_dynamic
 
     @property
     def alternative(self) -> Scheme:

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,7 @@ from pipeline.runtime.interface import Array
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 Weight = NDArray[np.uint16] | NDArray[np.float16] | NDArray[np.float32]
+Wide = TypeVar("Wide", np.float32, np.float64)
 
 _BLOCK = 1 << 24
 """Head elements that are widened to float64 at a time (128 MiB)."""
@@ -64,7 +65,7 @@ class Head:
         wide = np.asarray(hidden, dtype=np.float64)
         logits = np.empty((len(wide), rows))
         for start in range(0, rows, step):
-            logits[:, start : start + step] = wide @ _widen(self.weight[start : start + step]).T
+            logits[:, start : start + step] = wide @ widened(self.weight[start : start + step], np.float64).T
         if self.cap is not None:  # in place: logits of a large vocabulary are large
             logits /= self.cap
             np.tanh(logits, out=logits)
@@ -105,10 +106,11 @@ class Head:
         return [metrics.join(part).take(order) for part, order in zip(parts, orders, strict=True)]
 
 
-def _widen(weight: Weight) -> Doubles:
+def widened(weight: Weight, dtype: type[Wide]) -> NDArray[Wide]:
+    """Stored weights in float32 or float64."""
     if weight.dtype == np.uint16:  # bf16 is the upper half of a float32
         weight = (weight.astype(np.uint32) << 16).view(np.float32)
-    return weight.astype(np.float64)
+    return weight.astype(dtype, copy=False)
 
 
 @dataclass(frozen=True)

@@ -35,8 +35,8 @@ _FLOPS = 1.2e11
 """Multiply-adds per second of a float32 forward on two cores, counted twice as is usual."""
 _INTEGER_FLOPS = 4e11
 """The same of an int8 file in LiteRT."""
-_LADDER = 16
-"""Windows that the ladder of int8 reads as a rule: its first lot (search/ladder.py)."""
+_LADDER = 32
+"""Windows that the ladder of int8 reads as a rule: two of its lots (search/ladder.py)."""
 _IMPORTS = 4.0
 """Seconds until torch and transformers are there."""
 _READ = 1.5e9
@@ -231,16 +231,18 @@ def _filled(model: Model, precision: str, *, sections: bool = True) -> Need:
 def _int8(model: Model) -> Need:
     """As the other files; with a ladder, its first rung is run on some text, and so is the reference, streamed."""
     filled, recipe = _filled(model, "int8"), model.recipe
-    if not recipe.int8.climbs(model.facts.parameters):
+    if not recipe.int8.climbs:
         return filled
     tokens = _LADDER * recipe.corpus.window
-    run = 2 * tokens * (_read_by_tokens(model) / _FLOPS + model.multiplied / _INTEGER_FLOPS)
-    table = 2 * _LADDER * corpus.POSITIONS_PER_WINDOW * math.prod(model.table) / (_FLOPS / 4)  # in float64
-    logits = min(_LADDER * corpus.POSITIONS_PER_WINDOW * model.table[0], 1 << 25)  # that are there at a time
-    written = 2 * model.multiplied  # the graph of every position, and its weights as XNNPACK packs them
+    run = 2 * tokens * _read_by_tokens(model) * (1 / _FLOPS + 1 / _INTEGER_FLOPS)
+    judged = _LADDER * corpus.POSITIONS_PER_WINDOW
+    table = 2 * judged * math.prod(model.table) * (1 / _FLOPS + 1 / _INTEGER_FLOPS)
+    logits = min(judged * model.table[0], 1 << 23)  # that are there at a time
+    # The graph of chosen positions, and its weights as XNNPACK packs them.
+    written, layers = 2 * model.multiplied, sizes.layers(model.shapes)
     return replace(
         filled,
-        memory=max(filled.memory, 0.25 * _GIB + 0.018 * _GIB * sizes.layers(model.shapes) + 24 * logits),
+        memory=max(filled.memory, _streamed(model), 0.25 * _GIB + 0.018 * _GIB * layers + 24 * logits),
         work=filled.work + Work(calls=_IMPORTS, products=run + table) + _written(written),
         scratch=filled.scratch + written,
     )

@@ -3,8 +3,9 @@
 A recipe is tuned on the models that there were. Another model may have channels far beyond the rest, and lose what
 those did not lose (docs/experiments.md). So each rung is built as stage int8 builds it, run in LiteRT on calibration
 text, and held against Hugging Face's model in fp32; a rung that does not keep the recipe's limits gives way to the
-next, which costs more at run time. Text is read lot by lot until the interval is clear, a bounded number of lots.
-Nothing of the model's size is in memory: the reference streams, and LiteRT maps what it packs.
+next, which costs more at run time. Text is read lot by lot until the interval is clear, a bounded number of lots, and
+logits are there at judged positions alone. Nothing of the model's size is in memory: the reference streams, and LiteRT
+maps what it packs.
 """
 
 from __future__ import annotations
@@ -26,23 +27,28 @@ from pipeline.core import facts, log, parallel
 from pipeline.core.errors import UsageError
 from pipeline.core.recipe import STEP, Gate, Graphs, Int8, Recipe, StepLimits
 from pipeline.core.toml import Pattern
-from pipeline.judge import corpus, metrics
+from pipeline.judge import corpus, metrics, screening
 from pipeline.judge.corpus import Positions, Tokens
 from pipeline.judge.metrics import Estimate
 from pipeline.judge.reference import Floats, Head
 from pipeline.models import build
 from pipeline.quantize import gptq, int8
-from pipeline.runtime.litert import OUTPUT, SIGNATURE, MappedModel
+from pipeline.runtime.litert import OUTPUT, SIGNATURE, MappedModel, MappedRunner
 from pipeline.tflite.graph import Graph
 
 FIRST = "recipe"
 """The rung that is the recipe's section as it stands."""
 _STRENGTH, _FEW, _ALL = 0.5, (Pattern("down_proj"), Pattern("head")), (Pattern("."),)
 """Of equalization; the layers whose activations cost most in Gemma 3; all layers."""
-_TOKENS = 256
-"""Tokens that the reference reads at once: their activations take memory, and reading its weights anew little time."""
-_LOTS = (16,) * 4
-"""Windows of each lot; each window is judged at `corpus.POSITIONS_PER_WINDOW` positions."""
+_STATES = 1024 * 640
+"""Numbers of hidden states that the reference reads at once: a pass takes time of its own, and activations memory."""
+_LOT, _LOTS = 16, 4
+"""Windows of a lot, lots at most. Windows differ more than a window's positions do: half as many windows with twice the
+positions each have an interval that is twice as wide (Gemma 3 270M)."""
+_PRODUCTS = 10**13
+"""Parameters times tokens that the reference reads, if one lot has no more: some two minutes on two cores."""
+_LOGITS = 1 << 23
+"""Logits of a rung that are there at a time, and as many of the reference (32 MiB each)."""
 
 
 class Reference(Protocol):
@@ -84,7 +90,7 @@ NAMES = (FIRST, "equalize", "rotate", "int8x2", "int8x2-all")
 
 @dataclass(frozen=True, kw_only=True)
 class Figures:
-    """What a rung is judged by; `metrics.Summary` has more, whose quantiles take seconds."""
+    """What a rung is judged by."""
 
     positions: int
     kld: Estimate
@@ -92,7 +98,7 @@ class Figures:
     perplexity_ratio: Estimate
 
     @classmethod
-    def of(cls, scores: metrics.Scores, blocks: metrics.Indices) -> Figures:
+    def of(cls, scores: screening.Sample, blocks: metrics.Indices) -> Figures:
         """Of positions in windows `blocks` [n]."""
         mean = partial(metrics.bootstrap, draws=metrics.Draws.of(blocks))
         return cls(
@@ -201,7 +207,7 @@ class Maker:
     hessians: gptq.Hessians | None
 
     def make(self, section: Int8, scratch: Path, window: int, cap: float | None) -> Path:
-        """The graph of every position of a rung, in the folder `scratch`; beside it the step graph that it is of.
+        """The graph of chosen positions of a rung, in the folder `scratch`; beside it the step graph that it is of.
 
         That is `step` itself where one is wanted, else one of a graph that is exported for the ladder alone, once, to
         the folder that holds `scratch`.
@@ -210,7 +216,17 @@ class Maker:
         if not source.is_file():
             build.export_step(self.checkpoint, StepLimits(max_batch=8, max_sequence=max(128, window)), source)
         write(self.checkpoint, source, file, section, self.hessians)
-        return every_position(file, scratch / "every-position.tflite", window, 1 / cap if cap else 1.0)
+        return at_positions(file, scratch / "at-positions.tflite", window, judged_in(window), 1 / cap if cap else 1.0)
+
+
+def judged_in(window: int) -> int:
+    """How many positions of a window of so many tokens are judged."""
+    return min(corpus.POSITIONS_PER_WINDOW, window - 1)
+
+
+def lots(parameters: int, window: int) -> tuple[int, ...]:
+    """The windows of each lot that a model of so many parameters is judged on: fewer lots for larger models."""
+    return (_LOT,) * max(1, min(_LOTS, _PRODUCTS // (parameters * window * _LOT)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,73 +243,111 @@ class Text:
     known: dict[int, tuple[Positions, Floats]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, text: Path, window: int, reference: Reference, checkpoint: Path) -> Text:
-        """As much of the file `text` as a model is judged on."""
-        windows = corpus.calibration_windows(text, reference.tokenizer, window, sum(_LOTS))
-        return cls(windows=windows, lots=_LOTS, reference=reference, head=Head.of_checkpoint(checkpoint, reference.cap))
+    def of(cls, text: Path, window: int, reference: Reference, checkpoint: Checkpoint, parameters: int) -> Text:
+        """As much of the file `text` as a model of so many parameters is judged on."""
+        found = lots(parameters, window)
+        windows = corpus.calibration_windows(text, reference.tokenizer, window, sum(found))
+        head = Head.of_checkpoint(checkpoint.folder, reference.cap)
+        return cls(windows=windows, lots=found, reference=reference, head=head)
 
     def rows(self, lot: int) -> Tokens:
         """The windows of a lot; a text that is short has fewer."""
         return self.windows[lot :: len(self.lots)]
 
-    def score(self, file: Path, lot: int) -> metrics.Scores:
-        """The graph of every position in `file` on one lot, against the reference."""
+    def expected(self, lot: int) -> tuple[Positions, Floats]:
+        """The judged positions of a lot, and the reference's hidden states [n, H] there."""
         rows = self.rows(lot)
         if lot not in self.known:
             count, window = rows.shape
-            spread = corpus.spread_positions(count, window, count * corpus.POSITIONS_PER_WINDOW)
+            spread = corpus.spread_positions(count, window, count * judged_in(window))
             # Of the states only those of judged positions are kept.
-            few = np.array_split(rows, -(-rows.size // _TOKENS))
-            states = np.concatenate([self.reference.hidden(part, np.ones_like(part)) for part in few])
+            few = max(1, _STATES // (self.head.weight.shape[1] * window))
+            parts = (rows[start : start + few] for start in range(0, count, few))
+            states = np.concatenate([self.reference.hidden(part, np.ones_like(part)) for part in parts])
             self.known[lot] = spread, states[spread.window, spread.length - 1]
-        positions, hidden = self.known[lot]
-        model = MappedModel(file, file.with_suffix(".packed"), parallel.threads())
-        run, parts = model.get_signature_runner(SIGNATURE), list[Floats]()
-        for row, ids in enumerate(rows):
-            logits = run(input_ids=ids[None], attention_mask=np.ones_like(ids)[None])[OUTPUT]
-            assert isinstance(logits, np.ndarray)
-            parts.append(logits[positions.length[positions.window == row] - 1])
-        return self.head.score(np.concatenate(parts), hidden, rows[positions.window, positions.length])
+        return self.known[lot]
+
+    def score(self, file: Path, lot: int) -> screening.Sample:
+        """The graph of chosen positions in `file` on one lot, against the reference."""
+        return score(file, self.rows(lot), *self.expected(lot), self.head)
 
     def judge(self, file: Path, limits: Sequence[Limit]) -> tuple[Figures, bool]:
-        """The figures of the graph of every position in `file`, and whether it keeps the `limits`."""
-        parts, blocks = list[metrics.Scores](), list[metrics.Indices]()
+        """The figures of the graph of chosen positions in `file`, and whether it keeps the `limits`."""
+        parts, blocks = list[screening.Sample](), list[metrics.Indices]()
         for lot in (lot for lot in range(len(self.lots)) if len(self.rows(lot))):
             parts.append(self.score(file, lot))
             blocks.append(self.known[lot][0].window * len(self.lots) + lot)
-            found = Figures.of(metrics.join(parts), np.concatenate(blocks))
+            found = Figures.of(screening.Sample.join(parts), np.concatenate(blocks))
             told = [limit.kept(found) for limit in limits]
             if all(told) or False in told:
                 return found, all(told)
         return found, all(limit.kept(found) or limit.likely(found) for limit in limits)
 
 
-def every_position(file: Path, out: Path, window: int, factor: float) -> Path:
-    """Write the step graph in `file` as one that gives the logits of all `window` positions of one row, [window, V].
+def score(file: Path, rows: Tokens, positions: Positions, hidden: Floats, head: Head) -> screening.Sample:
+    """The graph of chosen positions in `file` on windows `rows` [N, L], against the reference.
+
+    Args:
+        file: as `at_positions` writes it.
+        rows: the windows.
+        positions: what is judged of them, as many of each as the graph gives.
+        hidden: the reference's hidden states there, [n, H].
+        head: of the reference.
+    """
+    model = MappedModel(file, file.with_suffix(".packed"), parallel.threads())
+    run, parts, each = model.get_signature_runner(SIGNATURE), list[screening.Sample](), len(positions) // len(rows)
+    targets, step = rows[positions.window, positions.length], max(1, _LOGITS // (head.vocabulary * each))
+    for start in range(0, len(rows), step):
+        some = slice(start * each, (start + step) * each)
+        places = (positions.length[some] - 1).astype(np.int32).reshape(-1, each)
+        found = [_logits(run, ids, at) for ids, at in zip(rows[start : start + step], places, strict=True)]
+        parts.append(screening.compare(screening.logits(head, hidden[some]), np.concatenate(found), targets[some]))
+    return screening.Sample.join(parts)
+
+
+def _logits(run: MappedRunner, ids: Tokens, positions: Tokens) -> Floats:
+    """Logits [n, V] of a window [L] after its first `positions` + 1 tokens, [n] each."""
+    logits = run(input_ids=ids[None], attention_mask=np.ones_like(ids)[None], positions=positions)[OUTPUT]
+    assert isinstance(logits, np.ndarray)
+    return logits
+
+
+def at_positions(file: Path, out: Path, window: int, count: int, factor: float) -> Path:
+    """Write the step graph in `file` as one that gives the logits of `count` positions of one row, [count, V].
 
     What stands behind the product that picks the last position takes rows, one for each text; here these are
-    positions. So the file that is judged is the file that was written, but for that product.
+    positions, which a third input `positions` [count] names, from 0. So the file that is judged is the file that was
+    written, but for that product, and the head is applied where it is asked for alone.
 
     Args:
         file: a step graph, in any precision.
         out: where the graph goes.
         window: tokens.
+        count: positions.
         factor: what the product multiplies hidden states with: `Head.factor` in models/transformer.py.
     """
     graph = Graph.read(file)
     picking = [operator for operator in graph.operators() if graph.code(operator) == "BATCH_MATMUL"][-1]
     hidden, picked = int(picking.inputs[1]), int(picking.outputs[0])
 
-    rows = graph.add_tensor("every_position;rows", "FLOAT32", graph.shape(picked))
-    shape = graph.add_constant(np.array(graph.shape(picked), np.int32), "every_position;shape")
-    scale = graph.add_constant(np.array(factor, np.float32), "every_position;factor")
-    all_rows = [graph.operator("RESHAPE", [hidden, shape], [rows]), graph.operator("MUL", [rows, scale], [picked])]
-    graph.rewrite(lambda operator: all_rows if operator is picking else [operator])
+    shape = graph.shape(picked)
+    rows, chosen = (graph.add_tensor(f"positions;{name}", "FLOAT32", shape) for name in ("rows", "chosen"))
+    places = graph.add_tensor("positions", "INT32", (count,))
+    flat = graph.add_constant(np.array(shape, np.int32), "positions;shape")
+    scale = graph.add_constant(np.array(factor, np.float32), "positions;factor")
+    few = [
+        graph.operator("RESHAPE", [hidden, flat], [rows]),
+        graph.operator("GATHER", [rows, places], [chosen], axis=0),
+        graph.operator("MUL", [chosen, scale], [picked]),
+    ]
+    graph.rewrite(lambda operator: few if operator is picking else [operator])
+    inputs, logits = {str(port.name): int(port.tensorIndex) for port in graph.ports()}, int(graph.main.outputs[0])
     # Fixed shapes: the runtime that maps its packed weights takes no others.
-    logits = int(graph.main.outputs[0])
-    sizes = {**dict.fromkeys(map(int, graph.main.inputs), [1, window]), logits: [window, graph.shape(logits)[-1]]}
+    sizes = {**dict.fromkeys(inputs.values(), [1, window]), logits: [count, graph.shape(logits)[-1]]}
     for tensor, size in sizes.items():
         graph.main.tensors[tensor].shape, graph.main.tensors[tensor].shapeSignature = size, None
+    graph.main.inputs, graph.model.signatureDefs = [*inputs.values(), places], []
+    graph.add_signature(SIGNATURE, {**inputs, "positions": places}, {OUTPUT: logits})
     graph.prune()
     graph.write(out)
     return out

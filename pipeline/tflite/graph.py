@@ -449,6 +449,7 @@ _OPTIONS = {
     "REDUCE_MIN": "ReducerOptions",
     "CONCATENATION": "ConcatenationOptions",
     "SPLIT": "SplitOptions",
+    "GATHER": "GatherOptions",
 }
 
 

@@ -7,12 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from line import Line, small_recipe
 
 from pipeline import fetch, int8
+from pipeline.bundling import litertlm
 from pipeline.core import facts, manifest
 from pipeline.core.recipe import PROJECT, load
 from pipeline.core.stage import DEFAULT_MODEL
+from pipeline.reference import activations
+from pipeline.reference.model import HuggingFace
 from pipeline.runtime.litert import SIGNATURE, MappedModel, StepModel
 from pipeline.search import ladder
 from tools import stress
@@ -74,14 +78,34 @@ def test_where_no_rung_is_good_enough_the_closest_is_built_and_said(
     assert found.rung == "recipe" and found.shortfall in said and "times the limit of 1e-07" in found.shortfall
 
 
+def test_the_largest_activation_is_told_and_is_what_modules_read_and_give(stressed: Line, built: Line) -> None:
+    def said(line: Line) -> float:
+        found = manifest.read(line.root / "int8").told(facts.Precision).largest_activation
+        assert found
+        return found
+
+    # Rows of up_proj are 256 times as large, and so is what down_proj reads, which no module gives: a product is.
+    assert said(stressed) > 20 * said(built)
+    reference = HuggingFace.load(PROJECT / DEFAULT_MODEL, "cpu")
+    windows = np.random.default_rng(0).integers(5, 2000, (2, 32), dtype=np.int32)
+    with torch.inference_mode():
+        streams = reference.model.model(torch.from_numpy(windows).long(), output_hidden_states=True).hidden_states
+    inner = max(float(stream.abs().max()) for stream in streams[1:-1])
+    assert inner <= activations.largest(reference, windows) < 100 * inner
+    sections = litertlm.read_sections(built.root / "bundle" / "int8.litertlm")
+    assert not any(section.activation_type for section in sections)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
-def test_the_graph_of_every_position_is_the_file_itself(built: Line, tmp_path: Path, precision: str) -> None:
+def test_the_graph_of_chosen_positions_is_the_file_itself(built: Line, tmp_path: Path, precision: str) -> None:
     file = built.root / precision / "step.tflite"
-    every = ladder.every_position(file, tmp_path / "every.tflite", 32, 1 / 30)
+    few = ladder.at_positions(file, tmp_path / "few.tflite", 32, 4, 1 / 30)
     ids = np.random.default_rng(0).integers(5, 2000, (1, 32), dtype=np.int32)
-    run = MappedModel(every, tmp_path / "packed", 1).get_signature_runner(SIGNATURE)
-    found, model = run(input_ids=ids, attention_mask=np.ones_like(ids))["logits"], StepModel(file, threads=1)
-    assert isinstance(found, np.ndarray)
-    for length in (1, 7, 32):
-        alone = model.logits(ids[:, :length], np.ones((1, length), np.int32))[0]
-        np.testing.assert_allclose(found[length - 1], alone, atol=1e-4)
+    run, model = MappedModel(few, tmp_path / "packed", 1).get_signature_runner(SIGNATURE), StepModel(file, threads=1)
+    for positions in ([0, 6, 30, 31], [31, 6, 6, 2]):
+        places = np.array(positions, np.int32)
+        found = run(input_ids=ids, attention_mask=np.ones_like(ids), positions=places)["logits"]
+        assert isinstance(found, np.ndarray) and found.shape == (4, 2048)
+        for row, place in zip(found, positions, strict=True):
+            alone = model.logits(ids[:, : place + 1], np.ones((1, place + 1), np.int32))[0]
+            np.testing.assert_allclose(row, alone, atol=1e-4)

@@ -27,7 +27,7 @@ WINDOW = {"sliding_window": 64}
 """Shorter than E2B's 512, so that conversations cross it soon."""
 GIB = 1 << 30
 STAGES = ("fetch", "golden", "graph", "fp32", "int8", "bundle", "verify", "publish")
-MOST = {"golden": 1.3, "verify": 1.6}
+MOST = {"golden": 1.3, "int8": 1.2, "verify": 1.6}
 """GiB of anonymous memory; the other stages get by with `ELSEWHERE`."""
 ELSEWHERE = 0.7
 
@@ -85,7 +85,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Line:
     line.recipe.write_text(text, encoding="utf-8")
     for stage in STAGES:
         run(line, stage, *(("--weights", "streamed") if stage == "golden" else ()))
-    assert not manifest.read(line.root / "int8").told(facts.Precision).climbed, "a ladder takes more memory"
+    assert manifest.read(line.root / "int8").told(facts.Precision).climbed
     return line
 
 
@@ -136,9 +136,9 @@ def test_nothing_of_the_models_size_is_written_besides_the_files(wide: Line, tmp
     assert most[0] - made < 0.1 * main_graph
 
 
-def test_a_container_of_less_than_a_gigabyte_is_enough(wide: Line, tmp_path: Path) -> None:
+def test_a_container_of_little_more_than_a_gigabyte_is_enough(wide: Line, tmp_path: Path) -> None:
     line = after_graph(wide, tmp_path)
-    with cgroup(GIB * 3 // 4) as within:
+    with cgroup(GIB * 5 // 4) as within:
         if within is None:
             pytest.skip("this process may make no memory cgroup")
         run(line, "int8", within=tuple(within))

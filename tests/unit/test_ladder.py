@@ -71,7 +71,7 @@ def test_what_a_recipe_does_already_is_no_rung() -> None:
 @pytest.mark.parametrize("file", sorted(RECIPES.glob("*.toml")), ids=lambda file: file.stem)
 def test_every_shipped_recipe_has_rungs_and_limits_to_climb_by(file: Path) -> None:
     recipe = load(file)
-    assert recipe.int8.ladder is (file.stem == "gemma3n") and len(ladder.rungs(recipe.int8)) > 1
+    assert recipe.int8.ladder and len(ladder.rungs(recipe.int8)) > 1
     for graphs, count in (("all", 2), ("step", 1), ("bundle", 1)):
         found = ladder.limits(recipe, graphs)  # type: ignore[arg-type]
         assert len(found) == count and all(each.positions >= 512 or graphs != "step" for each in found)
@@ -148,3 +148,10 @@ def test_lots_of_text_are_disjoint_and_spread() -> None:
     rows = [text.rows(lot)[:, 0] for lot in range(3)]
     assert sorted(np.concatenate(rows).tolist()) == windows[:, 0].tolist()
     assert all(np.diff(row).max() == 12 for row in rows)
+
+
+def test_large_models_are_judged_on_fewer_lots() -> None:
+    found = {size: ladder.lots(size, 128) for size in (2 * 10**6, 268 * 10**6, 1_700 * 10**6, 4_460 * 10**6, 7 * 10**9)}
+    assert [len(lots) for lots in found.values()] == [4, 4, 2, 1, 1] and all(
+        set(lots) == {16} for lots in found.values()
+    )

@@ -146,6 +146,17 @@ def test_thoughts_and_tools_are_told_where_the_template_has_them(models: dict[st
     assert litertlm.thoughts(out) == THINKING.thoughts
 
 
+@pytest.mark.parametrize(("largest", "expected"), [(None, ""), (300.0, ""), (40000.0, "fp32"), (9e4, "fp32")])
+def test_a_decoder_that_float16_can_not_hold_says_so(
+    models: dict[str, Path], tmp_path: Path, largest: float | None, expected: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    kind = metadata.activation_type(largest)
+    assert kind == expected
+    sections = written(models, tmp_path / "x.litertlm", activation_type=kind)
+    assert [section.activation_type for section in sections] == ["", "", expected, "", ""]
+    assert sections == litertlm.read_sections(tmp_path / "x.litertlm") and "Adding" not in capfd.readouterr().out
+
+
 def test_a_template_without_them_says_so(models: dict[str, Path], tmp_path: Path) -> None:
     found = described(SIMPLE, runtime=lambda _: THINKING)
     assert (found.thoughts, found.tools, found.calls, found.stop) == (None, False, {}, (EOS, END_OF_TURN))
