@@ -47,7 +47,7 @@ class Packed:
         # As the recipe is, and with all that would leave the grid: the files must not differ in what is given.
         eight = ("embed_tokens", "embed_tokens_per_layer", "altup", "per_layer_model_projection", "head")
         changes = {
-            f"keep_int8 = {json.dumps(eight[1:4])}": f'rotate = ["."]\nequalize = 0.5\nkeep_int8 = {json.dumps(eight)}',
+            f"keep_int8 = {json.dumps(eight[2:4])}": f'rotate = ["."]\nequalize = 0.5\nkeep_int8 = {json.dumps(eight)}',
             "int8_tokens = [[0, 512], [1792, 2048]] # of the shipped model's 2,048\n": "",
         }
         recipe = small_recipe(folder / "recipe.toml", **changes)
