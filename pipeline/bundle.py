@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 
-from pipeline.bundling import litertlm
+from pipeline.bundling import contents, litertlm
 from pipeline.bundling.metadata import activation_type, of_checkpoint, tokenizer_json
 from pipeline.core import log
 from pipeline.core.facts import Bundle, Precision
@@ -46,6 +46,7 @@ def work(context: Context) -> Outcome:
             top_k=metadata.sampler.top_k,
             stored=stored,
             weight_bytes=weight_bytes,
+            cache_bytes=contents.cache_bytes(models["decoder"], context.recipe.bundle.cache_length),
             remarks=(*metadata.remarks, *([_CPU_ALONE] if context.recipe.bundle.grows else [])),
         )
         log.step(f"{out.name}: {log.human_bytes(out.stat().st_size)}")

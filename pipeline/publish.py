@@ -54,7 +54,12 @@ def work(context: Context) -> Outcome:
     carried = folder.place_licence_files(checkpoint, target)
     (target / "LICENSE").write_text(licence.licence_text(terms, carried), encoding="utf-8")
     (target / "NOTICE").write_text(licence.notice_text(terms, subject.model, build.changes), encoding="utf-8")
-    page = card.text(subject, terms, source, products, checks, build)
+    by_script = {
+        product.file: found["scripts"]
+        for product in products
+        if (found := judgement["bundles"].get(product.variant)) and found.get("scripts")
+    }
+    page = card.text(subject, terms, source, products, checks, build, by_script)
     (target / "README.md").write_text(page, encoding="utf-8")
 
     judged = {record.path: record.sha256 for record in verify.inputs}

@@ -24,6 +24,7 @@ _ARITHMETIC = ("integer", "hybrid", "float")
 # As litert-lm-builder names the kinds of sections.
 _TFLITE, _METADATA = "TFLiteModel", "LlmMetadataProto"
 _WORD_BITS = 8
+_CACHE, _BYTES = "kv_cache", {"INT8": 1, "FLOAT16": 2}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +123,14 @@ def read(file: Path) -> Contents:
     texts = [litertlm.read(file, each) for each in sections if each.kind == _METADATA]
     said = json_format.MessageToDict(llm_metadata_pb2.LlmMetadata.FromString(texts[0])) if texts else {}
     return Contents(file=file.name, size=size, sections=sections, metadata=said, models=models)
+
+
+def cache_bytes(decoder: Path, length: int) -> int:
+    """What the cache of a decoder takes: its inputs of that name; `length` positions where it grows."""
+    model = _model(Graph.read(decoder), decoder.name, 0)
+    ports = [port for port in model.signatures[0].inputs if port.name.startswith(_CACHE)]
+    sizes = [math.prod(length if size < 0 else size for size in port.shape) for port in ports]
+    return sum(size * _BYTES.get(port.type, 4) for size, port in zip(sizes, ports, strict=True))
 
 
 def _model(graph: Graph, name: str, size: int) -> Model:

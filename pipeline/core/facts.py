@@ -218,7 +218,10 @@ class Section:
 
 @dataclass(frozen=True, kw_only=True)
 class Bundle:
-    """Stage bundle, by precision. `stored`: elements of matrices and tables, `weight_bytes`: what they take."""
+    """Stage bundle, by precision. `stored`: elements of matrices and tables, `weight_bytes`: what they take.
+
+    `cache_bytes` is what the cache takes while the bundle runs.
+    """
 
     sections: tuple[Section, ...]
     model_type: str
@@ -229,6 +232,7 @@ class Bundle:
     top_k: int
     stored: int
     weight_bytes: int
+    cache_bytes: int = 0
     remarks: tuple[str, ...] = ()
 
 

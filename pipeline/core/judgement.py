@@ -74,9 +74,19 @@ class Greedy(TypedDict):
     rows: list[object]
 
 
-class Bundle(File):
-    """A bundle; `prompts` is null of a model without a chat template."""
+class Script(TypedDict):
+    """A bundle's figures on text in one script; `kld_ratio` over Latin's, null of that itself."""
 
+    positions: int
+    kld: Estimate
+    top1: Estimate
+    kld_ratio: Estimate | None
+
+
+class Bundle(File):
+    """A bundle; `prompts` is null of a model without a chat template. `scripts` are by name, none of fp32."""
+
+    scripts: dict[str, Script]
     token_ids: Tally
     prompts: Tally | None
     greedy: Greedy

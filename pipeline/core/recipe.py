@@ -87,7 +87,9 @@ class Corpus:
 
     `window` is the length of a teacher-forced context in tokens, `positions` how many next-token predictions are
     judged, spread evenly over the windows. `prompts` greedy continuations of `continuation` tokens are shown.
-    `hessian_windows` contexts of the calibration text are what GPTQ rounds by (stage moments).
+    `hessian_windows` contexts of the calibration text are what GPTQ rounds by (stage moments). `scripts` are those that
+    a release is for besides Latin (`Tifinagh`, `Arabic`, `CJK`, `Cyrillic` …): bundles read texts of the verification
+    text that are in them, and are held to a limit of their own there (`script_kld_ratio`).
     """
 
     verification: str
@@ -97,6 +99,7 @@ class Corpus:
     prompts: int
     continuation: int
     hessian_windows: int = 64
+    scripts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,6 +187,7 @@ class Gate:
     `nmse` worst normalised mean square error of logits against Hugging Face over all shapes; `kld` mean
     KL(reference || file) in nats; `top1` share of equal most likely tokens; `perplexity_ratio_min` and `_max` bound the
     file's perplexity over that of what it is held against: text that gets likelier is as much of a change;
+    `script_kld_ratio` a bundle's mean KLD on text in each of `corpus.scripts` over that on text in Latin;
     `size_ratio` bytes over the bytes of the fp32 file; `size_per_parameter` bytes per parameter; `bytes_per_weight`
     bytes of a bundle's weights and scales per stored weight; `integer_share` share of multiply-adds in integer kernels.
     """
@@ -193,6 +197,7 @@ class Gate:
     top1: float | None = None
     perplexity_ratio_min: float | None = None
     perplexity_ratio_max: float | None = None
+    script_kld_ratio: float | None = None
     size_ratio: float | None = None
     size_per_parameter: float | None = None
     bytes_per_weight: float | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +12,13 @@ from pipeline.checkpoint.chat import Tokenizer
 from pipeline.core.errors import UsageError
 from pipeline.core.manifest import FileRecord
 from pipeline.core.recipe import BASELINE, Gate
-from pipeline.judge import gates, kv_cache, metrics, parity
+from pipeline.judge import gates, kv_cache, metrics, parity, scripts
 from pipeline.judge.gates import REFERENCE, Check, Measurement
 from pipeline.judge.kv_cache import Logits, Trace
-from pipeline.judge.metrics import Divergence, Summary
+from pipeline.judge.metrics import Divergence, Scores, Summary
 from pipeline.judge.parity import Parity
 from pipeline.judge.reference import Floats, Greedy, Head
+from pipeline.judge.scripts import ScriptFigures
 from pipeline.runtime.litert_lm import Message
 
 SCORE_ERROR = 5e-3
@@ -52,7 +53,10 @@ class Subject:
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What every bundle of one run is held against; `scratch` is a folder for what would take gigabytes of memory."""
+    """What every bundle of one run is held against; `scratch` is a folder for what would take gigabytes of memory.
+
+    `scripts` are those that have a limit of their own.
+    """
 
     trace: Trace
     head: Head
@@ -61,6 +65,7 @@ class Setting:
     greedy: Sequence[Greedy]
     stop: set[int]
     scratch: Path
+    scripts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +80,7 @@ class Verdict:
     against_reference: Summary
     against_cached: Summary | None
     parity: Parity
+    scripts: Mapping[str, ScriptFigures]
 
     @property
     def divergence(self) -> Divergence | None:
@@ -100,6 +106,7 @@ class Verdict:
             "positions": self.against_reference.positions,
             "against_reference": asdict(self.against_reference),
             "against_cached": _facts(self.against_cached),
+            "scripts": {name: asdict(figures) for name, figures in self.scripts.items()},
             "divergence": _facts(self.divergence),
             "token_ids": asdict(result.ids),
             "prompts": asdict(result.prompts) if result.prompts else None,
@@ -135,13 +142,16 @@ def judge(subject: Subject, setting: Setting) -> Verdict:
     trace = setting.trace.conversations() if exact else setting.trace
     logits = kv_cache.replay(subject.sections, trace, subject.name, setting.scratch)
 
-    def against_hidden(hidden: Floats) -> Summary:
+    def against_hidden(hidden: Floats) -> Scores:
         part = slice(len(hidden))
-        scores = setting.head.score(logits[part], hidden, trace.targets[part])
-        return metrics.summarise(scores, trace.blocks[part])
+        return setting.head.score(logits[part], hidden, trace.targets[part])
 
     without, with_cache = trace.expected()
-    plain, cached = against_hidden(without), against_hidden(with_cache) if exact else None
+    scores = against_hidden(without)
+    plain = metrics.summarise(scores, trace.blocks)
+    cached = metrics.summarise(against_hidden(with_cache), trace.blocks[: len(with_cache)]) if exact else None
+    # Where arithmetic is the same nothing differs by script.
+    by_script = {} if exact else scripts.figures(scores, trace.blocks, trace.scripts(setting.tokenizer.decode))
     result = parity.compare(
         subject.path, setting.tokenizer, setting.conversations, setting.greedy, setting.stop, setting.scratch
     )
@@ -149,15 +159,34 @@ def judge(subject: Subject, setting: Setting) -> Verdict:
         _exactness(plain, cached, trace)
         if cached
         else gates.quality("through the cache", plain, against=REFERENCE, detail=trace.described)
+        + _by_script(by_script, setting.scripts)
     )
     holds = [*_parity_checks(subject, result, exact=exact), _finite(subject, logits)]
+    gate = subject.gate
+    if gate and not setting.scripts:  # a limit for a language that no release names is none
+        gate = replace(gate, script_kld_ratio=None)
     return Verdict(
         subject=subject,
-        checks=gates.judge(subject.name, subject.gate, [*figures, *_sizes(subject)]) + holds,
+        checks=gates.judge(subject.name, gate, [*figures, *_sizes(subject)]) + holds,
         against_reference=plain,
         against_cached=cached,
         parity=result,
+        scripts=by_script,
     )
+
+
+def _by_script(found: Mapping[str, ScriptFigures], wanted: Sequence[str]) -> list[Measurement]:
+    """The KLD of each script that the bundle is for, over Latin's; of what was not met there is nothing to measure."""
+    return [_of_script(name, found.get(name), found.get(scripts.BASIS)) for name in wanted]
+
+
+def _of_script(script: str, own: ScriptFigures | None, basis: ScriptFigures | None) -> Measurement:
+    metric, name = "script_kld_ratio", f"KLD on {script} / on {scripts.BASIS}"
+    if not own or not basis or not own.kld_ratio:
+        detail = "no position in one of the two"
+        return Measurement(metric=metric, name=name, value=None, against=REFERENCE, detail=detail)
+    fewest, detail = min(own.positions, basis.positions), f"{own.positions} positions beside {basis.positions}"
+    return Measurement.estimated(metric, name, own.kld_ratio, fewest, against=REFERENCE, detail=detail)
 
 
 def _exactness(plain: Summary, cached: Summary, trace: Trace) -> list[Measurement]:

@@ -11,7 +11,7 @@ decoded from its first token to its last, in the used cache as well.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import cycle, zip_longest
 from pathlib import Path
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from pipeline.core import log
 from pipeline.core.recipe import Bundle
+from pipeline.judge import scripts
 from pipeline.judge.corpus import POSITIONS_PER_WINDOW, Tokens
 from pipeline.judge.reference import Floats
 from pipeline.runtime.sections import Conversation, Sections
@@ -137,6 +138,12 @@ class Trace:
         conversations = [row * stretches + self.schedules[row].judged // POSITIONS_PER_WINDOW for row in ORDER]
         count, length = self.texts[:, 1:].shape
         return np.concatenate([*conversations, np.repeat(2 * stretches + np.arange(count), length)])
+
+    def scripts(self, decode: Callable[[list[int]], str]) -> list[str]:
+        """The script of the token that follows each judged position, in the order of `replay`; `decode` gives text."""
+        conversations = [scripts.of_tokens(tokens, decode) for tokens in self.tokens]
+        found = [conversations[row][place + 1] for row in ORDER for place in self.schedules[row].judged]
+        return found + [name for text in self.texts for name in scripts.of_tokens(text, decode)[1:]]
 
     def expected(self) -> tuple[Floats, Floats]:
         """Hidden states [n, H] of the judged positions in the order of `replay`, without a cache and with.

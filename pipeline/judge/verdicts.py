@@ -89,6 +89,7 @@ def judge_bundles(
             greedy=reference.greedy()[: recipe.bundle.prompts],
             stop=set(golden.stop),
             scratch=Path(scratch),
+            scripts=recipe.corpus.scripts,
         )
         verdicts: list[bundles.Verdict] = []
         for precision in sorted(recipe.bundle.precisions, key=lambda name: name != BASELINE):

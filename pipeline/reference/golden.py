@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 from pipeline.core import log, memory
 from pipeline.core.errors import UsageError, VerificationError
 from pipeline.core.recipe import BASELINE, Bundle, Corpus, Graphs, Recipe, Shapes
-from pipeline.judge import corpus, kv_cache, metrics
+from pipeline.judge import corpus, kv_cache, metrics, scripts
 from pipeline.judge.corpus import Tokens
 from pipeline.judge.metrics import Summary
 from pipeline.judge.reference import Greedy, Head
@@ -31,6 +31,8 @@ Floor = Mapping[str, object]
 NOT_MEASURED: Floor = {"not_measured": "not measured: the model does not fit into memory and is streamed in float32"}
 DEVICE_NMSE = 1e-8
 _FLOOR_POSITIONS = 256
+_OF_SCRIPT = 8
+"""Texts in each script that a release is for: a thousand positions of windows of 128 tokens."""
 _SCORED = 16
 """Positions whose logits are held at a time: 34 MB each way with 262,400 tokens."""
 
@@ -201,6 +203,23 @@ class CacheTrace:
     texts: int
 
 
+def in_script(name: str, documents: Sequence[str], reference: HuggingFace, window: int) -> Tokens:
+    """Windows [n, `window`] of the documents that are in a script, n at most `_OF_SCRIPT`.
+
+    Raises:
+        UsageError: there is too little text in it to judge by.
+    """
+    own = [document for document in documents if scripts.of_text(document) == name]
+    try:
+        return corpus.pack_windows(own, reference.tokenize, bos=reference.bos, window=window, limit=_OF_SCRIPT)
+    except UsageError as error:
+        raise UsageError(
+            f"the verification text has too little in {name}: {error}",
+            cause="`corpus.scripts` in the recipe names it, so bundles are judged on it",
+            remedy=f"give text with documents in {name} (EVAL=), or leave it out there",
+        ) from error
+
+
 def make_cache_trace(reference: HuggingFace, documents: Sequence[str], recipe: Recipe, folder: Path) -> CacheTrace:
     """Compute and store what the reference says of the conversations and texts that go through the cache.
 
@@ -219,7 +238,7 @@ def make_cache_trace(reference: HuggingFace, documents: Sequence[str], recipe: R
             f"the verification text is too short for two conversations of {schedule.length} tokens",
             remedy="give more text, or lower bundle.decode in the recipe",
         )
-    count, texts = kv_cache.texts(bundle, window), np.empty((0, window), np.int32)
+    count, texts, scripts_for = kv_cache.texts(bundle, window), np.empty((0, window), np.int32), recipe.corpus.scripts
     # What the reference's own cache gives is the measure of the fp32 bundle alone, whose arithmetic is the same. With a
     # large model it is most of the work: each token reads all weights.
     exact = BASELINE in bundle.precisions
@@ -233,6 +252,8 @@ def make_cache_trace(reference: HuggingFace, documents: Sequence[str], recipe: R
         }
         if count:
             texts = corpus.pack_windows(documents, reference.tokenize, bos=reference.bos, window=window, limit=count)
+        texts = np.concatenate([texts, *(in_script(name, documents, reference, window) for name in scripts_for)])
+        if len(texts):
             told = texts[:, :-1]
             tensors |= {"texts": texts, "states": reference.hidden(told, np.ones_like(told), bar)}
     save_file(tensors, folder / "cache.safetensors")

@@ -18,6 +18,7 @@ from huggingface_hub.repocard import metadata_load
 from pipeline.core import log
 from pipeline.core.errors import PublishError
 from pipeline.core.facts import LeftOut
+from pipeline.core.judgement import Estimate, Script
 from pipeline.release.licence import GEMMA, GEMMA_NOTICE, Licence
 
 _TEMPLATE = Path(__file__).with_name("card.md")
@@ -26,6 +27,7 @@ _USAGE = {
     ".tflite": Path(__file__).with_name("card_step.md"),
 }
 _CARRIED = ("language",)
+_RUNTIME = ("litert-lm-api", "ai-edge-litert")
 # What the Hub asks before it hands out files. The owner of a repository switches the gate on; the words go along.
 _GATE = {
     "extra_gated_heading": "These files are under the Gemma Terms of Use",
@@ -37,11 +39,24 @@ _GATE = {
 
 
 @dataclass(frozen=True, kw_only=True)
+class Phone:
+    """What a bundle asks of a phone: bytes of its largest section and of its cache, tokens of a conversation.
+
+    `activation_type` is what it asks a GPU to compute in; empty where that is left to the app.
+    """
+
+    largest_section: int
+    cache: int
+    tokens: int
+    activation_type: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Product:
     """A published file.
 
     `variant` is what verify calls it, `source` where it lies below the model's folder, `file` its published name,
-    `precision` what it is for people (`int8, dynamic`), `size` in bytes.
+    `precision` what it is for people (`int8, dynamic`), `size` in bytes. `phone` is a bundle's.
     """
 
     variant: str
@@ -49,6 +64,7 @@ class Product:
     file: str
     precision: str
     size: int
+    phone: Phone | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,8 +162,9 @@ def text(
     products: Sequence[Product],
     checks: Sequence[Check],
     build: Build,
+    scripts: Mapping[str, Mapping[str, Script]],
 ) -> str:
-    """The whole README.md; `source` is the front matter of the checkpoint's own card."""
+    """The whole README.md; `source` is the front matter of the checkpoint's own card, `scripts` figures by file."""
     fields = {
         "model": subject.name,
         "origin": _origin(subject),
@@ -155,7 +172,9 @@ def text(
         "changes": build.changes,
         "terms": f"{GEMMA_NOTICE}." if licence.identifier == GEMMA else f"They stay under its licence, {licence.name}.",
         "files": _files(products),
+        "phone": _phone(products, build.tools),
         "checks": _checks(checks),
+        "scripts": _scripts(scripts),
         "usage": "\n\n".join(_usage(products, build)),
         "revision": subject.revision,
         "recipe": build.recipe,
@@ -231,6 +250,37 @@ def _files(products: Sequence[Product]) -> str:
     return _table(("file", "what", "size"), rows)
 
 
+_SECTION_LIMIT = 1 << 31
+"""Bytes that an app on an iPhone may map at once without an entitlement."""
+
+
+def _phone(products: Sequence[Product], tools: Mapping[str, str]) -> str:
+    """What each bundle asks of a phone; nothing without one."""
+    bundles = [(item, item.phone) for item in products if item.phone]
+    if not bundles:
+        return ""
+    rows = [
+        (
+            f"`{item.file}`",
+            f"{log.human_bytes(item.size + phone.cache)}, {log.human_bytes(phone.cache)} of them cache",
+            log.human_bytes(phone.largest_section) + ("" if phone.largest_section < _SECTION_LIMIT else " (*)"),
+            str(phone.tokens),
+            {"": "what the app says, else float16"}.get(phone.activation_type, phone.activation_type),
+        )
+        for item, phone in bundles
+    ]
+    large = any(phone.largest_section >= _SECTION_LIMIT for _, phone in bundles)
+    entitled = "\n\n(*) An app on an iPhone needs an entitlement for more than 2 GiB at once." if large else ""
+    table = _table(
+        ("file", "memory, at least", "largest section", "tokens of a conversation", "a GPU computes in"), rows
+    )
+    runtime = ", ".join(f"{name} {tools[name]}" for name in _RUNTIME if name in tools)
+    return (
+        f"## What a phone needs\n\n{table}{entitled}\n\nWeights are mapped from the file. All files were judged on the "
+        f"processor (XNNPACK){f', with {runtime}' if runtime else ''}; on no GPU and no NPU.\n\n"
+    )
+
+
 def _usage(products: Sequence[Product], build: Build) -> Iterator[str]:
     """How to run each kind of file that there is, shown on the smallest of it."""
     for kind, template in _USAGE.items():
@@ -256,6 +306,29 @@ def _checks(checks: Sequence[Check]) -> str:
         rows.setdefault(item.file, []).append((item.what, item.against, item.value, item.limit, item.detail))
     head = ("check", "against", "value", "limit", "detail")
     return "\n\n".join(f"### `{file}`\n\n{_table(head, found)}" for file, found in rows.items())
+
+
+_FEWEST = 64
+"""Positions below which a script is not shown."""
+
+
+def _scripts(found: Mapping[str, Mapping[str, Script]]) -> str:
+    """What each file loses in each script; nothing where no script has enough text."""
+    rows = [
+        (f"`{file}`", name, str(each["positions"]), _interval(each["kld"]), _interval(each["kld_ratio"]))
+        for file, scripts in found.items()
+        for name, each in scripts.items()
+        if each["positions"] >= _FEWEST
+    ]
+    head = ("file", "script of the text", "positions", "KLD", "over Latin's")
+    return f"### By script\n\n{_table(head, rows)}\n\n" if rows else ""
+
+
+def _interval(estimate: Estimate | None) -> str:
+    """A value with its interval; a dash where there is none."""
+    if not estimate or estimate["value"] is None or estimate["low"] is None or estimate["high"] is None:
+        return "–"
+    return f"{estimate['value']:.2g} ({estimate['low']:.2g} to {estimate['high']:.2g})"
 
 
 def _command(subject: Subject) -> str:

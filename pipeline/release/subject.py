@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from pipeline.core.facts import Bundle, Fetch
 from pipeline.core.manifest import Manifest
 from pipeline.core.recipe import STEP
 from pipeline.core.stage import Context
 from pipeline.release import licence
-from pipeline.release.card import Base, Build, Product, Subject
+from pipeline.release.card import Base, Build, Phone, Product, Subject
 from pipeline.release.licence import Claim
 
 PRECISIONS = {"fp32": "float32", "fp16": "float16", "int8": "int8", "int4": "int4"}
@@ -28,12 +29,22 @@ def products_of(context: Context) -> list[Product]:
 
 def _bundle(context: Context, precision: str) -> Product:
     activations = ", dynamic" if precision in ("int8", "int4") else ""
-    return _product(
+    product = _product(
         context,
         variant=f"bundle-{precision}",
         source=f"bundle/{precision}.litertlm",
         precision=f"{PRECISIONS[precision]}{activations}, bundle for LiteRT-LM",
     )
+    held = context.upstream["bundle"].part(precision, Bundle)
+    if not held.sections:
+        return product
+    phone = Phone(
+        largest_section=max(section.size for section in held.sections),
+        cache=held.cache_bytes,
+        tokens=held.max_tokens,
+        activation_type="".join(section.activation_type for section in held.sections),
+    )
+    return replace(product, phone=phone)
 
 
 def _step(context: Context, precision: str) -> Product:

@@ -505,6 +505,30 @@ def test_an_int8_bundle_is_judged_without_an_fp32_one(built: Line, tmp_path: Pat
     assert "of 3 conversations" in checks["KLD through the cache"]["detail"]
 
 
+def test_a_script_that_a_release_names_has_a_limit_of_its_own(
+    built: Line, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def asking(script: str, limit: str) -> Path:
+        changes = {
+            'precisions = ["fp32", "int8"]': 'precisions = ["int8"]',
+            "window = 128": f'window = 32\nscripts = ["{script}"]',
+            "script_kld_ratio = 2.0 #": f"script_kld_ratio = {limit} #",
+        }
+        return small_recipe(tmp_path / f"{script}-{limit}.toml", **changes)
+
+    line, options = built.copy(tmp_path, "fetch", "graph", "int8"), ("--graphs", "bundle")
+    assert line.run(golden.STAGE, "--device", "cpu", *options, recipe=asking("Hebrew", "2.0")) == 2
+    assert "the verification text has too little in Hebrew" in capfd.readouterr().err
+    named = asking("Tifinagh", "9.0")
+    for stage in (golden.STAGE, packing.STAGE, verify.STAGE):
+        assert line.run(stage, *(("--device", "cpu") if stage is golden.STAGE else ()), *options, recipe=named) == 0
+    own = found(line)["bundles"]["bundle-int8"]["scripts"]["Tifinagh"]
+    told = [check for check in found(line)["checks"] if check["name"] == "KLD on Tifinagh / on Latin"]
+    assert own["positions"] >= 64 and [check["value"] for check in told] == [own["kld_ratio"]["value"]]
+    assert line.run(verify.STAGE, *options, recipe=asking("Tifinagh", "0.01")) == 8
+    assert "KLD on Tifinagh / on Latin is" in capfd.readouterr().err
+
+
 def test_agreement_counts_until_the_first_difference() -> None:
     assert step_runs.agreement([1, 2, 3], [1, 2, 4]) == 2
     assert step_runs.agreement([1, 2], [1, 2, 4]) == 2

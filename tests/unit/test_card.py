@@ -11,8 +11,9 @@ import pytest
 from huggingface_hub.repocard import metadata_load
 
 from pipeline.core.errors import PublishError
+from pipeline.core.judgement import Estimate, Script
 from pipeline.release import card
-from pipeline.release.card import Build, Check, Product, Subject
+from pipeline.release.card import Build, Check, Phone, Product, Subject
 from pipeline.release.licence import Licence
 
 HUB = Subject(model="google/gemma-3n-E2B-it", revision="a" * 40, base_models=(), lineage=(), model_type="gemma3n")
@@ -49,7 +50,7 @@ BUILD = Build(
 
 
 def made(subject: Subject = HUB, licence: Licence = TERMS, source: dict[str, Any] | None = None) -> str:
-    return card.text(subject, licence, source or {}, PRODUCTS, CHECKS, BUILD)
+    return card.text(subject, licence, source or {}, PRODUCTS, CHECKS, BUILD, {})
 
 
 def read_back(folder: Path, text: str) -> dict[str, Any]:
@@ -133,7 +134,7 @@ def test_the_figures_and_their_limits_are_in_the_table() -> None:
 
 def test_a_bar_in_a_figure_does_not_break_the_table() -> None:
     odd = (Check(file="m", what="KL(p||q)", against="", value="1", limit="2", detail="3"),)
-    text = card.text(HUB, TERMS, {}, PRODUCTS, odd, BUILD)
+    text = card.text(HUB, TERMS, {}, PRODUCTS, odd, BUILD, {})
     assert r"| KL(p\|\|q) |  | 1 | 2 | 3 |" in text
 
 
@@ -161,7 +162,7 @@ def test_examples_are_python_that_names_the_smallest_file_of_each_kind() -> None
 
 @pytest.mark.parametrize(("products", "absent"), [(STEPS, "litert_lm"), (BUNDLES, "serving_default")])
 def test_only_files_that_are_there_are_explained(products: tuple[Product, ...], absent: str) -> None:
-    text = card.text(HUB, TERMS, {}, products, CHECKS, BUILD)
+    text = card.text(HUB, TERMS, {}, products, CHECKS, BUILD, {})
     assert absent not in text and products[1].file in text
 
 
@@ -182,3 +183,27 @@ def test_spoilt_front_matter_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "README.md").write_text(text, encoding="utf-8")
     with pytest.raises(PublishError, match="front matter"):
         card.front_matter(tmp_path)
+
+
+def test_a_bundle_says_what_it_asks_of_a_phone() -> None:
+    assert "What a phone needs" not in made()  # bundles of which nothing is known
+    small = Phone(largest_section=1_200_000, cache=300_000, tokens=3969, activation_type="")
+    large = Phone(largest_section=3 << 30, cache=300_000, tokens=3969, activation_type="fp32")
+    products = [dataclasses.replace(item, phone=phone) for item, phone in zip(BUNDLES, (large, small), strict=True)]
+    page = card.text(HUB, TERMS, {}, products, CHECKS, BUILD, {})
+    rows = {row.split("`")[1]: row for row in page.splitlines() if row.startswith("| `m_") and "3969" in row}
+    assert "1.8 MB, 300.0 kB of them cache" in rows["m_int8.litertlm"] and "(*)" not in rows["m_int8.litertlm"]
+    assert "(*)" in rows["m_fp32.litertlm"] and "fp32 |" in rows["m_fp32.litertlm"]
+    assert "entitlement" in page and "with ai-edge-litert 2.3.0; on no GPU" in page
+
+
+def test_a_script_stands_beside_latin_where_there_is_enough_text() -> None:
+    def script(positions: int, ratio: float | None) -> Script:
+        kld: Estimate = {"value": 0.002, "low": 0.0017, "high": 0.0024}
+        over: Estimate | None = {"value": ratio, "low": 0.9, "high": 1.6} if ratio else None
+        return {"positions": positions, "kld": kld, "top1": kld, "kld_ratio": over}
+
+    found = {"m_int8.litertlm": {"Latin": script(4000, None), "Tifinagh": script(64, 1.25), "CJK": script(63, 1.1)}}
+    page = card.text(HUB, TERMS, {}, PRODUCTS, CHECKS, BUILD, found)
+    assert "| `m_int8.litertlm` | Tifinagh | 64 | 0.002 (0.0017 to 0.0024) | 1.2 (0.9 to 1.6) |" in page
+    assert "| Latin | 4000 |" in page and "CJK" not in page and "By script" not in made()

@@ -92,6 +92,14 @@ def divergence() -> dict[str, Any]:
     return {"texts": 16, "tokens": 128, "length": estimate(77.7), "identical": estimate(0.4)}
 
 
+def by_script(kld: float) -> dict[str, Any]:
+    def of(value: float) -> dict[str, float]:
+        return {"value": value, "low": 0.9 * value, "high": 1.1 * value}
+
+    latin = {"positions": 300, "kld": of(kld), "top1": of(0.97), "kld_ratio": None}
+    return {"Latin": latin, "Tifinagh": {**latin, "positions": 77, "kld": of(3 * kld), "kld_ratio": of(3.125)}}
+
+
 def bundle(name: str, kld: float, *, fit: bool = True) -> dict[str, Any]:
     said = [
         {"prompt": "<i>x</i>", "expected": "a & b", "text": "a & b", "tokens": 9, "agree": 9, "same": True},
@@ -103,6 +111,7 @@ def bundle(name: str, kld: float, *, fit: bool = True) -> dict[str, Any]:
         "size": 10_700_000,
         "size_per_parameter": 4.6,
         "bytes_per_weight": 4.0 if name == "fp32" else 1.03,
+        "scripts": {} if name == "fp32" else by_script(kld),
         "fit": fit,
         "positions": 411,
         "against_reference": summary(kld, 1.0),
@@ -314,6 +323,13 @@ def test_a_bundles_texts_stand_beside_the_originals() -> None:
     page = verification.render(made_by_hand())
     assert "&lt;i&gt;x" in page and '<td dir="auto">لكل</td>' in page
     assert "parts after 2 of 9, at a tie" in page
+
+
+def test_what_a_script_loses_stands_beside_what_latin_does() -> None:
+    page = verification.render(made_by_hand())
+    assert "bundle-int8: by script" in page and "bundle-fp32: by script" not in page
+    row = page[page.index("Tifinagh") :]
+    assert "77" in row[:200] and "3.125" in row[:600]
 
 
 def test_a_bundle_that_failed_is_marked() -> None:
