@@ -226,8 +226,10 @@ def wanted(source: str, renderer: Renderer) -> list[tuple[Conversation, str]]:
             if conversation in _MUST_RENDER:
                 raise BundleError(
                     f"the chat template fails to render a conversation: {type(error).__name__}: {error}",
-                    cause="chat_template in the checkpoint is broken, or needs variables that only its author passes",
-                    remedy="correct the template; try it with tokenizer.apply_chat_template of transformers",
+                    cause="it is broken, or demands what a plain chat has not: other roles, parts with fields of "
+                    "their own, variables that only its author passes",
+                    remedy="give one that renders plain messages of user and assistant, TEMPLATE=file.jinja; try it "
+                    "with tokenizer.apply_chat_template of transformers",
                 ) from error
     return texts
 
