@@ -189,7 +189,10 @@ def test_a_sampler_that_is_no_number_is_refused(tmp_path: Path) -> None:
         ({"vocabulary": 300}, "token of the chat template"),
         ({"source": "{% for %}"}, "fails to render"),
         ({"source": "{{ raise_exception('never') }}"}, "fails to render"),
-        ({"source": "{{ messages[0]['content'][0]['source_lang_code'] }}"}, "fails to render"),
+        (
+            {"source": "{% if messages[0]['content'] is string %}{{ raise_exception('no parts') }}{% endif %}"},
+            "no parts",
+        ),
         ({"source": "{{ range(10**5) | random }}"}, "can't be made to render"),
     ],
 )
