@@ -1,11 +1,12 @@
 """The factors that bring the plan closest to what finished models took.
 
-    python -m tools.plan_fit NAME=MODEL,ARTIFACTS,RECIPE,GRAPHS … [--keep] [--out bench/planned.json]
+    python -m tools.plan_fit NAME=MODEL,ARTIFACTS,RECIPE,GRAPHS … [--keep | --add] [--out bench/planned.json]
 
 Writes the factor of each stage, the middle of its models' ratios of measured (`run.json`) to planned, to
-pipeline/planning/fitted.toml, and prints planned over measured with it; `--keep` leaves the file as it is. A plan is of
-a quiet machine: what a stage took is the lesser of its seconds and its processor's, which other work on the machine
-hardly changes. Must: 0.5 to 2 of the time, 0.7 to 1.5 of the memory.
+pipeline/planning/fitted.toml, and prints planned over measured with it; `--keep` leaves the file as it is, `--add`
+the factors and the rows that are there, beside which it puts those of stages that have none. A plan is of a quiet
+machine: what a stage took is the lesser of its seconds and its processor's, which other work on the machine hardly
+changes. Must: 0.5 to 2 of the time, 0.7 to 1.5 of the memory.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import math
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline.core import log, manifest, parallel
@@ -119,20 +120,34 @@ def table(found: Sequence[Run], own: speed.Speed) -> Table:
     )
 
 
+def joined(before: Table, new: Table) -> Table:
+    """`before` with the rows of `new` that it lacks, behind the others of the same model."""
+    rows, names = list(before.rows), {row.name for row in before.rows}
+    for row in (row for row in new.rows if row.name not in names):
+        model = row.name.rpartition(",")[0]
+        places = [place for place, each in enumerate(rows) if each.name.rpartition(",")[0] == model]
+        rows.insert(max(places, default=len(rows) - 1) + 1, replace(row, measured=new.measured))
+    return replace(before, rows=tuple(rows))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Fit, print the table, and write it if asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", help="finished models: NAME=MODEL,ARTIFACTS,RECIPE,GRAPHS")
-    parser.add_argument("--keep", action="store_true", help="leave the factors as they are")
+    kept = parser.add_mutually_exclusive_group()
+    kept.add_argument("--keep", action="store_true", help="leave the factors as they are")
+    kept.add_argument("--add", action="store_true", help="leave what is there, and add what is not, to --out as well")
     parser.add_argument("--out", type=Path, help="where the table goes (bench/planned.json)")
     parser.add_argument("--artifacts", type=Path, default=Path("artifacts"), help="where this machine's speed is kept")
     arguments = parser.parse_args(argv)
     own = speed.of_this_machine(arguments.artifacts)
     found = [run for said in arguments.models for run in _said(said)]
     if not arguments.keep:
-        manifest.write_atomically(FITTED, dump(fit(found, own)))
+        manifest.write_atomically(FITTED, dump(fit(found, own) | (dict(factors()) if arguments.add else {})))
         factors.cache_clear()
     made = table(found, own)
+    if arguments.add and arguments.out:
+        made = joined(tables.read(arguments.out), made)
     lines = [[row.name, *(made.columns[key].text(each.value) for key, each in row.values.items())] for row in made.rows]
     for line in log.align([["", *made.columns], *lines]):
         log.line(line)

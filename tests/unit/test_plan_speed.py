@@ -11,6 +11,8 @@ import pytest
 from pipeline.planning import speed
 from pipeline.planning.needs import Need, Work
 from pipeline.planning.speed import FILE, REFERENCE, Speed, of_this_machine
+from tools import plan_fit
+from tools.tables import Column, Measured, Row, Table, Value
 
 
 def test_a_machine_is_measured_once_and_what_it_is_like_is_kept(
@@ -54,3 +56,16 @@ def test_seconds_grow_on_a_slower_machine_by_what_they_are_spent_on() -> None:
     half = Speed(**{name: value / 2 for name, value in dataclasses.asdict(REFERENCE).items()})
     assert need.on(half).seconds == pytest.approx(2 * 15 + 16), "the network is no quicker for the machine"
     assert need.times(2, 3).seconds == 62 and need.times(2, 3).memory == 12
+
+
+def test_what_is_added_to_a_table_of_plans_stands_with_its_model_and_changes_no_row() -> None:
+    def table(day: str, *names: str) -> Table:
+        measured = Measured(date=day, command="`x`", machine="m")
+        rows = tuple(Row(name=name, values={"took": Value(value=float(len(day)))}) for name in names)
+        return Table(title="t", about="a", place=1, columns={"took": Column()}, measured=measured, rows=rows)
+
+    before = table("2026-11-29", "one, fetch", "two, fetch")
+    joined = plan_fit.joined(before, table("2026-11-30", "one, fetch", "one, int8", "three, fetch"))
+    assert [row.name for row in joined.rows] == ["one, fetch", "one, int8", "two, fetch", "three, fetch"]
+    assert (joined.rows[0], joined.rows[2]) == before.rows
+    assert joined.rows[1].measured and joined.rows[1].measured.date == "2026-11-30"
