@@ -8,12 +8,14 @@ BASE ?=#: of a LoRA adapter as MODEL_ID: owner/name, owner/name@commit or a fold
 TEMPLATE ?=#: a chat template (.jinja) in place of the checkpoint's own
 RECIPE ?=#: what to build and how good it must be (default: the shipped recipe for the checkpoint's model type)
 GRAPHS ?=#: step, bundle or all: the step graph, the bundle's sections, or both (default: the recipe's)
+TOWERS ?=#: none or audio: what the bundles of a model that hears take beside text (default: none)
 ARTIFACTS ?= artifacts#: where results go
 CALIBRATION ?=#: your own text (.txt or .jsonl) that int8 and int4 are rounded by
 RUNG ?=#: the rung of int8's ladder that an earlier build's manifest names, to repeat that build elsewhere
 VARIANTS ?=#: the step graphs that verify judges (default: fp32 fp16 int8, the recipe's int4, the int8 it leaves out)
 EVAL ?=#: your own text (.txt or .jsonl, chat conversations too) to judge on, for the recipe's
 PROMPT ?= Hello#: what `make run` asks
+AUDIO ?=#: a WAV file that `make run` asks about (TOWERS=audio)
 PRECISION ?= int8#: the bundle that `make chat` and `make run` talk to
 TASK ?=#: prompts with references (.jsonl) that `make evaluate` lets the bundles and the original answer
 MINUTES ?= 30#: how long `make tune` may search
@@ -91,7 +93,7 @@ ON_SOURCES := setup release bench image test lint format clean-env
 $(if $(filter image,$(IN)),$(foreach goal,$(filter $(ON_SOURCES),$(GOALS)),$(error the image can't `make $(goal)`: do that in a clone of the project)))
 ifneq ($(filter-out $(ON_SOURCES) help,$(GOALS)),)
 $(if $(ASK),,$(error Python 3.11, 3.12 or 3.13 is needed and not found: install one (Debian, Ubuntu: apt install python3 python3-venv) or name it: PYTHON=/path/to/python3.12))
-SAID := MODEL_ID REVISION BASE TEMPLATE RECIPE GRAPHS ARTIFACTS CALIBRATION RUNG EVAL TASK VARIANTS DEVICE LICENCE_OVERRIDE IN SIGNS CONFIRM HF_REPO FILE AGAINST CHECKS_HUB IMAGE NETWORK GOALS
+SAID := MODEL_ID REVISION BASE TEMPLATE RECIPE GRAPHS TOWERS AUDIO ARTIFACTS CALIBRATION RUNG EVAL TASK VARIANTS DEVICE LICENCE_OVERRIDE IN SIGNS CONFIRM HF_REPO FILE AGAINST CHECKS_HUB IMAGE NETWORK GOALS
 RULES := $(shell $(ASK) -m pipeline.core.rules $(call QUOTE,FLAGS=$(filter-out --%,$(firstword $(MAKEFLAGS)))) $(foreach name,$(SAID),$(call QUOTE,$(name)=$($(name)))))
 $(if $(filter-out 0,$(.SHELLSTATUS)),$(error these settings can't work, for the reason said above))
 include $(RULES)
@@ -105,7 +107,7 @@ SIGNATURE = $(if $(PUBLIC_KEY),--public-key $(call QUOTE,$(call ABSOLUTE,$(PUBLI
 
 # --- targets ----------------------------------------------------------------------------------------------------------
 .DEFAULT_GOAL := all
-.PHONY: all setup plan fetch golden graph moments fp32 fp16 int8 int4 int8-static int8-dynamic int8-static16 bundle verify publish page release evaluate tune check inspect job reproduce compare chat run bench image test lint format clean clean-env help
+.PHONY: all setup plan fetch golden graph towers moments fp32 fp16 int8 int4 int8-static int8-dynamic int8-static16 bundle verify publish page release evaluate tune check inspect job reproduce compare chat run bench image test lint format clean clean-env help
 
 all: publish ## set-up, then everything for MODEL_ID: fp32, fp16, int8, bundles, the report, the publish folder (default)
 	@echo "files:   $(FILES_MADE)"
@@ -120,6 +122,7 @@ fetch: ## get the checkpoint and check it before and after
 golden: ## compute the Hugging Face fp32 reference
 moments: ## keep the second moments of what layers read, which GPTQ rounds by
 graph: ## export the graphs that every precision fills with weights
+towers: ## build what the bundles hear by (TOWERS=audio)
 fp32: ## build the files in fp32
 fp16: ## build the files with fp16 weights
 int8: ## build the int8 files, as the recipe's [int8] says
@@ -139,7 +142,7 @@ page: ## make a static page that runs the judged int8 bundle in a browser (SERVE
 chat: bundle ## talk to the int8 bundle in the terminal (PRECISION=)
 run: bundle ## let the int8 bundle answer PROMPT= once
 chat run:
-	$(call RUN,$@) -m pipeline.chat $(abspath $(ROOT))/bundle/$(call QUOTE,$(PRECISION)).litertlm $(if $(filter run,$@),--prompt $(call QUOTE,$(PROMPT)))
+	$(call RUN,$@) -m pipeline.chat $(abspath $(ROOT))/bundle/$(call QUOTE,$(PRECISION)).litertlm $(if $(filter run,$@),--prompt $(call QUOTE,$(PROMPT)) $(if $(AUDIO),--audio $(call QUOTE,$(call ABSOLUTE,$(AUDIO)))))
 
 tune: graph moments ## search the recipe's [int8] (SECTION=int4) for MINUTES=: what costs quality where, and tune/recipe.toml for RECIPE=
 	$(call RUN,tune) -m pipeline.tune $(WHERE) $(CALIBRATED) --minutes $(call QUOTE,$(MINUTES)) --section $(call QUOTE,$(SECTION))

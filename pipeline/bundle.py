@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 from pipeline.bundling import contents, litertlm
 from pipeline.bundling.metadata import activation_type, of_checkpoint, tokenizer_json
 from pipeline.core import log
-from pipeline.core.facts import Bundle, Precision
+from pipeline.core.facts import Bundle, Hears, Precision
 from pipeline.core.stage import Context, Outcome, Stage, main
 from pipeline.quantize import readback
 
@@ -24,18 +25,21 @@ def work(context: Context) -> Outcome:
     The template is proven in LiteRT-LM with the stand-in, and what is written is read back: to open the bundle itself
     takes memory of the weights' size, which verify alone may.
     """
-    described = of_checkpoint(context.root / "fetch" / "checkpoint", context.recipe.bundle.max_tokens)
+    described = of_checkpoint(context.root / "fetch" / "checkpoint", context.recipe.bundle.max_tokens, context.towers)
     made_int8 = context.upstream["int8"].told(Precision) if "int8" in context.upstream else None
     metadata = replace(
         described.metadata, activation_type=activation_type(made_int8.largest_activation if made_int8 else None)
     )
     tokenizer_text = tokenizer_json(described.tokenizer, described.vocabulary)
+    towers = context.upstream.get("towers")  # of one precision, whatever the bundle's
+    heard = {Path(record.path).stem: context.root / record.path for record in towers.outputs} if towers else {}
+    text = [name for name in metadata.sections if name not in heard]
     bundles: dict[str, Bundle] = {}
     for precision in context.recipe.bundle.precisions:
         made, out = context.upstream[precision], context.folder / f"{precision}.litertlm"
-        models = {name: context.root / made.output(f"{name}.tflite").path for name in metadata.sections}
-        places = litertlm.write(metadata, tokenizer_text, models, out)
+        models = {name: context.root / made.output(f"{name}.tflite").path for name in text}
         stored, weight_bytes = readback.stored_weights(models.values())
+        places = litertlm.write(metadata, tokenizer_text, {**models, **heard}, out)
         bundles[precision] = Bundle(
             sections=tuple(places),
             model_type=metadata.model_type,
@@ -48,6 +52,7 @@ def work(context: Context) -> Outcome:
             weight_bytes=weight_bytes,
             cache_bytes=contents.cache_bytes(models["decoder"], context.recipe.bundle.cache_length),
             remarks=(*metadata.remarks, *([_CPU_ALONE] if context.recipe.bundle.grows else [])),
+            hears=Hears(rate=sound.rate, frame=sound.frame, hop=sound.hop) if (sound := metadata.sound) else None,
         )
         log.step(f"{out.name}: {log.human_bytes(out.stat().st_size)}")
     return Outcome(facts=bundles)

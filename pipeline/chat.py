@@ -15,7 +15,7 @@ from pipeline.bundling import litertlm
 from pipeline.core import log, options
 from pipeline.core.stage import guard
 from pipeline.runtime.litert_lm import Dialogue, LmRuntime
-from pipeline.runtime.terminal import report, talk, turn
+from pipeline.runtime.terminal import Ears, report, talk, turn
 from pipeline.runtime.thoughts import Channel
 
 
@@ -25,6 +25,7 @@ class Options:
 
     bundle: Path = field(metadata={"help": "the .litertlm file"})
     prompt: str | None = field(default=None, metadata={"help": "ask this and leave"})
+    audio: Path | None = field(default=None, metadata={"metavar": "FILE", "help": "a WAV file that goes with it"})
     max_tokens: int = field(default=512, metadata={"help": "longest answer, in tokens (default: %(default)s)"})
     threads: int | None = field(
         default=None, metadata={"help": "threads of the kernels (default: OMP_NUM_THREADS, else one per core)"}
@@ -48,15 +49,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _open(given: Options) -> None:
     around = litertlm.thoughts(given.bundle) if given.bundle.is_file() else None
     channel = Channel(*around) if around else None
+    hearing = litertlm.hears(given.bundle) if given.bundle.is_file() else None
+    ears = Ears(hearing)
+    sounds = [ears.read(given.audio)] if given.audio else []  # before a model is loaded
+    hears = bool(hearing) and (bool(sounds) or given.prompt is None)
     with (
-        LmRuntime(given.bundle, threads=given.threads, cache=given.cache) as runtime,
+        LmRuntime(given.bundle, threads=given.threads, cache=given.cache, hears=hears) as runtime,
         Dialogue(runtime, given.max_tokens, thoughts=channel, aside=log.aside) as dialogue,
     ):
         log.line(f"{given.bundle.name} · loaded in {runtime.load_seconds:.1f} s")
         if given.prompt is None:
-            talk(dialogue)
+            talk(dialogue, ears, sounds)
         else:
-            turn(dialogue, given.prompt)
+            turn(dialogue, given.prompt, sounds)
             report(dialogue.speed())
 
 

@@ -15,10 +15,13 @@ from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
+from pipeline.checkpoint.headers import listed
 from pipeline.checkpoint.preflight import Plan, plan
 from pipeline.checkpoint.reader import CONFIG
 from pipeline.checkpoint.source import Source
 from pipeline.core import facts, log, options
+from pipeline.core.errors import FetchError
+from pipeline.core.graph import towers_in
 from pipeline.core.stage import Context, Outcome, Stage, main
 from pipeline.models import architecture_for, expected
 from pipeline.release import licence, origin
@@ -43,7 +46,7 @@ def work(context: Context) -> Outcome:
     target.mkdir()
     said = context.chosen(Options)
     asked = origin.ask(context.model_id, said.revision, said.base)
-    chosen = plan(asked.source, partial(expected, context.recipe))
+    chosen = plan(asked.source, partial(expected, context.recipe, context.towers))
     origin.drop_downloads(context.root, asked.origins)
     made = _merge(context, asked, chosen, target) if asked.adapter else _take(context, asked, chosen, target)
     if not said.template:
@@ -74,6 +77,12 @@ def _merge(context: Context, asked: Asked, chosen: Plan, target: Path) -> Outcom
     assert asked.adapter and base
     canonical = architecture_for(asked.source.json(CONFIG)).canonical
     made = join(asked, chosen.names, canonical, context.root, target, context.known)
+    if towers_in(context.towers) and made.changes.left_out:
+        raise FetchError(
+            f"the adapter changes {listed(made.changes.left_out, 3)}, outside the text model",
+            cause="adapters are merged into the text model alone, so its towers would be the base's",
+            remedy="merge it with peft: `model.merge_and_unload().save_pretrained(FOLDER)`, then MODEL_ID=FOLDER",
+        )
     judged = _plan_again(context, target, asked).facts
     log.step(made.changes.text(own.model, base.model))
     card = licence.read_card(target, asked.card, (asked.adapter.base, base.model))
@@ -84,7 +93,7 @@ def _merge(context: Context, asked: Asked, chosen: Plan, target: Path) -> Outcom
 
 def _plan_again(context: Context, target: Path, asked: Asked) -> Plan:
     source = dataclasses.replace(Source.of_folder(target), where=asked.source.where)
-    return plan(source, partial(expected, context.recipe))
+    return plan(source, partial(expected, context.recipe, context.towers))
 
 
 def _tidy(context: Context) -> None:

@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Literal
 
 from pipeline.core import facts, manifest, options
+from pipeline.core.graph import towers_in
 from pipeline.core.recipe import PROJECT
 from pipeline.core.stage import Context, Outcome, Stage, main
 from pipeline.judge import corpus
 from pipeline.judge.reference import Head
-from pipeline.reference import golden
+from pipeline.reference import golden, hearing
 
 _SAMPLE_WINDOWS = 8
 
@@ -73,6 +74,8 @@ def work(context: Context) -> Outcome:
     traced = None
     if context.graphs != "step":
         traced = golden.make_cache_trace(reference, documents, recipe, context.folder)
+        if towers_in(context.towers):
+            hearing.make_sounds(checkpoint, reference, recipe.bundle, context.folder)
     manifest.write_atomically(
         context.folder / "greedy.json", json.dumps([asdict(row) for row in greedy], ensure_ascii=False, indent=1) + "\n"
     )

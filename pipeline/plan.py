@@ -45,8 +45,8 @@ def work(given: Options) -> None:
         ResourceError: the disk or the memory is too small for it.
     """
     root, recipe = given.root, load_recipe(given.recipe_file)
-    model = look(given.model_id, given.revision, given.base, recipe, given.graphs or recipe.graphs)
-    stages = given.stages or behind(["publish"], Choice(recipe=recipe, graphs=model.graphs))
+    model = look(given.model_id, given.revision, given.base, recipe, given.graphs or recipe.graphs, given.towers)
+    stages = given.stages or behind(["publish"], Choice(recipe=recipe, graphs=model.graphs, towers=given.towers))
     own = speed.of_this_machine(given.artifacts)
     needs = {name: NEEDS[name](model).on(own) for name in stages}
     done = {name: _took(root / name) for name in needs if (root / name / manifest.NAME).is_file()}

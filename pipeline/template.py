@@ -22,7 +22,7 @@ def work(given: Common) -> None:
         BundleError: no bundle can have it; names line and construct, or how the rendered text differs.
     """
     limit = load_recipe(given.recipe_file).bundle.max_tokens
-    made = of_checkpoint(given.root / "fetch" / "checkpoint", limit).metadata
+    made = of_checkpoint(given.root / "fetch" / "checkpoint", limit, given.towers).metadata
     what = "rendered alike in LiteRT-LM" if made.chat_template else "none: a base model"
     log.line(f"template · {given.root.name} · {what}")
     for remark in made.remarks:

@@ -22,11 +22,13 @@ from google.protobuf.message import DecodeError
 from litert_lm_builder import litertlm_builder, litertlm_core, litertlm_peek
 from litert_lm_builder.runtime.proto import llm_metadata_pb2, llm_model_type_pb2, sampler_params_pb2
 
-from pipeline.bundling.metadata import Metadata
+from pipeline.bundling import hearing
+from pipeline.bundling.metadata import Metadata, Sound
 from pipeline.core import log
 from pipeline.core.errors import BundleError
 from pipeline.core.facts import Section
 from pipeline.core.manifest import FileRecord
+from pipeline.runtime.sound import Hearing
 
 BUILDER = "0.18.1"
 """The litert-lm-builder that the replacement of its system metadata was written for."""
@@ -55,6 +57,8 @@ def write(metadata: Metadata, tokenizer: str, models: Mapping[str, Path], out: P
         BundleError: a section is missing or no TFLite file, or what was written is not what was given.
     """
     _check_models(models, metadata)
+    if metadata.sound:
+        hearing.check(models, metadata.sound)
     # A name that no stage looks for, in the same folder: only so is the rename at the end one step.
     partial = out.with_name(out.name + ".partial")
     try:
@@ -74,6 +78,9 @@ _MODEL_KINDS = {
     _DECODER: litertlm_builder.TfLiteModelType.PREFILL_DECODE,
     "embedder": litertlm_builder.TfLiteModelType.EMBEDDER,
     "per_layer_embedder": litertlm_builder.TfLiteModelType.PER_LAYER_EMBEDDER,
+    "audio_encoder": litertlm_builder.TfLiteModelType.AUDIO_ENCODER_HW,
+    "audio_adapter": litertlm_builder.TfLiteModelType.AUDIO_ADAPTER,
+    "end_of_audio": litertlm_builder.TfLiteModelType.END_OF_AUDIO,
 }
 
 
@@ -118,6 +125,8 @@ def _message(metadata: Metadata) -> llm_metadata_pb2.LlmMetadata:
     kind.SetInParent()
     for name, text in metadata.calls.items():
         setattr(kind, name, text)
+    if metadata.sound:
+        _hears(kind, metadata.sound)
     if metadata.thoughts:
         start, end = metadata.thoughts
         message.channels.add(channel_name=_THOUGHTS, start=start, end=end)
@@ -134,6 +143,18 @@ def _message(metadata: Metadata) -> llm_metadata_pb2.LlmMetadata:
     message.sampler_params.p = metadata.sampler.top_p
     message.sampler_params.temperature = metadata.sampler.temperature
     return message
+
+
+def _hears(kind: llm_model_type_pb2.GenericModel, sound: Sound) -> None:
+    """Say how sound goes in: as samples, of which the encoder makes the spectrogram; between lines of their own."""
+    kind.audio_enabled = True
+    kind.audio_token_regex, kind.delimiter_regex = sound.place, f"({sound.place})"
+    kind.start_of_audio_token.token_str, kind.end_of_audio_token.token_str = sound.start, sound.end
+    # As `Gemma3nProcessor` of transformers has it; the section end_of_audio is the token behind a sound.
+    kind.audio_prefix, kind.audio_suffix, kind.add_audio_end = "\n\n", "\n\n", True
+    kind.skip_mel_spectrogram_extraction = True
+    kind.audio_sample_rate_hz, kind.audio_num_channels = sound.rate, 1
+    kind.audio_frame_length, kind.audio_hop_length, kind.audio_input_scale = sound.frame, sound.hop, 1.0
 
 
 def _pack(tokenizer: str) -> bytes:
@@ -271,10 +292,23 @@ def thoughts(bundle: Path) -> tuple[str, str] | None:
     Raises:
         BundleError: the header is not one.
     """
-    held = [section for section in read_sections(bundle) if section.kind == "LlmMetadataProto"]
-    message = llm_metadata_pb2.LlmMetadata.FromString(read(bundle, held[0])) if held else None
-    found = [channel for channel in message.channels if channel.channel_name == _THOUGHTS] if message else []
+    message = _said(bundle)
+    found = [channel for channel in message.channels if channel.channel_name == _THOUGHTS]
     return (found[0].start, found[0].end) if found else None
+
+
+def hears(bundle: Path) -> Hearing | None:
+    """How a bundle hears, if it does; raises as `thoughts`."""
+    kind = _said(bundle).llm_model_type.generic_model
+    if not kind.audio_enabled:
+        return None
+    return Hearing(rate=kind.audio_sample_rate_hz, frame=kind.audio_frame_length, hop=kind.audio_hop_length)
+
+
+def _said(bundle: Path) -> llm_metadata_pb2.LlmMetadata:
+    """The metadata of a bundle; empty if it has none."""
+    held = [section for section in read_sections(bundle) if section.kind == "LlmMetadataProto"]
+    return llm_metadata_pb2.LlmMetadata.FromString(read(bundle, held[0])) if held else llm_metadata_pb2.LlmMetadata()
 
 
 def read(bundle: Path, section: Section) -> bytes:

@@ -19,11 +19,14 @@ from pipeline.bundling import template
 from pipeline.checkpoint.chat import Tokenizer, open_tokenizer, prompts_begin_with_bos
 from pipeline.checkpoint.headers import listed
 from pipeline.checkpoint.names import EMBEDDING
-from pipeline.checkpoint.reader import open_checkpoint
+from pipeline.checkpoint.reader import Checkpoint, open_checkpoint
 from pipeline.checkpoint.reading import stop_tokens, turn_end
+from pipeline.checkpoint.sound import open_front
 from pipeline.core import log
 from pipeline.core.errors import BundleError
-from pipeline.models import Runtime, architecture_of, sections
+from pipeline.core.graph import Towers, towers_in
+from pipeline.models import Runtime, architecture_of, sections, tower_of
+from pipeline.models.gemma3n_audio import AudioConfig
 
 _DEFAULT_TOP_K, _DEFAULT_TOP_P, _DEFAULT_TEMPERATURE = 50, 1.0, 1.0
 """What transformers samples with where generation_config.json says no more than `do_sample`."""
@@ -36,6 +39,8 @@ _NO_WORD_FOR: Mapping[str, tuple[object, ...]] = {
 }
 """Keys of generation_config.json that a bundle's metadata has no field for, and the values that say nothing."""
 
+HEARS = "generic_model"
+"""LiteRT-LM's type of a model that hears: any other one has a spectrogram of its own, which is not Hugging Face's."""
 _IMAGE = "<image_soft_token>"
 """A token of Gemma 3's tokenizer whose id only the models that see hold."""
 
@@ -50,6 +55,22 @@ class Sampler:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Sound:
+    """How a bundle hears: the texts of the tokens before and behind a sound, and `place`, its place in a prompt.
+
+    Its encoder takes `frames` frames of `frame` samples, `rate` samples a second, each `hop` after the one before.
+    """
+
+    start: str
+    end: str
+    place: str
+    rate: int
+    frame: int
+    hop: int
+    frames: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Metadata:
     """What the runtime has to know. `start` is put in front of the first prompt; `stop` token ids end an answer.
 
@@ -58,7 +79,8 @@ class Metadata:
     prompt and answer together. `chat_template` is empty for a base model; `thoughts` are the texts around thoughts,
     `tools` whether it takes tools, `calls` what the runtime needs to know of their calls;
     `remarks` are for the card: what the runtime does otherwise than the checkpoint says. `activation_type` is what a
-    GPU is to compute the decoder in, `fp32`, or empty: the runtime's own choice, fp16.
+    GPU is to compute the decoder in, `fp32`, or empty: the runtime's own choice, fp16. `sound` is of one
+    that hears.
     """
 
     model_type: str
@@ -73,6 +95,7 @@ class Metadata:
     sampler: Sampler = Sampler()
     remarks: tuple[str, ...] = ()
     activation_type: str = ""
+    sound: Sound | None = None
 
 
 FLOAT16_HOLDS = 65504.0
@@ -94,6 +117,7 @@ def describe(
     sections: tuple[str, ...],
     vocabulary: int,
     max_tokens: int,
+    sound: Sound | None = None,
 ) -> Metadata:
     """The metadata of a bundle.
 
@@ -104,6 +128,7 @@ def describe(
         sections: the TFLite files of the bundle.
         vocabulary: how many tokens the embedding table holds.
         max_tokens: the length of the KV cache.
+        sound: how it hears, if it does.
 
     Raises:
         BundleError: LiteRT-LM has no such model type, the template fails, or a token is not in the vocabulary.
@@ -115,7 +140,8 @@ def describe(
         raise BundleError(f"LiteRT-LM has no model type {family.type!r}", remedy=f"use one of {', '.join(known)}")
     generation, config = (_read_json(checkpoint / name) for name in ("generation_config.json", "config.json"))
     tools = family.tools and bool(re.search(r"\btools\b", source))
-    chat = template.prepare(source, tokenizer, family.type, tools=tools) if source else None
+    kind, place = (HEARS, sound.place) if sound else (family.type, "")
+    chat = template.prepare(source, tokenizer, kind, tools=tools, sound=place) if source else None
     if chat and chat.no_tools:
         tools = False
         log.warn(f"the bundle takes no tools, which its template would render otherwise: {chat.no_tools}")
@@ -129,7 +155,7 @@ def describe(
     if chat:
         _check_tokens(_prompt_tokens(source, tokenizer), "token of the chat template", vocabulary)
     return Metadata(
-        model_type=family.type,
+        model_type=kind,
         sections=sections,
         start=tokenizer.bos_token_id if begins else None,
         stop=tuple(sorted(stop)),
@@ -140,6 +166,7 @@ def describe(
         calls=family.calls if tools else {},
         sampler=_sampler(generation, vocabulary),
         remarks=_remarks(generation, chat),
+        sound=sound,
     )
 
 
@@ -152,20 +179,41 @@ class Described:
     vocabulary: int
 
 
-def of_checkpoint(folder: Path, max_tokens: int) -> Described:
-    """What a bundle of the checkpoint in `folder` says of it; raises as `describe`."""
-    architecture = architecture_of(open_checkpoint(folder))
+def of_checkpoint(folder: Path, max_tokens: int, towers: Towers = "none") -> Described:
+    """What a bundle of the checkpoint in `folder` with these `towers` says of it; raises as `describe`."""
+    checkpoint = open_checkpoint(folder)
+    architecture = architecture_of(checkpoint)
+    taken = [tower_of(architecture, name) for name in towers_in(towers)]
     vocabulary = architecture.tensors()[EMBEDDING][0]
     tokenizer = open_tokenizer(folder)
     made = describe(
         folder,
         tokenizer,
         runtime=architecture.runtime,
-        sections=sections(architecture),
+        sections=(*sections(architecture), *(name for tower in taken for name in tower.sections)),
         vocabulary=vocabulary,
         max_tokens=max_tokens,
+        sound=_sound(checkpoint, tokenizer) if taken else None,
     )
     return Described(metadata=made, tokenizer=tokenizer, vocabulary=vocabulary)
+
+
+def _sound(checkpoint: Checkpoint, tokenizer: Tokenizer) -> Sound:
+    config, front = AudioConfig.from_config(checkpoint.config), open_front(checkpoint.folder)
+    names = [
+        tokenizer.backend_tokenizer.id_to_token(token)
+        for token in (config.boa_token_id, config.eoa_token_id, config.audio_token_id)
+    ]
+    if None in names:
+        raise BundleError(
+            "the tokenizer lacks a token that config.json has for sound (boa_token_id, eoa_token_id, audio_token_id)",
+            cause="it is the text model's",
+            remedy="put the tokenizer of the whole model into the checkpoint",
+        )
+    start, end, place = map(str, names)
+    return Sound(
+        start=start, end=end, place=place, rate=front.rate, frame=front.frame, hop=front.hop, frames=config.frames
+    )
 
 
 def _read_json(file: Path) -> Mapping[str, object]:

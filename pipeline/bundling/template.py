@@ -179,10 +179,11 @@ class Case:
     tools: tuple[Mapping[str, object], ...] = ()
 
 
-def prepare(source: str, renderer: Renderer, model_type: str, *, tools: bool = False) -> Template:
+def prepare(source: str, renderer: Renderer, model_type: str, *, tools: bool = False, sound: str = "") -> Template:
     """The template `source` for the runtime, which takes the model for one of `model_type`.
 
-    `tools`: the model takes tools, so conversations with one are tried as well; if these fail, it is without.
+    `tools`: the model takes tools, so conversations with one are tried as well; if these fail, it is without. `sound`:
+    what must stand where a message has one, if the model hears.
 
     Raises:
         BundleError: it fails to render, or can't be rewritten so that the runtime renders the same.
@@ -193,6 +194,7 @@ def prepare(source: str, renderer: Renderer, model_type: str, *, tools: bool = F
         text == bos + _render(source, conversation, renderer, bos_token="") for conversation, text in rendered
     )
     cases = [Case(conversation=conversation, text=text) for conversation, text in rendered]
+    cases += _with_sound(source, renderer, sound) if sound else []
     with_tools = cases + _with_tools(source, renderer) if tools else []
     if starts_with_bos:
         cases, with_tools = (
@@ -232,6 +234,27 @@ def wanted(source: str, renderer: Renderer) -> list[tuple[Conversation, str]]:
                     "with tokenizer.apply_chat_template of transformers",
                 ) from error
     return texts
+
+
+def _with_sound(source: str, renderer: Renderer, sound: str) -> list[Case]:
+    """What transformers renders of messages with a sound in them.
+
+    Raises:
+        BundleError: the place of the sound is not in it.
+    """
+    parts: list[list[Message]] = [
+        [{"type": "audio"}, {"type": "text", "text": "What is this?"}],
+        [{"type": "text", "text": "Listen: "}, {"type": "audio"}, {"type": "audio"}],
+    ]
+    talks = [[{"role": "user", "content": content}] for content in parts]
+    cases = [Case(conversation=talk, text=_render(source, talk, renderer)) for talk in talks]
+    if [case.text.count(sound) for case in cases] != [1, 2]:
+        raise BundleError(
+            f"the chat template has no {sound} where a message has a sound",
+            cause="it is that of a text model, or drops what it does not know",
+            remedy="give the whole model's template with TEMPLATE=file.jinja, or leave TOWERS= out",
+        )
+    return cases
 
 
 def _with_tools(source: str, renderer: Renderer) -> list[Case]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NoReturn
 
 from pipeline.checkpoint.headers import FLOATS, TensorInfo, listed
-from pipeline.checkpoint.names import EMBEDDING, HEAD, LEFT_OVERS, inner
+from pipeline.checkpoint.names import EMBEDDING, HEAD, LEFT_OVERS, inner, tower_name
 from pipeline.checkpoint.packed import INT4
 from pipeline.checkpoint.reader import CONFIG
 from pipeline.core.errors import FetchError
@@ -21,12 +21,14 @@ class Needed:
     """What an architecture needs of a checkpoint.
 
     `shapes` of its tensors by canonical name, were the head tied; the `canonical` name of a stored tensor, None if it
-    is knowingly not used; whether config.json `ties` the head to the embedding.
+    is knowingly not used; whether config.json `ties` the head to the embedding. `towers` are the parts beside the text
+    model that are taken too, name → shapes of its tensors by name.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
     canonical: Canonical
     ties: bool = True
+    towers: Mapping[str, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)
 
     def used_as(self, name: str) -> str | None:
         """The canonical name of a stored tensor, whatever wraps the model; None for one that is not used."""
@@ -78,6 +80,32 @@ def lay_out(tensors: Mapping[str, TensorInfo], needed: Needed, where: str, *, ti
             f"{where} does not hold the model that its {CONFIG} describes: {'; '.join(filter(None, faults))}",
             cause=f"the weights and {CONFIG} belong to different models, or a tool renamed or dropped tensors",
             remedy="get the checkpoint from its author anew, or save it again with `save_pretrained` of transformers",
+        )
+    return first
+
+
+def lay_out_tower(
+    tensors: Mapping[str, TensorInfo], shapes: Mapping[str, tuple[int, ...]], tower: str, where: str
+) -> dict[str, str]:
+    """As `lay_out`, of the tower called `tower`, whose tensors have these `shapes`.
+
+    Raises:
+        FetchError: names the tensors that are missing, extra, of another shape, or not float.
+    """
+    parts = {name.partition(".")[0] for name in shapes}
+    own = {tower_name(name): name for name in tensors}
+    first = {name: own[name] for name in shapes if name in own}
+    faults = [
+        _fault("missing", [name for name in shapes if name not in own]),
+        _fault("extra", [own[name] for name in own if name.partition(".")[0] in parts and name not in shapes]),
+        _fault("of another shape", _wrong_shapes(first, tensors, shapes)),
+        _fault("not float", [f"{n} ({tensors[n].dtype})" for n in first.values() if tensors[n].dtype not in FLOATS]),
+    ]
+    if any(faults):
+        raise FetchError(
+            f"{where} does not hold the {tower} tower that its {CONFIG} describes: {'; '.join(filter(None, faults))}",
+            cause="the fine-tune was saved without it, or a tool dropped or renamed tensors",
+            remedy="leave TOWERS= out, or put the base model's tower into the checkpoint",
         )
     return first
 

@@ -34,6 +34,11 @@ def towers(names: Iterable[str]) -> dict[str, int]:
     return dict(sorted(Counter(match[1] for match in found if match).items()))
 
 
+def tower_name(name: str) -> str:
+    """A stored tensor's name, if it belongs to a tower, as transformers has it in the whole model."""
+    return inner(name).removeprefix("model.")
+
+
 def text_name(name: str) -> str:
     """The canonical name of a stored tensor that belongs to the text model."""
     if name in _HEADS:

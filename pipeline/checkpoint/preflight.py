@@ -10,17 +10,17 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
-from pipeline.checkpoint import headers, heads, kinds, packed
+from pipeline.checkpoint import headers, heads, kinds, packed, sound
 from pipeline.checkpoint import names as names_
 from pipeline.checkpoint.headers import FLOATS, TensorInfo, listed, parse_index
-from pipeline.checkpoint.layout import Needed, lay_out
+from pipeline.checkpoint.layout import Needed, lay_out, lay_out_tower
 from pipeline.checkpoint.names import EMBEDDING, outer
 from pipeline.checkpoint.reader import CONFIG, INDEX, SINGLE, float_type, read_tensors
 from pipeline.checkpoint.source import Source
 from pipeline.core import log
 from pipeline.core.errors import FetchError
 from pipeline.core.facts import Checkpoint as Facts
-from pipeline.core.facts import LeftOut
+from pipeline.core.facts import LeftOut, Taken
 
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 # Beside the weights: configuration, tokenizer, templates, and what the licence asks to pass on.
@@ -78,11 +78,15 @@ def plan(source: Source, expected: Expected) -> Plan:
     except FetchError as error:
         check_left_overs(tensors, config, names, where)
         raise _explained(error, tensors, needed, names, config) from error
-    left_out = names_.towers(name for name in tensors if needed.used_as(name) is None)
+    towers = {tower: lay_out_tower(tensors, shapes, tower, where) for tower, shapes in needed.towers.items()}
+    if towers:
+        sound.check(names, where)
+    taken = {stored for names_of in towers.values() for stored in names_of.values()}
+    left_out = names_.towers(name for name in tensors if needed.used_as(name) is None and name not in taken)
     _say_what_is_odd(source, tensors, config, left_out)
     weights = headers.files(tensors.values())
     index = [] if SINGLE in names else [INDEX]
-    small = sorted(name for name in names if _WANTED.fullmatch(name))
+    small = sorted(name for name in names if _WANTED.fullmatch(name) or (towers and name in sound.PREPROCESSOR))
     parameters = sum(math.prod(tensors[name].shape) for name in layout.values())
     facts = Facts(
         model_type=str(config["model_type"]),
@@ -91,6 +95,10 @@ def plan(source: Source, expected: Expected) -> Plan:
         shards=len(weights),
         tied=tied,
         left_out=tuple(LeftOut(part=part, tensors=count) for part, count in left_out.items()),
+        towers=tuple(
+            Taken(tower=tower, parameters=sum(math.prod(tensors[name].shape) for name in own.values()))
+            for tower, own in towers.items()
+        ),
     )
     return Plan(names=(*small, *index, *weights), parameters=parameters, facts=facts)
 

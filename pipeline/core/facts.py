@@ -21,10 +21,19 @@ class LeftOut:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Taken:
+    """A tower that is converted, by its name in TOWERS=, and how many parameters it has."""
+
+    tower: str
+    parameters: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Checkpoint:
     """A checkpoint by its configuration and headers; `parameters` are those of the text model, `shards` its files.
 
-    `tied`: its output head is the token embedding, not one more matrix. `left_out` are the parts beside the text model.
+    `tied`: its output head is the token embedding, not one more matrix. `left_out` are the parts beside the text model
+    that are not converted, `towers` those that are.
     """
 
     model_type: str
@@ -33,6 +42,7 @@ class Checkpoint:
     shards: int
     tied: bool = True
     left_out: tuple[LeftOut, ...] = ()
+    towers: tuple[Taken, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,9 +227,19 @@ class Section:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Hears:
+    """How a bundle hears: samples a second, samples of a frame, and from one frame to the next."""
+
+    rate: int
+    frame: int
+    hop: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Bundle:
     """Stage bundle, by precision. `stored`: elements of matrices and tables, `weight_bytes`: what they take.
 
+    Those of the text model: towers, if it `hears`, are in float32 whatever the precision.
     `cache_bytes` is what the cache takes while the bundle runs.
     """
 
@@ -234,6 +254,7 @@ class Bundle:
     weight_bytes: int
     cache_bytes: int = 0
     remarks: tuple[str, ...] = ()
+    hears: Hears | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

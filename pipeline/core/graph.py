@@ -9,18 +9,31 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Literal
 
 from pipeline.core.errors import UsageError
 from pipeline.core.recipe import DECODER, STEP, Graphs, Recipe
 
+Towers = Literal["none", "audio"]
+"""What TOWERS= may say."""
+
+
+def towers_in(said: Towers) -> tuple[str, ...]:
+    """The towers that are taken."""
+    return () if said == "none" else (said,)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """What decides which stages there are: the recipe, the graphs, the step graphs to judge (None: the recipe's)."""
+    """What decides which stages there are: the recipe, the graphs, the step graphs to judge (None: the recipe's).
+
+    And the `towers` that are taken.
+    """
 
     recipe: Recipe
     graphs: Graphs
     variants: tuple[str, ...] | None = None
+    towers: Towers = "none"
 
     @property
     def bundles(self) -> tuple[str, ...]:
@@ -87,7 +100,21 @@ def _int4(choice: Choice) -> tuple[str, ...]:
 def _bundle(choice: Choice) -> tuple[str, ...]:
     if choice.graphs == "step":
         raise UsageError("GRAPHS=step builds no bundle", remedy="leave GRAPHS out, or say GRAPHS=bundle")
-    return ("fetch", *choice.bundles)
+    return ("fetch", *choice.bundles, *_with_towers(choice))
+
+
+def _with_towers(choice: Choice) -> tuple[str, ...]:
+    return ("towers",) if towers_in(choice.towers) else ()
+
+
+def _towers(choice: Choice) -> tuple[str, ...]:
+    if not towers_in(choice.towers) or choice.graphs == "step":
+        raise UsageError(
+            "there are no towers to make",
+            cause="GRAPHS=step builds no bundle" if choice.graphs == "step" else "TOWERS= names none",
+            remedy="say TOWERS=audio, and GRAPHS=bundle or all",
+        )
+    return ("fetch",)
 
 
 def _judged(choice: Choice) -> tuple[str, ...]:
@@ -126,15 +153,18 @@ _SMALL = ("*.json", "*.jinja", "*.model", "*.txt", "*.md", "LICENSE*", "NOTICE*"
 _SECTIONS = (DECODER, "*embedder.tflite")
 
 STAGES: Mapping[str, Node] = {
-    "fetch": Node(module="fetch", needs=_always(), settings=("revision", "base", "template"), texts=("template",)),
+    "fetch": Node(
+        module="fetch", needs=_always(), settings=("revision", "base", "template", "towers"), texts=("template",)
+    ),
     "golden": Node(
         module="golden",
         needs=_always("fetch"),
-        settings=("device", "graphs", "eval"),
+        settings=("device", "graphs", "eval", "towers"),
         texts=("verification", "recipe.calibration", "eval"),
     ),
     "graph": Node(module="graph", needs=_always("fetch"), settings=("graphs",)),
     "moments": Node(module="moments", needs=_always("fetch"), settings=("calibration",), texts=("calibration",)),
+    "towers": Node(module="towers", needs=_towers, settings=("graphs", "towers")),
     "fp32": Node(module="fp32", needs=_always("fetch", "graph"), settings=("graphs",)),
     "fp16": Node(module="fp16", needs=_always("fetch", "graph"), settings=("graphs",)),
     "int8": replace(_quantised("int8", _int8(None)), settings=("graphs", "calibration", "rung")),
@@ -149,13 +179,13 @@ STAGES: Mapping[str, Node] = {
     "bundle": Node(
         module="bundle",
         needs=_bundle,
-        settings=("graphs",),
+        settings=("graphs", "towers"),
         reads={"fetch": _SMALL, **{name: _SECTIONS for name in ("fp32", "int8", "int4")}},
     ),
     "verify": Node(
         module="verify",
-        needs=lambda choice: ("fetch", "golden", *_judged(choice)),
-        settings=("graphs", "variants", "eval", "calibration"),
+        needs=lambda choice: ("fetch", "golden", *_judged(choice), *(_with_towers(choice) if choice.bundles else ())),
+        settings=("graphs", "variants", "eval", "calibration", "towers"),
         texts=("verification", "calibration", "eval"),
     ),
     "evaluate": Node(module="evaluate", needs=_always("fetch", "bundle"), settings=("task",), texts=("task",)),

@@ -34,6 +34,17 @@ class Given(Common):
 def words(name: str, finished: Mapping[str, Manifest], given: Given) -> list[str]:
     """The arguments, after those that all stages have, with which stage `name` was run, by what is `finished`."""
     made = finished[name]
+    return [*_words(name, made, finished, given), *_towers(name, finished)]
+
+
+def _towers(name: str, finished: Mapping[str, Manifest]) -> list[str]:
+    """The towers that fetch took, for the stages that are told of them."""
+    taken = finished["fetch"].told(facts.Fetch).towers if "fetch" in finished else ()
+    told = "towers" in graph.STAGES[name].settings
+    return [word for tower in taken for word in ("--towers", tower.tower)] if told else []
+
+
+def _words(name: str, made: Manifest, finished: Mapping[str, Manifest], given: Given) -> list[str]:
     if name == "fetch":
         return [*(["--revision", made.revision] if "/" in made.model else []), *_base(made, given)]
     return [*_settings(name, made, finished), *_texts(name, given)]

@@ -26,7 +26,7 @@ from typing import cast, get_args
 
 from pipeline.core import container
 from pipeline.core.errors import PipelineError, UsageError
-from pipeline.core.graph import STAGES, STEPS, Choice, behind, makeable, model_name, model_root, refuse_within
+from pipeline.core.graph import STAGES, STEPS, Choice, Towers, behind, makeable, model_name, model_root, refuse_within
 from pipeline.core.manifest import NAME, write_atomically
 from pipeline.core.recipe import CONFIG, DEFAULT, IDENTIFIED, PROJECT, STEP, Graphs, load, named_in
 
@@ -42,7 +42,7 @@ _NPM = (
 )
 _COMMANDS = ("plan", "template", "upload", "check", "inspection", "job", "reproduce", "chat", "run", "tune")
 """What runs beside the stages."""
-_FILES = ("calibration", "eval", "task", "template")
+_FILES = ("calibration", "eval", "task", "template", "audio")
 _ADAPTER = "adapter_config.json"
 _WITHOUT_RECIPE = {"clean", "check", "inspect"}
 """Goals that are the same whatever the recipe."""
@@ -268,7 +268,8 @@ def rules(request: Request) -> str:
         ]
     proof = f"{root}/.inputs/rendered"
     if choice.bundles:  # a template that no bundle can have is refused before hours of work
-        command = f"$(call RUN,template) -m pipeline.template {_quoted(request.where)}"
+        words = _quoted([*request.where, *_option(request, "towers")])
+        command = f"$(call RUN,template) -m pipeline.template {words}"
         lines += [f"{proof}: {root}/fetch/manifest.json | $(READY)", f"\t@{command}", "\t@touch $@", ""]
     lines += [f"{_LIBRARIES}: web/package-lock.json", f"\t@{_NPM}", "\t@touch $@", ""]
     for name, node in STAGES.items():
@@ -304,7 +305,7 @@ def _option(request: Request, name: str) -> list[str]:
 
 
 def _plan_words(request: Request) -> list[str]:
-    options = [word for name in ("revision", "base", "graphs") for word in _option(request, name)]
+    options = [word for name in ("revision", "base", "graphs", "towers") for word in _option(request, name)]
     return [*request.where, *options, "--stages", *request.planned]
 
 
@@ -355,6 +356,11 @@ def _check_words(said: Mapping[str, str]) -> None:
     """Refuse settings of a few words that are another one."""
     if said["GRAPHS"] not in ("", *get_args(Graphs)):
         raise UsageError(f"GRAPHS={said['GRAPHS']} is unknown: step, bundle or all")
+    if said["TOWERS"] not in ("", *get_args(Towers)):
+        raise UsageError(
+            f"TOWERS={said['TOWERS']} is unknown: none or audio",
+            cause="of a model's towers the audio tower alone can be converted, so far",
+        )
     if said["IN"] not in ("", "docker", "image"):
         raise UsageError(f"IN={said['IN']} is unknown: leave it out, or IN=docker")
     if said["CONFIRM"] not in ("", "yes") or (said["CONFIRM"] and not said["HF_REPO"]):
@@ -400,7 +406,7 @@ def ask(said: Mapping[str, str]) -> Request:
         model_id=said["MODEL_ID"],
         artifacts=Path(said["ARTIFACTS"]),
         recipe=_shown(file),
-        choice=_choice(file, said["GRAPHS"], variants or None),
+        choice=_choice(file, said["GRAPHS"], variants or None, said["TOWERS"]),
         settings={**settings, **files},
         goals=tuple(said["GOALS"].split()),
         said=said,
@@ -411,9 +417,10 @@ def ask(said: Mapping[str, str]) -> Request:
     return request if said["RECIPE"] else _with_recipe(request, said)
 
 
-def _choice(file: Path, graphs: str, variants: tuple[str, ...] | None) -> Choice:
+def _choice(file: Path, graphs: str, variants: tuple[str, ...] | None, towers: str) -> Choice:
     recipe = load(file)
-    return Choice(recipe=recipe, graphs=cast(Graphs, graphs or recipe.graphs), variants=variants)
+    kind, taken = cast(Graphs, graphs or recipe.graphs), cast(Towers, towers or "none")
+    return Choice(recipe=recipe, graphs=kind, variants=variants, towers=taken)
 
 
 def _with_recipe(request: Request, said: Mapping[str, str]) -> Request:
@@ -427,7 +434,7 @@ def _with_recipe(request: Request, said: Mapping[str, str]) -> Request:
     shows = asks and bool({*"nqt"} & {*said.get("FLAGS", "")})  # Make would look all the same
     if shows:
         sys.stderr.write(f"warning: what type {request.model_id} is of is not known yet: shown as for {file.stem}\n")
-    choice = _choice(file, said["GRAPHS"], request.choice.variants)
+    choice = _choice(file, said["GRAPHS"], request.choice.variants, said["TOWERS"])
     return replace(request, recipe=_shown(file), choice=choice, looks=asks and not shows)
 
 

@@ -30,6 +30,7 @@ from typing import TypeVar
 
 from pipeline.core import graph, log, manifest, process, records, versions
 from pipeline.core.errors import PipelineError, ResourceError
+from pipeline.core.graph import Towers
 from pipeline.core.manifest import Fact, Manifest, Source
 from pipeline.core.options import Options, add_to, of, parser_of
 from pipeline.core.recipe import DEFAULT, PROJECT, Graphs, Recipe, chosen
@@ -56,6 +57,9 @@ class Common:
         default=None, metadata={"help": "recipe (default: the shipped one for the checkpoint's model type)"}
     )
     graphs: Graphs | None = field(default=None, metadata={"help": "what to build (default: the recipe's)"})
+    towers: Towers = field(
+        default="none", metadata={"help": "what the bundles hear or see by, beside text (default: %(default)s)"}
+    )
 
     @property
     def root(self) -> Path:
@@ -76,7 +80,8 @@ class Common:
 class Context:
     """What a stage gets: its own `folder` (empty), the model's `root`, and the manifests of the stages it needs.
 
-    `graphs` says which are built and judged: the step graph, the bundle's sections, or both. `known` are the hashes of
+    `graphs` says which are built and judged: the step graph, the bundle's sections, or both; `towers` which of the
+    model's are taken. `known` are the hashes of
     files that were read before.
     """
 
@@ -86,6 +91,7 @@ class Context:
     folder: Path
     recipe: Recipe
     graphs: Graphs
+    towers: Towers
     upstream: Mapping[str, Manifest]
     known: manifest.Known
 
@@ -185,7 +191,9 @@ def _report_unexpected(error: Exception) -> int:
 def _run(stage: Stage, common: Common, options: Options) -> None:
     before = source()
     root, recipe = common.root, load_recipe(common.recipe_file)
-    choice = graph.Choice(recipe=recipe, graphs=common.graphs or recipe.graphs, variants=options.judged())
+    choice = graph.Choice(
+        recipe=recipe, graphs=common.graphs or recipe.graphs, variants=options.judged(), towers=common.towers
+    )
     name = options.folder(stage.name)
     needs = stage.needs_of(root, options) if stage.needs_of else graph.needs(name, choice)
     tools = versions.installed()
@@ -204,6 +212,7 @@ def _run(stage: Stage, common: Common, options: Options) -> None:
             folder=folder,
             recipe=recipe,
             graphs=choice.graphs,
+            towers=choice.towers,
             upstream=upstream,
             known=known,
         )

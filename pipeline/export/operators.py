@@ -140,6 +140,36 @@ def _place(x: Tensor, start: Tensor, size: Sequence[int]) -> tuple[slice[int, in
     return tuple(slice(begin, begin + part) for begin, part in zip(begins, size, strict=True))
 
 
+@torch.library.custom_op("pipeline::convolve", mutates_args=())
+def convolve(x: Tensor, weight: Tensor, stride: Sequence[int]) -> Tensor:
+    """The convolution of `x` [B, H, W, I] with `weight` [O, h, w, I], nothing padded: [B, ., ., O]."""
+    moved = functional.conv2d(x.permute(0, 3, 1, 2), weight.permute(0, 3, 1, 2), stride=list(stride))
+    return moved.permute(0, 2, 3, 1).contiguous()
+
+
+@convolve.register_fake
+def _(x: Tensor, weight: Tensor, stride: Sequence[int]) -> Tensor:
+    return x.new_empty((x.shape[0], *_steps(x, weight, stride), weight.shape[0]))
+
+
+@torch.library.custom_op("pipeline::convolve_apart", mutates_args=())
+def convolve_apart(x: Tensor, weight: Tensor, stride: Sequence[int]) -> Tensor:
+    """Each channel of `x` [B, H, W, C] by itself with its own of `weight` [1, h, w, C], nothing padded."""
+    moved = functional.conv2d(
+        x.permute(0, 3, 1, 2), weight.permute(3, 0, 1, 2), stride=list(stride), groups=x.shape[-1]
+    )
+    return moved.permute(0, 2, 3, 1).contiguous()
+
+
+@convolve_apart.register_fake
+def _(x: Tensor, weight: Tensor, stride: Sequence[int]) -> Tensor:
+    return x.new_empty((x.shape[0], *_steps(x, weight, stride), x.shape[-1]))
+
+
+def _steps(x: Tensor, weight: Tensor, stride: Sequence[int]) -> list[int]:
+    return [(x.shape[axis] - weight.shape[axis]) // stride[axis - 1] + 1 for axis in (1, 2)]
+
+
 class Linear(nn.Linear):
     """`nn.Linear` on the last axis of an input of any rank, as one FULLY_CONNECTED."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from pipeline.checkpoint import chat
@@ -12,12 +13,14 @@ from pipeline.core.errors import UsageError
 from pipeline.core.facts import Bundle, Fetch, Golden, Precision
 from pipeline.core.recipe import BASELINE, STEP
 from pipeline.core.stage import Context
-from pipeline.judge import bundles, gates, kv_cache, sqnr, steps
+from pipeline.judge import bundles, gates, hearing, kv_cache, sqnr, steps
+from pipeline.judge.gates import Check
 from pipeline.judge.kv_cache import Trace
 from pipeline.judge.reference import Reference
 from pipeline.judge.step_runs import JudgedPositions
 from pipeline.judge.steps import Setting, Subject, Verdict
 from pipeline.runtime.litert_lm import Message
+from pipeline.runtime.sound import Hearing
 
 _PER_BATCH = 8
 _TRACED = 4
@@ -95,8 +98,22 @@ def judge_bundles(
         for precision in sorted(recipe.bundle.precisions, key=lambda name: name != BASELINE):
             subject = _bundle(context, precision)
             log.step(f"judging {subject.name} ({log.human_bytes(subject.record.size)})")
-            verdicts.append(bundles.judge(subject, setting))
+            verdict = bundles.judge(subject, setting)
+            heard = _heard(context, subject, first=not verdicts, scratch=Path(scratch))
+            verdicts.append(replace(verdict, checks=[*verdict.checks, *heard]))
     return verdicts
+
+
+def _heard(context: Context, subject: bundles.Subject, *, first: bool, scratch: Path) -> list[Check]:
+    """The checks on a bundle's ears, if it has any: on the sections, which all share, and on the fp32 one's words."""
+    hears = context.upstream["bundle"].part(subject.precision, Bundle).hears
+    if not hears:
+        return []
+    told, how = hearing.Reference.stored(context.root / "golden"), Hearing(**vars(hears))
+    gate = context.recipe.gates.get(hearing.TOWER)
+    checks = hearing.judge_tower(context.root / "towers", how, told, gate, scratch) if first else []
+    words = subject.precision == BASELINE
+    return [*checks, *([hearing.judge_words(subject.path, how, told.answers, scratch)] if words else [])]
 
 
 def _bundle(context: Context, precision: str) -> bundles.Subject:

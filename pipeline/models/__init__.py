@@ -15,6 +15,7 @@ from pipeline.checkpoint.layout import Needed
 from pipeline.checkpoint.reader import Checkpoint
 from pipeline.core import records
 from pipeline.core.errors import FetchError, UsageError
+from pipeline.core.graph import Towers, towers_in
 from pipeline.core.recipe import PROJECT, Recipe, of_type
 from pipeline.core.records import Record
 
@@ -59,6 +60,14 @@ class Runtime:
     response: str = ""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Tower:
+    """A part beside the text model by which it sees or hears: its `sections`, and its `tensors`, name → shape."""
+
+    sections: tuple[str, ...]
+    tensors: Mapping[str, tuple[int, ...]]
+
+
 class Architecture(Protocol):
     """What the stages need to know of a model: a family, bound to a checkpoint's configuration.
 
@@ -99,6 +108,13 @@ class Architecture(Protocol):
 
     def tables(self) -> tuple[Table, ...]:
         """The embedding tables (`transformer.Table`) that are sections of their own."""
+
+    def towers(self) -> Mapping[str, Tower]:
+        """The towers that can be converted, as far as config.json has them: `audio`.
+
+        Raises:
+            FetchError: one asks for something that its modules don't do.
+        """
 
     def canonical(self, name: str) -> str | None:
         """The canonical name of checkpoint tensor `name`, or None if the text model knowingly leaves it out."""
@@ -150,13 +166,42 @@ def architecture_of(checkpoint: Checkpoint) -> Architecture:
     return architecture_for(checkpoint.config, tied=checkpoint.tied)
 
 
-def needed(architecture: Architecture) -> Needed:
-    """What an architecture with a tied head needs of a checkpoint."""
-    return Needed(shapes=architecture.tensors(), canonical=architecture.canonical, ties=architecture.ties)
+def needed(architecture: Architecture, towers: Towers = "none") -> Needed:
+    """What an architecture with a tied head needs of a checkpoint, with the `towers` that are to be taken.
+
+    Raises:
+        UsageError: it has no such tower.
+    """
+    taken = {name: tower_of(architecture, name).tensors for name in towers_in(towers)}
+    return Needed(shapes=architecture.tensors(), canonical=architecture.canonical, ties=architecture.ties, towers=taken)
 
 
-def expected(recipe: Recipe, config: Mapping[str, object]) -> Needed:
-    """What a checkpoint with this `config.json` must hold.
+def tower_of(architecture: Architecture, name: str) -> Tower:
+    """The tower `name`.
+
+    Raises:
+        UsageError: the model has none, or none that can be converted.
+        FetchError: as `Architecture.towers`.
+    """
+    try:
+        known = architecture.towers()
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise FetchError(
+            f"config.json can't be understood: {error}",
+            cause="what it says of a tower was edited, or another tool wrote it",
+            remedy="get it from the checkpoint's author anew, or leave TOWERS= out",
+        ) from error
+    if name not in known:
+        raise UsageError(
+            f"the model has no {name} tower that can be converted",
+            cause="it is a text model, or of a family whose towers are not done yet",
+            remedy="leave TOWERS= out, or take Gemma 3n's model for conditional generation",
+        )
+    return known[name]
+
+
+def expected(recipe: Recipe, towers: Towers, config: Mapping[str, object]) -> Needed:
+    """What a checkpoint with this `config.json` must hold, with the `towers` that are to be taken.
 
     Raises:
         FetchError: as `architecture_for`.
@@ -178,4 +223,4 @@ def expected(recipe: Recipe, config: Mapping[str, object]) -> Needed:
             cause="such a layer reads its window alone of a static cache; of one that grows it would read all",
             remedy='say cache = "static" there',
         )
-    return needed(architecture)
+    return needed(architecture, towers)

@@ -25,7 +25,8 @@ from torch.nn import functional
 from pipeline.core.errors import FetchError
 from pipeline.export.operators import Embedding, Linear, matmul
 from pipeline.export.repeat import run_layers
-from pipeline.models import Runtime
+from pipeline.models import Runtime, Tower, gemma3n_audio
+from pipeline.models.gemma3n_audio import AudioConfig
 from pipeline.models.transformer import (
     FULL,
     SLIDING,
@@ -409,6 +410,7 @@ class Gemma3n(TextFamily[TextConfig]):
     def __init__(self, config: Mapping[str, object], *, tied: bool = True) -> None:
         self.text, self.tied = TextConfig.from_config(config), tied
         self.ties = bool(config.get("tie_word_embeddings", True))
+        self._config = config
 
     def runtime(self, _template: str) -> Runtime:
         """What LiteRT-LM is told of it."""
@@ -425,6 +427,13 @@ class Gemma3n(TextFamily[TextConfig]):
     def tables(self) -> tuple[Table, ...]:
         """The sections that LiteRT-LM looks tokens up in."""
         return embedding_tables(self.text)
+
+    def towers(self) -> Mapping[str, Tower]:
+        """Its ears, where config.json has them."""
+        if not self._config.get("audio_config"):
+            return {}
+        tensors = gemma3n_audio.tensors(AudioConfig.from_config(self._config))
+        return {"audio": Tower(sections=gemma3n_audio.SECTIONS, tensors=tensors)}
 
 
 ARCHITECTURE = Gemma3n

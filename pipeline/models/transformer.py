@@ -23,6 +23,7 @@ from pipeline.checkpoint.names import EMBEDDING, text_name
 from pipeline.export.export import Inputs, Outputs
 from pipeline.export.operators import Linear, fold, linear, matmul, normalise, unfold, update, window
 from pipeline.export.repeat import State
+from pipeline.models import Tower
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 # Far below any score (queries and keys are normalised, so scores stay within ± head size × the norms' weights), yet
@@ -509,6 +510,10 @@ class TextFamily(Generic[Numbers]):
     def tables(self) -> tuple[Table, ...]:
         """The sections that LiteRT-LM looks tokens up in; none: the decoder looks them up itself."""
         return ()
+
+    def towers(self) -> Mapping[str, Tower]:
+        """What it sees and hears by; none that can be converted."""
+        return {}
 
     def decoder_inputs(self, tokens: int, length: int) -> Inputs:
         """Examples of what the decoder graph takes beside `input_pos` and `mask`, for `tokens` tokens."""

@@ -14,6 +14,7 @@ from pipeline.checkpoint.source import Source
 from pipeline.core import log
 from pipeline.core.errors import PublishError
 from pipeline.core.facts import Checkpoint
+from pipeline.core.graph import Towers
 from pipeline.core.recipe import STEP, Graphs, Recipe
 from pipeline.judge import kv_cache
 from pipeline.models import architecture_for, expected, sizes, terms
@@ -52,6 +53,11 @@ class Model:
     def size(self, precision: str, *, sections: bool = False) -> int:
         """Bytes of all files of a precision, or of the bundle's sections alone."""
         return sum(held.bytes(precision) for name, held in self.files.items() if not sections or name != STEP)
+
+    @property
+    def towers(self) -> int:
+        """Bytes of the towers' sections, which every bundle holds in float32."""
+        return 0 if self.graphs == "step" else sum(4 * tower.parameters for tower in self.facts.towers)
 
     @property
     def bundles(self) -> Sequence[str]:
@@ -95,7 +101,7 @@ class Model:
         return schedule.length
 
 
-def look(model_id: str, revision: str, base: str, recipe: Recipe, graphs: Graphs) -> Model:
+def look(model_id: str, revision: str, base: str, recipe: Recipe, graphs: Graphs, towers: Towers = "none") -> Model:
     """Read the headers of the checkpoint `model_id`, a folder or on the Hub at `revision`; of an adapter its `base`'s.
 
     Raises:
@@ -103,7 +109,7 @@ def look(model_id: str, revision: str, base: str, recipe: Recipe, graphs: Graphs
     """
     asked = origin.ask(model_id, revision, base)
     source = asked.source
-    chosen = preflight.plan(source, partial(expected, recipe))
+    chosen = preflight.plan(source, partial(expected, recipe, towers))
     config = source.json(CONFIG)
     architecture = architecture_for(config, tied=chosen.facts.tied)
     stored = sum(source.sizes[name] for name in chosen.names)

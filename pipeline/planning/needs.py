@@ -55,6 +55,12 @@ _TOKENIZER, _TOKENIZERS = 20, 35
 """Bytes of memory per byte of tokenizer.json: loaded once, and with LiteRT-LM's own beside it."""
 _ACTIVATIONS = 4096
 """Bytes of the reference's activations per column: of so many tokens at once, in float32."""
+_TOWER = 30.0
+"""Seconds of exporting an audio tower of twelve blocks."""
+_HEARD, _RUNS = 752, 26
+"""Rows that an audio encoder multiplies at each run, whatever a sound's length, and sounds that it is judged on."""
+_LENGTHS = 4
+"""Sounds of full length that all those that are judged come to: the reference's work goes by their lengths."""
 _TRACED = 8e-3
 """Seconds per layer and sample of running a file whose every tensor is kept, for the ranges of static files."""
 
@@ -152,7 +158,7 @@ def golden(model: Model) -> Need:
         memory=_streamed(model) if streamed else 0.6 * _GIB + 4 * parameters,
         work=Work(
             calls=_IMPORTS + steps * _CALL * sizes.layers(model.shapes),
-            products=2 * _read_by_tokens(model) * tokens / _FLOPS,
+            products=2 * (_read_by_tokens(model) * tokens + (model.towers / 4) * _HEARD * _LENGTHS) / _FLOPS,
             copies=steps * model.multiplied / _READ,
         ),
     )
@@ -210,6 +216,12 @@ def graph(model: Model) -> Need:
         memory=0.36 * _GIB + sizes.EXPORT_BYTES * layers,
         work=Work(calls=3 + sizes.export_seconds(layers // sizes.layers(model.shapes), model.shapes)),
     )
+
+
+def towers(model: Model) -> Need:
+    """Export of the towers, then as the other files; each section is run once, in kernels that are not quick."""
+    work = Work(calls=3 + _TOWER, products=3 * 2 * (model.towers / 4) * _HEARD / _FLOPS) + _written(1.5 * model.towers)
+    return Need(what="audio_encoder audio_adapter end_of_audio", size=model.towers, memory=0.5 * _GIB, work=work)
 
 
 def _filled(model: Model, precision: str, *, sections: bool = True) -> Need:
@@ -270,7 +282,7 @@ def _static(model: Model) -> Need:
 
 def bundle(model: Model) -> Need:
     """The sections in one file each; the tokenizer is loaded, which takes many times its bytes."""
-    size = sum(model.size(precision, sections=True) for precision in model.bundles)
+    size = sum(model.size(precision, sections=True) + model.towers for precision in model.bundles)
     what = " ".join(f"{precision}.litertlm" for precision in model.bundles)
     return Need(
         what=what, size=size, memory=0.19 * _GIB + _TOKENIZERS * model.tokenizer, work=Work(calls=3.0) + _written(size)
@@ -293,7 +305,9 @@ def verify(model: Model) -> Need:
     if model.graphs != "bundle":
         taken += 0.35 * _GIB + 4 * model.multiplied  # XNNPACK packs a step graph's weights into memory
     logits = 4 * judged * model.table[0] * len(decoders)
-    return Need(what="report.html", size=1 << 20, memory=taken, work=work, scratch=max(decoders, default=0) + logits)
+    work += Work(products=2 * (model.towers / 4) * _HEARD * (_RUNS + settings.prompts) / _FLOPS)
+    scratch = max(decoders, default=0) + logits + model.towers
+    return Need(what="report.html", size=1 << 20, memory=taken, work=work, scratch=scratch)
 
 
 def publish(model: Model) -> Need:
@@ -314,6 +328,7 @@ MODELLED: Mapping[str, Callable[[Model], Need]] = {
     "golden": golden,
     "moments": moments,
     "graph": graph,
+    "towers": towers,
     "fp32": partial(_filled, precision="fp32"),
     "fp16": partial(_filled, precision="fp16"),
     "int8": _int8,

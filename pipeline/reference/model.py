@@ -192,7 +192,7 @@ class HuggingFace:
         All prompts go through the model together, padded on the left. Per token, `margins` is how far it led, in
         logits, and `log_likelihoods` how likely it was, in nats. `bar` is advanced by a token of all prompts at a time.
         """
-        asked = [self._begin(prompt) for prompt in prompts]
+        asked = [self.begin(prompt) for prompt in prompts]
         longest = max(map(len, asked))
         ids = torch.tensor([[self.pad] * (longest - len(row)) + row for row in asked], device=self.device)
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in asked], device=self.device)
@@ -218,7 +218,8 @@ class HuggingFace:
             for row, new in enumerate(added)
         ]
 
-    def _begin(self, prompt: str) -> list[int]:
+    def begin(self, prompt: str) -> list[int]:
+        """Token ids of a prompt, with bos before them if prompts begin so."""
         ids = self.tokenize(prompt)
         return [self.bos, *ids] if self.begins and ids[:1] != [self.bos] else ids
 

@@ -10,16 +10,17 @@ What is read comes from memory-mapped safetensors files: pages of a file that th
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from pipeline.checkpoint.names import HEAD
 from pipeline.checkpoint.reader import Checkpoint
+from pipeline.core.errors import IntegrityError
 
 KEPT = 1 << 16
 """Elements up to which a matrix stays in memory; norms and other vectors always do."""
@@ -42,15 +43,31 @@ def load(kind: Any, config: PreTrainedConfig, checkpoint: Checkpoint, renamed: M
         model = kind._from_config(config, attn_implementation="eager", dtype=torch.float32)
     _make_buffers(model)
     model.initialize_weights()
-    stored = {_model_name(name, renamed): tensor for name, tensor in _stored(checkpoint)}
+    held = {_model_name(name, renamed): tensor for name, tensor in stored(checkpoint)}
     for head, table in _tied(model).items():  # whichever is stored serves as both, as `tie_weights` has it
-        if head in stored:
-            stored.setdefault(table, stored[head])
-    report = _fit(model, stored)
+        if head in held:
+            held.setdefault(table, held[head])
+    report = _fit(model, held)
     if not report["missing_keys"] and not report["mismatched_keys"]:
-        model.lm_head = Head(stored[HEAD if HEAD in stored else _tied(model)[HEAD]])
-        _stream(model, stored)
+        model.lm_head = Head(held[HEAD if HEAD in held else _tied(model)[HEAD]])
+        _stream(model, held)
     return model, report
+
+
+def load_part(module: Any, weights: Mapping[str, Weight]) -> Any:
+    """A part of a model, made on the meta device, that streams its `weights`, by their names in it.
+
+    Raises:
+        IntegrityError: one is missing, or has another shape.
+    """
+    _make_buffers(module)
+    if isinstance(module, PreTrainedModel):
+        module.initialize_weights()  # type: ignore[no-untyped-call]  # transformers ships no types
+    report = _fit_names(module, weights)
+    if wrong := [*report["missing_keys"], *report["mismatched_keys"]]:
+        raise IntegrityError(f"transformers finds no {wrong[0]} for its {type(module).__name__}")
+    _stream(module, weights)
+    return module.eval()
 
 
 def _make_buffers(model: nn.Module) -> None:
@@ -84,7 +101,7 @@ class Packed:
 Weight = torch.Tensor | Packed
 
 
-def _stored(checkpoint: Checkpoint) -> Iterator[tuple[str, Weight]]:
+def stored(checkpoint: Checkpoint) -> Iterator[tuple[str, Weight]]:
     """Every tensor as a view into its file, in the type that it has there."""
     for file in checkpoint.files:
         with safe_open(checkpoint.folder / file, framework="pt") as tensors:
@@ -104,8 +121,12 @@ def _tied(model: Any) -> dict[str, str]:
 
 
 def _fit(model: nn.Module, stored: Mapping[str, Weight]) -> Report:
+    return _fit_names(model, stored, _tied(model).keys())
+
+
+def _fit_names(model: nn.Module, stored: Mapping[str, Weight], tied: Collection[str] = ()) -> Report:
     needed = dict(model.named_parameters(remove_duplicate=False)) | dict(_stored_buffers(model))
-    lost = needed.keys() - stored.keys() - _tied(model).keys()
+    lost = needed.keys() - stored.keys() - {*tied}
     shapes = [(name, stored[name].shape, needed[name].shape) for name in needed.keys() & stored.keys()]
     return {
         "missing_keys": sorted(lost),

@@ -79,6 +79,14 @@ class Check:
     detail: str
 
 
+_TEXT = "Text only: of a model that also sees or hears, the language part is converted and nothing else."
+_HEARS = (
+    "The bundles hear: an engine that is opened with an `audio_backend` takes sounds of up to 30 seconds as parts of a "
+    "message, 16,000 samples a second; their audio tower is in float32. They do not see. A sound takes as many places "
+    "of a prompt as it is long, and is not filled up as transformers' processor does."
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Base:
     """What an adapter was merged into: Hub id or folder name, commit or content hash, and its card's licence."""
@@ -98,7 +106,7 @@ class Subject:
     """What was converted: Hub id or folder name, commit or content hash, the bases that its card names, and theirs.
 
     `base` of an adapter: what it was merged into, with its commit or content hash, and its licence. `left_out` are
-    parts of the checkpoint beside the text model.
+    parts of the checkpoint beside the text model, `towers` those of them that are in the bundles.
     """
 
     model: str
@@ -108,6 +116,7 @@ class Subject:
     model_type: str
     base: Base | None = None
     left_out: tuple[LeftOut, ...] = ()
+    towers: tuple[str, ...] = ()
 
     @property
     def on_hub(self) -> bool:
@@ -182,7 +191,8 @@ def text(
         "commit": f", source commit `{build.commit}`," if build.commit else "",
         "tools": ", ".join(f"{tool} {version}" for tool, version in sorted(build.tools.items())),
         "command": _command(subject),
-        "left_out": _left_out(subject.left_out),
+        "parts": _HEARS if "audio" in subject.towers else _TEXT,
+        "left_out": _left_out(subject),
         "licence_name": licence.name,
         "licence_link": licence.link,
         "remark": f" {licence.remark}" if licence.remark else "",
@@ -238,10 +248,11 @@ def _pinned(model: Subject | Base) -> str:
     return f"[{model.model}](https://huggingface.co/{model.model}) at commit `{model.revision}`"
 
 
-def _left_out(parts: Sequence[LeftOut]) -> str:
+def _left_out(subject: Subject) -> str:
     """What of the checkpoint is not in these files, if anything."""
-    said = ", ".join(f"`{each.part}` ({each.tensors} tensors)" for each in parts)
-    return f" Left out here: {said}. Import the files as a text model." if parts else ""
+    said = ", ".join(f"`{each.part}` ({each.tensors} tensors)" for each in subject.left_out)
+    advice = "" if subject.towers else " Import the files as a text model."
+    return f" Left out here: {said}.{advice}" if said else ""
 
 
 def _files(products: Sequence[Product]) -> str:
@@ -338,9 +349,10 @@ def _command(subject: Subject) -> str:
             f"{subject.base.model}@{subject.base.revision}" if subject.base.on_hub else "path/to/" + subject.base.model
         )
         base = f" BASE={said}"
+    towers = f" TOWERS={','.join(subject.towers)}" if subject.towers else ""
     if subject.on_hub:
-        return f"make publish MODEL_ID={subject.model} REVISION={subject.revision}{base}"
-    return f"make publish MODEL_ID=path/to/{subject.model}{base}"
+        return f"make publish MODEL_ID={subject.model} REVISION={subject.revision}{base}{towers}"
+    return f"make publish MODEL_ID=path/to/{subject.model}{base}{towers}"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -53,6 +53,7 @@ def _parameters(context: Context, override: str) -> dict[str, str]:
         **({"BASE": f"{base.model}@{base.revision}"} if (base := base_of(told)) else {}),
         "RECIPE": context.recipe.name,
         "GRAPHS": context.graphs,
+        **({"TOWERS": ",".join(tower.tower for tower in told.towers)} if told.towers else {}),
         **({"RUNG": climbed.rung} if (climbed := _climbed(context)) else {}),
         **({"LICENCE_OVERRIDE": override} if override else {}),
     }

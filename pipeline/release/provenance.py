@@ -23,7 +23,8 @@ STATEMENT = "provenance.json"
 TENSORS = "tensors.json"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 BUILD_TYPE = "urn:hf-to-litert:build:1"
-"""How the predicate's parameters are to be read: MODEL_ID, REVISION, BASE, RECIPE, GRAPHS, RUNG of `make publish`."""
+"""How the predicate's parameters are to be read: MODEL_ID, REVISION, BASE, RECIPE, GRAPHS, TOWERS, RUNG of
+`make publish`."""
 
 
 def write_sums(folder: Path, files: Iterable[Path]) -> Path:

@@ -79,6 +79,7 @@ def subject_of(fetched: Manifest) -> Subject:
         model_type=found.model_type,
         base=base_of(found),
         left_out=found.left_out,
+        towers=tuple(tower.tower for tower in found.towers),
     )
 
 

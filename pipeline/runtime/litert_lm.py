@@ -6,6 +6,7 @@ sees: if the bundle has a start token, it begins with that token's text, or the 
 
 from __future__ import annotations
 
+import base64
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -58,20 +59,23 @@ class LmRuntime:
         path: the `.litertlm` file.
         threads: how many threads run the kernels (default: `parallel.threads`).
         cache: a folder for repacked weights, so that the next start is quicker; without it nothing is written.
+        hears: whether its ears are loaded too.
 
     Raises:
         UsageError: there is no such file.
         IntegrityError: the runtime can't load it; the cause is what the runtime says.
     """
 
-    def __init__(self, path: Path, *, threads: int | None = None, cache: Path | None = None) -> None:
+    def __init__(
+        self, path: Path, *, threads: int | None = None, cache: Path | None = None, hears: bool = False
+    ) -> None:
         if not path.is_file():
             raise UsageError(f"{path} does not exist", cause="there is no bundle yet", remedy="run `make bundle`")
         if cache:
             cache.mkdir(parents=True, exist_ok=True)  # the runtime fails without a word if the folder is not there
         self._path = path
         started = time.perf_counter()
-        self._engine = _open(path, threads or parallel.threads(), str(cache or NO_CACHE))
+        self._engine = _open(path, threads or parallel.threads(), str(cache or NO_CACHE), hears=hears)
         self.load_seconds = time.perf_counter() - started
         self.start: int | None = self._engine.bos_token_id
         self.stop: tuple[tuple[int, ...], ...] = tuple(tuple(ids) for ids in self._engine.eos_token_ids)
@@ -158,6 +162,15 @@ class LmRuntime:
                 cause=_complaint(attempt) or str(error),
             ) from error
         return answers
+
+    def hear(self, messages: Sequence[Message], count: int, *, greedy: bool = False) -> HeardSession:
+        """A context of `messages`, in which there are sounds, and its answer of at most `count` tokens, as `session`.
+
+        Sounds go in by the runtime's own conversations alone.
+        """
+        options = _greedy() if greedy else {}
+        conversation = self._engine.create_conversation(messages=messages[:-1], max_output_tokens=count, **options)
+        return HeardSession(conversation, messages[-1])
 
     def greedy(self, prompt: str, count: int) -> Continuation:
         """At most `count` tokens after `prompt`, each the most likely one, until a stop token."""
@@ -271,14 +284,67 @@ class Session:
 
     def speed(self) -> Speed:
         """How fast the last prompt was read and the last answer written."""
-        info = self._session.get_benchmark_info()
-        return Speed(
-            prefill_tokens=info.last_prefill_token_count,
-            prefill_per_second=info.last_prefill_tokens_per_second,
-            decode_tokens=info.last_decode_token_count,
-            decode_per_second=info.last_decode_tokens_per_second,
-            first_token=info.time_to_first_token_in_second,
-        )
+        return _speed(self._session.get_benchmark_info())
+
+
+def _speed(info: litert_lm.BenchmarkInfo) -> Speed:
+    return Speed(
+        prefill_tokens=info.last_prefill_token_count,
+        prefill_per_second=info.last_prefill_tokens_per_second,
+        decode_tokens=info.last_decode_token_count,
+        decode_per_second=info.last_decode_tokens_per_second,
+        first_token=info.time_to_first_token_in_second,
+    )
+
+
+class HeardSession:
+    """A context with sounds in it, whose answer comes out once."""
+
+    def __init__(self, conversation: litert_lm.Conversation, message: Message) -> None:
+        self._conversation, self._message = conversation, message
+
+    def __enter__(self) -> HeardSession:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the context."""
+        self._conversation.close()
+
+    def decode(self) -> Iterator[str]:
+        """The answer, as `Session.decode` gives it.
+
+        Raises:
+            UsageError: there is no room for it.
+        """
+        try:
+            for said in self._conversation.send_message_async(self._message):
+                yield "".join(part.get("text", "") for part in said["content"])
+        except RuntimeError as error:
+            raise UsageError(
+                f"the bundle can't take a message with these sounds: {error}",
+                cause="sounds, text and answers are longer than the bundle's KV cache",
+                remedy="give less, or begin anew",
+            ) from error
+        except GeneratorExit:  # nobody reads on
+            self.cancel()
+            raise
+
+    def cancel(self) -> None:
+        """End the running answer; may be called from a signal handler."""
+        self._conversation.cancel_process()
+
+    def speed(self) -> Speed:
+        """How fast it was."""
+        return _speed(self._conversation.get_benchmark_info())
+
+
+def spoken(text: str, sounds: Sequence[bytes]) -> list[Message]:
+    """The content of a message: `sounds` (WAV files), and what is said about them."""
+    parts: list[Message] = [{"type": "audio", "blob": base64.b64encode(sound).decode()} for sound in sounds]
+    return [*parts, {"type": "text", "text": _checked(text)}]
 
 
 class Dialogue:
@@ -303,7 +369,8 @@ class Dialogue:
         self._runtime, self._count, self._greedy = runtime, count, greedy
         self._thoughts, self._aside = thoughts, aside
         self._messages: list[Message] = []
-        self._session: Session | None = None
+        self._session: Session | HeardSession | None = None
+        self._hears = False  # whether anything so far is a sound
 
     def __enter__(self) -> Dialogue:
         return self
@@ -314,20 +381,22 @@ class Dialogue:
     def reset(self) -> None:
         """Forget everything."""
         self._messages.clear()
+        self._hears = False
         self._close()
 
-    def answer(self, text: str) -> Iterator[str]:
-        """The model's answer to `text`, piece by piece; it joins the conversation once it has been read to its end.
+    def answer(self, text: str, sounds: Sequence[bytes] = ()) -> Iterator[str]:
+        """The model's answer to `sounds` (WAV files) and `text`, piece by piece.
+
+        It joins the conversation once it has been read to its end.
 
         Thoughts do not: templates leave those of earlier turns out.
 
         Raises:
             UsageError: the conversation does not fit into the KV cache.
         """
-        messages = [*self._messages, {"role": "user", "content": text}]
+        messages = [*self._messages, {"role": "user", "content": spoken(text, sounds) if sounds else text}]
         self._close()
-        self._session = self._runtime.session(self._count, greedy=self._greedy)
-        self._session.prefill(self._runtime.render(messages))
+        self._session = self._open(messages, hears=self._hears or bool(sounds))
         pieces = []
         thought = False
         for thinking, piece in self._told_apart(self._session.decode()):
@@ -339,6 +408,15 @@ class Dialogue:
                 yield piece
             thought = thinking
         self._messages = [*messages, {"role": "assistant", "content": "".join(pieces)}]
+        self._hears |= bool(sounds)
+
+    def _open(self, messages: Sequence[Message], *, hears: bool) -> Session | HeardSession:
+        """A context of `messages`, before the answer."""
+        if hears:
+            return self._runtime.hear(messages, self._count, greedy=self._greedy)
+        session = self._runtime.session(self._count, greedy=self._greedy)
+        session.prefill(self._runtime.render(messages))
+        return session
 
     def _told_apart(self, pieces: Iterator[str]) -> Iterator[tuple[bool, str]]:
         return self._thoughts.split(pieces) if self._thoughts else ((False, piece) for piece in pieces)
@@ -369,7 +447,7 @@ def _checked(text: str) -> str:
     return text
 
 
-def _open(path: Path, threads: int, cache: str) -> litert_lm.Engine:
+def _open(path: Path, threads: int, cache: str, *, hears: bool) -> litert_lm.Engine:
     """The engine for `path`, quietly; if it can't be had, the same attempt again to hear why."""
 
     def attempt() -> litert_lm.Engine:
@@ -377,6 +455,7 @@ def _open(path: Path, threads: int, cache: str) -> litert_lm.Engine:
             str(path),
             backend=litert_lm.Backend.CPU(thread_count=threads),
             cache_dir=cache,
+            audio_backend=litert_lm.Backend.CPU(thread_count=threads) if hears else None,
             enable_benchmark=True,  # counts and times tokens; changes nothing else
         )
 

@@ -6,30 +6,77 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 
 from pipeline.core import log
 from pipeline.core.errors import UsageError
 from pipeline.runtime.litert_lm import Dialogue, Speed
+from pipeline.runtime.sound import Hearing
 
 _HELP = "/reset begins a new conversation, /quit or Ctrl-D leaves, Ctrl-C stops an answer"
+_HEARS = "/audio FILE plays a WAV file to the model with what is said next, "
 
 
-def talk(dialogue: Dialogue) -> None:
-    """Read, answer, repeat, until the input ends or `/quit`."""
+@dataclass(frozen=True)
+class Ears:
+    """How the bundle hears, if it does."""
+
+    hearing: Hearing | None
+
+    @property
+    def help(self) -> str:
+        """What may be typed."""
+        return (_HEARS if self.hearing else "") + _HELP
+
+    def read(self, file: Path) -> bytes:
+        """The sound in `file`.
+
+        Raises:
+            UsageError: the bundle does not hear, or the file is no sound that it can hear.
+        """
+        if not self.hearing:
+            raise UsageError(
+                "this bundle does not hear",
+                cause="it was built without the model's audio tower, or the model has none",
+                remedy="build it with TOWERS=audio",
+            )
+        return self.hearing.read(file)
+
+
+def talk(dialogue: Dialogue, ears: Ears, sounds: Sequence[bytes] = ()) -> None:
+    """Read, answer, repeat, until the input ends or `/quit`; `sounds` go with what is said first."""
     with suppress(ImportError):
         import readline  # noqa: F401  # gives input() history and editing
-    log.line(_HELP)
+    log.line(ears.help)
     turns: list[Speed] = []
+    played = [*sounds]
     for text in _inputs():
         if text == "/reset":
             dialogue.reset()
+            played.clear()
             log.line("a new conversation")
+        elif text.split(maxsplit=1)[:1] == ["/audio"]:
+            played += _played(ears, text.removeprefix("/audio").strip())
         elif text.startswith("/"):
-            log.line(f"unknown command {text}: {_HELP}")
+            log.line(f"unknown command {text}: {ears.help}")
         elif text:
-            turns += _try_turn(dialogue, text)
+            turns += _try_turn(dialogue, text, played)
+            played.clear()
     report(_total(turns))
+
+
+def _played(ears: Ears, name: str) -> list[bytes]:
+    """The sound in the file called `name`, or none, and why."""
+    try:
+        sound = ears.read(Path(name).expanduser())
+    except UsageError as error:
+        for line in error.lines():
+            log.line(line)
+        return []
+    log.line(f"{name} goes with what you say next")
+    return [sound]
 
 
 def _inputs() -> Iterator[str]:
@@ -47,10 +94,10 @@ def _inputs() -> Iterator[str]:
         yield text
 
 
-def _try_turn(dialogue: Dialogue, text: str) -> list[Speed]:
+def _try_turn(dialogue: Dialogue, text: str, sounds: Sequence[bytes]) -> list[Speed]:
     """One turn; what a person can mend, such as a full context, does not end the conversation."""
     try:
-        turn(dialogue, text)
+        turn(dialogue, text, sounds)
     except UsageError as error:
         error.remedy = f"/reset, or {error.remedy}" if error.remedy else "/reset"
         for line in error.lines():
@@ -60,10 +107,10 @@ def _try_turn(dialogue: Dialogue, text: str) -> list[Speed]:
     return [speed] if speed else []
 
 
-def turn(dialogue: Dialogue, text: str) -> None:
-    """Stream the answer to `text`."""
+def turn(dialogue: Dialogue, text: str, sounds: Sequence[bytes] = ()) -> None:
+    """Stream the answer to `text` and `sounds`."""
     with _on_interrupt(dialogue.cancel):
-        for piece in dialogue.answer(text):
+        for piece in dialogue.answer(text, sounds):
             log.answer(piece)
         log.answer("\n")
 

@@ -34,7 +34,8 @@ def attach(graph: Graph, checkpoint: Checkpoint, names: Mapping[str, str]) -> No
             name = text(port.name).removeprefix(PREFIX).removeprefix("model.")
             stored = names[name]
             if stored not in buffers:
-                buffers[stored] = graph.add_buffer(rows(checkpoint, stored), Origin(name))
+                values = in_order(rows(checkpoint, stored), view.shape(int(port.tensorIndex)))
+                buffers[stored] = graph.add_buffer(values, Origin(name))
             view.make_constant(port, buffers[stored], name)
 
 
@@ -52,6 +53,20 @@ def rows(checkpoint: Checkpoint, tensor: str) -> Blocks:
         lambda *part: checkpoint.integers(tensor, *part),
         checkpoint.scales(tensor),
     )
+
+
+def in_order(kernel: Blocks, shape: tuple[int, ...]) -> Blocks:
+    """A convolution's kernel as TFLite has it; what is none stays as it is.
+
+    torch has [outputs, inputs, height, width], over time alone without a height. TFLite has [outputs, height, width,
+    inputs], and where each channel goes by itself (`shape` says) [1, height, width, channels].
+    """
+    if len(kernel.shape) < 3 or kernel.shape == shape:
+        return kernel
+    if shape[0] == kernel.shape[0]:
+        return Blocks(shape, kernel.dtype, lambda *part: np.moveaxis(kernel.rows(*part), 1, -1))
+    apart = lambda *_: kernel.rows(0, kernel.shape[0]).reshape(kernel.shape[0], -1).T.reshape(shape)  # noqa: E731
+    return Blocks(shape, kernel.dtype, apart)
 
 
 def vector(checkpoint: Checkpoint, tensor: str) -> Float32:

@@ -1,0 +1,96 @@
+"""What the sections of a bundle that hears must be to each other, of which LiteRT-LM checks next to nothing.
+
+With an adapter that is missing or of another width, or with sizes that do not fit, it gives wrong words and no error
+(0.18.1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from pipeline.bundling.metadata import Sound
+from pipeline.core.errors import BundleError
+from pipeline.tflite.graph import Graph, text
+
+Shapes = Mapping[str, tuple[str, tuple[int, ...]]]
+"""Tensors of a signature by name: element type and shape."""
+
+
+def check(models: Mapping[str, Path], sound: Sound) -> None:
+    """Hold the sections of the audio tower against each other, the decoder and `sound`.
+
+    Raises:
+        BundleError: they don't fit; says where.
+    """
+    taken, made = _ports(models["audio_encoder"])
+    features, mask = _tensor(made, "features", "audio_encoder"), _tensor(made, "mask", "audio_encoder")
+    rows = features[1][1] if len(features[1]) == 3 else 0
+    width = _width(models["decoder"])
+    faults = [
+        _differs("audio_encoder takes", taken, _heard(sound)),
+        "" if rows and sound.frames % rows == 0 else f"audio_encoder makes {features[1]} of {sound.frames} frames",
+        _differs("audio_encoder gives", {"mask": mask}, {"mask": ("BOOL", (1, rows))}),
+    ]
+    taken, made = _ports(models["audio_adapter"])
+    faults.append(_differs("audio_adapter takes", taken, {"features": features, "mask": mask}))
+    faults.append(_differs("audio_adapter gives", made, dict.fromkeys([*made][:1], ("FLOAT32", (1, rows, width)))))
+    taken, made = _ports(models["end_of_audio"])
+    faults.append(_differs("end_of_audio takes", taken, {}))
+    faults.append(_differs("end_of_audio gives", made, {"eoa_embedding": ("FLOAT32", (1, 1, width))}))
+    if found := next(filter(None, faults), ""):
+        raise BundleError(
+            f"the sections of the audio tower don't fit: {found}",
+            cause="they are of another model, or of another build",
+            remedy="run `make bundle` again with this MODEL_ID and TOWERS=",
+        )
+
+
+def _heard(sound: Sound) -> Shapes:
+    return {
+        "mask": ("BOOL", (1, 1, sound.frames)),
+        "src_inputs": ("FLOAT32", (1, sound.frames, sound.frame)),
+    }
+
+
+def _ports(file: Path) -> tuple[Shapes, Shapes]:
+    """Inputs and outputs of the only signature of `file`.
+
+    Raises:
+        BundleError: it has several, or none.
+    """
+    graph = Graph.read(file)
+    signatures = graph.model.signatureDefs or []
+    if len(signatures) != 1:
+        raise BundleError(f"{file.name} has {len(signatures)} signatures, LiteRT-LM wants one", file=file)
+    view = graph.seen_through(int(signatures[0].subgraphIndex))
+
+    def shapes(ports: object) -> Shapes:
+        return {
+            text(port.name): (view.type_of(int(port.tensorIndex)), view.shape(int(port.tensorIndex)))
+            for port in ports  # type: ignore[attr-defined]
+        }
+
+    return shapes(signatures[0].inputs), shapes(signatures[0].outputs)
+
+
+def _tensor(found: Shapes, name: str, section: str) -> tuple[str, tuple[int, ...]]:
+    if name not in found:
+        raise BundleError(f"{section} gives no {name}, but {', '.join(found) or 'nothing'}")
+    return found[name]
+
+
+def _width(decoder: Path) -> int:
+    """How wide the vectors are that the decoder takes."""
+    graph = Graph.read(decoder)
+    view = graph.views()[0]
+    ports = {text(port.name): view.shape(int(port.tensorIndex)) for port in view.ports()}
+    if "embeddings" not in ports:
+        raise BundleError(
+            "the decoder takes token ids, so no sound can go into it", remedy="leave TOWERS= out", file=decoder
+        )
+    return ports["embeddings"][-1]
+
+
+def _differs(what: str, found: Shapes, wanted: Shapes) -> str:
+    return "" if dict(found) == dict(wanted) else f"{what} {dict(found)}, not {dict(wanted)}"

@@ -1,0 +1,88 @@
+"""How a checkpoint's processor hears: the numbers by which a sound's samples become a spectrogram."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.core.errors import FetchError
+
+PREPROCESSOR = ("preprocessor_config.json", "processor_config.json")
+"""Where a processor says how it makes a spectrogram."""
+Float32 = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Front:
+    """Log-mel of frames: log(max(|frame · (cosine + i sine)ᵀ| · melᵀ, floor)), less `mean`, over `deviation`.
+
+    `rate` in samples a second, of which a frame has `frame` and begins `hop` after the one before. Pre-emphasis, window
+    and Fourier transform are all linear in the samples: together they are `cosine` and `sine`, float32
+    [frequencies, frame]. `mel` is float32 [bins, frequencies].
+    """
+
+    rate: int
+    frame: int
+    hop: int
+    cosine: Float32
+    sine: Float32
+    mel: Float32
+    floor: float
+    mean: Float32 | None = None
+    deviation: Float32 | None = None
+
+
+def check(names: Collection[str], where: str) -> None:
+    """Refuse a checkpoint, whose files are `names`, that does not say how it hears.
+
+    Raises:
+        FetchError: it does not.
+    """
+    if not {*PREPROCESSOR} & {*names}:
+        raise FetchError(
+            f"{where} has no {PREPROCESSOR[0]}, which says how sound becomes a spectrogram",
+            cause="the model was saved without its processor",
+            remedy="save it beside the model: `AutoProcessor.from_pretrained(BASE).save_pretrained(FOLDER)`",
+        )
+
+
+def open_front(checkpoint: Path) -> Front:
+    """The front of the processor in the folder `checkpoint`, by transformers' `Gemma3nAudioFeatureExtractor`.
+
+    Raises:
+        FetchError: it does what the graph can't.
+    """
+    from transformers.models.gemma3n import Gemma3nAudioFeatureExtractor
+
+    told = Gemma3nAudioFeatureExtractor.from_pretrained(checkpoint, local_files_only=True)
+    if told.dither or not (told.preemphasis_htk_flavor or not told.preemphasis):
+        raise FetchError(
+            f"the audio processor in {checkpoint} has dither or a pre-emphasis across frames",
+            remedy="use the settings that the model was trained with: dither 0, preemphasis_htk_flavor true",
+        )
+    size, length = told.frame_length, told.fft_length
+    # y₀ = (1 − a) x₀, yᵢ = xᵢ − a xᵢ₋₁, then the window, then the transform of a frame with zeros behind.
+    emphasis = np.eye(size) - told.preemphasis * np.eye(size, k=-1)
+    emphasis[0, 0] = 1.0 - told.preemphasis
+    angles = np.arange(length // 2 + 1)[:, None] * np.arange(size)[None, :] * (2 * np.pi / length)
+    window = told.window.astype(np.float64) * told.input_scale_factor
+    cosine, sine = ((wave(angles) * window) @ emphasis for wave in (np.cos, np.sin))
+
+    def row(values: npt.NDArray[np.float64] | None) -> Float32 | None:
+        return None if values is None else values.reshape(-1).astype(np.float32)
+
+    return Front(
+        rate=told.sampling_rate,
+        frame=size,
+        hop=told.hop_length,
+        cosine=cosine.astype(np.float32),
+        sine=sine.astype(np.float32),
+        mel=np.ascontiguousarray(told.mel_filters.T.astype(np.float32)),
+        floor=float(told.mel_floor),
+        mean=row(told.per_bin_mean),
+        deviation=row(told.per_bin_stddev),
+    )

@@ -1,0 +1,94 @@
+"""From a checkpoint to the sections of its towers, in float32, weights read as they are written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from pipeline.checkpoint.layout import lay_out_tower
+from pipeline.checkpoint.reader import Checkpoint, Float32
+from pipeline.checkpoint.sound import open_front
+from pipeline.core import log
+from pipeline.export.export import Inputs, Signature, export
+from pipeline.models import architecture_of, tower_of
+from pipeline.models.gemma3n_audio import SECTIONS, AudioAdapter, AudioConfig, AudioEncoder
+from pipeline.tflite import weights
+from pipeline.tflite.graph import Graph
+
+_TRACED, _BLOCK = 4.0, 2.0
+"""Seconds of exporting an encoder, and per block of its own."""
+
+
+def write_audio(checkpoint: Checkpoint, folder: Path) -> None:
+    """Write `audio_encoder`, `audio_adapter` and `end_of_audio` into `folder`."""
+    config, front = AudioConfig.from_config(checkpoint.config), open_front(checkpoint.folder)
+    names = lay_out_tower(
+        checkpoint.tensors, tower_of(architecture_of(checkpoint), "audio").tensors, "audio", str(checkpoint.folder)
+    )
+    encoder, adapter, end = (folder / f"{name}.tflite" for name in SECTIONS)
+    frames, rows = (1, config.frames), (1, config.soft_tokens)
+    heard = {"src_inputs": torch.zeros(*frames, front.frame), "mask": torch.ones(1, *frames, dtype=torch.bool)}
+    features = {"features": torch.zeros(*rows, config.hidden_size), "mask": torch.ones(rows, dtype=torch.bool)}
+    expected = _TRACED + _BLOCK * config.conf_num_hidden_layers
+    with log.waiting("exporting the audio encoder", expected):
+        _write(checkpoint, names, lambda: AudioEncoder(config, front), heard, encoder)
+    _write(checkpoint, names, lambda: AudioAdapter(config), features, adapter)
+    _write_vector(end_row(checkpoint, names, config), end)
+
+
+def _write(
+    checkpoint: Checkpoint, names: Mapping[str, str], make: Callable[[], nn.Module], inputs: Inputs, file: Path
+) -> None:
+    """A section with one signature, called like its file."""
+
+    def vector(name: str) -> torch.Tensor:
+        return torch.from_numpy(weights.vector(checkpoint, names[name]).copy())
+
+    with torch.device("meta"):
+        module = make()
+    export([Signature(file.stem, module, vector, inputs)], file)
+    graph = Graph.read(file)
+    weights.attach(graph, checkpoint, names)
+    graph.prune()
+    part = file.with_name(f"{file.name}.part")  # the graph is still read from `file`
+    graph.write(part)
+    part.replace(file)
+
+
+def end_row(checkpoint: Checkpoint, names: Mapping[str, str], config: AudioConfig) -> Float32:
+    """The vector of the token behind a sound, [H]: of the tower's own table, not of the text model's.
+
+    As `Gemma3nMultimodalEmbedder` of transformers embeds ids from `vocab_offset` on, in float64.
+    """
+    row = config.eoa_token_id - config.vocab_offset
+    table, norm, matrix = (
+        names[f"embed_audio.{part}.weight"] for part in ("embedding", "hard_embedding_norm", "embedding_projection")
+    )
+    hidden = _normed(checkpoint.rows(table, row, row + 1)[0], config.rms_norm_eps) * weights.vector(checkpoint, norm)
+    width = checkpoint.tensors[matrix].shape[0]
+    projected = np.concatenate(
+        [checkpoint.rows(matrix, i, min(i + 256, width)).astype(np.float64) @ hidden for i in range(0, width, 256)]
+    )
+    return _normed(projected, config.rms_norm_eps).astype(np.float32)
+
+
+def _normed(x: np.ndarray, eps: float) -> np.ndarray:
+    wide = x.astype(np.float64)
+    return wide / np.sqrt(np.mean(wide * wide) + eps)
+
+
+def _write_vector(values: Float32, file: Path) -> None:
+    """A section without inputs that gives `values` as [1, 1, H]."""
+    graph = Graph.empty()
+    shape = (1, 1, values.size)
+    # An operator, since what is a constant and an output at once comes out of the runtime as zeros.
+    parts = [graph.add_constant(values.reshape(shape), "row"), graph.add_constant(np.zeros(1, np.float32), "nothing")]
+    out = graph.add_tensor("eoa_embedding", "FLOAT32", shape)
+    graph.main.operators.append(graph.operator("ADD", parts, [out]))
+    graph.main.outputs = [out]
+    graph.add_signature(file.stem, {}, {"eoa_embedding": out})
+    graph.write(file)

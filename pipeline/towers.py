@@ -1,0 +1,29 @@
+"""Stage towers: what a model hears by, as the sections that its bundles hold beside the text model's, in float32."""
+
+from __future__ import annotations
+
+import sys
+
+from pipeline.checkpoint.reader import open_checkpoint
+from pipeline.core import log
+from pipeline.core.errors import ExportError
+from pipeline.core.facts import Files
+from pipeline.core.stage import Context, Outcome, Stage, main
+from pipeline.models import towers
+from pipeline.quantize import readback
+
+
+def work(context: Context) -> Outcome:
+    """Write the sections and run each once."""
+    towers.write_audio(open_checkpoint(context.root / "fetch" / "checkpoint"), context.folder)
+    files = sorted(context.folder.glob("*.tflite"))
+    for file in files:
+        readback.round_trip(file, ExportError)
+        log.step(f"{file.name}: {log.human_bytes(file.stat().st_size)}")
+    return Outcome(facts=Files(graphs=context.graphs, sizes={file.name: file.stat().st_size for file in files}))
+
+
+STAGE = Stage(name="towers", summary="Write the sections of the towers that TOWERS= names.", work=work)
+
+if __name__ == "__main__":
+    sys.exit(main(STAGE))
