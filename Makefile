@@ -156,7 +156,7 @@ inspect: $(READY) ## tell what is in FILE=, and where it leaves AGAINST=
 
 job: $(READY) ## print the Hub's job that builds MODEL_ID and publishes it (HF_REPO=; IMAGE= with its digest); CONFIRM=yes submits it
 	$(call RUN,job) -m pipeline.job $(WHERE) $(call QUOTE,$(HF_REPO)) $(call QUOTE,$(IMAGE)) $(if $(TAG),--tag $(call QUOTE,$(TAG))) \
-		$(if $(REVISION),--revision $(call QUOTE,$(REVISION))) $(if $(GRAPHS),--graphs $(GRAPHS)) --device $(call QUOTE,$(DEVICE)) $(if $(CONFIRM),--confirm yes)
+		$(if $(REVISION),--revision $(call QUOTE,$(REVISION))) $(if $(GRAPHS),--graphs $(GRAPHS)) $(if $(TOWERS),--towers $(TOWERS)) --device $(call QUOTE,$(DEVICE)) $(if $(CONFIRM),--confirm yes)
 
 release: ## publish what a description says (RELEASE=); a dry run without CONFIRM=yes
 	settings=$$($(ASK) -m tools.release $(if $(RELEASE),$(call QUOTE,$(RELEASE))) $(if $(filter yes,$(CONFIRM)),--upload)) && \

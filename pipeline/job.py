@@ -24,7 +24,7 @@ from huggingface_hub import HfApi
 
 from pipeline.core import log, options
 from pipeline.core.errors import PublishError, UsageError
-from pipeline.core.graph import model_name
+from pipeline.core.graph import model_name, towers_in
 from pipeline.core.recipe import PROJECT, load
 from pipeline.core.stage import Common, guard
 from pipeline.planning import machine
@@ -59,7 +59,7 @@ def work(given: Options) -> None:
     if given.confirm and not token:
         raise PublishError("a job needs a token that may write", remedy="set HF_TOKEN, which it gets as a secret")
     recipe, hub = load(given.recipe_file), Hub(waits=())  # asked again after a cut, a job might run twice
-    model = look(given.model_id, given.revision, "", recipe, given.graphs or recipe.graphs)
+    model = look(given.model_id, given.revision, "", recipe, given.graphs or recipe.graphs, given.towers)
     commit = Hub().resolve(given.model_id, given.revision).revision
     want, api = machine.asked(model), HfApi(endpoint=hub.endpoint)
 
@@ -99,6 +99,7 @@ def _check(given: Options) -> None:
 def _command(given: Options, commit: str) -> list[str]:
     """The words of the container; settings without a value are left out."""
     words = {"MODEL_ID": given.model_id, "REVISION": commit, "GRAPHS": given.graphs, "DEVICE": given.device}
+    words["TOWERS"] = ",".join(towers_in(given.towers))
     words["RECIPE"] = str(given.recipe_file.resolve().relative_to(PROJECT))
     words |= {
         "HF_REPO": given.repository,

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from pipeline.core import log, manifest, memory, options
 from pipeline.core.errors import ResourceError
-from pipeline.core.graph import Choice, behind
+from pipeline.core.graph import behind
 from pipeline.core.recipe import load as load_recipe
 from pipeline.core.stage import Common, guard
 from pipeline.planning import speed
@@ -46,7 +46,7 @@ def work(given: Options) -> None:
     """
     root, recipe = given.root, load_recipe(given.recipe_file)
     model = look(given.model_id, given.revision, given.base, recipe, given.graphs or recipe.graphs, given.towers)
-    stages = given.stages or behind(["publish"], Choice(recipe=recipe, graphs=model.graphs, towers=given.towers))
+    stages = given.stages or behind(["publish"], model.choice)
     own = speed.of_this_machine(given.artifacts)
     needs = {name: NEEDS[name](model).on(own) for name in stages}
     done = {name: _took(root / name) for name in needs if (root / name / manifest.NAME).is_file()}

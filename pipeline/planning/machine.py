@@ -10,7 +10,7 @@ from huggingface_hub import JobHardwareInfo
 
 from pipeline.core import log
 from pipeline.core.errors import ResourceError
-from pipeline.core.graph import Choice, behind
+from pipeline.core.graph import behind
 from pipeline.planning.model import Model
 from pipeline.planning.needs import NEEDS
 
@@ -29,7 +29,7 @@ class Asked(NamedTuple):
 
 def asked(model: Model) -> Asked:
     """What all stages up to `publish` ask for."""
-    needs = [NEEDS[name](model) for name in behind(["publish"], Choice(recipe=model.recipe, graphs=model.graphs))]
+    needs = [NEEDS[name](model) for name in behind(["publish"], model.choice)]
     disk = sum(need.size for need in needs) + max(need.scratch for need in needs)
     return Asked(max(need.memory for need in needs), disk, sum(need.seconds for need in needs))
 

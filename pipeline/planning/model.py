@@ -14,7 +14,7 @@ from pipeline.checkpoint.source import Source
 from pipeline.core import log
 from pipeline.core.errors import PublishError
 from pipeline.core.facts import Checkpoint
-from pipeline.core.graph import Towers
+from pipeline.core.graph import Choice, Towers
 from pipeline.core.recipe import STEP, Graphs, Recipe
 from pipeline.judge import kv_cache
 from pipeline.models import architecture_for, expected, sizes, terms
@@ -53,6 +53,12 @@ class Model:
     def size(self, precision: str, *, sections: bool = False) -> int:
         """Bytes of all files of a precision, or of the bundle's sections alone."""
         return sum(held.bytes(precision) for name, held in self.files.items() if not sections or name != STEP)
+
+    @property
+    def choice(self) -> Choice:
+        """What decides which stages there are."""
+        taken: Towers = "audio" if self.facts.towers else "none"
+        return Choice(recipe=self.recipe, graphs=self.graphs, towers=taken)
 
     @property
     def towers(self) -> int:

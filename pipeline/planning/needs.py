@@ -16,7 +16,7 @@ from functools import cache, partial
 from pathlib import Path
 
 from pipeline.core import memory
-from pipeline.core.graph import Choice, makeable
+from pipeline.core.graph import makeable
 from pipeline.core.recipe import BASELINE, DECODER, STEP
 from pipeline.judge import corpus
 from pipeline.models import sizes
@@ -230,7 +230,7 @@ def _filled(model: Model, precision: str, *, sections: bool = True) -> Need:
     taken = 0.2 * _GIB + 2 * model.cache  # each file is run once, with a cache in and a cache out
     scratch = 0
     # GPTQ is all that reads the Hessians of stage moments.
-    if sections and "moments" in makeable(precision, Choice(recipe=model.recipe, graphs=model.graphs)):
+    if sections and "moments" in makeable(precision, model.choice):
         work += Work(products=_gptq(model))
         # What is rounded for the step graph is kept for the decoder, a byte per weight.
         scratch = sum(map(math.prod, _linear(model).values())) if model.graphs == "all" else 0

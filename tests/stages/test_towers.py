@@ -47,6 +47,14 @@ GEOMETRIES: tuple[dict[str, Any], ...] = (
     {"conf_reduction_factor": 2, "conf_residual_weight": 0.3, "conf_attention_logit_cap": 5.0, "hidden_size": 32},
 )
 """Changes of the small tower: how far a row sees, and what else its configuration names."""
+FRONT: dict[str, Any] = {
+    "per_bin_mean": [0.1 * i for i in range(128)],
+    "per_bin_stddev": [1 + 0.01 * i for i in range(128)],
+    "input_scale_factor": 2.0,
+    "preemphasis": 0.9,
+    "mel_floor": 1e-3,
+}
+"""Another processor than the one by default."""
 
 
 @pytest.fixture(scope="module")
@@ -66,11 +74,13 @@ def nmse(got: np.ndarray, wanted: np.ndarray) -> float:
     return float(((got - wide) ** 2).sum() / (wide**2).sum())
 
 
-@pytest.mark.parametrize("changes", GEOMETRIES, ids=str)
-def test_the_modules_hear_what_hugging_face_hears(changes: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("changes", "front"), [*((each, {}) for each in GEOMETRIES), ({}, FRONT)], ids=str)
+def test_the_modules_hear_what_hugging_face_hears(
+    changes: dict[str, Any], front: dict[str, Any], tmp_path: Path
+) -> None:
     settings = {**ears.SMALL, **changes}
     tower, embedder = ears.ears(settings, WIDTH)
-    extractor = ears.Gemma3nAudioFeatureExtractor()
+    extractor = ears.Gemma3nAudioFeatureExtractor(**front)
     extractor.save_pretrained(tmp_path)
     config = AudioConfig.from_config({"audio_config": settings, "text_config": {"hidden_size": WIDTH}})
     encoder, adapter = audio.AudioEncoder(config, open_front(tmp_path)).eval(), audio.AudioAdapter(config).eval()

@@ -131,6 +131,18 @@ def test_unknown_graphs_are_refused_with_a_sentence() -> None:
     assert "GRAPHS=decoder is unknown: step, bundle or all" in done.stderr
 
 
+def test_towers_are_made_for_bundles_where_they_are_asked_for(tmp_path: Path) -> None:
+    settings = (f"ARTIFACTS={tmp_path}", "GRAPHS=bundle")
+    assert "towers" not in planned("verify", *settings)
+    order = planned("verify", *settings, "TOWERS=audio")
+    assert order.index("fetch") < order.index("towers") < order.index("bundle")
+    rows = re.findall(r"-m pipeline\.(\w+)(.*)", make("-n", "verify", *settings, "TOWERS=audio"))
+    told = {name for name, options in rows if "--towers audio" in options}
+    assert told == {"plan", "fetch", "template", "golden", "towers", "bundle", "verify"}
+    done = subprocess.run(["make", "-n", "TOWERS=vision"], cwd=PROJECT, capture_output=True, text=True)
+    assert (done.returncode, "TOWERS=vision is unknown: none or audio" in done.stderr) == (2, True)
+
+
 def test_nothing_changed_does_nothing(finished: tuple[str, ...]) -> None:
     assert planned(*finished) == []
 
