@@ -129,9 +129,14 @@ class MappedRunner:
         }
         # Written in place: LiteRT 2.3.0 knows the size of an output only after a run, and would write beyond a room for
         # the shape before.
-        taken = {name: given[name] if name in given else self._buffer("output", name) for name in self._outputs}
+        taken = {name: given[name] if self._shares(name) else self._buffer("output", name) for name in self._outputs}
         self._model.run_by_name(self._signature, given, taken)
         return {name: placed[name] if name in placed else self._read(name, taken[name]) for name in self._outputs}
+
+    def _shares(self, name: str) -> bool:
+        """Whether an output is written where the input of its name was: a cache, and no tensor of another rank."""
+        own = self._inputs.get(name)
+        return own is not None and len(own["shape"]) == len(self._outputs[name]["shape"])
 
     def _resize(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         changed = {name: shape for name, shape in shapes.items() if shape != tuple(self._inputs[name]["shape"])}
@@ -155,7 +160,7 @@ class MappedRunner:
         return buffer
 
     def _read(self, name: str, buffer: TensorBuffer) -> Array:
-        detail = self._inputs.get(name) or self._outputs[name]
+        detail = (self._inputs if self._shares(name) else self._outputs)[name]
         values = buffer.read(math.prod(detail["shape"]), np.dtype(detail["dtype"]))
         return values.reshape(detail["shape"])
 
