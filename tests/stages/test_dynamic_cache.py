@@ -131,10 +131,10 @@ def test_a_conversation_can_be_as_long_as_the_cache() -> None:
 
 def test_layers_with_a_window_are_refused_before_anything_is_made() -> None:
     shipped, config = recipe.load(recipe.DEFAULT), json.loads((Path(DEFAULT_MODEL) / "config.json").read_text())
-    assert expected(shipped, config).shapes
+    assert expected(shipped, "none", config).shapes
     with pytest.raises(UsageError, match="sliding window"):
-        expected(replace(shipped, bundle=replace(shipped.bundle, cache="dynamic")), config)
-    assert expected(replace(PLAIN, bundle=replace(PLAIN.bundle, cache="dynamic")), SMALL).shapes
+        expected(replace(shipped, bundle=replace(shipped.bundle, cache="dynamic")), "none", config)
+    assert expected(replace(PLAIN, bundle=replace(PLAIN.bundle, cache="dynamic")), "none", SMALL).shapes
 
 
 def test_the_page_refuses_it() -> None:
