@@ -87,7 +87,8 @@ class Model:
         if self.graphs == "step":
             return []
         length, known = self.recipe.bundle.cache_length, self.text.get("max_position_embeddings")
-        said = [f"each conversation's KV cache: {length:,} positions, {log.human_bytes(self.cache)} in float32"]
+        most = "at most " if self.recipe.bundle.grows else ""
+        said = [f"each conversation's KV cache: {most}{length:,} positions, {log.human_bytes(self.cache)} in float32"]
         if isinstance(known, int) and known < length:
             said[0] += f"; the model was made for {known:,} (max_position_embeddings): what it says beyond is untrained"
         sizes_ = {f"{each}/{name}": self.files[name].bytes(each) for each in self.bundles for name in self.files}
