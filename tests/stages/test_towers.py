@@ -24,7 +24,7 @@ from pipeline.bundling import litertlm
 from pipeline.bundling.metadata import of_checkpoint
 from pipeline.checkpoint.reader import open_checkpoint
 from pipeline.checkpoint.sound import open_front
-from pipeline.core import facts, manifest
+from pipeline.core import facts, manifest, rerun
 from pipeline.core.errors import BundleError, UsageError
 from pipeline.core.recipe import PROJECT, Gate, load
 from pipeline.judge import hearing, sounds
@@ -188,6 +188,32 @@ def test_towers_are_taken_when_they_are_asked_for(line: Line, tmp_path: Path) ->
     count = sum(tensor.numel() for tensor in ears.tensors(tower, embedder).values())
     assert taken.towers == (facts.Taken(tower="audio", parameters=count),)
     assert not (plain.root / "fetch" / "checkpoint" / "preprocessor_config.json").exists()
+
+
+def test_an_adapter_that_trained_the_tower_is_refused_with_it(
+    line: Line, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Adapters are merged into the text model alone: the bundle would hear by the base's ears, without a word."""
+    sizes = {"language_model.layers.0.self_attn.q_proj": 128, "audio_tower.conformer.0.attention.post": 64}
+    parts = {
+        f"base_model.model.model.{module}.lora_{part}.weight": torch.ones((4, size) if part == "A" else (size, 4))
+        for module, size in sizes.items()
+        for part in "AB"
+    }
+    table = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "bias": "none", "target_modules": ["q_proj", "post"]}
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps(table))
+    save_file(parts, tmp_path / "lora" / "adapter_model.safetensors")
+    tuned = Line(artifacts=tmp_path / "artifacts", recipe=line.recipe, model=tmp_path / "lora")
+    assert tuned.run(fetch.STAGE, *TAKE, "--base", str(line.model)) == 3
+    assert "outside the text model" in capsys.readouterr().err
+    assert tuned.run(fetch.STAGE, "--graphs", "bundle", "--base", str(line.model)) == 0
+
+
+def test_reproduce_tells_the_stages_of_the_towers(line: Line) -> None:
+    finished = {name: manifest.read(line.root / name) for name in ("fetch", "golden", "graph", "towers", "bundle")}
+    told = {name: "--towers audio" in " ".join(rerun.words(name, finished, rerun.Given())) for name in finished}
+    assert told == {"fetch": True, "golden": True, "graph": False, "towers": True, "bundle": True}
 
 
 def test_a_template_without_a_place_for_sounds_is_refused(line: Line, tmp_path: Path) -> None:
