@@ -32,6 +32,8 @@ Taken = dict[str, dict[str, Any]]
 """What each stage of a build took."""
 Found = TypeVar("Found")
 STAGES = ("fetch", "graph", "moments", "int8", "bundle")
+UNJUDGED = {"ladder = true": "ladder = false"}
+"""The change to a recipe that leaves the ladder out, by which int8 judges what it made: the stock exporter does not."""
 BUILDS = 2
 TOKENS = 128
 """Tokens of the prompt, which a prefill takes whole, and of the answer."""
@@ -50,7 +52,7 @@ def measure(name: str, checkpoint: Path, folder: Path, rounds: int, builds: int 
         builds: how often each is built.
     """
     same = {"prefill = [32, 128]": f"prefill = [{TOKENS}]"}  # the signatures that the stock exporter is asked for
-    recipe = bench_stages.changed_recipe(REAL_MODELS[name].recipe, folder, bench_stages.INT8_ALONE | same)
+    recipe = bench_stages.changed_recipe(REAL_MODELS[name].recipe, folder, bench_stages.INT8_ALONE | UNJUDGED | same)
     cache = load(recipe).bundle.cache_length
     root, made = folder / checkpoint.name, folder / "by-stock"
     stock, taken, exported = environment("stock", folder), list[Taken](), list[dict[str, Any]]()

@@ -143,7 +143,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     own = speed.of_this_machine(arguments.artifacts)
     found = [run for said in arguments.models for run in _said(said)]
     if not arguments.keep:
-        manifest.write_atomically(FITTED, dump(fit(found, own) | (dict(factors()) if arguments.add else {})))
+        fitted = fit(found, own) | (dict(factors()) if arguments.add else {})
+        manifest.write_atomically(FITTED, dump({stage: fitted[stage] for stage in MODELLED if stage in fitted}))
         factors.cache_clear()
     made = table(found, own)
     if arguments.add and arguments.out:

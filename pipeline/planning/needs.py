@@ -35,8 +35,9 @@ _FLOPS = 1.2e11
 """Multiply-adds per second of a float32 forward on two cores, counted twice as is usual."""
 _INTEGER_FLOPS = 4e11
 """The same of an int8 file in LiteRT."""
-_LADDER = 32
-"""Windows that the ladder of int8 reads as a rule: two of its lots (search/ladder.py)."""
+_LADDER, _BESIDE = 64, 2.5
+"""Windows that the ladder of int8 reads where a limit is near: all its lots (search/ladder.py). And what it takes over
+the time of its products: weights laid out and packed, probabilities over the vocabulary."""
 _IMPORTS = 4.0
 """Seconds until torch and transformers are there."""
 _READ = 1.5e9
@@ -45,12 +46,14 @@ _CALL = 5e-3
 """Seconds that PyTorch takes for a layer whatever its size: small models are bound by that, token by token."""
 _STEP_READ = 1.5e10
 """Bytes of weights per second that a decoder reads, token by token."""
-_ROUNDED, _ROUNDED_COLUMN = 0.6e-8, 1.3e-11
+_ROUNDED, _ROUNDED_COLUMN = 1.1e-8, 2.4e-11
 """Seconds per weight that GPTQ rounds on two cores, and per column of its span that takes up the error."""
-_FACTORED = 2.5e-8
+_FACTORED = 4e-8
 """Seconds per value of a Hessian that GPTQ factors."""
 _HALVES = 5.5
 """Bytes of memory per fp16 weight of a file that is run: LiteRT widens them, and packs what it has widened."""
+_TOKENIZER_READ = 6e6
+"""Bytes of tokenizer.json per second that bundling reads, proves and packs."""
 _TOKENIZER, _TOKENIZERS = 20, 35
 """Bytes of memory per byte of tokenizer.json: loaded once, and with LiteRT-LM's own beside it."""
 _ACTIVATIONS = 4096
@@ -255,7 +258,7 @@ def _int8(model: Model) -> Need:
     return replace(
         filled,
         memory=max(filled.memory, _streamed(model), 0.25 * _GIB + 0.018 * _GIB * layers + 24 * logits),
-        work=filled.work + Work(calls=_IMPORTS, products=run + table) + _written(written),
+        work=filled.work + Work(calls=_IMPORTS, products=_BESIDE * (run + table)) + _written(written),
         scratch=filled.scratch + written,
     )
 
@@ -285,7 +288,10 @@ def bundle(model: Model) -> Need:
     size = sum(model.size(precision, sections=True) + model.towers for precision in model.bundles)
     what = " ".join(f"{precision}.litertlm" for precision in model.bundles)
     return Need(
-        what=what, size=size, memory=0.19 * _GIB + _TOKENIZERS * model.tokenizer, work=Work(calls=3.0) + _written(size)
+        what=what,
+        size=size,
+        memory=0.19 * _GIB + _TOKENIZERS * model.tokenizer,
+        work=Work(calls=3.0 + model.tokenizer / _TOKENIZER_READ) + _written(size),
     )
 
 
