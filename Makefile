@@ -35,7 +35,8 @@ ISSUER ?=#: who vouches for IDENTITY
 LICENCE_OVERRIDE ?=#: "identifier: reason", against what the checkpoint's card says; both are published
 RELEASE ?=#: the description in releases/ that `make release` follows
 DEVICE ?= auto#: auto, cpu or cuda: where golden's reference runs
-THREADS ?=#: threads of the stages (default: one per core)
+THREADS ?=#: threads of the stages (default: one per core; one per worker of CLUSTER)
+CLUSTER ?=#: whose workers compute golden: a Dask scheduler (tcp://host:8786), or local:N processes on this machine
 SERVE ?=#: yes: `make page` also shows the page on this machine, until Ctrl-C
 IN ?=#: docker: run the stages in the project's container (inside it, image)
 LOCK ?= $(if $(TORCH_INDEX),cpu,auto)#: cpu, cuda or auto: which torch `.venv` gets (auto: cpu if pip finds it, else PyPI's CUDA build)
@@ -82,7 +83,7 @@ $(if $(THREADS),$(eval export OMP_NUM_THREADS := $(THREADS)))
 # --- where stages run -------------------------------------------------------------------------------------------------
 # The Python that runs stages, what must be there first, and how: in a container by pipeline/core/container.py.
 PY := $(if $(filter image,$(IN)),,.venv/bin/)python
-READY := $(if $(filter docker,$(IN)),$(if $(findstring @,$(IMAGE)),,image),$(if $(IN),,.venv/.ready))
+READY := $(if $(filter docker,$(IN)),$(if $(findstring @,$(IMAGE)),,image),$(if $(IN),,.venv/.ready $(if $(CLUSTER),.venv/.cluster)))
 RUN = $(if $(IN),$(if $(filter docker,$(IN)),@echo "$(1) (in $(IMAGE))" && )$(IN_CONTAINER.$(1)) python,$(PY))
 
 # --- the rules of the stages --------------------------------------------------------------------------------------------
@@ -93,7 +94,7 @@ ON_SOURCES := setup release bench image test lint format clean-env
 $(if $(filter image,$(IN)),$(foreach goal,$(filter $(ON_SOURCES),$(GOALS)),$(error the image can't `make $(goal)`: do that in a clone of the project)))
 ifneq ($(filter-out $(ON_SOURCES) help,$(GOALS)),)
 $(if $(ASK),,$(error Python 3.11, 3.12 or 3.13 is needed and not found: install one (Debian, Ubuntu: apt install python3 python3-venv) or name it: PYTHON=/path/to/python3.12))
-SAID := MODEL_ID REVISION BASE TEMPLATE RECIPE GRAPHS TOWERS AUDIO ARTIFACTS CALIBRATION RUNG EVAL TASK VARIANTS DEVICE LICENCE_OVERRIDE IN SIGNS CONFIRM HF_REPO FILE AGAINST CHECKS_HUB IMAGE NETWORK GOALS
+SAID := MODEL_ID REVISION BASE TEMPLATE RECIPE GRAPHS TOWERS AUDIO ARTIFACTS CALIBRATION RUNG EVAL TASK VARIANTS DEVICE CLUSTER LICENCE_OVERRIDE IN SIGNS CONFIRM HF_REPO FILE AGAINST CHECKS_HUB IMAGE NETWORK GOALS
 RULES := $(shell $(ASK) -m pipeline.core.rules $(call QUOTE,FLAGS=$(filter-out --%,$(firstword $(MAKEFLAGS)))) $(foreach name,$(SAID),$(call QUOTE,$(name)=$($(name)))))
 $(if $(filter-out 0,$(.SHELLSTATUS)),$(error these settings can't work, for the reason said above))
 include $(RULES)
@@ -198,6 +199,12 @@ help: ## list targets and settings
 INSTALLED := $(shell sed -n '1s/^lock //p' .venv/.ready 2>/dev/null)
 .venv/.ready: locks/cpu.txt locks/cuda.txt locks/dev.txt tools/setup.sh $(if $(filter auto $(INSTALLED),$(LOCK)),,CHANGED)
 	@PYTHON=$(PYTHON) TORCH_INDEX=$(call QUOTE,$(TORCH_INDEX)) tools/setup.sh .venv $(call QUOTE,$(LOCK))
+
+# Beside what set-up installs: the same versions of what both have.
+.venv/.cluster: locks/cluster.txt .venv/.ready
+	@.venv/bin/python -m pip install --require-hashes --only-binary=:all: --no-deps --disable-pip-version-check --quiet -r $< || \
+		{ echo "error: pip could not install $<: see above, and say the same again"; exit 2; }
+	@touch $@
 
 .venv-sign/.ready: locks/sign.txt tools/setup.sh
 	@PYTHON=$(PYTHON) tools/setup.sh .venv-sign sign

@@ -19,9 +19,9 @@ import nox
 nox.options.error_on_missing_interpreters = True
 ROOT = Path(__file__).parent
 BIN = ROOT / ".venv" / "bin"
-LOCKS = ("cpu", "cuda", "dev", "uv", "publish", "sign", "tensorflow", "material", "stock", "rival", "peft", "qat")
 BESIDE = ("peft", "qat")
 """Locks of what lies in a folder beside `.venv`, without what that has."""
+LOCKS = ("cpu", "cuda", "dev", "cluster", "uv", "publish", "sign", "tensorflow", "material", "stock", "rival", *BESIDE)
 TORCH_INDEX = os.environ.get("TORCH_INDEX") or "https://download.pytorch.org/whl/cpu"
 
 
@@ -84,6 +84,12 @@ def adapters(session: nox.Session) -> None:
 def qat(session: nox.Session) -> None:
     """Packed checkpoints, read here and by transformers with compressed-tensors, which lies beside `.venv`."""
     beside(session, "qat", "tests/qat")
+
+
+@nox.session(venv_backend="none", default=False)
+def cluster(session: nox.Session) -> None:
+    """Dask's own schedulers and workers on this machine, killed, stopped and lost; Dask lies beside `.venv`."""
+    beside(session, "cluster", "tests/cluster")
 
 
 def beside(session: nox.Session, lock: str, tests: str) -> None:
@@ -414,7 +420,8 @@ def lock_check(session: nox.Session) -> None:
             session.run("python", "-m", "venv", scratch)
             fresh = f"{scratch}/bin/python"
             options = ("--require-hashes", "--only-binary=:all:", "--no-compile", "--quiet")
-            locks = ("locks/cpu.txt", f"locks/{name}.txt") if name in ("dev", *BESIDE) else (f"locks/{name}.txt",)
+            below = ("locks/cpu.txt",) if name in ("dev", "cluster", *BESIDE) else ()
+            locks = (*below, f"locks/{name}.txt")
             requirements = [part for file in locks for part in ("-r", file)]
             index = ("--extra-index-url", os.environ["TORCH_INDEX"]) if os.environ.get("TORCH_INDEX") else ()
             session.run(fresh, "-m", "pip", "install", *options, *index, *requirements, external=True)

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from pipeline.cluster import pool
 from pipeline.core import facts, manifest, options
 from pipeline.core.graph import towers_in
 from pipeline.core.recipe import PROJECT
@@ -24,6 +25,7 @@ from pipeline.core.stage import Context, Outcome, Stage, main
 from pipeline.judge import corpus
 from pipeline.judge.reference import Head
 from pipeline.reference import golden, hearing
+from pipeline.reference.shards import Model, choose_device
 
 _SAMPLE_WINDOWS = 8
 
@@ -41,6 +43,7 @@ class Options(options.Options):
         default=None,
         metadata={"metavar": "FILE", "help": "your own text to judge on, .txt or .jsonl (default: the recipe's)"},
     )
+    cluster: str = field(default="", metadata={"help": "whose workers compute: a scheduler's address, or local:<n>"})
 
 
 def work(context: Context) -> Outcome:
@@ -48,39 +51,39 @@ def work(context: Context) -> Outcome:
     recipe, checkpoint, chosen = context.recipe, context.root / "fetch" / "checkpoint", context.chosen(Options)
     text = chosen.eval or PROJECT / recipe.corpus.verification
     openings = corpus.read_documents(text, corpus.first_content)  # before the model is loaded, which takes minutes
-    device = golden.choose_device(chosen.device)
-    parameters = context.upstream["fetch"].told(facts.Fetch).parameters
-    streamed = golden.is_streamed(chosen.weights, device, parameters)
-    reference = golden.load(checkpoint, device, parameters, streamed=streamed)
-    documents = corpus.read_documents(text, reference.render)
-    corpus.require_disjoint(documents, corpus.read_documents(PROJECT / recipe.corpus.calibration, reference.render))
-    windows = corpus.pack_windows(
-        documents,
-        reference.tokenize,
-        bos=reference.bos,
-        window=recipe.corpus.window,
-        limit=max(1, recipe.corpus.positions // corpus.POSITIONS_PER_WINDOW),
-    )
-    hidden = golden.make_corpus(reference, windows, recipe.corpus.positions, context.folder / "corpus.safetensors")
-    head = Head.of_checkpoint(checkpoint, reference.cap)
-    sample = golden.Sample(windows[:_SAMPLE_WINDOWS], hidden[:_SAMPLE_WINDOWS], head)
-    threads = golden.threads_floor(reference, sample)
-    cases = (
-        0
-        if context.graphs == "bundle"
-        else golden.make_shapes(reference, recipe.shapes, context.folder / "shapes.safetensors")
-    )
-    greedy = golden.make_greedy(reference, openings, recipe, context.graphs)
-    traced = None
-    if context.graphs != "step":
-        traced = golden.make_cache_trace(reference, documents, recipe, context.folder)
-        if towers_in(context.towers):
+    fetched = context.upstream["fetch"]
+    parameters, device = fetched.told(facts.Fetch).parameters, choose_device(chosen.device)
+    streamed = golden.is_streamed(chosen.weights, device, parameters * pool.copies(chosen.cluster))
+    model = Model(str(checkpoint.absolute()), device, streamed)
+    with pool.opened(chosen.cluster, context.root, "golden", fetched.outputs) as shards:
+        asked = golden.ask(model, shards, parameters)
+        reference = asked.reference
+        documents = corpus.read_documents(text, reference.render)
+        corpus.require_disjoint(documents, corpus.read_documents(PROJECT / recipe.corpus.calibration, reference.render))
+        windows = corpus.pack_windows(
+            documents,
+            reference.tokenize,
+            bos=reference.bos,
+            window=recipe.corpus.window,
+            limit=max(1, recipe.corpus.positions // corpus.POSITIONS_PER_WINDOW),
+        )
+        few, grid = windows[:_SAMPLE_WINDOWS], context.folder / "shapes.safetensors"
+        # All is asked for before an answer is awaited, what takes longest first; sounds are heard here meanwhile.
+        traced = None if context.graphs == "step" else golden.make_cache_trace(asked, documents, recipe, context.folder)
+        greedy = golden.make_greedy(asked, openings, recipe, context.graphs)
+        states = golden.make_corpus(asked, windows, recipe.corpus.positions, context.folder / "corpus.safetensors")
+        cases = None if context.graphs == "bundle" else golden.make_shapes(asked, recipe.shapes, grid)
+        floors = {"threads": golden.threads_floor(asked, few), "bfloat16": golden.bfloat16_floor(asked, few)}
+        if traced and towers_in(context.towers):
             hearing.make_sounds(checkpoint, reference, recipe.bundle, context.folder)
+        bos, pad, stop, cap = reference.bos, reference.pad, reference.stop, reference.cap
+        del asked, reference  # their memory is for the same model in another precision, which is asked last
+        sample = golden.Sample(few, states()[:_SAMPLE_WINDOWS], Head.of_checkpoint(checkpoint, cap))
+        count, rows, trace = cases() if cases else 0, greedy(), traced() if traced else None
+        floor = {name: measure(sample) for name, measure in floors.items()}
     manifest.write_atomically(
-        context.folder / "greedy.json", json.dumps([asdict(row) for row in greedy], ensure_ascii=False, indent=1) + "\n"
+        context.folder / "greedy.json", json.dumps([asdict(row) for row in rows], ensure_ascii=False, indent=1) + "\n"
     )
-    bos, pad, stop, cap = reference.bos, reference.pad, reference.stop, reference.cap
-    del reference  # its memory is for the same model in another precision
     return Outcome(
         facts=facts.Golden(
             bos=bos,
@@ -96,14 +99,11 @@ def work(context: Context) -> Outcome:
             documents=len(documents),
             windows=len(windows),
             window=recipe.corpus.window,
-            shape_cases=cases,
-            self_floor={
-                "threads": threads,
-                "bfloat16": golden.NOT_MEASURED if streamed else golden.bfloat16_floor(checkpoint, sample),
-            },
-            sliding_window=traced.sliding_window if traced else None,
-            conversation=traced.conversation if traced else None,
-            texts=traced.texts if traced else None,
+            shape_cases=count,
+            self_floor=floor,
+            sliding_window=trace.sliding_window if trace else None,
+            conversation=trace.conversation if trace else None,
+            texts=trace.texts if trace else None,
         )
     )
 
@@ -113,6 +113,7 @@ STAGE = Stage(
     summary="Compute the Hugging Face fp32 reference on the verification text and the shape grid.",
     work=work,
     options=Options,
+    after=lambda context: pool.forget(context.root, "golden"),
 )
 
 if __name__ == "__main__":

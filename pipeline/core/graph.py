@@ -62,7 +62,8 @@ class Node:
 
     `reads` are patterns of the files that it opens of a stage's folder, where it does not open all of them: those are
     checked against their manifest before it runs. `options` are always the same. `sources` are patterns of files
-    of the project that it takes, beside those that its module names.
+    of the project that it takes, beside those that its module names. `places` are settings that say where it runs, and
+    nothing of what comes out.
     """
 
     needs: Callable[[Choice], tuple[str, ...]]
@@ -72,6 +73,7 @@ class Node:
     texts: tuple[str, ...] = ()
     reads: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     sources: tuple[str, ...] = ()
+    places: tuple[str, ...] = ()
 
 
 def _int8(scheme: str | None) -> Callable[[Choice], tuple[str, ...]]:
@@ -161,6 +163,7 @@ STAGES: Mapping[str, Node] = {
         needs=_always("fetch"),
         settings=("device", "graphs", "eval", "towers"),
         texts=("verification", "recipe.calibration", "eval"),
+        places=("cluster",),
     ),
     "graph": Node(module="graph", needs=_always("fetch"), settings=("graphs",)),
     "moments": Node(module="moments", needs=_always("fetch"), settings=("calibration",), texts=("calibration",)),

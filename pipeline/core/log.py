@@ -6,6 +6,7 @@ a progress line is redrawn in place; elsewhere it is printed at most every few s
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
 import time
@@ -113,6 +114,11 @@ class Progress:
         if sys.stderr.isatty():
             print("\r\x1b[K", end="", file=sys.stderr)
         line(f"  {self.label}: {self._amount(self.done)} in {human_seconds(time.monotonic() - self.started)}")
+
+
+def unshown() -> Progress:
+    """The progress of work whose asker shows it, on another machine perhaps."""
+    return Progress("", 0, "", _shown=math.inf)
 
 
 def _draw(text: str) -> None:

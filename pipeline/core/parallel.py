@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextvars import Context, ContextVar, copy_context
 from typing import TypeVar
+
+from pipeline.core.errors import UsageError
 
 Part = TypeVar("Part")
 Result = TypeVar("Result")
@@ -17,11 +20,31 @@ _given_up: ContextVar[tuple[threading.Event, ...]] = ContextVar("given_up", defa
 """Of the parts that this thread works within: set once nobody waits for their results any more."""
 
 
-def threads() -> int:
-    """What `THREADS=` says (the Makefile hands it on as OMP_NUM_THREADS), else one per core this process may use."""
+_LOCAL = "local:"
+
+
+def threads(default: int | None = None) -> int:
+    """What `THREADS=` says (handed on as OMP_NUM_THREADS), else `default`, else one per core this process may use."""
     wanted = os.environ.get("OMP_NUM_THREADS", "")
     # sched_getaffinity and not cpu_count: in a container or under taskset there are fewer.
-    return int(wanted) if wanted.isdecimal() and int(wanted) else len(os.sched_getaffinity(0))
+    return int(wanted) if wanted.isdecimal() and int(wanted) else default or len(os.sched_getaffinity(0))
+
+
+def local_workers(cluster: str) -> int | None:
+    """How many workers on this machine `CLUSTER=local:<n>` asks for; None where it is a scheduler's address.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    count = cluster.removeprefix(_LOCAL)
+    if cluster.startswith(_LOCAL) and count.isdecimal() and int(count):
+        return int(count)
+    if not re.fullmatch(r"[a-z]+://\S+", cluster):
+        raise UsageError(
+            f"CLUSTER={cluster} is neither a scheduler's address nor local workers",
+            remedy="say CLUSTER=tcp://host:8786 or CLUSTER=local:4",
+        )
+    return None
 
 
 def ordered(work: Callable[[Part], Result], parts: Iterable[Part]) -> Iterator[Result]:

@@ -24,7 +24,7 @@ from functools import cache
 from pathlib import Path
 from typing import cast, get_args
 
-from pipeline.core import container
+from pipeline.core import container, parallel
 from pipeline.core.errors import PipelineError, UsageError
 from pipeline.core.graph import STAGES, STEPS, Choice, Towers, behind, makeable, model_name, model_root, refuse_within
 from pipeline.core.manifest import NAME, write_atomically
@@ -274,7 +274,8 @@ def rules(request: Request) -> str:
     lines += [f"{_LIBRARIES}: web/package-lock.json", f"\t@{_NPM}", "\t@touch $@", ""]
     for name, node in STAGES.items():
         before = [f"{root}/.inputs/{name}", *(f"{root}/{need}/manifest.json" for need in makeable(name, choice))]
-        words = _quoted([*request.where, *request.words(name)])
+        places = [word for place in node.places for word in _option(request, place)]
+        words = _quoted([*request.where, *request.words(name), *places])
         first = f" {proof}" if choice.bundles and name != "fetch" else ""
         first += f" {_LIBRARIES}" if node.sources else ""
         lines += [
@@ -369,6 +370,13 @@ def _check_words(said: Mapping[str, str]) -> None:
         raise UsageError(
             "the container holds no page and no Node.js",
             remedy="say it again without IN=docker, on what IN=docker made",
+        )
+    if said["CLUSTER"]:
+        parallel.local_workers(said["CLUSTER"])
+    if said["CLUSTER"] and said["IN"] == "docker":
+        raise UsageError(
+            "a stage in the container has no network, and so no CLUSTER=",
+            remedy="say it again without IN=docker, with workers of the same commit and lock",
         )
     if said["IN"] and said["SIGNS"]:
         raise UsageError(

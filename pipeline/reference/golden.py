@@ -5,9 +5,8 @@ It takes tokens, conversations and metrics from the judge, so that both speak of
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,8 @@ import torch
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from pipeline.core import log, memory
+from pipeline.cluster.pool import Shards
+from pipeline.core import log, memory, parallel
 from pipeline.core.errors import UsageError, VerificationError
 from pipeline.core.recipe import BASELINE, Bundle, Corpus, Graphs, Recipe, Shapes
 from pipeline.judge import corpus, kv_cache, metrics, scripts
@@ -23,6 +23,7 @@ from pipeline.judge.corpus import Tokens
 from pipeline.judge.metrics import Summary
 from pipeline.judge.reference import Greedy, Head
 from pipeline.reference.model import HuggingFace
+from pipeline.reference.shards import Asked, Later, Model, loaded
 
 Floats = NDArray[np.float32]
 _LOADED = 3e8
@@ -37,64 +38,58 @@ _SCORED = 16
 """Positions whose logits are held at a time: 34 MB each way with 262,400 tokens."""
 
 
-def choose_device(wanted: str) -> str:
-    """`cuda` or `cpu` for `auto`, else what is asked for.
-
-    Raises:
-        UsageError: cuda is asked for and there is none.
-    """
-    available = torch.cuda.is_available()
-    if wanted == "cuda" and not available:
-        raise UsageError("there is no usable CUDA device", remedy="use DEVICE=cpu, or install the CUDA lock")
-    if wanted == "cpu" or not available:
-        return "cpu"
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    torch.set_float32_matmul_precision("highest")
-    return "cuda"
+def ask(model: Model, shards: Shards, parameters: int) -> Asked:
+    """Hugging Face's model in fp32, to be asked in shards; what its loading waits for is said."""
+    log.step(f"the reference runs in fp32 on {model.device}" + (", a matrix at a time" if model.streamed else ""))
+    if shards.remote:  # workers load its weights, and its tokenizer and configuration are enough here
+        reference = HuggingFace.load(Path(model.checkpoint), "cpu", streamed=True)
+    else:
+        with log.waiting("opening the checkpoint", 3 + (0 if model.streamed else parameters / _LOADED)):
+            reference = loaded(model)
+    # As many workers as cores are faster with one thread each, and bytes must not depend on how many there are.
+    return Asked(shards, model, parallel.threads(1) if shards.remote else torch.get_num_threads(), reference)
 
 
-def load(checkpoint: Path, device: str, parameters: int, *, streamed: bool) -> HuggingFace:
-    """Hugging Face's model in fp32, and what it waits for said."""
-    log.step(f"the reference runs in fp32 on {device}" + (", a matrix at a time" if streamed else ""))
-    with log.waiting("opening the checkpoint", 3 + (0 if streamed else parameters / _LOADED)):
-        return HuggingFace.load(checkpoint, device, streamed=streamed)
-
-
-def make_corpus(reference: HuggingFace, windows: Tokens, count: int, file: Path) -> Floats:
+def make_corpus(asked: Asked, windows: Tokens, count: int, file: Path) -> Later[Floats]:
     """Compute the hidden states of `windows`, store those at `count` positions, and return all, float32 [N, L, H]."""
-    with log.progress("reference on the corpus", windows.size, "tokens") as bar:
-        hidden = reference.hidden(windows, np.ones_like(windows), bar)
+    states = asked.hidden(windows, np.ones_like(windows))
     judged = corpus.spread_positions(len(windows), windows.shape[1], count)
-    kept = {"input_ids": windows, "hidden": hidden[judged.window, judged.length - 1]}
-    save_file({**kept, "window": judged.window, "length": judged.length}, file)
-    return hidden
+
+    def finish() -> Floats:
+        hidden = states()
+        kept = {"input_ids": windows, "hidden": hidden[judged.window, judged.length - 1]}
+        save_file({**kept, "window": judged.window, "length": judged.length}, file)
+        return hidden
+
+    return finish
 
 
-def make_shapes(reference: HuggingFace, shapes: Shapes, file: Path) -> int:
+def make_shapes(asked: Asked, shapes: Shapes, file: Path) -> Later[int]:
     """Compute and store the shape grid: per case ids, mask and the hidden state [B, H] of each row's last token."""
-    rows = max(shapes.batch)
+    reference, rows = asked.reference, max(shapes.batch)
     vocabulary = reference.model.config.vocab_size
     cases = list(corpus.shape_cases(shapes.batch, shapes.sequence, shapes.padding))
-    taken = corpus.family_rows(cases)
-    families: dict[tuple[int, str], tuple[Tokens, Tokens, Floats]] = {}
-    total = sum(count * sequence for (sequence, _), count in taken.items())
-    with log.progress("reference on the shape grid", total, "tokens") as bar:
-        for (sequence, padding), count in taken.items():
-            family = corpus.shape_family(
-                rows, sequence, padding, vocabulary=vocabulary, bos=reference.bos, pad=reference.pad
-            )
-            ids, mask = family.input_ids[:count], family.attention_mask[:count]
-            last = sequence - 1 - mask[:, ::-1].argmax(axis=1)
-            families[sequence, padding] = ids, mask, reference.hidden(ids, mask, bar)[np.arange(count), last]
-    tensors: dict[str, NDArray[np.number]] = {}
-    for case in cases:
-        chosen = list(case.rows)
-        for part, values in zip(
-            ("input_ids", "attention_mask", "hidden"), families[case.sequence, case.padding], strict=True
-        ):
-            tensors[f"{case.name}.{part}"] = values[chosen]
-    save_file(tensors, file)
-    return len(cases)
+    families: dict[tuple[int, str], tuple[Tokens, Tokens, Later[Floats]]] = {}
+    for (sequence, padding), count in corpus.family_rows(cases).items():
+        family = corpus.shape_family(
+            rows, sequence, padding, vocabulary=vocabulary, bos=reference.bos, pad=reference.pad
+        )
+        ids, mask = family.input_ids[:count], family.attention_mask[:count]
+        families[sequence, padding] = ids, mask, asked.hidden(ids, mask, last=True)
+
+    def finish() -> int:
+        told = {family: (ids, mask, states()) for family, (ids, mask, states) in families.items()}
+        tensors: dict[str, NDArray[np.number]] = {}
+        for case in cases:
+            chosen = list(case.rows)
+            for part, values in zip(
+                ("input_ids", "attention_mask", "hidden"), told[case.sequence, case.padding], strict=True
+            ):
+                tensors[f"{case.name}.{part}"] = values[chosen]
+        save_file(tensors, file)
+        return len(cases)
+
+    return finish
 
 
 @dataclass(frozen=True)
@@ -118,52 +113,45 @@ class Sample:
         return metrics.summarise(metrics.join(scores), places.window)
 
 
-def threads_floor(reference: HuggingFace, sample: Sample) -> Floor:
-    """How far the reference is from itself: a few windows again with another number of threads, or on the CPU.
+def threads_floor(asked: Asked, windows: Tokens) -> Callable[[Sample], Floor]:
+    """How far the reference is from itself: a few `windows` again with another number of threads, or on the CPU.
 
     A file's distance below this is noise of the reference.
 
     Raises:
         VerificationError: a GPU's hidden states differ from the CPU's by more than the tolerance.
     """
-    device, threads = reference.device, torch.get_num_threads()
+    device, threads = asked.model.device, asked.threads
     other = 2 if device == "cpu" and threads == 1 else 1
-    again = _elsewhere(reference, sample.windows, threads if device == "cuda" else other)
-    error = (again.astype(np.float64) - sample.hidden) ** 2
-    nmse = float(error.sum() / (sample.hidden.astype(np.float64) ** 2).sum())
-    if nmse > DEVICE_NMSE:
-        raise VerificationError(
-            f"the reference differs from itself: NMSE {nmse:.1e} of hidden states, limit {DEVICE_NMSE:.0e}",
-            cause=f"{device} with {threads} threads does not compute in full fp32",
-            remedy="run `make golden DEVICE=cpu`",
-        )
-    against = "CPU" if device == "cuda" else f"{other} instead of {threads} threads"
-    return {"against": against, "nmse": nmse, **asdict(sample.against(again))}
+    used = threads if device == "cuda" else other
+    states = asked.hidden(windows, np.ones_like(windows), device="cpu", threads=used)
+
+    def finish(sample: Sample) -> Floor:
+        again = states()
+        error = (again.astype(np.float64) - sample.hidden) ** 2
+        nmse = float(error.sum() / (sample.hidden.astype(np.float64) ** 2).sum())
+        if nmse > DEVICE_NMSE:
+            raise VerificationError(
+                f"the reference differs from itself: NMSE {nmse:.1e} of hidden states, limit {DEVICE_NMSE:.0e}",
+                cause=f"{device} with {threads} threads does not compute in full fp32",
+                remedy="run `make golden DEVICE=cpu`",
+            )
+        against = "CPU" if device == "cuda" else f"{other} instead of {threads} threads"
+        return {"against": against, "nmse": nmse, **asdict(sample.against(again))}
+
+    return finish
 
 
-def bfloat16_floor(checkpoint: Path, sample: Sample) -> Floor:
+def bfloat16_floor(asked: Asked, windows: Tokens) -> Callable[[Sample], Floor]:
     """How far the reference is from itself in bfloat16, which checkpoints are published and served in.
 
-    Its layers, that is: the head is computed in float64 here as everywhere.
+    Its layers, that is: the head is computed in float64 here as everywhere. Not measured where it is streamed.
     """
-    rounded = HuggingFace.load(checkpoint, "cpu", dtype=torch.bfloat16)
-    with log.progress("reference in bfloat16", sample.windows.size, "tokens") as bar:
-        hidden = rounded.hidden(sample.windows, np.ones_like(sample.windows), bar)
-    return {"against": "bfloat16 instead of float32", **asdict(sample.against(hidden))}
-
-
-def _elsewhere(reference: HuggingFace, windows: Tokens, threads: int) -> Floats:
-    """The hidden states of `windows` again, on the CPU in so many threads."""
-    before, place = torch.get_num_threads(), reference.device
-    torch.set_num_threads(threads)
-    if place != "cpu":
-        reference.model.to("cpu")
-    try:
-        return dataclasses.replace(reference, device="cpu").hidden(windows, np.ones_like(windows))
-    finally:
-        torch.set_num_threads(before)
-        if place != "cpu":
-            reference.model.to(place)
+    if asked.model.streamed:
+        return lambda _: NOT_MEASURED
+    rounded = replace(asked.model, device="cpu", bfloat16=True)
+    states = asked.hidden(windows, np.ones_like(windows), model=rounded)
+    return lambda sample: {"against": "bfloat16 instead of float32", **asdict(sample.against(states()))}
 
 
 def is_streamed(wanted: str, device: str, parameters: int) -> bool:
@@ -179,7 +167,7 @@ def is_streamed(wanted: str, device: str, parameters: int) -> bool:
     return wanted == "streamed" or (wanted == "auto" and memory.must_stream(parameters))
 
 
-def make_greedy(reference: HuggingFace, openings: Sequence[str], recipe: Recipe, graphs: Graphs) -> list[Greedy]:
+def make_greedy(asked: Asked, openings: Sequence[str], recipe: Recipe, graphs: Graphs) -> Later[list[Greedy]]:
     """As many continuations, and as long, as step graph and bundles are held against.
 
     Every fourth prompt of a bundle is the same beginning as a chat turn, so that answers end at a stop token.
@@ -187,11 +175,9 @@ def make_greedy(reference: HuggingFace, openings: Sequence[str], recipe: Recipe,
     wanted: list[Corpus | Bundle] = [recipe.corpus] if graphs != "bundle" else []
     wanted += [recipe.bundle] if graphs != "step" else []
     prompts = corpus.pick_prompts(openings, max(each.prompts for each in wanted))
-    if graphs != "step" and reference.tokenizer.chat_template:
-        prompts[3::4] = [reference.as_turn(prompt) for prompt in prompts[3::4]]
-    count = max(each.continuation for each in wanted)
-    with log.progress("greedy continuations", len(prompts) * count, "tokens") as bar:
-        return reference.continue_greedily(prompts, count, bar)
+    if graphs != "step" and asked.reference.tokenizer.chat_template:
+        prompts[3::4] = [asked.reference.as_turn(prompt) for prompt in prompts[3::4]]
+    return asked.greedy(prompts, max(each.continuation for each in wanted))
 
 
 @dataclass(frozen=True)
@@ -220,7 +206,7 @@ def in_script(name: str, documents: Sequence[str], reference: HuggingFace, windo
         ) from error
 
 
-def make_cache_trace(reference: HuggingFace, documents: Sequence[str], recipe: Recipe, folder: Path) -> CacheTrace:
+def make_cache_trace(asked: Asked, documents: Sequence[str], recipe: Recipe, folder: Path) -> Later[CacheTrace]:
     """Compute and store what the reference says of the conversations and texts that go through the cache.
 
     With its own cache only where an fp32 bundle is held against that.
@@ -228,7 +214,7 @@ def make_cache_trace(reference: HuggingFace, documents: Sequence[str], recipe: R
     Raises:
         UsageError: the verification text is too short for them.
     """
-    bundle, window = recipe.bundle, recipe.corpus.window
+    reference, bundle, window = asked.reference, recipe.bundle, recipe.corpus.window
     sliding = int(getattr(reference.model.config, "sliding_window", None) or 0)  # some families have no window
     schedule, _ = kv_cache.schedules(bundle, sliding)
     length = schedule.length + 1  # the last token is only predicted
@@ -239,22 +225,22 @@ def make_cache_trace(reference: HuggingFace, documents: Sequence[str], recipe: R
             remedy="give more text, or lower bundle.decode in the recipe",
         )
     count, texts, scripts_for = kv_cache.texts(bundle, window), np.empty((0, window), np.int32), recipe.corpus.scripts
+    if count:
+        texts = corpus.pack_windows(documents, reference.tokenize, bos=reference.bos, window=window, limit=count)
+    texts = np.concatenate([texts, *(in_script(name, documents, reference, window) for name in scripts_for)])
+    read, told = tokens[:, :-1], texts[:, :-1]
     # What the reference's own cache gives is the measure of the fp32 bundle alone, whose arithmetic is the same. With a
     # large model it is most of the work: each token reads all weights.
-    exact = BASELINE in bundle.precisions
-    with log.progress("reference through the cache", (1 + exact) * tokens.size + count * window, "tokens") as bar:
-        read = tokens[:, :-1]
-        hidden = reference.hidden(read, np.ones_like(read), bar)
-        tensors: dict[str, Tokens | Floats] = {
-            "tokens": tokens,
-            "hidden": hidden,
-            "cached": reference.hidden_cached(read, bundle.decode, bar) if exact else hidden[:, :0],
-        }
-        if count:
-            texts = corpus.pack_windows(documents, reference.tokenize, bos=reference.bos, window=window, limit=count)
-        texts = np.concatenate([texts, *(in_script(name, documents, reference, window) for name in scripts_for)])
-        if len(texts):
-            told = texts[:, :-1]
-            tensors |= {"texts": texts, "states": reference.hidden(told, np.ones_like(told), bar)}
-    save_file(tensors, folder / "cache.safetensors")
-    return CacheTrace(sliding_window=sliding, conversation=schedule.length, texts=len(texts))
+    cached = asked.cached(read, bundle.decode) if BASELINE in bundle.precisions else None
+    hidden = asked.hidden(read, np.ones_like(read))
+    states = asked.hidden(told, np.ones_like(told)) if len(texts) else None
+
+    def finish() -> CacheTrace:
+        whole = hidden()
+        tensors = {"tokens": tokens, "hidden": whole, "cached": cached() if cached else whole[:, :0]}
+        if states:
+            tensors |= {"texts": texts, "states": states()}
+        save_file(tensors, folder / "cache.safetensors")
+        return CacheTrace(sliding_window=sliding, conversation=schedule.length, texts=len(texts))
+
+    return finish

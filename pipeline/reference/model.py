@@ -146,17 +146,19 @@ class HuggingFace:
         """
         return chat.render(self.tokenizer, messages)
 
-    def hidden(self, ids: Tokens, mask: Tokens, bar: log.Progress | None = None) -> Floats:
-        """Final hidden states float32 [B, S, H] of `ids` and `mask` [B, S], in batches that bound the memory."""
+    def batches(self, ids: Tokens) -> list[slice]:
+        """The rows of `ids` [B, S] that go through the model together, which bounds the memory."""
         length = ids.shape[1]
         # Eager attention lays all scores of a layer out.
         scores = self.model.config.num_attention_heads * length**2
         rows = max(1, min(_MAX_ROWS, _SCORES // scores, _MAX_TOKENS // length))
+        return [slice(start, start + rows) for start in range(0, len(ids), rows)]
+
+    def hidden(self, ids: Tokens, mask: Tokens, bar: log.Progress | None = None) -> Floats:
+        """Final hidden states float32 [B, S, H] of `ids` and `mask` [B, S], in batches."""
         parts = []
-        for start in range(0, len(ids), rows):
-            attention, tokens = (
-                torch.from_numpy(part[start : start + rows]).long().to(self.device) for part in (mask, ids)
-            )
+        for rows in self.batches(ids):
+            attention, tokens = (torch.from_numpy(part[rows]).long().to(self.device) for part in (mask, ids))
             with torch.inference_mode():
                 output = self.model.model(
                     input_ids=tokens,

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Gemma3nForCausalLM
 
 from pipeline import fetch, golden
+from pipeline.cluster import pool
 from pipeline.core import log, manifest, memory
 from pipeline.core.errors import IntegrityError, UsageError
 from pipeline.core.recipe import PROJECT
@@ -24,9 +25,10 @@ from pipeline.core.recipe import load as load_recipe
 from pipeline.core.stage import DEFAULT_MODEL
 from pipeline.judge import corpus, kv_cache, metrics
 from pipeline.judge.reference import Floats, Head, Reference
-from pipeline.reference import streaming
-from pipeline.reference.golden import DEVICE_NMSE, choose_device, is_streamed, make_cache_trace
+from pipeline.reference import shards, streaming
+from pipeline.reference.golden import DEVICE_NMSE, ask, is_streamed, make_cache_trace
 from pipeline.reference.model import HuggingFace
+from pipeline.reference.shards import choose_device
 
 POSITIONS = int(SMALL["positions = 2048"].split()[-1])
 SHIPPED = PROJECT / DEFAULT_MODEL
@@ -222,10 +224,34 @@ def test_a_tensor_of_another_shape_is_refused(tmp_path: Path, streamed: bool) ->
         HuggingFace.load(folder, "cpu", streamed=streamed)
 
 
+def test_after_an_interrupt_it_goes_on_from_finished_shards(
+    judged: Line, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line, ran, own = judged.copy(tmp_path / "artifacts", "fetch", "golden"), list[shards.Batch](), shards.Batch.run
+    before = lasting(line.root / "golden", "cache.safetensors", "corpus.safetensors", "shapes.safetensors")
+
+    def counted(self: shards.Batch, bar: log.Progress) -> bytes:
+        ran.append(self)
+        if len(ran) == 5:
+            raise KeyboardInterrupt
+        return own(self, bar)
+
+    monkeypatch.setattr(shards.Batch, "run", counted)
+    assert line.run(golden.STAGE, "--device", "cpu") == 130
+    assert list((line.root / "golden").iterdir()) == []
+    assert len(list((line.root / ".shards/golden").iterdir())) == len(
+        {*ran[:4]}
+    )  # one token has no padding to differ in
+    assert line.run(golden.STAGE, "--device", "cpu") == 0
+    assert len(ran) > 5 and not {*ran[:4]} & {*ran[5:]}, "what was finished is not run again"
+    assert not (line.root / ".shards").exists()
+    assert lasting(line.root / "golden", "cache.safetensors", "corpus.safetensors", "shapes.safetensors") == before
+
+
 def test_its_own_cache_is_asked_where_an_fp32_bundle_is_held_against_it(
     judged: Line, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe, model = load_recipe(judged.recipe), HuggingFace.load(SHIPPED, "cpu")
+    recipe, model = load_recipe(judged.recipe), shards.Model(str(SHIPPED), "cpu", False)
     documents, asked = corpus.read_documents(PROJECT / recipe.corpus.verification), list[int]()
     own = HuggingFace.hidden_cached
 
@@ -239,7 +265,11 @@ def test_its_own_cache_is_asked_where_an_fp32_bundle_is_held_against_it(
         folder = tmp_path / "-".join(precisions)
         folder.mkdir()
         bundle = dataclasses.replace(recipe.bundle, precisions=precisions)
-        told = make_cache_trace(model, documents, dataclasses.replace(recipe, bundle=bundle), folder)
+        with pool.opened("", tmp_path / "model", "golden", ()) as handed:
+            told = make_cache_trace(
+                ask(model, handed, 1), documents, dataclasses.replace(recipe, bundle=bundle), folder
+            )()
+        pool.forget(tmp_path / "model", "golden")
         kept = Reference(folder, Head.of_checkpoint(SHIPPED, CAP)).cache()
         found[precisions] = kv_cache.Trace(schedules=kv_cache.schedules(bundle, told.sliding_window), **kept)
     both, alone = found.values()

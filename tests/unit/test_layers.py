@@ -18,6 +18,7 @@ from pipeline.core.recipe import PROJECT, load
 PIPELINE = PROJECT / "pipeline"
 ALLOWED = {
     "core": set(),
+    "cluster": {"core"},
     "checkpoint": {"core"},
     "runtime": {"core"},
     "release": {"core", "checkpoint"},
@@ -26,7 +27,7 @@ ALLOWED = {
     "quantize": {"core", "checkpoint", "tflite", "runtime"},
     "models": {"core", "checkpoint", "tflite", "export"},
     "judge": {"core", "checkpoint", "tflite", "runtime"},
-    "reference": {"core", "checkpoint", "judge"},
+    "reference": {"core", "cluster", "checkpoint", "judge"},
     "report": {"core", "runtime", "judge"},
     "bundling": {"core", "checkpoint", "tflite", "runtime", "quantize", "models"},
     "planning": {"core", "checkpoint", "runtime", "quantize", "models", "judge", "release"},

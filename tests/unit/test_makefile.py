@@ -143,6 +143,27 @@ def test_towers_are_made_for_bundles_where_they_are_asked_for(tmp_path: Path) ->
     assert (done.returncode, "TOWERS=vision is unknown: none or audio" in done.stderr) == (2, True)
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["CLUSTER=host:8786"], "neither a scheduler's address nor local workers"),
+        (["CLUSTER=local:2", "IN=docker"], "has no network, and so no CLUSTER="),
+    ],
+)
+def test_a_cluster_that_cannot_be_is_refused_with_a_sentence(settings: list[str], said: str) -> None:
+    done = subprocess.run(["make", "-n", *settings], cwd=PROJECT, capture_output=True, text=True)
+    assert done.returncode == 2 and said in done.stderr
+
+
+def test_a_cluster_is_told_to_golden_alone_and_installed_before(tmp_path: Path) -> None:
+    said = make("-n", "verify", "CLUSTER=tcp://host:8786", f"ARTIFACTS={tmp_path}")
+    assert re.findall(r"-m pipeline\.(\w+).*--cluster tcp://host:8786", said) == ["golden"]
+    environment = PROJECT / ".venv" / ".cluster"
+    assert environment.exists() or said.index("locks/cluster.txt") < said.index("-m pipeline.golden")
+    plain = make("-n", "verify", f"ARTIFACTS={tmp_path / 'other'}")
+    assert "--cluster" not in plain and "locks/cluster.txt" not in plain
+
+
 def test_nothing_changed_does_nothing(finished: tuple[str, ...]) -> None:
     assert planned(*finished) == []
 
@@ -154,6 +175,7 @@ def test_nothing_changed_does_nothing(finished: tuple[str, ...]) -> None:
         ("EVAL=README.md", ["golden", "verify", "publish"]),
         ("CALIBRATION=README.md", ["int8", "int8-static", "bundle", "verify", "publish"]),
         ("THREADS=1", []),
+        ("CLUSTER=local:4", []),
     ],
 )
 def test_a_changed_setting_rebuilds_what_depends_on_it(

@@ -17,7 +17,21 @@ import yaml
 from pipeline.core.recipe import PROJECT
 
 LOCKS = PROJECT / "locks"
-NAMES = ("cpu", "cuda", "dev", "uv", "publish", "sign", "tensorflow", "material", "stock", "rival", "peft", "qat")
+NAMES = (
+    "cpu",
+    "cuda",
+    "dev",
+    "cluster",
+    "uv",
+    "publish",
+    "sign",
+    "tensorflow",
+    "material",
+    "stock",
+    "rival",
+    "peft",
+    "qat",
+)
 WORKFLOWS = sorted((PROJECT / ".github" / "workflows").glob("*.yml"))
 PIN = re.compile(r"^([A-Za-z0-9_.-]+)==([^\s\\;]+)")
 
@@ -97,7 +111,7 @@ def test_a_lock_that_is_not_its_inputs_is_found(tmp_path: Path, pattern: str, pl
     assert [found for found in faults if found.startswith(fault)], faults
 
 
-@pytest.mark.parametrize("name", ["cuda", "dev", "publish"])
+@pytest.mark.parametrize("name", ["cuda", "dev", "cluster", "publish"])
 def test_locks_agree_on_what_they_share_with_the_cpu_lock(name: str) -> None:
     cpu, other = pins("cpu"), pins(name)
     differ = {package for package in cpu.keys() & other.keys() if cpu[package] != other[package]}
