@@ -101,12 +101,8 @@ def _command(given: Options, commit: str) -> list[str]:
     words = {"MODEL_ID": given.model_id, "REVISION": commit, "GRAPHS": given.graphs, "DEVICE": given.device}
     words["TOWERS"] = ",".join(towers_in(given.towers))
     words["RECIPE"] = str(given.recipe_file.resolve().relative_to(PROJECT))
-    words |= {
-        "HF_REPO": given.repository,
-        "TAG": given.tag,
-        "CONFIRM": "yes",
-        "ARTIFACTS": "/tmp",
-    }  # nothing is mounted there
+    # Nothing is mounted under /tmp.
+    words |= {"HF_REPO": given.repository, "TAG": given.tag, "CONFIRM": "yes", "ARTIFACTS": "/tmp"}
     return ["/app/tools/entry.sh", "publish", *(f"{name}={value}" for name, value in words.items() if value)]
 
 

@@ -155,9 +155,8 @@ def _(x: Tensor, weight: Tensor, stride: Sequence[int]) -> Tensor:
 @torch.library.custom_op("pipeline::convolve_apart", mutates_args=())
 def convolve_apart(x: Tensor, weight: Tensor, stride: Sequence[int]) -> Tensor:
     """Each channel of `x` [B, H, W, C] by itself with its own of `weight` [1, h, w, C], nothing padded."""
-    moved = functional.conv2d(
-        x.permute(0, 3, 1, 2), weight.permute(3, 0, 1, 2), stride=list(stride), groups=x.shape[-1]
-    )
+    channels = x.shape[-1]
+    moved = functional.conv2d(x.permute(0, 3, 1, 2), weight.permute(3, 0, 1, 2), None, list(stride), 0, 1, channels)
     return moved.permute(0, 2, 3, 1).contiguous()
 
 
