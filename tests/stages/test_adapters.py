@@ -298,9 +298,8 @@ def test_plan_counts_base_and_merged_weights(
 def test_make_asks_the_hub_for_the_base_of_a_folder(tmp_path: Path) -> None:
     """In a container fetch has a network where it needs one, and both folders where it needs none."""
     folder = write(adapter(), tmp_path / "mine")
-    names = ["MODEL_ID", "REVISION", "BASE", "RECIPE", "GRAPHS", "ARTIFACTS", "CALIBRATION", "EVAL", "TASK", "VARIANTS"]
-    names += ["TEMPLATE", "DEVICE", "RUNG", "LICENCE_OVERRIDE", "IN", "SIGNS", "CONFIRM", "HF_REPO", "GOALS"]
-    names += ["FILE", "AGAINST", "CHECKS_HUB", "IMAGE", "NETWORK"]
+    makefile = (PROJECT / "Makefile").read_text(encoding="utf-8")
+    names = next(line for line in makefile.splitlines() if line.startswith("SAID := ")).split()[2:]
     said = dict.fromkeys(names, "") | {
         "RECIPE": stage.DEFAULT_RECIPE,
         "ARTIFACTS": str(tmp_path / "out"),

@@ -273,6 +273,22 @@ def endless(maker: Maker) -> Path:
     return maker.make("endless", stop=(0,))
 
 
+def test_a_context_goes_to_the_last_token_that_has_room_and_no_further(
+    maker: Maker, model: Any, tokenizer: Any
+) -> None:
+    room, prompt = 10, "The sea"
+    ids = [2, *ids_of(tokenizer, prompt)]
+    with LmRuntime(maker.make("short", stop=(0,), max_tokens=room)) as opened:
+        found = opened.greedy(prompt, 2 * room)
+        assert len(ids) + found.tokens == room
+        assert found.text == tokenizer.decode(greedy(model, ids, found.tokens))
+        words = ids_of(tokenizer, f"{prompt} and " * 5)
+        last, beyond = (opened.detokenize(words[: room - left]) for left in (2, 1))  # and the start token
+        assert opened.greedy(last, 8).tokens == 1
+        with pytest.raises(UsageError, match="more tokens"):
+            opened.greedy(beyond, 8)
+
+
 def test_an_answer_can_be_stopped_and_left(endless: Path) -> None:
     with LmRuntime(endless) as opened, Dialogue(opened, 150, greedy=True) as dialogue:
         pieces = list(dialogue.answer("Hi"))
