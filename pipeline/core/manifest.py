@@ -232,6 +232,10 @@ class Known:
             self.learn({file: made.sha256})
         return made
 
+    def settle(self) -> None:
+        """Wait until what was written just now is old enough to be remembered."""
+        time.sleep(2 * self._TICK / 1e9)
+
     def learn(self, sums: Mapping[Path, str]) -> None:
         """Remember the sha256 of files as they are now."""
         for file, sha256 in sums.items():

@@ -62,5 +62,7 @@ def join(
         base.put(there / name, target / f"{name}.base")
     for name in brought:
         own.put(trained / name, target / name)
+    revision, base_revision = own.revision(taken, known), pinned.result()
+    known.settle()  # or the last file, which may be all weights, would be read once more
     known.learn({target / name: sha256 for name, sha256 in sums.items()})
-    return Joined(changes=changes, revision=own.revision(taken, known), base_revision=pinned.result())
+    return Joined(changes=changes, revision=revision, base_revision=base_revision)

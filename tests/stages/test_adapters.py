@@ -146,6 +146,18 @@ def test_the_same_adapter_makes_the_same_bytes(server: HubServer, run: Run, tmp_
     assert (said.base, len(said.base_revision)) == ("tiny-gemma3n", 64)
 
 
+def test_merged_weights_are_hashed_as_they_are_written_alone(
+    server: HubServer, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last file was read once more: it was too young for its hash to be remembered."""
+    hashed, right = list[str](), manifest.FileRecord.of
+    monkeypatch.setattr(manifest.FileRecord, "of", lambda file, *more: hashed.append(str(file)) or right(file, *more))
+    server.add(ADAPTER, adapter())
+    server.add(BASE, base())
+    assert run() == 0, run.text
+    assert hashed and not [file for file in hashed if file.endswith("checkpoint/model.safetensors")]
+
+
 def test_a_base_in_4_bits_is_replaced_by_its_original(server: HubServer, run: Run) -> None:
     server.add(ADAPTER, adapter(base_model_name_or_path=f"{BASE}-unsloth-bnb-4bit"))
     server.add(BASE, base())
