@@ -20,20 +20,18 @@ import torch
 
 from pipeline.checkpoint.adapters import Adapter, Change, Part
 from pipeline.checkpoint.headers import FLOATS, TensorInfo
-from pipeline.checkpoint.reader import CONFIG, INDEX, Checkpoint, Float32, item_size, read_json, read_part
+from pipeline.checkpoint.reader import CONFIG, INDEX, Checkpoint, Float32, item_size, read_json
 from pipeline.core import log, parallel
 from pipeline.core.direct import DirectFile
 from pipeline.core.manifest import dump_json
 
 _BLOCK = 1 << 18
 """Elements of a block of rows: 1 MiB in float32, which stays in a core's cache."""
-_COPIED = 4 << 20
-"""Bytes of an unchanged tensor that are copied at a time."""
 _LEAST_ROWS = 64
 """Rows of the smallest block: few rows are multiplied in another order."""
 
 
-Block = Callable[[], bytes | memoryview]
+Block = Callable[[], memoryview]
 """Makes a block of a tensor's bytes; blocks are made by several threads at a time."""
 
 
@@ -57,16 +55,17 @@ def write(
     sums = {}
     with log.progress(f"merging {len(changes)} tensors", total) as bar, _alone():
         for file, tensors in files.items():
-            blocks = (
-                block
-                for name, info in tensors.items()
-                for block in (_merged(base, changes[name], held, info) if name in changes else _stored(base, name))
-            )
             with DirectFile(out / file) as stream:
                 stream.write(_header(tensors))
-                for data in parallel.ordered(lambda block: block(), blocks):
-                    stream.write(data)
-                    bar.advance(len(data))
+                for name, info in tensors.items():
+                    if name in changes:
+                        for data in parallel.ordered(lambda block: block(), _merged(base, changes[name], held, info)):
+                            stream.write(data)
+                            bar.advance(len(data))
+                    else:
+                        stored = base.tensors[name]
+                        for count in stream.copy(base.folder / file, stored.offset, stored.offset + stored.size):
+                            bar.advance(count)
             sums[file] = stream.sha256()
     return {**sums, **_write_tables(base, changes, out)}
 
@@ -110,14 +109,6 @@ def _header(tensors: Mapping[str, TensorInfo]) -> bytes:
     text = json.dumps(table, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
-
-
-def _stored(base: Checkpoint, name: str) -> Iterator[Block]:
-    """The bytes of a tensor of the base."""
-    info = base.tensors[name]
-    end = info.offset + info.size
-    for start in range(info.offset, end, _COPIED):
-        yield partial(read_part, base.folder, info.file, start, min(start + _COPIED, end))
 
 
 def _merged(base: Checkpoint, change: Change, held: Checkpoint, info: TensorInfo) -> Iterator[Block]:

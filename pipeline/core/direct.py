@@ -5,10 +5,12 @@ What is written through the cache took 1.2 s of processor time per GB (2 cores, 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import mmap
 import os
 from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -59,6 +61,24 @@ class DirectFile:
             self._filled, rest = self._filled + count, rest[count:]
             if self._filled == _BUFFER:
                 self._send()
+
+    def copy(self, file: Path, start: int, stop: int) -> Iterator[int]:
+        """Add bytes `start` to `stop` of `file`, read to where they are written from; how many, as they come.
+
+        Raises:
+            OSError: they can't be read, or what was added earlier not be written.
+        """
+        with file.open("rb", buffering=0) as source:
+            source.seek(start)
+            while start < stop:
+                room = self._buffer[self._filled : self._filled + min(stop - start, _BUFFER - self._filled)]
+                count = source.readinto(room)
+                if not count:
+                    raise OSError(errno.EIO, "the file became shorter while it was read", str(file))
+                self._filled, start = self._filled + count, start + count
+                if self._filled == _BUFFER:
+                    self._send()
+                yield count
 
     def sha256(self) -> str:
         """The hash of the whole file, once its context has ended."""

@@ -51,10 +51,10 @@ def join(
     taken = [*brought, adapters.CONFIG, adapters.WEIGHTS]
     trained = own.obtain(taken, root)
     adapters.check_tokens(own.source, base.source, changes.tokens)
-    from pipeline.checkpoint import merging  # PyTorch, which nothing else here needs
-
     with ThreadPoolExecutor(1) as beside:  # a folder's revision is a hash of all that is in it
         pinned = beside.submit(base.revision, kept, known)
+        from pipeline.checkpoint import merging  # PyTorch, which nothing else here needs and takes a second
+
         sums = merging.write(open_checkpoint(there), adapter, trained, changes.changed, target)
     for name in (name for name in kept if name not in sums):
         base.put(there / name, target / name)

@@ -43,6 +43,24 @@ def test_what_is_given_is_what_is_written(
     assert (tmp_path / "file").read_bytes() == data
 
 
+@pytest.mark.parametrize("size", SIZES)
+def test_a_part_of_another_file_is_copied(tmp_path: Path, size: int) -> None:
+    data = (os.urandom(1 << 16) * (size // (1 << 16) + 1))[:size]
+    (tmp_path / "source").write_bytes(b"before" + data + b"after")
+    with DirectFile(tmp_path / "file") as stream:
+        stream.write(b"head")
+        counts = sum(stream.copy(tmp_path / "source", 6, 6 + size))
+        stream.write(b"tail")
+    assert counts == size and (tmp_path / "file").read_bytes() == b"head" + data + b"tail"
+    assert stream.sha256() == hashlib.sha256(b"head" + data + b"tail").hexdigest()
+
+
+def test_a_source_that_becomes_shorter_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "source").write_bytes(b"short")
+    with pytest.raises(OSError, match="shorter"), DirectFile(tmp_path / "file") as stream:
+        list(stream.copy(tmp_path / "source", 0, 6))
+
+
 def test_a_shorter_file_takes_the_place_of_a_longer_one(tmp_path: Path) -> None:
     written(tmp_path / "file", b"x" * 10_000, 10_000)
     written(tmp_path / "file", b"y" * 5, 5)
