@@ -234,7 +234,7 @@ class Known:
 
     def settle(self) -> None:
         """Wait until what was written just now is old enough to be remembered."""
-        time.sleep(2 * self._TICK / 1e9)
+        time.sleep(1.1 * self._TICK / 1e9)
 
     def learn(self, sums: Mapping[Path, str]) -> None:
         """Remember the sha256 of files as they are now."""
