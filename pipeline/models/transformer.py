@@ -228,9 +228,10 @@ class CacheAttention:
         size = config.sliding_window if SLIDING in config.layer_types else None
         # W behind the first of T tokens, and the T themselves.
         self.near = self.length if size is None else min(self.length, size + self.tokens)
-        self.masks = {FULL: self._tiled(mask, FULL)}
         if size is not None:
             self.start = self._window_start()
+        self.masks = {FULL: self._tiled(mask, FULL)}
+        if size is not None:
             self.masks[SLIDING] = self._tiled(self._sliding_mask(input_pos, mask, size), SLIDING)
 
     def __call__(self, layer: int, queries: Tensor, own: tuple[Tensor, Tensor] | None) -> Tensor:
