@@ -57,17 +57,28 @@ def write(
         for file, tensors in files.items():
             with DirectFile(out / file) as stream:
                 stream.write(_header(tensors))
-                for name, info in tensors.items():
-                    if name in changes:
-                        for data in parallel.ordered(lambda block: block(), _merged(base, changes[name], held, info)):
-                            stream.write(data)
-                            bar.advance(len(data))
-                    else:
-                        stored = base.tensors[name]
-                        for count in stream.copy(base.folder / file, stored.offset, stored.offset + stored.size):
-                            bar.advance(count)
+                for count in _fill(stream, base, held, changes, tensors):
+                    bar.advance(count)
             sums[file] = stream.sha256()
     return {**sums, **_write_tables(base, changes, out)}
+
+
+def _fill(
+    stream: DirectFile,
+    base: Checkpoint,
+    held: Checkpoint,
+    changes: Mapping[str, Change],
+    tensors: Mapping[str, TensorInfo],
+) -> Iterator[int]:
+    """Write the data of `tensors`, the merged ones and those of the base; how many bytes, as they are written."""
+    for name, info in tensors.items():
+        if name not in changes:
+            stored = base.tensors[name]
+            yield from stream.copy(base.folder / stored.file, stored.offset, stored.offset + stored.size)
+            continue
+        for data in parallel.ordered(lambda block: block(), _merged(base, changes[name], held, info)):
+            stream.write(data)
+            yield len(data)
 
 
 @contextmanager

@@ -7,7 +7,8 @@ To add an architecture: its file with an `ARCHITECTURE`, its model types in `MOD
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -134,17 +135,22 @@ def architecture_for(config: Mapping[str, object], *, tied: bool = True) -> Arch
             remedy="choose a checkpoint of a supported architecture, or add this one: docs/adding-a-family.md",
         )
     family: type[Architecture] = importlib.import_module(f"{__name__}.{MODELS[model_type]}").ARCHITECTURE
-    try:
+    with _understood(
+        cause="it was edited, or another tool wrote it",
+        remedy="get it from the checkpoint's author anew, or save the model again with `save_pretrained`",
+    ):
         architecture = family(config, tied=tied)
         records.build(type(architecture.text), records.table(architecture.text))
-    # What a value of another kind, or none, does to the arithmetic of whichever family reads it.
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise FetchError(
-            f"config.json can't be understood: {error}",
-            cause="it was edited, or another tool wrote it",
-            remedy="get it from the checkpoint's author anew, or save the model again with `save_pretrained`",
-        ) from error
     return architecture
+
+
+@contextmanager
+def _understood(cause: str, remedy: str) -> Iterator[None]:
+    """Tell what a value of another kind, or none, does to the arithmetic of whichever family reads it."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise FetchError(f"config.json can't be understood: {error}", cause=cause, remedy=remedy) from error
 
 
 def terms(model_type: str) -> str:
@@ -183,14 +189,11 @@ def tower_of(architecture: Architecture, name: str) -> Tower:
         UsageError: the model has none, or none that can be converted.
         FetchError: as `Architecture.towers`.
     """
-    try:
+    with _understood(
+        cause="what it says of a tower was edited, or another tool wrote it",
+        remedy="get it from the checkpoint's author anew, or leave TOWERS= out",
+    ):
         known = architecture.towers()
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise FetchError(
-            f"config.json can't be understood: {error}",
-            cause="what it says of a tower was edited, or another tool wrote it",
-            remedy="get it from the checkpoint's author anew, or leave TOWERS= out",
-        ) from error
     if name not in known:
         raise UsageError(
             f"the model has no {name} tower that can be converted",

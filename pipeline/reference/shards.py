@@ -220,8 +220,6 @@ class Asked:
 
     def greedy(self, prompts: Sequence[str], count: int) -> Later[list[Greedy]]:
         """As `HuggingFace.continue_greedily`."""
-        future, result = (
-            self.shards.submit(Continued(self.model, self.threads, tuple(prompts), count)),
-            self.shards.result,
-        )
-        return lambda: [Greedy(**row) for row in json.loads(result(future))]
+        shards = self.shards
+        future = shards.submit(Continued(self.model, self.threads, tuple(prompts), count))
+        return lambda: [Greedy(**row) for row in json.loads(shards.result(future))]
