@@ -10,6 +10,7 @@ from pipeline.bundling import contents, litertlm
 from pipeline.bundling.metadata import activation_type, of_checkpoint, tokenizer_json
 from pipeline.core import log
 from pipeline.core.facts import Bundle, Hears, Precision
+from pipeline.core.recipe import SECTION_LIMIT
 from pipeline.core.stage import Context, Outcome, Stage, main
 from pipeline.quantize import readback
 
@@ -39,7 +40,10 @@ def work(context: Context) -> Outcome:
         made, out = context.upstream[precision], context.folder / f"{precision}.litertlm"
         models = {name: context.root / made.output(f"{name}.tflite").path for name in text}
         stored, weight_bytes = readback.stored_weights(models.values())
-        places = litertlm.write(metadata, tokenizer_text, {**models, **heard}, out)
+        limit = context.recipe.bundle.section_limit
+        places = litertlm.write(
+            metadata, tokenizer_text, {**models, **heard}, out, limit or SECTION_LIMIT, must=limit is not None
+        )
         bundles[precision] = Bundle(
             sections=tuple(places),
             model_type=metadata.model_type,

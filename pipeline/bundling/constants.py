@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from pipeline.bundling.litertlm import read_sections
+from pipeline.bundling.litertlm import MODEL, WEIGHTS, read_sections
 from pipeline.core import log, manifest, parallel
 from pipeline.tflite.graph import model_at, type_name
 from pipeline.tflite.schema import BufferReader
@@ -60,25 +60,36 @@ def places(file: Path) -> list[Constant]:
         BundleError: a bundle's header can't be read.
     """
     # A file of one model is its own and only section.
-    starts = {"": 0}
+    starts, beside = {"": 0}, {}
     if file.suffix == ".litertlm":
-        starts = {item.model_type: item.offset for item in read_sections(file) if item.kind == "TFLiteModel"}
+        sections = read_sections(file)
+        starts = {item.model_type: item.offset for item in sections if item.kind == MODEL}
+        beside = {item.model_type: item.offset for item in sections if item.kind == WEIGHTS}
     with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        found = [item for section, start in starts.items() for item in _constants(data, start, section)]
+        found = [
+            item
+            for section, start in starts.items()
+            for item in _constants(data, start, section, beside.get(section, 0))
+        ]
     # Ascending, so that a checker reads the file from front to end.
     return sorted(found, key=lambda item: item.offset)
 
 
-def _constants(data: mmap.mmap, start: int, section: str) -> Iterator[Constant]:
-    """The constants of the model that begins at byte `start` of `data`."""
-    model, seen = model_at(data, start), {0}  # buffer 0 is empty by convention
+def _constants(data: mmap.mmap, start: int, section: str, beside: int) -> Iterator[Constant]:
+    """The constants of the model that begins at byte `start` of `data`; those that stand outside do from `beside`."""
+    model, seen = model_at(data, start), {(0, 0)}  # buffer 0 is empty by convention
+    outside = {item.Id(): item for item in map(model.ExternalBuffers, range(model.ExternalBuffersLength()))}
     for graph in map(model.Subgraphs, range(model.SubgraphsLength())):
         for tensor in map(graph.Tensors, range(graph.TensorsLength())):
             # Tied weights are one buffer: whoever checks a file need hash it once.
-            if tensor.Buffer() in seen:
+            held = tensor.Buffer(), tensor.ExternalBuffer()
+            if held in seen:
                 continue
-            seen.add(tensor.Buffer())
-            offset, size = _place(model.Buffers(tensor.Buffer()), start)
+            seen.add(held)
+            if found := outside.get(tensor.ExternalBuffer()):
+                offset, size = beside + found.Offset(), found.Length()
+            else:
+                offset, size = _place(model.Buffers(tensor.Buffer()), start)
             if size:
                 yield Constant(
                     section=section,

@@ -21,8 +21,8 @@ from pipeline.tflite.schema import Operator, SignatureDef
 _PRODUCTS = ("FULLY_CONNECTED", "BATCH_MATMUL", "CONV_2D")
 _INTEGERS = ("INT4", "INT8", "INT16")
 _ARITHMETIC = ("integer", "hybrid", "float")
-# As litert-lm-builder names the kinds of sections.
-_TFLITE, _METADATA = "TFLiteModel", "LlmMetadataProto"
+_METADATA = "LlmMetadataProto"
+"""As litert-lm-builder names that kind of section."""
 _WORD_BITS = 8
 _CACHE, _BYTES = "kv_cache", {"INT8": 1, "FLOAT16": 2}
 
@@ -116,9 +116,9 @@ def read(file: Path) -> Contents:
         return Contents(file=file.name, size=size, sections=(), metadata={}, models=(model,))
     sections = tuple(litertlm.read_sections(file))
     models = tuple(
-        _model(Graph.read(file, each.offset, each.size), each.model_type, each.size)
+        _model(litertlm.read_model(file, sections, each.model_type), each.model_type, each.size)
         for each in sections
-        if each.kind == _TFLITE
+        if each.kind == litertlm.MODEL
     )
     texts = [litertlm.read(file, each) for each in sections if each.kind == _METADATA]
     said = json_format.MessageToDict(llm_metadata_pb2.LlmMetadata.FromString(texts[0])) if texts else {}

@@ -11,8 +11,9 @@ import os
 import tempfile
 import uuid
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from io import StringIO
 from pathlib import Path
@@ -28,10 +29,15 @@ from pipeline.core import log
 from pipeline.core.errors import BundleError
 from pipeline.core.facts import Section
 from pipeline.core.manifest import FileRecord
+from pipeline.core.recipe import SECTION_LIMIT
 from pipeline.runtime.sound import Hearing
+from pipeline.tflite import external
+from pipeline.tflite.graph import Graph
 
 BUILDER = "0.18.1"
 """The litert-lm-builder that the replacement of its system metadata was written for."""
+MODEL, WEIGHTS = "TFLiteModel", "TFLiteWeights"
+"""Kinds of sections, as litert-lm-builder names them."""
 _NAMESPACE = uuid.UUID("6f6c1a52-3a3f-5d0e-9c1b-0f4f2f3f7b61")
 _DEFAULT_EPOCH = 315532800  # 1980-01-01, what the Makefile uses outside git
 _TFLITE = b"TFL3"  # bytes 4 to 8 of every TFLite file
@@ -41,7 +47,15 @@ _THOUGHTS = "thought"
 """The channel of what a model thinks, as Google's own bundles call it."""
 
 
-def write(metadata: Metadata, tokenizer: str, models: Mapping[str, Path], out: Path) -> list[Section]:
+def write(
+    metadata: Metadata,
+    tokenizer: str,
+    models: Mapping[str, Path],
+    out: Path,
+    limit: int = SECTION_LIMIT,
+    *,
+    must: bool = False,
+) -> list[Section]:
     """Write a bundle and check it.
 
     Args:
@@ -49,12 +63,15 @@ def write(metadata: Metadata, tokenizer: str, models: Mapping[str, Path], out: P
         tokenizer: from `tokenizer_json`.
         models: the TFLite file of each of the metadata's sections.
         out: the bundle; it is whole or absent.
+        limit: bytes of a section. Of a larger model some weights stand in a section of their own, where that helps.
+        must: whether a bundle is refused where it does not; else that model is left whole.
 
     Returns:
         Its sections with their places.
 
     Raises:
-        BundleError: a section is missing or no TFLite file, or what was written is not what was given.
+        BundleError: a section is missing, no TFLite file, or too large for any division; or what was written is not
+            what was given.
     """
     _check_models(models, metadata)
     if metadata.sound:
@@ -63,18 +80,34 @@ def write(metadata: Metadata, tokenizer: str, models: Mapping[str, Path], out: P
     partial = out.with_name(out.name + ".partial")
     try:
         with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
-            _build(_files(metadata, tokenizer, models, Path(scratch)), metadata.activation_type, partial)
-        sections = read_sections(partial)
-        _check(partial, sections, metadata, tokenizer, models)
+            parts = _divided(models, limit, Path(scratch), must=must)
+            _build(_described(metadata, tokenizer, Path(scratch)), parts, metadata.activation_type, partial)
+            sections = read_sections(partial)
+            _check(partial, sections, metadata, tokenizer, parts)
+        for part in parts:
+            if part.kind == WEIGHTS:
+                _check_joined(partial, sections, part.model, models[part.model])
         partial.replace(out)
     finally:
         partial.unlink(missing_ok=True)
     return sections
 
 
+@dataclass(frozen=True)
+class _Part:
+    """A section of the model `model`: itself, or weights of it."""
+
+    model: str
+    file: Path
+    kind: str = MODEL
+
+    @property
+    def name(self) -> str:
+        return self.model if self.kind == MODEL else f"{self.model}_weights"
+
+
 _DECODER = "decoder"
-# The order in which they stand in the file; the runtime finds them by kind.
-_MODEL_KINDS = {
+MODEL_KINDS = {
     _DECODER: litertlm_builder.TfLiteModelType.PREFILL_DECODE,
     "embedder": litertlm_builder.TfLiteModelType.EMBEDDER,
     "per_layer_embedder": litertlm_builder.TfLiteModelType.PER_LAYER_EMBEDDER,
@@ -82,6 +115,7 @@ _MODEL_KINDS = {
     "audio_adapter": litertlm_builder.TfLiteModelType.AUDIO_ADAPTER,
     "end_of_audio": litertlm_builder.TfLiteModelType.END_OF_AUDIO,
 }
+"""Models by the project's names, in the order in which they stand in the file; the runtime finds them by kind."""
 
 
 def _check_models(models: Mapping[str, Path], metadata: Metadata) -> None:
@@ -103,13 +137,37 @@ def _check_models(models: Mapping[str, Path], metadata: Metadata) -> None:
                 )
 
 
-def _files(metadata: Metadata, tokenizer: str, models: Mapping[str, Path], scratch: Path) -> dict[str, Path]:
-    """All sections as files, by name in the order in which they are written."""
+def _divided(models: Mapping[str, Path], limit: int, scratch: Path, *, must: bool) -> list[_Part]:
+    """The sections of all models in the order in which they are written, those of weights behind their models."""
+    parts = []
+    for name in MODEL_KINDS:
+        if name not in models:
+            continue
+        own = [_Part(name, models[name])]
+        if (size := own[0].file.stat().st_size) > limit:
+            graph = Graph.read(models[name])
+            sizes = external.split(graph, size, limit)
+            if max(sizes.model, sizes.weights) <= limit:
+                own = [_Part(name, scratch / f"{name}.tflite"), _Part(name, scratch / f"{name}.weights", WEIGHTS)]
+                external.write(graph, sizes.moved, *(part.file for part in own))
+            elif must:
+                raise BundleError(
+                    f"{models[name]} has {log.human_bytes(size)}, too much for two sections of "
+                    f"{log.human_bytes(limit)} each",
+                    cause="LiteRT-LM takes one section of a model and one of weights beside it, and a matrix is whole",
+                    remedy="leave this precision out of `bundle.precisions`, or raise `bundle.section_limit`",
+                )
+        parts += own
+    return parts
+
+
+def _described(metadata: Metadata, tokenizer: str, scratch: Path) -> dict[str, Path]:
+    """The sections that are no model's, as files by name."""
     llm, packed = scratch / "metadata.pb", scratch / "tokenizer.zlib"
     # Protocol buffers promise no order of bytes without it.
     llm.write_bytes(_message(metadata).SerializeToString(deterministic=True))
     packed.write_bytes(_pack(tokenizer))
-    return {"metadata": llm, "tokenizer": packed, **{name: models[name] for name in _MODEL_KINDS if name in models}}
+    return {"metadata": llm, "tokenizer": packed}
 
 
 def _message(metadata: Metadata) -> llm_metadata_pb2.LlmMetadata:
@@ -164,32 +222,34 @@ def _pack(tokenizer: str) -> bytes:
     return len(data).to_bytes(8, "little") + zlib.compress(data)
 
 
-def _build(files: Mapping[str, Path], activation_type: str, out: Path) -> None:
-    """Stream `files` into a bundle at `out`; `activation_type` is the decoder's."""
+def _build(described: Mapping[str, Path], parts: Sequence[_Part], activation_type: str, out: Path) -> None:
+    """Stream all sections into a bundle at `out`; `activation_type` is the decoder's."""
     builder = litertlm_builder.LitertLmFileBuilder()
-    builder.add_llm_metadata(str(files["metadata"]))
-    builder.add_hf_tokenizer(str(files["tokenizer"]))
-    for name, kind in _MODEL_KINDS.items():
-        if name in files:
+    builder.add_llm_metadata(str(described["metadata"]))
+    builder.add_hf_tokenizer(str(described["tokenizer"]))
+    for part in parts:
+        kind, preferred = MODEL_KINDS[part.model], activation_type if part.model == _DECODER else None
+        if part.kind == WEIGHTS:
+            builder.add_tflite_weights(str(part.file), kind)
+        else:
             with redirect_stdout(None):  # it says what it was told
-                builder.add_tflite_model(
-                    str(files[name]), kind, prefer_activation_type=activation_type if name == _DECODER else None
-                )
+                builder.add_tflite_model(str(part.file), kind, prefer_activation_type=preferred)
+    files = {**described, **{part.name: part.file for part in parts}}
     label = f"writing {out.name.removesuffix('.partial')}"
-    expected = _total(files) / _COPIED_PER_SECOND
+    expected = _total(files.values()) / _COPIED_PER_SECOND
     with _system_metadata(_identity(files)), out.open("wb") as stream, log.waiting(label, expected):
         # The builder's own check; `_check` below reads what really stands in the file.
         builder.build(stream, validate_metadata=True)
 
 
-def _total(files: Mapping[str, Path]) -> int:
-    return sum(file.stat().st_size for file in files.values())
+def _total(files: Iterable[Path]) -> int:
+    return sum(file.stat().st_size for file in files)
 
 
 def _identity(files: Mapping[str, Path]) -> dict[str, str]:
     """A bundle's identifier and date, the same for the same content."""
     content = hashlib.sha256()
-    with log.progress("hashing sections", _total(files)) as bar:
+    with log.progress("hashing sections", _total(files.values())) as bar:
         for name, file in files.items():
             # Of hashes, not of the files one after another: a byte that moved from one to the next would not show.
             content.update(f"{name} {FileRecord.of(file, file.parent, bar).sha256}\n".encode())
@@ -258,14 +318,12 @@ def _told(item: litertlm_peek.schema.SectionObject, key: str) -> str:
 
 
 def _check(
-    bundle: Path, sections: Sequence[Section], metadata: Metadata, tokenizer: str, models: Mapping[str, Path]
+    bundle: Path, sections: Sequence[Section], metadata: Metadata, tokenizer: str, parts: Sequence[_Part]
 ) -> None:
     """Hold what is in the file against what was given."""
-    told = {_DECODER: metadata.activation_type}
+    told = {(_DECODER, MODEL): metadata.activation_type}
     expected = [("LlmMetadataProto", "", ""), ("HF_Tokenizer_Zlib", "", "")]
-    expected += [
-        ("TFLiteModel", kind.value, told.get(name, "")) for name, kind in _MODEL_KINDS.items() if name in models
-    ]
+    expected += [(part.kind, MODEL_KINDS[part.model].value, told.get((part.model, part.kind), "")) for part in parts]
     kinds = [(section.kind, section.model_type, section.activation_type) for section in sections]
     if kinds != expected:
         _refuse(bundle, f"has the sections {kinds} instead of {expected}")
@@ -277,13 +335,31 @@ def _check(
             _refuse(bundle, "has another tokenizer than was given")
     except (DecodeError, zlib.error, UnicodeDecodeError) as error:
         _refuse(bundle, f"has an unreadable section ({error})")
-    given = [models[name] for name in _MODEL_KINDS if name in models]
-    with log.progress("comparing sections", _total(models)) as bar:
-        for section, file in zip(sections[2:], given, strict=True):
+    with log.progress("comparing sections", _total(part.file for part in parts)) as bar:
+        for section, file in zip(sections[2:], (part.file for part in parts), strict=True):
             with file.open("rb") as source, bundle.open("rb") as stream:
                 stream.seek(section.offset)
                 if section.size != file.stat().st_size or not _same(source, stream, section.size, bar):
                     _refuse(bundle, f"has another {section.model_type} than {file}")
+
+
+def _check_joined(bundle: Path, sections: Sequence[Section], name: str, file: Path) -> None:
+    """Hold a divided model against `file`, of which it was made: the same tensors with the same values."""
+    found = read_model(bundle, sections, MODEL_KINDS[name].value)
+    for ours, given in zip(found.all_views(), Graph.read(file).all_views(), strict=True):
+        for tensor in range(len(given.main.tensors)):
+            held = [view.mapped(tensor).data if view.is_constant(tensor) else None for view in (ours, given)]
+            if ours.name(tensor) != given.name(tensor) or held[0] != held[1]:
+                _refuse(bundle, f"has other values for {given.name(tensor)} than {file}")
+
+
+def read_model(bundle: Path, sections: Sequence[Section], model_type: str) -> Graph:
+    """A model of a bundle, with the weights that stand in a section of their own."""
+    own = {section.kind: section for section in sections if section.model_type == model_type}
+    graph = Graph.read(bundle, own[MODEL].offset, own[MODEL].size)
+    if WEIGHTS in own:
+        external.join(graph, bundle, own[WEIGHTS].offset)
+    return graph
 
 
 def thoughts(bundle: Path) -> tuple[str, str] | None:

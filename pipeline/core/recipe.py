@@ -28,6 +28,8 @@ BASELINE = "fp32"
 """The precision that shows what the conversion costs, and that what others cost is held against."""
 BundlePrecision = Literal["fp32", "int8", "int4"]
 Padding = Literal["none", "left", "right"]
+SECTION_LIMIT = 2 << 30
+"""Bytes of a bundle's section beyond which iPhones can't map it without an entitlement."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +50,9 @@ class Bundle:
     can have it. Verify then reads by calls of up to `prefill` tokens.
     Verify decodes `decode` tokens in each of its conversations, then whole texts of `corpus.window` tokens until these
     have `positions` predictions (where left out: none). It holds LiteRT-LM's greedy text of `continuation` tokens after
-    each of `prompts` prompts against Hugging Face's.
+    each of `prompts` prompts against Hugging Face's. Some weights of a model of more than `section_limit` bytes stand
+    in a section of their own, and a model that can't be divided so is refused; where left out, at `SECTION_LIMIT`, it
+    stays whole instead.
     """
 
     cache_length: int
@@ -59,6 +63,7 @@ class Bundle:
     continuation: int
     positions: int = 0
     cache: CacheKind = "static"
+    section_limit: toml.Size | None = None
 
     @property
     def grows(self) -> bool:

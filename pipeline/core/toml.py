@@ -32,6 +32,9 @@ Index = NewType("Index", int)
 """A whole number that may be 0."""
 Pattern = NewType("Pattern", str)
 """A regular expression."""
+Size = NewType("Size", int)
+"""Bytes, written as "2 GiB"."""
+_UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "kB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 def read(file: Path, kind: Kind) -> bytes:
@@ -96,6 +99,8 @@ def build(kind: object, value: object, where: str) -> object:
         return _build_number(int, value, where, least=0)
     if kind is Pattern:
         return _build_pattern(value, where)
+    if kind is Size:
+        return _build_size(value, where)
     if kind is int or kind is float:
         return _build_number(kind, value, where, least=1 if kind is int else 0)
     assert isinstance(kind, type)
@@ -117,6 +122,13 @@ def _build_pattern(value: object, where: str) -> object:
     except re.error as error:
         raise ValueError(f"`{where}` is {value!r}, no regular expression: {error}") from error
     return value
+
+
+def _build_size(value: object, where: str) -> object:
+    number, _, unit = _expect(str, value, where).partition(" ")
+    if not re.fullmatch(r"[1-9]\d{0,8}(\.\d+)?", number) or unit not in _UNITS:
+        raise ValueError(f"`{where}` is {value!r}, expected a number and one of {', '.join(_UNITS)}, as in '2 GiB'")
+    return int(float(number) * _UNITS[unit])
 
 
 def _expect(kind: type[T], value: object, where: str) -> T:

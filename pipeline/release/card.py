@@ -19,6 +19,7 @@ from pipeline.core import log
 from pipeline.core.errors import PublishError
 from pipeline.core.facts import LeftOut
 from pipeline.core.judgement import Estimate, Script
+from pipeline.core.recipe import SECTION_LIMIT
 from pipeline.release.licence import GEMMA, GEMMA_NOTICE, Licence
 
 _TEMPLATE = Path(__file__).with_name("card.md")
@@ -261,10 +262,6 @@ def _files(products: Sequence[Product]) -> str:
     return _table(("file", "what", "size"), rows)
 
 
-_SECTION_LIMIT = 1 << 31
-"""Bytes that an app on an iPhone may map at once without an entitlement."""
-
-
 def _phone(products: Sequence[Product], tools: Mapping[str, str]) -> str:
     """What each bundle asks of a phone; nothing without one."""
     bundles = [(item, item.phone) for item in products if item.phone]
@@ -274,13 +271,13 @@ def _phone(products: Sequence[Product], tools: Mapping[str, str]) -> str:
         (
             f"`{item.file}`",
             f"{log.human_bytes(item.size + phone.cache)}, {log.human_bytes(phone.cache)} of them cache",
-            log.human_bytes(phone.largest_section) + ("" if phone.largest_section < _SECTION_LIMIT else " (*)"),
+            log.human_bytes(phone.largest_section) + ("" if phone.largest_section <= SECTION_LIMIT else " (*)"),
             str(phone.tokens),
             {"": "what the app says, else float16"}.get(phone.activation_type, phone.activation_type),
         )
         for item, phone in bundles
     ]
-    large = any(phone.largest_section >= _SECTION_LIMIT for _, phone in bundles)
+    large = any(phone.largest_section > SECTION_LIMIT for _, phone in bundles)
     entitled = "\n\n(*) An app on an iPhone needs an entitlement for more than 2 GiB at once." if large else ""
     table = _table(
         ("file", "memory, at least", "largest section", "tokens of a conversation", "a GPU computes in"), rows

@@ -76,6 +76,10 @@ class Graph:
         places = sorted({int(signature.subgraphIndex) for signature in self.model.signatureDefs or []})
         return [self.seen_through(place) for place in places or [0]]
 
+    def all_views(self) -> list[Graph]:
+        """The model seen through every subgraph."""
+        return [self.seen_through(place) for place in range(len(self.model.subgraphs))]
+
     def seen_through(self, place: int) -> Graph:
         """The same model through its subgraph number `place`."""
         return Graph(self.model, place, self.origins)
@@ -164,12 +168,17 @@ class Graph:
 
     def constant(self, tensor: int) -> Array:
         """The values of a constant tensor, a read-only view of the file."""
-        data = self.stored(tensor)
-        assert not isinstance(data, Blocks)
+        data = self.mapped(tensor)
         if self.type_of(tensor) == "INT4":
             # NumPy knows no integers of 4 bits.
-            return unpack(np.frombuffer(data, np.uint8)).reshape(self.shape(tensor))
+            return unpack(data).reshape(self.shape(tensor))
         return np.frombuffer(data, _DTYPES[self.type_of(tensor)]).reshape(self.shape(tensor))
+
+    def mapped(self, tensor: int) -> NDArray[np.uint8]:
+        """The bytes of a constant tensor that was read, a view of the file."""
+        data = self.stored(tensor)
+        assert not isinstance(data, Blocks)
+        return np.frombuffer(data, np.uint8)
 
     def blocks(self, tensor: int) -> Blocks:
         """The values of a constant tensor, block by block, wherever they are."""
@@ -262,7 +271,7 @@ class Graph:
         """Give a constant matrix, and all that share its buffer, 4-bit values (`pack`) and a scale per block."""
         buffer, shared = self.buffer(tensor), self.add_buffer(scales.scale)
         self.model.buffers[buffer].data = packed
-        for view in map(self.seen_through, range(len(self.model.subgraphs))):
+        for view in self.all_views():
             for entry in [entry for entry in view.main.tensors if int(entry.buffer) == buffer]:
                 # A tensor can only name scales of its own subgraph, so each gets a tensor; the values behind are one
                 # buffer.

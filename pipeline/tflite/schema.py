@@ -59,7 +59,7 @@ class Quantization(Protocol):
 
 
 class Tensor(Protocol):
-    """Its values are those of the buffer with index `buffer`; 0 has none."""
+    """Its values are those of the buffer with index `buffer`, or of the external one with that id; 0 has none."""
 
     name: Name
     type: int
@@ -68,6 +68,7 @@ class Tensor(Protocol):
     shapeSignature: MutableSequence[int] | None
     hasRank: bool
     quantization: Quantization | None
+    externalBuffer: int
 
 
 class Buffer(Protocol):
@@ -76,6 +77,21 @@ class Buffer(Protocol):
     data: Data
     offset: int
     size: int
+
+
+class ExternalBufferGroup(Protocol):
+    """A file, or a section of a bundle, by the name that the runtime knows it by."""
+
+    name: Name
+
+
+class ExternalBuffer(Protocol):
+    """The bytes of a constant outside of the model: `length` from byte `offset` of group `group`."""
+
+    id: int
+    group: int
+    offset: int
+    length: int
 
 
 class OperatorCode(Protocol):
@@ -140,6 +156,8 @@ class Model(Protocol):
     signatureDefs: list[SignatureDef] | None
     metadata: list[Metadata] | None
     metadataBuffer: MutableSequence[int] | None
+    externalBufferGroups: list[ExternalBufferGroup] | None
+    externalBuffers: list[ExternalBuffer] | None
 
     def Pack(self, builder: Builder) -> int:
         """Write it into `builder`."""
@@ -149,6 +167,7 @@ class TensorReader(Protocol):
     """A tensor in the bytes of a model; the library's names are calls here."""
 
     def Buffer(self) -> int: ...
+    def ExternalBuffer(self) -> int: ...
     def Name(self) -> bytes | None: ...
     def Type(self) -> int: ...
     def Shape(self, axis: int) -> int: ...
@@ -179,12 +198,22 @@ class BufferReader(Protocol):
     def Size(self) -> int: ...
 
 
+class ExternalBufferReader(Protocol):
+    """A constant outside of the model, in its bytes."""
+
+    def Id(self) -> int: ...
+    def Offset(self) -> int: ...
+    def Length(self) -> int: ...
+
+
 class ModelReader(Protocol):
     """A model as its bytes, of which nothing is copied."""
 
     def Subgraphs(self, index: int) -> SubGraphReader: ...
     def SubgraphsLength(self) -> int: ...
     def Buffers(self, index: int) -> BufferReader: ...
+    def ExternalBuffers(self, index: int) -> ExternalBufferReader: ...
+    def ExternalBuffersLength(self) -> int: ...
 
 
 def classes() -> ModuleType:

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pipeline import chat
 from pipeline.bundling import litertlm, metadata, template
 from pipeline.core.errors import IntegrityError, UsageError
-from pipeline.core.recipe import PROJECT
+from pipeline.core.recipe import PROJECT, SECTION_LIMIT
 from pipeline.core.recipe import load as load_recipe
 from pipeline.models import Runtime
 from pipeline.runtime.litert_lm import Dialogue, LmRuntime
@@ -73,10 +73,10 @@ class Maker:
             max_tokens=max_tokens,
         )
 
-    def make(self, name: str, **changes: Any) -> Path:
+    def make(self, name: str, limit: int = SECTION_LIMIT, **changes: Any) -> Path:
         out = self.folder / f"{name}.litertlm"
         text = metadata.tokenizer_json(self.tokenizer, VOCABULARY)
-        litertlm.write(replace(self.metadata, **changes), text, self.files, out)
+        litertlm.write(replace(self.metadata, **changes), text, self.files, out, limit)
         return out
 
 
@@ -121,6 +121,21 @@ def test_repacked_weights_go_where_they_are_asked_to(maker: Maker, tmp_path: Pat
         with LmRuntime(maker.make("cached"), cache=tmp_path / "cache") as opened:
             assert opened.greedy("The sea", 4).tokens == 4
     assert list((tmp_path / "cache").iterdir())
+
+
+@pytest.mark.parametrize("name", SECTIONS)
+def test_weights_in_a_section_of_their_own_say_the_same(
+    runtime: LmRuntime, maker: Maker, tmp_path: Path, name: str
+) -> None:
+    expected = runtime.greedy("The sea", 48)
+    largest = {"decoder": maker.files["decoder"].stat().st_size * 2 // 3}
+    limit = largest.get(name, maker.files[name].stat().st_size - 100)  # a table and its graph of some kB
+    bundle = maker.make(f"divided-{name}", limit)
+    divided = [section.model_type for section in litertlm.read_sections(bundle) if section.kind == litertlm.WEIGHTS]
+    assert divided == [litertlm.MODEL_KINDS[name].value]
+    for _ in range(2):  # with the packed weights of the first time
+        with LmRuntime(bundle, cache=tmp_path) as opened:
+            assert opened.greedy("The sea", 48) == expected
 
 
 def test_start_and_stop_tokens_are_read_from_the_bundle(runtime: LmRuntime) -> None:

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_graph import Model
 
-from pipeline.bundling import constants, litertlm, metadata
+from pipeline.bundling import constants, contents, litertlm, metadata
 from pipeline.core import manifest
+from pipeline.core.errors import BundleError
 from pipeline.tflite import writer
 from pipeline.tflite.graph import Graph
 
@@ -78,6 +80,38 @@ def test_sections_of_a_bundle_are_told_apart(tmp_path: Path, monkeypatch: pytest
     for name, section in names.items():
         assert found([row for row in rows if row["section"] == section]) == expected(values[name])
     assert len(rows) == len(names)
+
+
+@pytest.mark.parametrize("limit", [2**30, 0], ids=["inline", "behind"])
+def test_a_divided_model_is_read_as_the_one_that_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    monkeypatch.setattr(writer, "_INLINE_LIMIT", limit)
+    Model().graph.write(whole := tmp_path / "decoder.tflite")
+    told = metadata.Metadata(model_type="gemma3", sections=("decoder",), start=2, stop=(1,), max_tokens=64)
+    room = whole.stat().st_size - 4000  # of 20 kB; the table, 5,120 bytes of them, is what leaves it
+    sections = litertlm.write(told, "{}", {"decoder": whole}, bundle := tmp_path / "x.litertlm", room, must=True)
+    assert [(each.kind, each.model_type) for each in sections[2:]] == [
+        (litertlm.MODEL, "tf_lite_prefill_decode"),
+        (litertlm.WEIGHTS, "tf_lite_prefill_decode"),
+    ]
+    assert max(each.size for each in sections[2:]) <= room
+    given, made = (constants.digests({"": file})[""] for file in (whole, bundle))
+    assert {(row["name"], row["sha256"]) for row in made} == {(row["name"], row["sha256"]) for row in given}
+    (read,), (model,) = contents.read(bundle).models, contents.read(whole).models
+    assert read.constants == model.constants and read.signatures == model.signatures
+    assert [file.name for file in tmp_path.iterdir() if file not in (whole, bundle)] == []
+
+
+def test_what_can_not_be_divided_stays_whole_or_is_refused(tmp_path: Path) -> None:
+    Model().graph.write(whole := tmp_path / "decoder.tflite")
+    told = metadata.Metadata(model_type="gemma3", sections=("decoder",), start=2, stop=(1,), max_tokens=64)
+    assert len(litertlm.write(told, "{}", {"decoder": whole}, tmp_path / "x.litertlm", 5000)) == 3
+    (tmp_path / "x.litertlm").unlink()
+    with pytest.raises(BundleError, match=r"decoder.tflite has .* too much for two sections of 5.0 kB") as caught:
+        litertlm.write(told, "{}", {"decoder": whole}, tmp_path / "x.litertlm", 5000, must=True)
+    assert "section_limit" in (caught.value.remedy or "")
+    assert [file.name for file in tmp_path.iterdir()] == ["decoder.tflite"]
 
 
 @given(st.binary(max_size=99), st.integers(0, 120), st.integers(0, 120), st.integers(1, 50))

@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from running import run
-from small_graph import bytes_by_type
+from small_graph import Model, bytes_by_type
 
 from pipeline.core.errors import IntegrityError, QuantiseError
 from pipeline.quantize import float16
 from pipeline.quantize import rows as quantize
-from pipeline.tflite import lazy, schema, writer
-from pipeline.tflite.graph import Graph
+from pipeline.tflite import external, lazy, schema, writer
+from pipeline.tflite.graph import Graph, model_at
 from pipeline.tflite.lazy import Blocks, Scales
 
 ROWS, WIDTH = 50, 32
@@ -354,3 +354,25 @@ def test_an_input_becomes_a_constant_and_is_no_input_any_more(tmp_path: Path) ->
 
     runner = Interpreter(model_path=str(file)).get_signature_runner("rows")
     assert np.array_equal(runner()["rows"], TABLE[IDS[:2]])
+
+
+def test_numbers_of_weights_outside_are_those_of_no_weights_inside(tmp_path: Path) -> None:
+    """XNNPACK's cache of packed weights looks both up in one table: a number that both have gives other logits."""
+    graph = Model().graph
+    down = next(graph.buffer(at) for at in range(len(graph.main.tensors)) if graph.name(at) == "down")
+    external.write(graph, (down,), tmp_path / "model.tflite", tmp_path / "model.weights")
+    found = model_at((tmp_path / "model.tflite").read_bytes(), 0)
+    held = {place for place in range(found.BuffersLength()) if found.Buffers(place).DataLength()}
+    numbers = {found.ExternalBuffers(place).Id() for place in range(found.ExternalBuffersLength())}
+    named = {found.Subgraphs(0).Tensors(place).ExternalBuffer() for place in range(found.Subgraphs(0).TensorsLength())}
+    assert named - {0} == numbers and len(numbers) == 1 and not numbers & (held | {0})
+
+
+def test_only_what_is_read_as_weights_leaves_a_model() -> None:
+    graph = Model().graph
+    everything = external.split(graph, 10**6, 0)
+    names = {graph.name(at) for at in range(len(graph.main.tensors)) if graph.buffer(at) in everything.moved}
+    assert names == {"table", "gate", "up", "down"}
+    assert [len(graph.model.buffers[buffer].data) for buffer in everything.moved] == [6144, 6144, 6144, 5120]
+    few = external.split(graph, 20_000, 13_000)
+    assert len(few.moved) == 2 and few.model <= 13_000 and few.weights == 2 * 6144

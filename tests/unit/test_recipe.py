@@ -208,6 +208,22 @@ def test_a_key_of_old_is_refused_with_its_new_name(
 
 
 @pytest.mark.parametrize(
+    ("text", "size"), [("2 GiB", 2**31), ("1.5 GB", 1_500_000_000), ("300 kB", 300_000), ("64 MiB", 2**26)]
+)
+def test_a_size_is_read_with_its_unit(tmp_path: Path, text: str, size: int) -> None:
+    table = copy.deepcopy(GOOD)
+    table["bundle"]["section_limit"] = text
+    assert load(tmp_path, table).bundle.section_limit == size
+
+
+@pytest.mark.parametrize("value", ["2GiB", "2", "GiB", "-1 GiB", "0 GiB", "1e3 GB", "2 gib", "inf GB", 2048, True])
+def test_what_is_no_size_is_refused(tmp_path: Path, value: object) -> None:
+    table = copy.deepcopy(GOOD)
+    table["bundle"]["section_limit"] = value
+    assert "`recipe.bundle.section_limit` is" in refused(tmp_path, table)
+
+
+@pytest.mark.parametrize(
     ("place", "nearest"),
     [
         (("int8", "keepfloat"), "keep_float"),
