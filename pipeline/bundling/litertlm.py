@@ -36,6 +36,8 @@ from pipeline.tflite.graph import Graph
 
 BUILDER = "0.18.1"
 """The litert-lm-builder that the replacement of its system metadata was written for."""
+JUDGED_WITH = "0.18.1"
+"""The LiteRT-LM that bundles are judged with; an older one warns that it may not run them."""
 MODEL, WEIGHTS = "TFLiteModel", "TFLiteWeights"
 """Kinds of sections, as litert-lm-builder names them."""
 _NAMESPACE = uuid.UUID("6f6c1a52-3a3f-5d0e-9c1b-0f4f2f3f7b61")
@@ -174,6 +176,7 @@ def _message(metadata: Metadata) -> llm_metadata_pb2.LlmMetadata:
     """The metadata as LiteRT-LM's protocol buffer."""
     message = llm_metadata_pb2.LlmMetadata(
         max_num_tokens=metadata.max_tokens,
+        min_runtime_version=JUDGED_WITH,
         supports_thinking=metadata.thoughts is not None,
         supports_function_calling=metadata.tools,
         llm_model_type=llm_model_type_pb2.LlmModelType(),
@@ -190,6 +193,8 @@ def _message(metadata: Metadata) -> llm_metadata_pb2.LlmMetadata:
         message.channels.add(channel_name=_THOUGHTS, start=start, end=end)
     if metadata.start is not None:
         message.start_token.token_ids.ids.append(metadata.start)
+    if metadata.pad is not None:
+        message.pad_token.token_ids.ids.append(metadata.pad)
     for token in metadata.stop:
         # A stop sequence of one token each: several ids in one entry would have to come one after the other.
         message.stop_tokens.add().token_ids.ids.append(token)

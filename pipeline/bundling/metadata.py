@@ -74,6 +74,7 @@ class Sound:
 class Metadata:
     """What the runtime has to know. `start` is put in front of the first prompt; `stop` token ids end an answer.
 
+    `pad` is the token that stands for none.
     `model_type` is LiteRT-LM's name of the family: another one there means another way to treat prompts. `sections` are
     the TFLite files that the bundle has: a decoder that takes token ids looks embeddings up itself. `max_tokens` bounds
     prompt and answer together. `chat_template` is empty for a base model; `thoughts` are the texts around thoughts,
@@ -88,6 +89,7 @@ class Metadata:
     start: int | None
     stop: tuple[int, ...]
     max_tokens: int
+    pad: int | None = None
     chat_template: str = ""
     thoughts: tuple[str, str] | None = None
     tools: bool = False
@@ -160,6 +162,7 @@ def describe(
         start=tokenizer.bos_token_id if begins else None,
         stop=tuple(sorted(stop)),
         max_tokens=max_tokens,
+        pad=pad if (pad := tokenizer.pad_token_id) is not None and pad < vocabulary else None,
         chat_template=chat.source if chat else "",
         thoughts=family.thoughts if family.thoughts and family.thoughts[1].strip() in source else None,
         tools=tools,

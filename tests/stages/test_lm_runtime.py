@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import litert_lm
 import pytest
 import torch
 from line import Line
@@ -136,6 +137,11 @@ def test_weights_in_a_section_of_their_own_say_the_same(
     for _ in range(2):  # with the packed weights of the first time
         with LmRuntime(bundle, cache=tmp_path) as opened:
             assert opened.greedy("The sea", 48) == expected
+
+
+def test_the_runtime_reads_what_version_a_bundle_asks_for(runtime: LmRuntime, maker: Maker) -> None:
+    with litert_lm.ModelInfo(str(maker.folder / "model.litertlm")) as found:
+        assert found.min_runtime_version == litertlm.JUDGED_WITH
 
 
 def test_start_and_stop_tokens_are_read_from_the_bundle(runtime: LmRuntime) -> None:

@@ -32,7 +32,7 @@ SECTIONS = ("decoder", "embedder", "per_layer_embedder")
 class Rendering:
     """The part of transformers' tokenizer that is used, without transformers: Jinja and the backend's own tokenizer."""
 
-    bos_token, bos_token_id, eos_token_id = "<bos>", BOS, EOS
+    bos_token, bos_token_id, eos_token_id, pad_token_id = "<bos>", BOS, EOS, 0
     special_tokens_map = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
     all_special_ids = (BOS, EOS, 3, 0, 4, 5, END_OF_TURN)
 
@@ -403,6 +403,22 @@ def test_a_tokenizer_of_another_model_is_refused() -> None:
 def test_the_builder_is_the_one_whose_metadata_is_replaced() -> None:
     assert version("litert-lm-builder") == litertlm.BUILDER
     assert callable(litertlm_builder.populate_system_metadata)
+
+
+def test_the_runtime_that_a_bundle_asks_for_is_the_one_that_it_is_judged_with() -> None:
+    assert version("litert-lm-api") == litertlm.JUDGED_WITH
+
+
+@pytest.mark.parametrize(("told", "pad"), [(0, [0]), (VOCABULARY - 1, [VOCABULARY - 1]), (VOCABULARY, []), (None, [])])
+def test_the_pad_token_is_told_where_the_model_has_it(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: int | None, pad: list[int]
+) -> None:
+    monkeypatch.setattr(Rendering, "pad_token_id", told)
+    found = described()
+    litertlm.write(found, "{}", models, out := tmp_path / "x.litertlm")
+    message = llm_metadata_pb2.LlmMetadata.FromString(litertlm.read(out, litertlm.read_sections(out)[0]))
+    assert message.HasField("pad_token") == bool(pad) and list(message.pad_token.token_ids.ids) == pad
+    assert message.min_runtime_version == "0.18.1"
 
 
 def test_every_section_is_in_the_file_as_given(models: dict[str, Path], tmp_path: Path) -> None:
