@@ -11,7 +11,7 @@ from pipeline.core.facts import Contents, Precision
 from pipeline.core.recipe import DECODER, STEP
 from pipeline.core.stage import Context, Outcome, Stage, main
 from pipeline.models import build
-from pipeline.quantize import float16, readback
+from pipeline.quantize import fixed, float16, readback
 
 
 def work(context: Context) -> Outcome:
@@ -24,6 +24,8 @@ def work(context: Context) -> Outcome:
         float16.make_half(graph)
         graph.prune()
         graph.write(file)
+        if name == STEP:
+            fixed.add(file, context.recipe.step.signatures)
         found = readback.read_back(file)
         contents[name] = readback.check(found, "fp16", file)
         readback.round_trip(file)

@@ -8,10 +8,10 @@ from pipeline.bundling import tables
 from pipeline.checkpoint.reader import open_checkpoint
 from pipeline.core.errors import ExportError
 from pipeline.core.facts import Files
-from pipeline.core.recipe import DECODER
+from pipeline.core.recipe import DECODER, STEP
 from pipeline.core.stage import Context, Outcome, Stage, main
 from pipeline.models import build
-from pipeline.quantize import readback
+from pipeline.quantize import fixed, readback
 
 
 def work(context: Context) -> Outcome:
@@ -22,6 +22,8 @@ def work(context: Context) -> Outcome:
         graph = build.with_weights(checkpoint, source)
         graph.prune()
         graph.write(context.folder / name)
+        if name == STEP:
+            fixed.add(context.folder / name, context.recipe.step.signatures)
         readback.round_trip(context.folder / name, ExportError)
     if DECODER in graphs:
         tables.write_tables(checkpoint, "fp32", context.folder)

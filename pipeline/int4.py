@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from pipeline.core.facts import Contents, Precision
 from pipeline.core.recipe import DECODER, STEP, Int4
 from pipeline.core.stage import Context, Outcome, Stage, main
 from pipeline.models import build
-from pipeline.quantize import given, gptq, int4, readback, rows
+from pipeline.quantize import fixed, given, gptq, int4, readback, rows
 
 
 def work(context: Context) -> Outcome:
@@ -31,7 +32,8 @@ def work(context: Context) -> Outcome:
     hessians = gptq.Hessians(context.root / "moments", room) if "moments" in context.upstream else None
     with hessians or nullcontext():
         for name, file in graphs.items():
-            contents[name] = _write(checkpoint, file, context.folder / name, settings, hessians)
+            shapes = context.recipe.step.signatures if name == STEP else {}
+            contents[name] = _write(checkpoint, file, context.folder / name, settings, hessians, shapes)
     if DECODER in graphs:
         tables.write_tables(checkpoint, "int4", context.folder, rows.keeper(settings.keep_int8))
     step, decoder = contents.get(STEP), contents.get(DECODER)
@@ -39,14 +41,20 @@ def work(context: Context) -> Outcome:
 
 
 def _write(
-    checkpoint: Checkpoint, source: Path, file: Path, settings: Int4, hessians: gptq.Hessians | None
+    checkpoint: Checkpoint,
+    source: Path,
+    file: Path,
+    settings: Int4,
+    hessians: gptq.Hessians | None,
+    shapes: Mapping[str, tuple[int, int]],
 ) -> Contents:
-    """Write `file`, the graph `source` with its weights, and find out what stands in it."""
+    """Write `file`, the graph `source` with its weights and fixed `shapes`, and find out what stands in it."""
     log.step(f"{file.name}: 4-bit weights")
     graph = build.with_weights(checkpoint, source)
     int4.make_int4(graph, settings, hessians)
     graph.prune()
     graph.write(file)
+    fixed.add(file, shapes)
     kept = given.check(checkpoint, build.tensor_names(checkpoint), file)
     found = readback.read_back(file)
     facts = readback.check(found, "int4", file)

@@ -23,7 +23,7 @@ from pipeline.core.recipe import DECODER, PROJECT, STEP, Int8, Scheme
 from pipeline.core.stage import Context, Outcome, Stage, main
 from pipeline.judge import corpus
 from pipeline.models import build
-from pipeline.quantize import calibrate, gptq, int8, readback
+from pipeline.quantize import calibrate, fixed, gptq, int8, readback
 from pipeline.runtime import litert
 from pipeline.search import ladder
 
@@ -71,6 +71,7 @@ def work(context: Context) -> Outcome:
         elif STEP in graphs and not step.is_file():  # the ladder has left what it took
             ladder.write(checkpoint, graphs[STEP], step, section, hessians)
         if STEP in graphs:
+            fixed.add(step, context.recipe.step.signatures)
             facts = replace(facts, step=readback.contents(step, scheme))
         if DECODER in graphs and not asked:
             ladder.write(checkpoint, graphs[DECODER], context.folder / DECODER, section, hessians)

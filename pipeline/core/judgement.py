@@ -100,7 +100,7 @@ class Loss(TypedDict):
 
 
 class Judgement(TypedDict):
-    """`judgement.json`; `order` names the step graphs as they were judged."""
+    """`judgement.json`; `order` names the step graphs as they were judged, `fixed` their fixed shapes."""
 
     passed: bool
     checks: list[Check]
@@ -108,6 +108,7 @@ class Judgement(TypedDict):
     variants: dict[str, Variant]
     bundles: dict[str, Bundle]
     losses: NotRequired[dict[str, Loss]]
+    fixed: NotRequired[list[str]]
 
 
 class Timing(TypedDict):

@@ -34,10 +34,24 @@ SECTION_LIMIT = 2 << 30
 
 @dataclass(frozen=True, kw_only=True)
 class StepLimits:
-    """The largest batch and sequence (in tokens) that the step graph accepts."""
+    """The largest batch and sequence (in tokens) that the step graph accepts.
+
+    And the shapes that it has a signature of its own for besides, as `1x128`: a batch of 1, a sequence of 128.
+    """
 
     max_batch: int
     max_sequence: int
+    fixed: tuple[toml.Shape, ...] = ()
+
+    @property
+    def signatures(self) -> dict[str, tuple[int, int]]:
+        """The signatures of fixed shape by name: batch and sequence."""
+        return {f"serving_{shape}": _sizes(shape) for shape in self.fixed}
+
+
+def _sizes(shape: toml.Shape) -> tuple[int, int]:
+    batch, sequence = map(int, shape.split("x"))
+    return batch, sequence
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -298,6 +312,9 @@ def parse(data: bytes, file: Path | str) -> Recipe:
                 raise ValueError(f"`{name}.rotation` is {size}, which is no power of two")
         if "int4" in recipe.bundle.precisions and not recipe.int4:
             raise ValueError("`bundle.precisions` names int4, and there is no `int4` section to say how it is made")
+        for shape, (batch, sequence) in zip(recipe.step.fixed, recipe.step.signatures.values(), strict=True):
+            if batch > recipe.step.max_batch or sequence > recipe.step.max_sequence:
+                raise ValueError(f"`step.fixed` names {shape}, beyond `step.max_batch` or `step.max_sequence`")
         edges = [0, *(edge for ends in (recipe.int4.int8_tokens if recipe.int4 else ()) for edge in ends)]
         if edges != sorted(edges):
             raise ValueError(f"the ranges of `int4.int8_tokens` are not in ascending order: {edges[1:]}")

@@ -35,6 +35,8 @@ Pattern = NewType("Pattern", str)
 Size = NewType("Size", int)
 """Bytes, written as "2 GiB"."""
 _UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "kB": 10**3, "MB": 10**6, "GB": 10**9}
+Shape = NewType("Shape", str)
+"""Whole numbers of at least 1, two of them, as `1x128`."""
 
 
 def read(file: Path, kind: Kind) -> bytes:
@@ -101,6 +103,10 @@ def build(kind: object, value: object, where: str) -> object:
         return _build_pattern(value, where)
     if kind is Size:
         return _build_size(value, where)
+    if kind is Shape:
+        if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", _expect(str, value, where), re.ASCII):
+            raise ValueError(f"`{where}` is {value!r}, expected a shape such as '1x128'")
+        return value
     if kind is int or kind is float:
         return _build_number(kind, value, where, least=1 if kind is int else 0)
     assert isinstance(kind, type)

@@ -11,10 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.core import log
+from pipeline.core.errors import UsageError
 from pipeline.judge import corpus, metrics
 from pipeline.judge.metrics import Scores
 from pipeline.judge.reference import Floats, Head, Reference, ShapeData
-from pipeline.runtime.litert import StepModel
+from pipeline.runtime.litert import FixedStep, StepModel
 
 Logits = NDArray[np.float32]
 
@@ -42,14 +43,25 @@ class JudgedPositions:
             head=reference.head,
         )
 
-    def part(self, every: int) -> tuple[JudgedPositions, NDArray[np.int64]]:
+    def part(self, every: int, longest: int | None = None) -> tuple[JudgedPositions, NDArray[np.int64]]:
         """Every `every`-th pair of batches, for what takes long; which positions it keeps, of all in their order.
 
-        Neighbours are padded on different sides, and mostly of one length, for which a runtime plans its memory once.
+        Of these only batches of sequences of at most `longest` tokens. Neighbours are padded on different sides, and
+        mostly of one length, for which a runtime plans its memory once.
+
+        Raises:
+            UsageError: none is that short.
         """
-        if every == 1:
+        if every == 1 and longest is None:
             return self, np.arange(len(self.positions))
         batches = [batch for place, batch in enumerate(self.batches) if place // 2 % every == 0]
+        batches = [batch for batch in batches if longest is None or batch.input_ids.shape[1] <= longest]
+        if not batches:
+            raise UsageError(
+                f"no judged text is as short as {longest} tokens",
+                cause="`[step] fixed` names a shape that is too short for the recipe's `corpus`",
+                remedy="name a longer one",
+            )
         chosen = np.concatenate([batch.index for batch in batches])
         starts = np.cumsum([0, *(len(batch.index) for batch in batches)])
         renumbered = [
@@ -60,7 +72,7 @@ class JudgedPositions:
         return JudgedPositions(kept, renumbered, self.hidden[chosen], self.targets[chosen], self.head), chosen
 
 
-def run_positions(model: StepModel, judged: JudgedPositions, label: str, scratch: Path) -> Logits:
+def run_positions(model: StepModel | FixedStep, judged: JudgedPositions, label: str, scratch: Path) -> Logits:
     """The file's logits float32 [n, V] at each judged position, in a memory map at `scratch` (gigabytes for E2B)."""
     shape = (len(judged.positions), judged.head.vocabulary)
     # 5,000 positions of 262,144 tokens are 5 GB.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from pipeline.judge.gates import REFERENCE, Check, Measurement
 from pipeline.judge.metrics import Divergence, Scores, Summary
 from pipeline.judge.reference import Reference
 from pipeline.judge.step_runs import GridResult, JudgedPositions, Logits
-from pipeline.runtime.litert import StepModel
+from pipeline.runtime.litert import FixedStep, StepModel
 
 KERNELS = {"xnnpack": "XNNPACK", "builtin": "built-in kernels"}
 _BUILTIN_PART, _ALTERNATIVE_PART, _LEAST = 4, 2, 512
@@ -62,7 +62,10 @@ class Subject:
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What every file of one run is held against; `window` is the model's sliding window."""
+    """What every file of one run is held against; `window` is the model's sliding window.
+
+    `fixed`: batch and sequence of the signatures of fixed shape that each file has, by name.
+    """
 
     reference: Reference
     judged: JudgedPositions
@@ -71,6 +74,7 @@ class Setting:
     continuation: int
     stop: Sequence[int]
     scratch: Path
+    fixed: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,19 +136,30 @@ class KernelRun:
     unsound: Check | None
 
 
+@dataclass(frozen=True, kw_only=True)
+class FixedRun:
+    """What the signature `name` of fixed shape gave, with XNNPACK: `part`, `chosen`, `logits` as in `KernelRun`."""
+
+    name: str
+    part: JudgedPositions
+    chosen: NDArray[np.int64]
+    logits: Logits
+
+
 def judge_files(subjects: Sequence[Subject], setting: Setting) -> list[Verdict]:
     """Run each file on everything that its limits need, and judge it; the first is the fp32 file, the others' measure.
 
     All are scored at the end together, for which the reference's logits are computed once.
     """
     runs = [_run(subject, setting) for subject in subjects]
+    shaped = [_run_fixed(subject, setting) for subject in subjects]
     delegated = [each["xnnpack"] for each in runs]
     scores = step_runs.against_reference(
         [each.logits for each in delegated], setting.judged, [each.chosen for each in delegated]
     )
     verdicts: list[Verdict] = []
-    for subject, found, exact in zip(subjects, runs, scores, strict=True):
-        verdicts.append(_judge(subject, setting, found, exact, verdicts[0] if verdicts else None))
+    for subject, found, fixed, exact in zip(subjects, runs, shaped, scores, strict=True):
+        verdicts.append(_judge(subject, setting, found, fixed, exact, verdicts[0] if verdicts else None))
     return verdicts
 
 
@@ -158,8 +173,25 @@ def _run(subject: Subject, setting: Setting) -> Mapping[str, KernelRun]:
     return dict(zip(KERNELS, parallel.ordered(partial(_run_kernels, subject, setting), KERNELS), strict=True))
 
 
+def _run_fixed(subject: Subject, setting: Setting) -> list[FixedRun]:
+    """Each signature of fixed shape on as many positions as the built-in kernels, as far as they are short enough."""
+    every, runs = every_which(subject, "builtin", len(setting.judged.positions)), []
+    for name, (_, sequence) in setting.fixed.items():
+        model = FixedStep(subject.path, name, parallel.threads())
+        part, chosen = setting.judged.part(every, sequence)
+        label = f"{subject.name}, {name}"
+        logits = step_runs.run_positions(model, part, label, setting.scratch / f"{subject.name}-{name}")
+        runs.append(FixedRun(name=name, part=part, chosen=chosen, logits=logits))
+    return runs
+
+
 def _judge(
-    subject: Subject, setting: Setting, runs: Mapping[str, KernelRun], scores: Scores, baseline: Verdict | None
+    subject: Subject,
+    setting: Setting,
+    runs: Mapping[str, KernelRun],
+    fixed: Sequence[FixedRun],
+    scores: Scores,
+    baseline: Verdict | None,
 ) -> Verdict:
     """What follows from the runs and the `scores` against the reference; `baseline` is None for the fp32 file."""
     logits, continuations = runs["xnnpack"].logits, runs["xnnpack"].continuations
@@ -170,6 +202,7 @@ def _judge(
     else:
         scores, own = _against_baseline(runs["xnnpack"], baseline)
         figures = _quantiser_figures(own, _against_baseline(runs["builtin"], baseline)[1])
+    figures += [figure for each in fixed for figure in _fixed_figures(each, baseline)]
     holds = [each.unsound for each in runs.values() if each.unsound]
     checks = gates.judge(subject.name, subject.gate, [*figures, *_file_figures(subject)]) + holds
     return Verdict(
@@ -216,7 +249,7 @@ def every_which(subject: Subject, kernels: str, positions: int) -> int:
     return max(1, min(part, positions // least))
 
 
-def _against_baseline(run: KernelRun, baseline: Verdict) -> tuple[Scores, Summary]:
+def _against_baseline(run: KernelRun | FixedRun, baseline: Verdict) -> tuple[Scores, Summary]:
     """The file with one kind of kernels against the fp32 file with XNNPACK."""
     scores = step_runs.against_file(run.logits, baseline.logits, run.part, run.chosen)
     return scores, metrics.summarise(scores, run.part.positions.window)
@@ -261,6 +294,20 @@ def _quantiser_figures(own: Summary, builtin: Summary) -> list[Measurement]:
         figure
         for kernels, summary in (("xnnpack", own), ("builtin", builtin))
         for figure in _quality(f"on text, {KERNELS[kernels]}", summary, BASELINE)
+    ]
+
+
+def _fixed_figures(run: FixedRun, baseline: Verdict | None) -> list[Measurement]:
+    """A signature of fixed shape, by the limits of its file: the fp32 one's against Hugging Face."""
+    where = f"on text, by {run.name}"
+    if baseline:
+        return _quality(where, _against_baseline(run, baseline)[1], BASELINE)
+    (scores,) = step_runs.against_reference([run.logits], run.part)
+    summary = metrics.summarise(scores, run.part.positions.window)
+    text, worst = _positions(summary), summary.nmse_max
+    return [
+        Measurement(metric="nmse", name=f"worst logits NMSE {where}", value=worst, against=REFERENCE, detail=text),
+        *_quality(where, summary, REFERENCE),
     ]
 
 

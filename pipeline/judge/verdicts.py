@@ -48,6 +48,7 @@ def judge_steps(
             continuation=recipe.corpus.continuation,
             stop=golden.stop,
             scratch=Path(scratch),
+            fixed=recipe.step.signatures,
         )
         verdicts = steps.judge_files(subjects, setting)
     decode: Callable[[list[int]], str] = lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True))  # noqa: E731
@@ -55,6 +56,7 @@ def judge_steps(
     return verdicts, {
         "greedy": rows,
         "continuation": recipe.corpus.continuation,
+        "fixed": [*recipe.step.fixed],
         "positions": len(judged.positions),
         "losses": _losses(verdicts, reference),
     }

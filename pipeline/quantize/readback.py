@@ -154,20 +154,33 @@ def _constants(graph: Graph) -> Iterator[tuple[Graph, int]]:
 def _shapes(graph: Graph, file: Path) -> list[tuple[int, ...]]:
     """The shape of each tensor; where it is chosen at run time, that of batch 1 and 128 tokens."""
     shapes = [graph.shape(tensor) for tensor in range(len(graph.main.tensors))]
-    return _live_shapes(file, len(shapes)) if any(-1 in shape for shape in shapes) else shapes
+    if not any(-1 in shape for shape in shapes):
+        return shapes
+    live = shapes_at(file, (1, _SEQUENCE))
+    return [live.get(tensor, ()) for tensor in range(len(shapes))]
 
 
-def _live_shapes(file: Path, count: int) -> list[tuple[int, ...]]:
-    """The shape of each tensor of a step graph after a run at batch 1 and 128 tokens.
+def shapes_at(file: Path, shape: tuple[int, int]) -> dict[int, tuple[int, ...]]:
+    """The shape of each tensor of a step graph after a run at `shape`: batch, sequence."""
+    details = run_at(file, shape).get_tensor_details()
+    return {int(detail["index"]): tuple(int(size) for size in detail["shape"]) for detail in details}
 
-    Inside XNNPACK's partitions shapes are not kept, so the plain kernels run.
+
+def run_at(file: Path, shape: tuple[int, int]) -> Interpreter:
+    """The interpreter after a run of a step graph, or of a part of one, at `shape`, on ones.
+
+    Shapes are settled when the graph runs: a RESHAPE reads its size from a tensor. Inside XNNPACK's partitions they are
+    not kept, so the plain kernels run.
     """
     interpreter = _open(file)
-    ones = np.ones((1, _SEQUENCE), np.int32)
-    # Shapes are settled when the graph runs: a RESHAPE reads its size from a tensor.
-    interpreter.get_signature_runner()(input_ids=ones, attention_mask=ones)
-    details = {detail["index"]: detail["shape"] for detail in interpreter.get_tensor_details()}
-    return [tuple(int(n) for n in details.get(index, ())) for index in range(count)]
+    inputs, ones = interpreter.get_input_details(), np.ones(shape, np.int32)
+    for detail in inputs:
+        interpreter.resize_tensor_input(detail["index"], ones.shape)
+    interpreter.allocate_tensors()
+    for detail in inputs:
+        interpreter.set_tensor(detail["index"], ones)
+    interpreter.invoke()
+    return interpreter
 
 
 def _open(file: Path) -> Interpreter:

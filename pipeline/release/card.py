@@ -141,6 +141,7 @@ class Build:
     recipe_sha256: str
     max_batch: int
     max_sequence: int
+    fixed: tuple[str, ...] = ()
     max_tokens: int
     commit: str
     tools: Mapping[str, str]
@@ -300,11 +301,23 @@ def _usage(products: Sequence[Product], build: Build) -> Iterator[str]:
                     example=min(files, key=lambda item: item.size).file,
                     max_batch=build.max_batch,
                     max_sequence=build.max_sequence,
+                    fixed=_fixed(build.fixed),
                     max_tokens=build.max_tokens,
                     remarks="".join(f"\n- {remark}" for remark in build.remarks),
                 )
                 .strip()
             )
+
+
+def _fixed(shapes: Sequence[str]) -> str:
+    """What the signatures of fixed shape are for; nothing where there are none."""
+    names = " and ".join(f"`serving_{shape}`" for shape in shapes)
+    if not names:
+        return ""
+    return (
+        f"\n\nBeside it {names}, of the batch and length in the name, for runtimes that choose no shape at run time, "
+        "such as LiteRT.js: pad shorter texts, and smaller batches with a row that has tokens."
+    )
 
 
 def _checks(checks: Sequence[Check]) -> str:

@@ -115,6 +115,7 @@ def build_of(context: Context) -> Build:
         recipe_sha256=recipe.sha256,
         max_batch=recipe.step.max_batch,
         max_sequence=recipe.step.max_sequence,
+        fixed=recipe.step.fixed,
         max_tokens=recipe.bundle.max_tokens,
         commit=judged.source.commit + (" with local changes" if judged.source.commit and judged.source.dirty else ""),
         tools=judged.tools,

@@ -279,6 +279,47 @@ class StepModel:
         return tokens[len(prompt) :]
 
 
+class FixedStep:
+    """A signature of fixed shape of a step graph (`[step] fixed`), open: smaller batches are padded to its shape.
+
+    Args:
+        path: the `.tflite` file.
+        signature: its name.
+        threads: how many threads run the kernels, which are XNNPACK's.
+
+    Raises:
+        IntegrityError: the file has no such signature.
+    """
+
+    def __init__(self, path: Path, signature: str, threads: int) -> None:
+        try:
+            self._run = litert(path, xnnpack=True, threads=threads).get_signature_runner(signature)
+        except (ValueError, RuntimeError) as error:
+            raise IntegrityError(
+                f"{path} can't be run by {signature}: {error}",
+                cause="it was made by another recipe than the one that names this shape",
+                file=path,
+            ) from error
+        self._batch, self._sequence = map(int, self._run.get_input_details()["input_ids"]["shape"])
+
+    def logits(self, input_ids: Tokens, attention_mask: Tokens) -> NDArray[np.float32]:
+        """As `StepModel.logits`; any batch, sequences of at most the shape's."""
+        parts = []
+        for start in range(0, len(input_ids), self._batch):
+            parallel.check()
+            rows = slice(start, start + self._batch)
+            given = {"input_ids": self._padded(input_ids[rows]), "attention_mask": self._padded(attention_mask[rows])}
+            logits = self._run(**given)[OUTPUT]
+            assert isinstance(logits, np.ndarray)
+            parts.append(logits[: len(input_ids[rows])])
+        return np.concatenate(parts)
+
+    def _padded(self, rows: Tokens) -> Tokens:
+        """`rows` with zeros behind; a row of padding is the last one again, for one without tokens has no logits."""
+        filled = np.pad(rows, ((0, self._batch - len(rows)), (0, 0)), mode="edge")
+        return np.pad(filled, ((0, 0), (0, self._sequence - rows.shape[1]))).astype(np.int32)
+
+
 @dataclass(frozen=True)
 class Speed:
     """Median seconds to load a file that is in the page cache, and of one step of one row by sequence length."""
@@ -349,7 +390,7 @@ def open_traced(file: Path) -> Interpreter:
 def run(interpreter: Interpreter, ids: Tokens) -> None:
     """Run a step graph on one sample, `ids` [L], all of it attended to."""
     values = {"input_ids": ids[None], "attention_mask": np.ones_like(ids[None])}
-    inputs = interpreter.get_signature_runner().get_input_details()
+    inputs = interpreter.get_signature_runner(SIGNATURE).get_input_details()
     for name, detail in inputs.items():
         interpreter.resize_tensor_input(detail["index"], values[name].shape)
     interpreter.allocate_tensors()

@@ -179,6 +179,7 @@ def made_by_hand() -> dict[str, Any]:
         "continuation": 24,
         "positions": 2048,
         "order": order,
+        "fixed": ["1x128"],
         "variants": {
             "fp32": variant("fp32", 1e-11),
             "fp16": variant("fp16", 1e-7),
