@@ -7,6 +7,7 @@ goes to `bench/raw/bench.json`:
 
 * a random Gemma 3n with the layers of E2B: per stage seconds and peak memory, and the latency of int8 against fp32;
 * Gemma 3 270M as an int8 bundle in LiteRT-LM, beside the stock exporter's of the same checkpoint, cache and prefill;
+  and its time to the first token with other prefill signatures, as `python -m tools.bench_prefill` alone;
 * processor time of a build of the shipped model, beside that of an earlier commit, as `python -m tools.turns` alone.
 
 What is compared is timed in turns in one run, so ratios mean something on a noisy machine. Checkpoint and stock
@@ -33,7 +34,7 @@ from pipeline.core import log, manifest, parallel, versions
 from pipeline.core.recipe import PROJECT
 from pipeline.models.gemma3n import ARCHITECTURE
 from pipeline.runtime.litert import StepModel, processor
-from tools import bench_stages, bench_stock, figures, tables, turns
+from tools import bench_prefill, bench_stages, bench_stock, figures, tables, turns
 from tools.real_models import REAL_MODELS
 
 STEP_STAGES = ("fetch", "graph", "fp32", "int8")
@@ -117,21 +118,24 @@ def measure_steps(folder: Path, layers: int, rounds: int) -> dict[str, Any]:
     return {"parameters": parameters, "layers": layers, "stages": stages, "latency_ms": latency}
 
 
-def gemma3_bundles(folder: Path, rounds: int) -> dict[str, Any] | None:
-    """Gemma 3 270M's int8 bundle beside the stock exporter's; None where the checkpoint can't be had."""
+def gemma3_checkpoint(folder: Path) -> Path | None:
+    """Gemma 3 270M; None where it can't be had."""
     material = bench_stock.environment("material", folder)
     if material is None:
         return None
     checkpoint = folder / REAL_MODELS["gemma3"].folder
     subprocess.run([material, "-m", "tools.gemma3_checkpoint", checkpoint], check=True)
-    return bench_stock.measure("gemma3", checkpoint, folder, rounds)
+    return checkpoint
 
 
 def run(folder: Path, layers: int, rounds: int, bundle_rounds: int) -> dict[str, Any]:
     """All parts, in the empty folder `folder`."""
+    wide, checkpoint = measure_steps(folder, layers, rounds), gemma3_checkpoint(folder)
+    (prefills := folder / "prefills").mkdir()
     return {
-        **measure_steps(folder, layers, rounds),
-        "bundle": gemma3_bundles(folder, bundle_rounds),
+        **wide,
+        "bundle": bench_stock.measure("gemma3", checkpoint, folder, bundle_rounds) if checkpoint else None,
+        "prefill": bench_prefill.measure("gemma3", checkpoint, prefills) if checkpoint else None,
         "machine": {"cpu": processor(), "threads": parallel.threads()},
         "versions": versions.installed(),
         "date": time.strftime("%Y-%m-%d"),
@@ -158,5 +162,7 @@ if __name__ == "__main__":
         ratio = taken["int8"] / taken["fp32"]
         log.line(f"S = {length}: fp32 {taken['fp32']:.1f} ms, int8 {taken['int8']:.1f} ms, ratio {ratio:.2f}")
     tables.write_all(figures.wide(results))
+    if results["prefill"]:
+        tables.write_all(figures.prefill(results["prefill"], results["command"]))
     turns.report(turns.BEFORE, turns.TARGETS)
     log.line(f"written: {arguments.out / 'bench.json'} and tables in bench/; now `python -m tools.figures`")

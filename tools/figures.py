@@ -19,6 +19,7 @@ from typing import Any
 
 from pipeline.core import log
 from pipeline.core.recipe import PROJECT
+from pipeline.report import plots
 from tools import tables
 from tools.bench_stages import together
 from tools.real_models import DEFAULT, REAL_MODELS
@@ -51,11 +52,43 @@ def documents(found: Mapping[str, Table], readme: str) -> dict[Path, str]:
     Raises:
         ValueError: README has not exactly one place for each of its two.
     """
-    page = "\n".join([INTRODUCTION, *("\n".join(tables.section(table)) + "\n" for table in found.values())])
+    plotted = {name: _with_plot(name, table) for name, table in found.items()}
+    page = "\n".join([INTRODUCTION, *("\n".join(tables.section(table)) + "\n" for table in plotted.values())])
     parts = {"headline": headline(found[HEADLINE]), "times": times(found[TIMES])}
     for name, lines in parts.items():
         readme = _replaced(readme, name, "\n".join(lines))
-    return {README: readme, PAGE: page}
+    plots_ = {tables.BENCH / table.picture: plot(table) for table in plotted.values() if table.picture.endswith(_PLOT)}
+    return {README: readme, PAGE: page, **plots_}
+
+
+_PLOT = ".svg"
+_STYLE = """<style>
+svg { background: #fff; font: 13px system-ui, sans-serif }
+text { fill: #333 } .tick { fill: #777; font-size: 12px } .name { font-weight: 600 }
+.grid { stroke: #e4e4e4 } .axis { stroke: #777 } .whisker { stroke: #1f4e9c; stroke-width: 2 } .dot { fill: #1f4e9c }
+.s1 .whisker { stroke: #b4531f } .s1 .dot { fill: #b4531f }
+</style>"""
+
+
+def _with_plot(name: str, table: Table) -> Table:
+    """Tables that hold ours against a rival's are drawn as well."""
+    return replace(table, picture=f"{name}{_PLOT}") if name.endswith("_rival") else table
+
+
+def plot(table: Table) -> str:
+    """Size against quality as an SVG file, each point with its speed: rows that have a size in MB and a KLD."""
+    points = []
+    for row in table.rows:
+        size, kld, decode = (row.values.get(name) for name in ("size", "KLD", "decode"))
+        if size and kld and kld.low is not None and kld.high is not None:
+            speed = f" · {table.columns['decode'].text(decode.value)}" if decode else ""
+            points.append(
+                plots.Point(
+                    name=f"{row.name}{speed}", size=int(size.value * 1e6), kld=kld.value, low=kld.low, high=kld.high
+                )
+            )
+    head, body = plots.size_against_quality(points).split(">", 1)
+    return f'{head} xmlns="http://www.w3.org/2000/svg">{_STYLE}{body}\n'
 
 
 def _replaced(text: str, name: str, new: str) -> str:
@@ -251,6 +284,36 @@ def bundles(bench: Mapping[str, Any], measured: Measured) -> dict[str, Table]:
         ratios=((WHO["ours"], WHO["stock"]),) if "stock" in found["bundles"] else (),
     )
     return {f"{model.tables}_stock": table}
+
+
+def prefill(found: Mapping[str, Any], command: str) -> dict[str, Table]:
+    """Time to the first token by the length of the prompt, for bundles with other prefill signatures."""
+    model, prompts = REAL_MODELS[found["model"]], found["prompts"]
+    columns = {f"{tokens:,} tokens": Column(unit="s", digits=".2f") for tokens in prompts}
+    columns |= {f"{tokens:,}, processor": Column(unit="s", digits=".1f") for tokens in prompts}
+    columns |= {name: BUNDLE_COLUMNS[name][2] for name in ("load", "peak anonymous", "size")}
+    rows = []
+    for ladder, row in found["ladders"].items():
+        numbers = [row[f"{key} {tokens}"] for key in ("first_token_s", "processor_s") for tokens in prompts]
+        numbers += [row["load_s"], row["peak_anonymous"] / 2**30, row["size"] / 1e6]
+        rows.append(Row(name=f"[{ladder.replace(',', ', ')}]", values=_values(columns, numbers)))
+    first = rows[0].name
+    table = Table(
+        title=f"{model.title}: time to the first token by its prefill signatures",
+        about=f"int8 in LiteRT-LM, a cache of {found['cache']:,} tokens for all; prompts of so many tokens, and what "
+        f"the processor's cores took for them together; medians of {found['rounds']} rounds in turns.",
+        place=6,
+        columns=columns,
+        measured=Measured(
+            date=found["date"],
+            command=f"`{command}`",
+            machine=f"{found['threads']} threads ({found['cpu']}), load {found['load_average']:.0f} at the start",
+            versions=f"LiteRT-LM {found['runtime']}",
+        ),
+        rows=tuple(rows),
+        ratios=tuple((row.name, first) for row in rows[1:]),
+    )
+    return {"prefill": table}
 
 
 RIVALS = {"ours": "this project, int8", "llama.cpp": "llama.cpp, Q8_0"}

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from typing import Any
+from xml.etree import ElementTree
 
-from tools import bench_stock, figures, tables
+import pytest
+
+from tools import bench_prefill, bench_stock, figures, tables
 
 ABOUT = {"machine": {"cpu": "AMD EPYC", "threads": 2}, "date": "2026-11-29"}
 
@@ -73,6 +76,48 @@ def test_bundles_have_a_ratio_where_the_stock_exporters_was_made() -> None:
         "| this project | 278.4 MB | 300 tok/s | 40.0 tok/s | 0.40 s | 1.70 s | 0.50 GiB | 250 s |"
     )
     assert both[4].startswith("| this project / litert-torch `export_hf` | 1.00 | 2.00 | 1.00 |")
+
+
+def test_prefill_ladders_have_the_time_of_each_prompt_over_the_first_ladders() -> None:
+    def ladder(factor: float) -> dict[str, float]:
+        told = {"first_token_s 32": 0.1, "first_token_s 1024": 4.0, "processor_s 32": 0.2, "processor_s 1024": 8.0}
+        rest = {"load_s": 2.0, "peak_anonymous": 2.0**30, "size": 278e6}
+        return {name: value * factor for name, value in told.items()} | rest
+
+    found = {
+        **{"model": "gemma3", "prompts": [32, 1024], "cache": 5248, "rounds": 3, "threads": 2, "cpu": "AMD EPYC"},
+        **{"load_average": 2.6, "runtime": "0.18.1", "date": "2026-11-30"},
+        "ladders": {"128": ladder(1), "32,128,512": ladder(0.5)},
+    }
+    (table,) = figures.prefill(found, "make bench").values()
+    assert tables.markdown(table)[0] == (
+        "| | 32 tokens | 1,024 tokens | 32, processor | 1,024, processor | load | peak anonymous | size |"
+    )
+    assert tables.markdown(table)[2:] == [
+        "| [128] | 0.10 s | 4.00 s | 0.2 s | 8.0 s | 2.00 s | 1.00 GiB | 278.0 MB |",
+        "| [32, 128, 512] | 0.05 s | 2.00 s | 0.1 s | 4.0 s | 2.00 s | 1.00 GiB | 278.0 MB |",
+        "| [32, 128, 512] / [128] | 0.50 | 0.50 | 0.50 | 0.50 | 1.00 | 1.00 | 1.00 |",
+    ]
+    assert "load 3 at the start" in tables.origins(table)[0]
+
+
+@pytest.mark.parametrize(
+    ("ladders", "longest", "length"), [(["128"], 112, 256), (["32,128"], 120, 256), (["32,128", "1024"], 4096, 5248)]
+)
+def test_a_cache_holds_the_longest_prompt_and_the_answer_beside_any_ladder(
+    ladders: list[str], longest: int, length: int
+) -> None:
+    assert bench_prefill.cache_length(ladders, longest) == length
+
+
+def test_rivals_are_drawn_by_size_quality_and_speed() -> None:
+    found = tables.read_all()
+    svg = figures.documents(found, figures.README.read_text(encoding="utf-8"))[tables.BENCH / "bundle_rival.svg"]
+    drawn = ElementTree.fromstring(svg)  # noqa: S314 - our own text
+    names = [each.text for each in drawn.iter("{http://www.w3.org/2000/svg}text") if each.get("class") == "name"]
+    rows = {row.name: row.values for row in found["bundle_rival"].rows}
+    assert sorted(names) == sorted(f"{name} · {values['decode'].value:.1f} tok/s" for name, values in rows.items())
+    assert len(list(drawn.iter("{http://www.w3.org/2000/svg}circle"))) == len(rows)
 
 
 def test_a_run_of_an_earlier_day_keeps_its_day() -> None:
