@@ -50,7 +50,7 @@ def lint(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def types(session: nox.Session) -> None:
-    """Types, strictly, over pipeline/."""
+    """Types, strictly, over pipeline/ and tools/."""
     python(session, "-m", "mypy")
 
 

@@ -71,7 +71,7 @@ GEMMA4 = {
     "eos_token_id": 1,
     "pad_token_id": 0,
 }
-GEOMETRIES = {
+GEOMETRIES: dict[str, dict[str, Any]] = {
     # vocabulary cut, so that a size between the shipped model and the real ones has layers and tables in proportion
     "0.3b": COMMON | _layers(5, 4096, 0) | {"vocab_size": 32_768, "vocab_size_per_layer_input": 32_768},
     "e2b": COMMON | _layers(30, 8192, 10),
@@ -112,7 +112,7 @@ def make(config: Mapping[str, Any], folder: Path, seed: int = 0) -> Path:
     shards = _split(shapes)
     folder.mkdir(parents=True)
     total = 2 * sum(map(math.prod, shapes.values()))
-    weight_map = {}
+    weight_map = dict[str, str]()
     with log.progress("random weights", total) as bar:
         for place, names in enumerate(shards, start=1):
             file = f"model-{place:05d}-of-{len(shards):05d}.safetensors"
@@ -124,8 +124,8 @@ def make(config: Mapping[str, Any], folder: Path, seed: int = 0) -> Path:
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 6]}), encoding="utf-8")
     (folder / "README.md").write_text(CARD, encoding="utf-8")
     for name in ("tokenizer*", "chat_template*"):
-        for file in (PROJECT / "examples" / "tiny-gemma3n").glob(name):
-            shutil.copy(file, folder)
+        for shipped in (PROJECT / "examples" / "tiny-gemma3n").glob(name):
+            shutil.copy(shipped, folder)
     return folder
 
 

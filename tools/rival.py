@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.core import log, parallel
-from pipeline.core.recipe import PROJECT
+from pipeline.core.recipe import PROJECT, RECIPES, load
 from pipeline.judge import metrics
 from pipeline.judge.metrics import Summary
 from pipeline.judge.reference import Head, Reference
@@ -159,9 +159,9 @@ def compare(root: Path, rival: Rival, model: Path, arguments: argparse.Namespace
     """Everything that was measured of the files below `root` and of `model`."""
     busy = os.getloadavg()[0]
     texts, bundle = Texts.stored(root, arguments.texts), root / "bundle" / "int8.litertlm"
-    sections = Sections(root / "int8", threads=arguments.threads)
+    cache = load(RECIPES / f"{REAL_MODELS[arguments.model].recipe}.toml").bundle.cache_length
     work = Work(prompt_tokens=128, decode_tokens=128, threads=arguments.threads)
-    speed = in_turns(rival, model, bundle, work, sections.cache_length, arguments.rounds)
+    speed = in_turns(rival, model, bundle, work, cache, arguments.rounds)
     found = {
         "llama.cpp": texts.summary(theirs(rival, model, texts, arguments.threads)),
         "ours": texts.summary(ours(root / "int8", texts, arguments.threads)),
@@ -171,7 +171,7 @@ def compare(root: Path, rival: Rival, model: Path, arguments: argparse.Namespace
         "model": arguments.model,
         "files": {name: {"size": sizes[name], **quality(found[name]), **speed[name]} for name in ("ours", "llama.cpp")},
         **asdict(work),
-        "cache": sections.cache_length,
+        "cache": cache,
         "rounds": arguments.rounds,
         "runtime": version("litert-lm-api"),
         "bindings": build(rival),

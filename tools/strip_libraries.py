@@ -28,7 +28,7 @@ def cut(file: Path) -> int:
         stream.seek(start)
         table = stream.read(length * count)
     rows = [struct.unpack_from("<IIQQQQ", table, length * place) for place in range(count)]
-    end = max([start + length * count, *(row[2] + row[5] for row in rows)])
+    end: int = max([start + length * count, *(row[2] + row[5] for row in rows)])
     if end >= size or not any(row[0] == _LOAD for row in rows):
         return 0
     with file.open("r+b") as stream:
