@@ -16,12 +16,13 @@ from typing import cast
 
 from pipeline.bundling import tables
 from pipeline.checkpoint import chat
-from pipeline.checkpoint.reader import open_checkpoint
+from pipeline.checkpoint.reader import Checkpoint, open_checkpoint
 from pipeline.core import options
-from pipeline.core.facts import Fetch, Ladder, Precision
+from pipeline.core.facts import Fetch, Ladder, Moments, Precision
 from pipeline.core.recipe import DECODER, PROJECT, STEP, Int8, Scheme
 from pipeline.core.stage import Context, Outcome, Stage, main
 from pipeline.judge import corpus
+from pipeline.judge.reference import Head
 from pipeline.models import build
 from pipeline.quantize import calibrate, fixed, gptq, int8, readback
 from pipeline.runtime import litert
@@ -85,16 +86,26 @@ def _choose(context: Context, facts: Precision, maker: ladder.Maker) -> tuple[In
     recipe, rung, limits = context.recipe, context.chosen(Options).rung, ladder.limits(context.recipe, context.graphs)
     section, told = (ladder.named(recipe.int8, rung), Ladder(rung=rung)) if rung else (recipe.int8, None)
     if recipe.int8.climbs and limits:
-        from pipeline.reference import activations, model  # torch takes seconds, which no other scheme needs
-
-        text = context.chosen(Options).calibration or PROJECT / recipe.corpus.calibration
-        reference = model.HuggingFace.load(maker.checkpoint.folder, "cpu", streamed=True)
-        parameters = context.upstream["fetch"].told(Fetch).parameters
-        read = ladder.Text.of(text, recipe.corpus.window, reference, maker.checkpoint, parameters)
-        facts = replace(facts, largest_activation=activations.largest(reference, read.rows(0)[:2]))
+        text, largest = _read(context, maker.checkpoint)
+        facts = replace(facts, largest_activation=largest)
         if not rung:
-            section, told = ladder.climb(ladder.rungs(recipe.int8), limits, maker, read)
+            section, told = ladder.climb(ladder.rungs(recipe.int8), limits, maker, text)
     return section, replace(facts, climbed=told)
+
+
+def _read(context: Context, checkpoint: Checkpoint) -> tuple[ladder.Text, float]:
+    """The text that rungs are judged on, and the reference's largest activation on some of it."""
+    parameters = context.upstream["fetch"].told(Fetch).parameters
+    if "moments" in context.upstream:  # where the reference has read it
+        told = context.upstream["moments"].told(Moments)
+        head = Head.of_checkpoint(checkpoint.folder, told.final_logit_softcapping)
+        return ladder.Text.kept(context.root / "moments", head, parameters), told.largest_activation
+    from pipeline.reference import activations, model  # transformers takes seconds, which nothing else here needs
+
+    text = context.chosen(Options).calibration or PROJECT / context.recipe.corpus.calibration
+    reference = model.HuggingFace.load(checkpoint.folder, "cpu", streamed=True)
+    read = ladder.Text.of(text, context.recipe.corpus.window, reference, checkpoint, parameters)
+    return read, activations.largest(reference, read.windows)
 
 
 def _samples(context: Context) -> list[litert.Tokens]:

@@ -4,6 +4,7 @@ Hugging Face's model in fp32 reads windows of the calibration text. Of each line
 over all tokens is kept: what Gemma's layers give is normalised per token, so an error counts by its share of the
 token's own result, and the few tokens with huge activations (the first of a text) do not outweigh all others. Layers
 that read the same tensor have one file; a layer wider than `hessians.SPAN` columns has the Hessian of each span alone.
+What the model makes of the text is kept as well: int8's ladder judges by it.
 
 Made only for precisions that round by them. The model is streamed from its file and the sums stand in mapped files, so
 memory stays bounded.
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from threadpoolctl import threadpool_limits
 
 from pipeline.checkpoint.names import EMBEDDING, HEAD
 from pipeline.checkpoint.reader import open_checkpoint
@@ -24,7 +26,9 @@ from pipeline.core import facts, log, options
 from pipeline.core.recipe import PROJECT
 from pipeline.core.stage import Context, Outcome, Stage, main
 from pipeline.judge import corpus
-from pipeline.quantize.hessian_sums import HessianSums, multiply_by_onednn
+from pipeline.quantize import hessians
+from pipeline.quantize.hessian_sums import HessianSums
+from pipeline.reference import activations
 from pipeline.reference.model import HuggingFace
 
 
@@ -50,14 +54,23 @@ def work(context: Context) -> Outcome:
         window=recipe.corpus.window,
         limit=recipe.corpus.hessian_windows,
     )
+    largest = activations.largest(reference, windows)
     sums = HessianSums(context.folder)
-    multiply_by_onednn(reference.model.model)
     sums.observe(reference.model.model)
-    with log.progress("what layers read", windows.size, "tokens") as bar:
+    # BLAS's threads would wait in the way of torch's.
+    with threadpool_limits(1, "blas"), log.progress("what layers read", windows.size, "tokens") as bar:
         states = reference.hidden(windows, np.ones_like(windows), bar)
     sums.add_inputs(EMBEDDING if open_checkpoint(checkpoint).tied else HEAD, torch.from_numpy(states))
     sums.close()
-    return Outcome(facts=facts.Moments(tokens=int(windows.size), files=len({*sums.files.values()})))
+    for name, kept in ((hessians.WINDOWS, windows), (hessians.STATES, states)):
+        np.save(context.folder / name, kept)
+    told = facts.Moments(
+        tokens=int(windows.size),
+        files=len({*sums.files.values()}),
+        largest_activation=largest,
+        final_logit_softcapping=reference.cap,
+    )
+    return Outcome(facts=told)
 
 
 STAGE = Stage(

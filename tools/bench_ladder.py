@@ -65,7 +65,7 @@ def climbed(source: Path, recipe: Recipe, artifacts: Path, folder: Path) -> tupl
     text = ladder.Text.of(PROJECT / texts.calibration, window, reference, checkpoint, parameters)
     with hessians or nullcontext():
         section, told = ladder.climb(ladder.rungs(recipe.int8), ladder.limits(recipe, "all"), maker, text)
-        every = maker.make(section, folder, window, reference.cap)
+        every = maker.make(section, folder, window, text.head.cap)
     limit = max(1, texts.positions // corpus.POSITIONS_PER_WINDOW)
     windows = corpus.calibration_windows(PROJECT / texts.verification, reference.tokenizer, window, limit)
     judged, _ = replace(text, windows=windows, lots=(limit,), known={}).judge(every, ladder.limits(recipe, "all"))

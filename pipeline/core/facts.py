@@ -119,10 +119,15 @@ class Files:
 
 @dataclass(frozen=True, kw_only=True)
 class Moments:
-    """Stage moments: tokens of calibration text, and files of sums."""
+    """Stage moments: tokens of calibration text, files of sums, and of the reference its soft-cap.
+
+    `largest_activation` is what it had on some of the text.
+    """
 
     tokens: int
     files: int
+    largest_activation: float
+    final_logit_softcapping: float | None
 
 
 @dataclass(frozen=True, kw_only=True)

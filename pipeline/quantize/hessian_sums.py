@@ -1,43 +1,19 @@
 """The Hessians H = Σ x xᵀ / |x|² of what a model's linear layers read, summed while it runs.
 
-Half of a symmetric matrix is computed, strip by strip, and all products go through oneDNN. It takes the widest
-registers of any processor; MKL, with which torch multiplies otherwise, does not on AMD's: there it is half as fast
-(torch 2.13.0).
+Half of a symmetric matrix is computed, by BLAS's routine for it, into the file.
 """
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.linalg.blas import ssyrk
 from torch import Tensor, nn
 
 from pipeline.core import manifest
 from pipeline.quantize import hessians
-
-_STRIP = 256
-"""Rows of a Hessian that are computed together, from the diagonal to the right: what lies below is the same again."""
-
-
-def product(x: Tensor, weight: Tensor) -> Tensor:
-    """x weightᵀ in float32, of [..., n] and [m, n], by oneDNN."""
-    # What torch.compile makes of a linear layer: the operands as they lie, where `to_mkldnn` would copy both and the
-    # result. A copy costs as much as half of the product.
-    result: Tensor = torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, None, "none", [], "")
-    return result
-
-
-def multiply_by_onednn(model: nn.Module) -> None:
-    """Let the linear layers of `model` compute by `product`."""
-
-    def forward(layer: nn.Linear, x: Tensor) -> Tensor:
-        result = product(x, layer.weight)
-        return result if layer.bias is None else result + layer.bias
-
-    for layer in (module for module in model.modules() if isinstance(module, nn.Linear)):
-        layer.forward = partial(forward, layer)  # type: ignore[method-assign]
 
 
 class HessianSums:
@@ -78,16 +54,15 @@ class HessianSums:
                 self.folder / file, mode="w+", dtype=np.float32, shape=(count, width, width)
             )
         unit = rows / rows.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-        for place, part in enumerate(unit.T.contiguous().split(width)):
-            for start in range(0, width, _STRIP):
-                strip = part[start : start + _STRIP]
-                self.mapped[file][place, start : start + _STRIP, start:] += product(strip, part[start:]).numpy()
+        # BLAS has matrices column by column: transposed, so that it takes both as they lie and adds to the second.
+        for place, part in enumerate(unit.split(width, dim=1)):
+            ssyrk(1.0, part.contiguous().numpy().T, beta=1.0, c=self.mapped[file][place].T, lower=1, overwrite_c=1)
 
     def close(self) -> None:
         """Finish all files, and write which weight reads which."""
         for mapped in self.mapped.values():
-            for start in range(_STRIP, mapped.shape[-1], _STRIP):
-                mapped[:, start:, start - _STRIP : start] = mapped[:, start - _STRIP : start, start:].swapaxes(1, 2)
+            for span in mapped:
+                span += np.triu(span, 1).T  # nothing has been written below the diagonal
             mapped.flush()
         self.mapped.clear()
         manifest.write_atomically(self.folder / hessians.INDEX, manifest.dump_json(dict(sorted(self.files.items()))))

@@ -14,9 +14,13 @@ from torch import nn
 
 from pipeline.reference.model import HuggingFace, Tokens
 
+_WINDOWS = 2
+"""It is the first tokens of a text that have the largest, whatever the text."""
+
 
 def largest(reference: HuggingFace, windows: Tokens) -> float:
-    """The largest magnitude that a module of a decoder layer reads or gives, on windows [N, L] of text."""
+    """The largest magnitude that a module of a decoder layer reads or gives, on the first of windows [N, L] of text."""
+    windows = windows[:_WINDOWS]
     seen = [0.0]
     modules = {module: None for layer in reference.model.model.layers for module in layer.modules()}
     hooks = [module.register_forward_hook(partial(_look, seen)) for module in modules]

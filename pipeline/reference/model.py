@@ -26,6 +26,7 @@ from pipeline.core import log
 from pipeline.core.errors import IntegrityError
 from pipeline.judge.reference import Greedy
 from pipeline.reference import streaming
+from pipeline.reference.linear import multiply_by_onednn
 
 Floats = NDArray[np.float32]
 Tokens = NDArray[np.int32]
@@ -102,6 +103,8 @@ class HuggingFace:
             )
         )
         _check_loaded(checkpoint, report)
+        if device == "cpu" and dtype is torch.float32:
+            multiply_by_onednn(model)
         if streamed or packed:
             model.generation_config = _generation_config(checkpoint)
         conventions = reading.read(opened)

@@ -21,6 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from pipeline.checkpoint.names import HEAD
 from pipeline.checkpoint.reader import Checkpoint
 from pipeline.core.errors import IntegrityError
+from pipeline.reference.linear import product
 
 KEPT = 1 << 16
 """Elements up to which a matrix stays in memory; norms and other vectors always do."""
@@ -215,4 +216,4 @@ class Head(nn.Module):
         # One room for all blocks: memory that is got anew has to be cleared each time.
         room = torch.empty((min(rows, self.stored.shape[0]), self.stored.shape[1]))
         blocks = (self.stored[start : start + rows] for start in range(0, self.stored.shape[0], rows))
-        return torch.cat([nn.functional.linear(x, room[: len(block)].copy_(block)) for block in blocks], dim=-1)
+        return torch.cat([product(x, room[: len(block)].copy_(block)) for block in blocks], dim=-1)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,7 @@ from pipeline.judge.corpus import Positions, Tokens
 from pipeline.judge.metrics import Estimate
 from pipeline.judge.reference import Floats, Head
 from pipeline.models import build
-from pipeline.quantize import gptq, int8
+from pipeline.quantize import gptq, hessians, int8
 from pipeline.runtime.litert import OUTPUT, SIGNATURE, MappedModel, MappedRunner
 from pipeline.tflite.graph import Graph
 
@@ -47,8 +47,8 @@ _LOT, _LOTS = 16, 4
 positions each have an interval that is twice as wide (Gemma 3 270M)."""
 _PRODUCTS = 10**13
 """Parameters times tokens that the reference reads, if one lot has no more: some two minutes on two cores."""
-_LOGITS = 1 << 23
-"""Logits of a rung that are there at a time, and as many of the reference (32 MiB each)."""
+_LOGITS = 1 << 24
+"""Logits of a rung that are there at a time, and as many of the reference (64 MiB each), for which its head is widened."""
 
 
 class Reference(Protocol):
@@ -61,6 +61,19 @@ class Reference(Protocol):
 
     def hidden(self, ids: Tokens, mask: Tokens) -> Floats:
         """Final hidden states [N, L, H] of windows and masks [N, L]."""
+
+
+class Kept:
+    """What the reference made of windows that stage moments let it read, in the stage's `folder`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.windows: Tokens = np.load(folder / hessians.WINDOWS)
+        self._states: Floats = np.load(folder / hessians.STATES, mmap_mode="r")
+        self._places = {window.tobytes(): place for place, window in enumerate(self.windows)}
+
+    def hidden(self, windows: Tokens) -> Floats:
+        """Final hidden states [N, L, H] of some of them [N, L]."""
+        return self._states[[self._places[window.tobytes()] for window in windows]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,14 +244,15 @@ def lots(parameters: int, window: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class Text:
-    """Calibration text that rungs are judged on: windows [N, L], how many are in each lot, and the reference.
+    """Calibration text that rungs are judged on: windows [N, L], how many are in each lot, and what is expected.
 
-    Windows are spread evenly over the text, and those of each lot over these.
+    Windows are spread evenly over the text, and those of each lot over these. `hidden` gives the reference's final
+    states [N, L, H] of some of them, `head` makes logits of these.
     """
 
     windows: Tokens
     lots: Sequence[int]
-    reference: Reference
+    hidden: Callable[[Tokens], Floats]
     head: Head
     known: dict[int, tuple[Positions, Floats]] = field(default_factory=dict)
 
@@ -248,7 +262,17 @@ class Text:
         found = lots(parameters, window)
         windows = corpus.calibration_windows(text, reference.tokenizer, window, sum(found))
         head = Head.of_checkpoint(checkpoint.folder, reference.cap)
-        return cls(windows=windows, lots=found, reference=reference, head=head)
+        return cls(windows=windows, lots=found, hidden=lambda ids: reference.hidden(ids, np.ones_like(ids)), head=head)
+
+    @classmethod
+    def kept(cls, folder: Path, head: Head, parameters: int) -> Text:
+        """As `of`, as far as the reference has read it for stage moments, whose `folder` it is."""
+        kept = Kept(folder)
+        available, window = kept.windows.shape
+        found = lots(parameters, window)
+        count = min(available, sum(found))
+        windows = kept.windows[np.arange(count) * available // count]
+        return cls(windows=windows, lots=found, hidden=kept.hidden, head=head)
 
     def rows(self, lot: int) -> Tokens:
         """The windows of a lot; a text that is short has fewer."""
@@ -263,7 +287,7 @@ class Text:
             # Of the states only those of judged positions are kept.
             few = max(1, _STATES // (self.head.weight.shape[1] * window))
             parts = (rows[start : start + few] for start in range(0, count, few))
-            states = np.concatenate([self.reference.hidden(part, np.ones_like(part)) for part in parts])
+            states = np.concatenate([self.hidden(part) for part in parts])
             self.known[lot] = spread, states[spread.window, spread.length - 1]
         return self.known[lot]
 
@@ -369,7 +393,7 @@ def climb(tried: Sequence[Rung], limits: Sequence[Limit], maker: Maker, text: Te
         for rung in tried:
             own = Path(scratch) / rung.name
             own.mkdir()
-            file = maker.make(rung.section, own, text.windows.shape[1], text.reference.cap)
+            file = maker.make(rung.section, own, text.windows.shape[1], text.head.cap)
             found, kept = text.judge(file, limits)
             shutil.rmtree(own)  # one rung's files at a time: they are as large as the model
             judged.append(_facts(rung, found, kept=kept))

@@ -14,6 +14,8 @@ from pipeline.core.errors import UsageError
 from pipeline.core.recipe import RECIPES, Gate, Int8, load
 from pipeline.core.toml import Pattern
 from pipeline.judge import metrics
+from pipeline.judge.reference import Head
+from pipeline.quantize import hessians
 from pipeline.search import ladder
 from pipeline.search.ladder import Limit
 
@@ -144,7 +146,7 @@ def test_a_shortfall_says_how_far_the_closest_rung_is_and_what_would_help() -> N
 
 def test_lots_of_text_are_disjoint_and_spread() -> None:
     windows = np.arange(50 * 4, dtype=np.int32).reshape(50, 4)
-    text = ladder.Text(windows=windows, lots=(16, 16, 16), reference=None, head=None)  # type: ignore[arg-type]
+    text = ladder.Text(windows=windows, lots=(16, 16, 16), hidden=None, head=None)  # type: ignore[arg-type]
     rows = [text.rows(lot)[:, 0] for lot in range(3)]
     assert sorted(np.concatenate(rows).tolist()) == windows[:, 0].tolist()
     assert all(np.diff(row).max() == 12 for row in rows)
@@ -155,3 +157,16 @@ def test_large_models_are_judged_on_fewer_lots() -> None:
     assert [len(lots) for lots in found.values()] == [4, 4, 2, 1, 1] and all(
         set(lots) == {16} for lots in found.values()
     )
+
+
+def test_what_stage_moments_read_is_judged_by_its_own_states(tmp_path: Path) -> None:
+    windows = np.arange(90 * 4, dtype=np.int32).reshape(90, 4)
+    np.save(tmp_path / hessians.WINDOWS, windows)
+    np.save(tmp_path / hessians.STATES, np.repeat(windows[..., None], 2, axis=2).astype(np.float32))
+    head = Head(weight=np.zeros((5, 2), np.float32), cap=None)
+    text = ladder.Text.kept(tmp_path, head, parameters=10)
+    assert len(text.windows) == sum(text.lots) == 64, "spread over the text, as many as such a model is judged on"
+    assert np.array_equal(np.unique(np.diff(text.windows[:, 0])), [4, 8])
+    for lot in range(len(text.lots)):
+        positions, states = text.expected(lot)
+        assert np.array_equal(states[:, 0], text.rows(lot)[positions.window, positions.length - 1])
