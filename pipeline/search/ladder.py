@@ -48,7 +48,7 @@ positions each have an interval that is twice as wide (Gemma 3 270M)."""
 _PRODUCTS = 10**13
 """Parameters times tokens that the reference reads, if one lot has no more: some two minutes on two cores."""
 _LOGITS = 1 << 24
-"""Logits of a rung that are there at a time, and as many of the reference (64 MiB each), for which its head is widened."""
+"""Logits of a rung that are there at a time, and of the reference (64 MiB each), for which its head is widened."""
 
 
 class Reference(Protocol):
