@@ -17,7 +17,7 @@ from pathlib import Path
 
 from pipeline.core import memory
 from pipeline.core.graph import makeable
-from pipeline.core.recipe import BASELINE, DECODER, STEP
+from pipeline.core.recipe import BASELINE, DECODER, SECTION_LIMIT, STEP
 from pipeline.judge import corpus
 from pipeline.models import sizes
 from pipeline.planning.model import Model
@@ -284,7 +284,7 @@ def _static(model: Model) -> Need:
 
 
 def bundle(model: Model) -> Need:
-    """The sections in one file each; the tokenizer is loaded, which takes many times its bytes."""
+    """The sections in one file each, large ones divided; the tokenizer is loaded, which takes many times its bytes."""
     size = sum(model.size(precision, sections=True) + model.towers for precision in model.bundles)
     what = " ".join(f"{precision}.litertlm" for precision in model.bundles)
     return Need(
@@ -292,7 +292,15 @@ def bundle(model: Model) -> Need:
         size=size,
         memory=0.19 * _GIB + _TOKENIZERS * model.tokenizer,
         work=Work(calls=3.0 + model.tokenizer / _TOKENIZER_READ) + _written(size),
+        scratch=max((_divided(model, precision) for precision in model.bundles), default=0),
     )
+
+
+def _divided(model: Model, precision: str) -> int:
+    """Bytes of the models that a bundle holds in two sections each."""
+    limit = model.recipe.bundle.section_limit or SECTION_LIMIT
+    sizes = (held.bytes(precision) for name, held in model.files.items() if name != STEP)
+    return sum(size for size in sizes if limit < size <= 2 * limit)
 
 
 def verify(model: Model) -> Need:
