@@ -290,7 +290,7 @@ def prefill(found: Mapping[str, Any], command: str) -> dict[str, Table]:
     """Time to the first token by the length of the prompt, for bundles with other prefill signatures."""
     model, prompts = REAL_MODELS[found["model"]], found["prompts"]
     columns = {f"{tokens:,} tokens": Column(unit="s", digits=".2f") for tokens in prompts}
-    columns |= {f"{tokens:,}, processor": Column(unit="s", digits=".1f") for tokens in prompts}
+    columns |= {f"{tokens:,}, processor": Column(unit="s", digits=".2f") for tokens in prompts}
     columns |= {name: BUNDLE_COLUMNS[name][2] for name in ("load", "peak anonymous", "size")}
     rows = []
     for ladder, row in found["ladders"].items():

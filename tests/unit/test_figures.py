@@ -94,8 +94,8 @@ def test_prefill_ladders_have_the_time_of_each_prompt_over_the_first_ladders() -
         "| | 32 tokens | 1,024 tokens | 32, processor | 1,024, processor | load | peak anonymous | size |"
     )
     assert tables.markdown(table)[2:] == [
-        "| [128] | 0.10 s | 4.00 s | 0.2 s | 8.0 s | 2.00 s | 1.00 GiB | 278.0 MB |",
-        "| [32, 128, 512] | 0.05 s | 2.00 s | 0.1 s | 4.0 s | 2.00 s | 1.00 GiB | 278.0 MB |",
+        "| [128] | 0.10 s | 4.00 s | 0.20 s | 8.00 s | 2.00 s | 1.00 GiB | 278.0 MB |",
+        "| [32, 128, 512] | 0.05 s | 2.00 s | 0.10 s | 4.00 s | 2.00 s | 1.00 GiB | 278.0 MB |",
         "| [32, 128, 512] / [128] | 0.50 | 0.50 | 0.50 | 0.50 | 1.00 | 1.00 | 1.00 |",
     ]
     assert "load 3 at the start" in tables.origins(table)[0]
