@@ -24,8 +24,9 @@ FILE ?=#: the .tflite or .litertlm file that `make inspect` looks into
 AGAINST ?=#: the fp32 step graph or decoder that `make inspect` holds FILE against, operator by operator
 FILES ?= $(ROOT)/publish#: what `make check` looks at: a published folder, or owner/name@revision on the Hub
 HF_REPO ?=#: owner/name on the Hub: `make publish` compares the publish folder with it
-CONFIRM ?=#: yes: `make publish HF_REPO=…` uploads, in one commit; HF_TOKEN in the environment
-PARENT ?=#: the commit that HF_REPO must be at (default: where it is now)
+SPACE ?=#: owner/name of a static Space on the Hub: `make publish` compares the page, with the files' papers, with it
+CONFIRM ?=#: yes: `make publish HF_REPO=…` or `SPACE=…` uploads, in one commit; HF_TOKEN in the environment
+PARENT ?=#: the commit that HF_REPO or SPACE must be at (default: where it is now)
 TAG ?=#: tag of the upload (default: <12 digits of the checkpoint's revision>-<8 digits of the recipe's sha256>)
 SIGN_KEY ?=#: private key (elliptic curve, PEM) that `make publish` signs with; neither copied nor recorded
 SIGN ?= $(if $(SIGN_KEY),key)#: keyless: `make publish` signs by sigstore, with the identity of a CI job
@@ -94,7 +95,7 @@ ON_SOURCES := setup release bench image test lint format clean-env
 $(if $(filter image,$(IN)),$(foreach goal,$(filter $(ON_SOURCES),$(GOALS)),$(error the image can't `make $(goal)`: do that in a clone of the project)))
 ifneq ($(filter-out $(ON_SOURCES) help,$(GOALS)),)
 $(if $(ASK),,$(error Python 3.11, 3.12 or 3.13 is needed and not found: install one (Debian, Ubuntu: apt install python3 python3-venv) or name it: PYTHON=/path/to/python3.12))
-SAID := MODEL_ID REVISION BASE TEMPLATE RECIPE GRAPHS TOWERS AUDIO ARTIFACTS CALIBRATION RUNG EVAL TASK VARIANTS DEVICE CLUSTER LICENCE_OVERRIDE IN SIGNS CONFIRM HF_REPO FILE AGAINST CHECKS_HUB IMAGE NETWORK GOALS
+SAID := MODEL_ID REVISION BASE TEMPLATE RECIPE GRAPHS TOWERS AUDIO ARTIFACTS CALIBRATION RUNG EVAL TASK VARIANTS DEVICE CLUSTER LICENCE_OVERRIDE IN SIGNS CONFIRM HF_REPO SPACE FILE AGAINST CHECKS_HUB IMAGE NETWORK GOALS
 RULES := $(shell $(ASK) -m pipeline.core.rules $(call QUOTE,FLAGS=$(filter-out --%,$(firstword $(MAKEFLAGS)))) $(foreach name,$(SAID),$(call QUOTE,$(name)=$($(name)))))
 $(if $(filter-out 0,$(.SHELLSTATUS)),$(error these settings can't work, for the reason said above))
 include $(RULES)
@@ -103,12 +104,12 @@ endif
 # What the image says of itself: its source, and the lock that IMAGE_FLAGS chooses.
 IMAGE_LOCK = locks/$(or $(patsubst LOCK=%,%,$(filter LOCK=%,$(subst --build-arg=,,$(IMAGE_FLAGS)))),cpu).txt
 LABELS = --build-arg SOURCE_DATE_EPOCH --build-arg REVISION="$$(git rev-parse HEAD 2>/dev/null || true)" --build-arg CHANGED="$$(git status --porcelain 2>/dev/null | head -n 1)" --build-arg LOCK_SHA256="$$(sha256sum <$(IMAGE_LOCK) | cut -d' ' -f1)"
-UPLOAD = --repository $(call QUOTE,$(HF_REPO)) $(if $(TAG),--tag $(call QUOTE,$(TAG))) $(if $(PARENT),--parent $(call QUOTE,$(PARENT))) $(if $(CONFIRM),--confirm)
+UPLOAD = --repository $(call QUOTE,$(or $(SPACE),$(HF_REPO))) $(if $(TAG),--tag $(call QUOTE,$(TAG))) $(if $(PARENT),--parent $(call QUOTE,$(PARENT))) $(if $(CONFIRM),--confirm) $(if $(SPACE),--space)
 SIGNATURE = $(if $(PUBLIC_KEY),--public-key $(call QUOTE,$(call ABSOLUTE,$(PUBLIC_KEY)))) $(if $(IDENTITY),--identity $(call QUOTE,$(IDENTITY))) $(if $(ISSUER),--issuer $(call QUOTE,$(ISSUER))) $(if $(PUBLIC_KEY)$(IDENTITY)$(ISSUER),--signer $(SIGNER))
 
 # --- targets ----------------------------------------------------------------------------------------------------------
 .DEFAULT_GOAL := all
-.PHONY: all setup plan fetch golden graph towers moments fp32 fp16 int8 int4 int8-static int8-dynamic int8-static16 bundle verify publish page release evaluate tune check inspect job reproduce compare chat run bench image test lint format clean clean-env help
+.PHONY: all setup plan fetch golden graph towers moments fp32 fp16 int8 int4 int8-static int8-dynamic int8-static16 bundle verify publish page space release evaluate tune check inspect job reproduce compare chat run bench image test lint format clean clean-env help
 
 all: publish ## set-up, then everything for MODEL_ID: fp32, fp16, int8, bundles, the report, the publish folder (default)
 	@echo "files:   $(FILES_MADE)"
@@ -134,11 +135,12 @@ int4: ## build the files with 4-bit weights, if the recipe says how
 bundle: ## pack what LiteRT-LM runs: bundle/fp32.litertlm, bundle/int8.litertlm; int4 where the recipe names it
 verify: ## judge every file against Hugging Face and fp32; write report.json and report.html
 evaluate: ## score the bundles and the original on your own TASK=: exact match, chrF, BLEU
-publish: $(if $(SIGN),.venv-sign/.ready) ## assemble what would be uploaded; HF_REPO= compares it with the Hub, CONFIRM=yes uploads it
+publish: $(if $(SIGN),.venv-sign/.ready) $(if $(SPACE),space) ## assemble what would be uploaded; HF_REPO= (SPACE=) compares it with the Hub, CONFIRM=yes uploads it
 	$(if $(SIGN),$(PY) -m pipeline.sign $(abspath $(ROOT))/publish --by $(SIGN) --signer $(SIGNER))
-	$(if $(HF_REPO),$(call RUN,upload) -m pipeline.upload $(abspath $(ROOT))/publish $(UPLOAD))
+	$(if $(HF_REPO)$(SPACE),$(call RUN,upload) -m pipeline.upload $(abspath $(ROOT))/$(if $(SPACE),space,publish) $(UPLOAD))
 page: ## make a static page that runs the judged int8 bundle in a browser (SERVE=yes shows it); needs Node.js
 	$(if $(SERVE),$(PY) -m pipeline.serve $(abspath $(ROOT))/page)
+space: ## put together the page as a static Space, with the papers of its files; needs Node.js
 
 chat: bundle ## talk to the int8 bundle in the terminal (PRECISION=)
 run: bundle ## let the int8 bundle answer PROMPT= once

@@ -2,6 +2,7 @@
 
     make publish HF_REPO=owner/name                 # a dry run: what would change there
     make publish HF_REPO=owner/name CONFIRM=yes
+    make publish SPACE=owner/name CONFIRM=yes       # `space/`: the page, as a static Space
 
 The folder is cleared by its own papers (report, manifests, checksums, licence): it may come from another machine.
 A confirmed run commits on the commit it was compared with, reads every file back by the new commit, tags it, and writes
@@ -21,19 +22,22 @@ from pipeline.core import log
 from pipeline.core.errors import UsageError
 from pipeline.core.stage import guard, source
 from pipeline.release import preflight, receipt, upload
-from pipeline.release.hub import Hub, Repository
+from pipeline.release.hub import Hub, Kind, Repository
 from pipeline.release.upload import Target
 
 _REPO = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 _TAG = re.compile(r"\w[\w.-]*", re.ASCII)
 
 
-def run(folder: Path, repo: str, *, tag: str = "", parent: str = "", confirmed: bool = False) -> None:
+def run(
+    folder: Path, repo: str, *, kind: Kind = "model", tag: str = "", parent: str = "", confirmed: bool = False
+) -> None:
     """Compare `folder` with the repository `repo`, and upload it if `confirmed`.
 
     Args:
-        folder: a filled `publish/`.
+        folder: a filled `publish/`, or `space/`.
         repo: `owner/name`; it exists.
+        kind: what it is.
         tag: name of the tag, or empty for the usual one.
         parent: the commit that the repository's main branch must be at, or empty for the one it is at now.
         confirmed: whether to send anything.
@@ -43,11 +47,11 @@ def run(folder: Path, repo: str, *, tag: str = "", parent: str = "", confirmed: 
         PublishError: the folder may not go up, or the Hub refuses.
         IntegrityError: what came back is not what was sent.
     """
-    _check_names(repo, tag)
+    _check_names(repo, tag, kind)
     release = preflight.release(folder)
     if confirmed:
         preflight.refuse_dirty([*release.sources, source()])
-    target = Target(hub=Hub(), repo=repo, folder=folder, files=release.files, tag=tag or release.tag)
+    target = Target(hub=Hub(), repo=repo, folder=folder, files=release.files, tag=tag or release.tag, kind=kind)
     published = target.tagged()
     head = target.head()
     if published and published.revision != head.revision:
@@ -67,7 +71,7 @@ def _publish(target: Target, published: Repository | None, parent: str) -> None:
     target.check(published)
     target.mark(published.revision)
     receipt.write(target, published.revision)
-    log.line(f"published: {target.hub.endpoint}/{target.repo}/tree/{target.tag}")
+    log.line(f"published: {target.page}/tree/{target.tag}")
     log.line(f"receipt:   {target.folder / preflight.RECEIPT}")
 
 
@@ -87,9 +91,10 @@ def _show(target: Target, there: Repository) -> None:
         log.line(f"  CONFIRM=yes PARENT={there.revision}")
 
 
-def _check_names(repo: str, tag: str) -> None:
+def _check_names(repo: str, tag: str, kind: Kind) -> None:
     if not _REPO.fullmatch(repo):
-        raise UsageError(f"{repo!r} is no repository", remedy="set HF_REPO=owner/name")
+        setting = "SPACE" if kind == "space" else "HF_REPO"
+        raise UsageError(f"{repo!r} is no repository", remedy=f"set {setting}=owner/name")
     if tag and (not _TAG.fullmatch(tag) or ".." in tag or tag.endswith((".", ".lock"))):
         raise UsageError(f"{tag!r} can't be a tag", remedy="use letters, digits, dots, dashes and underscores in TAG=")
 
@@ -103,6 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("folder", type=Path, help="a filled publish folder")
     parser.add_argument("--repository", required=True, help="owner/name on the Hub")
+    parser.add_argument("--space", action="store_true", help="it is a Space, and the folder a filled space folder")
     parser.add_argument("--tag", default="", help="name of the tag (default: from revision and recipe)")
     parser.add_argument("--parent", default="", help="commit that the repository must be at (default: where it is now)")
     parser.add_argument("--confirm", action="store_true", help="upload; without it nothing is sent")
@@ -110,7 +116,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def work() -> None:
         with upload.client():
-            run(given.folder, given.repository, tag=given.tag, parent=given.parent, confirmed=given.confirm)
+            kind: Kind = "space" if given.space else "model"
+            run(given.folder, given.repository, kind=kind, tag=given.tag, parent=given.parent, confirmed=given.confirm)
 
     return guard(work)
 

@@ -140,6 +140,11 @@ def _page(choice: Choice) -> tuple[str, ...]:
     return ("fetch", *_judged(choice), "verify")
 
 
+def _space(choice: Choice) -> tuple[str, ...]:
+    _page(choice)  # or the reason why there is none
+    return ("publish", "page")
+
+
 def _always(*needs: str) -> Callable[[Choice], tuple[str, ...]]:
     return lambda _: needs
 
@@ -201,6 +206,7 @@ STAGES: Mapping[str, Node] = {
     "page": Node(
         module="page", needs=_page, settings=("graphs",), reads={"fetch": _SMALL}, sources=("web/*.*", "web/_headers")
     ),
+    "space": Node(module="space", needs=_space, settings=("graphs",)),
 }
 """By folder, each after those that it reads."""
 STEPS = tuple(name for name in STAGES if name.startswith(("fp", "int")))

@@ -186,6 +186,7 @@ class Request:
     def aims(self) -> tuple[str, ...]:
         """The stages that the goals ask for."""
         more = {"chat": ("bundle",), "run": ("bundle",), "compare": ("verify",), "tune": ("graph", "moments")}
+        more |= {"publish": ("space",)} if self.said["SPACE"] else {}
         stems = [goal.removeprefix(f"{self.root}/").removesuffix("/manifest.json") for goal in self.goals]
         aims = {aim for stem in stems for aim in more.get(stem, (stem,)) if aim in STAGES}
         return tuple(sorted(aims)) or ("publish",)
@@ -364,9 +365,16 @@ def _check_words(said: Mapping[str, str]) -> None:
         )
     if said["IN"] not in ("", "docker", "image"):
         raise UsageError(f"IN={said['IN']} is unknown: leave it out, or IN=docker")
-    if said["CONFIRM"] not in ("", "yes") or (said["CONFIRM"] and not said["HF_REPO"]):
-        raise UsageError(f"CONFIRM={said['CONFIRM']} is unknown: CONFIRM=yes, together with HF_REPO=owner/name")
-    if said["IN"] and "page" in said["GOALS"].split():
+    if said["CONFIRM"] not in ("", "yes") or (said["CONFIRM"] and not (said["HF_REPO"] or said["SPACE"])):
+        raise UsageError(
+            f"CONFIRM={said['CONFIRM']} is unknown: CONFIRM=yes, together with HF_REPO=owner/name or SPACE=owner/name"
+        )
+    if said["SPACE"] and said["HF_REPO"]:
+        raise UsageError(
+            "SPACE= and HF_REPO= are two repositories, each with a commit and a receipt of its own",
+            remedy="say `make publish` twice, with one of them each",
+        )
+    if said["IN"] and (said["SPACE"] or {"page", "space"} & set(said["GOALS"].split())):
         raise UsageError(
             "the container holds no page and no Node.js",
             remedy="say it again without IN=docker, on what IN=docker made",

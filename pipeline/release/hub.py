@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Protocol, TypeVar
+from typing import Literal, Protocol, TypeVar
 
 import httpx2
 from huggingface_hub import HfApi, constants, get_session, get_token, hf_hub_url, hf_raise_for_status
@@ -66,13 +66,17 @@ class RemoteFile:
     git_sha1: str = ""
 
 
+Kind = Literal["model", "space"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Repository:
-    """A model repository at one commit; `files` are all its files by path."""
+    """A repository at one commit; `files` are all its files by path."""
 
     model_id: str
     revision: str
     files: Mapping[str, RemoteFile]
+    kind: Kind = "model"
 
 
 class Sink(Protocol):
@@ -116,7 +120,11 @@ class Hub:
         self.endpoint = os.environ.get("HF_ENDPOINT", constants.ENDPOINT).rstrip("/")
         self.waits = tuple(WAITS if waits is None else waits)
 
-    def resolve(self, model_id: str, revision: str = "") -> Repository:
+    def page(self, name: str, kind: Kind = "model") -> str:
+        """The address of a repository."""
+        return f"{self.endpoint}/{'spaces/' if kind == 'space' else ''}{name}"
+
+    def resolve(self, model_id: str, revision: str = "", kind: Kind = "model") -> Repository:
         """The repository `model_id` at `revision` (branch, tag or commit; empty for the main branch).
 
         Raises:
@@ -126,12 +134,13 @@ class Hub:
 
         def ask() -> Repository:
             # With sizes and hashes of all files: what comes is held against them.
-            info = api.model_info(model_id, revision=revision or None, files_metadata=True, timeout=_ANSWER_SECONDS)
+            asked = api.space_info if kind == "space" else api.model_info
+            info = asked(model_id, revision=revision or None, files_metadata=True, timeout=_ANSWER_SECONDS)
             if not info.sha or info.siblings is None:
                 raise ValueError("no commit or no files")
             files = {item.rfilename: _remote(item) for item in info.siblings}
             # The commit and not the branch: every later request names it, so that a push in between changes nothing.
-            return Repository(model_id=info.id, revision=info.sha, files=files)
+            return Repository(model_id=info.id, revision=info.sha, files=files, kind=kind)
 
         try:
             return self.patiently(ask, partial(self.explain, model_id=model_id, revision=revision))
@@ -267,7 +276,8 @@ class Hub:
     @contextmanager
     def _open(self, repository: Repository, name: str, start: int, stop: int) -> Iterator[httpx2.Response]:
         """The answer to a request for bytes `start` to `stop` of a file; its body is still to be read."""
-        url = hf_hub_url(repository.model_id, name, revision=repository.revision, endpoint=self.endpoint)
+        where = {"repo_type": repository.kind, "revision": repository.revision, "endpoint": self.endpoint}
+        url = hf_hub_url(repository.model_id, name, **where)
         # Unpacked on the way, a range would be one of other bytes.
         headers = {**build_hf_headers(), "range": f"bytes={start}-{stop - 1}", "accept-encoding": "identity"}
         timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT

@@ -14,7 +14,8 @@ from pipeline.release.upload import Target
 def said(target: Target, commit: str) -> dict[str, object]:
     """The receipt without its date."""
     sums = {name: record.sha256 for name, record in target.files.items()}
-    return {"repository": target.repo, "commit": commit, "tag": target.tag, "files": sums}
+    kind = {} if target.kind == "model" else {"kind": target.kind}
+    return {"repository": target.repo, **kind, "commit": commit, "tag": target.tag, "files": sums}
 
 
 def write(target: Target, commit: str) -> None:

@@ -41,7 +41,7 @@ from pipeline.core import log
 from pipeline.core.errors import FetchError, IntegrityError, PublishError
 from pipeline.core.manifest import FileRecord
 from pipeline.release import hub
-from pipeline.release.hub import Hub, RemoteFile, Repository
+from pipeline.release.hub import Hub, Kind, RemoteFile, Repository
 
 TIMEOUT = httpx2.Timeout(30.0, read=300.0, write=120.0, pool=None)
 """Seconds; the client itself would wait for ever. Storage takes its time to put the parts of a large file together."""
@@ -77,13 +77,27 @@ class Diff:
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """A folder's way into a repository: `files` are the folder's by path, `tag` names them in the repository."""
+    """A folder's way into a repository: `files` are the folder's by path, `tag` names them in the repository.
+
+    It is a repository of a `kind` of the Hub's.
+    """
 
     hub: Hub
     repo: str
     folder: Path
     files: Mapping[str, FileRecord]
     tag: str
+    kind: Kind = "model"
+
+    @property
+    def setting(self) -> str:
+        """The setting of Make that names it."""
+        return {"model": "HF_REPO", "space": "SPACE"}[self.kind]
+
+    @property
+    def page(self) -> str:
+        """The repository's address."""
+        return self.hub.page(self.repo, self.kind)
 
     def head(self) -> Repository:
         """The repository as it is now.
@@ -99,7 +113,7 @@ class Target:
         Raises:
             PublishError: as `head`; the tag is there and holds other files.
         """
-        refs = self._patiently(lambda: self._api().list_repo_refs(self.repo))
+        refs = self._patiently(lambda: self._api().list_repo_refs(self.repo, repo_type=self.kind))
         # Of the list and not by asking for the tag: a branch of that name would answer too.
         commits = [ref.target_commit for ref in refs.tags if ref.name == self.tag]
         if not commits:
@@ -160,7 +174,7 @@ class Target:
         def create() -> None:
             try:
                 if self.tagged() is None:
-                    self._api().create_tag(self.repo, tag=self.tag, revision=commit)
+                    self._api().create_tag(self.repo, tag=self.tag, revision=commit, repo_type=self.kind)
             except HfHubHTTPError as error:  # 409: it was made in between
                 if error.response.status_code != 409 or self.tagged() is None:
                     raise
@@ -185,6 +199,7 @@ class Target:
             [*operations, *additions],
             commit_message=f"Publish {self.tag}",
             revision=BRANCH,
+            repo_type=self.kind,
             # The Hub refuses if the branch has moved: the one check that nobody can slip in behind.
             parent_commit=parent,
         )
@@ -224,7 +239,7 @@ class Target:
         return self._reading(lambda: self.hub.sha256(repository, name, bar))
 
     def _resolve(self, revision: str) -> Repository:
-        return self._reading(lambda: self.hub.resolve(self.repo, revision))
+        return self._reading(lambda: self.hub.resolve(self.repo, revision, self.kind))
 
     def _reading(self, work: Callable[[], _T]) -> _T:
         """The result of `work`, which only reads; what it can't have is why nothing is published."""
@@ -235,7 +250,9 @@ class Target:
 
     def _as_refusal(self, found: FetchError, error: BaseException | None) -> PublishError:
         """What can't be read is why nothing is published; a repository is made by people, not by a misspelt name."""
-        create = f"check HF_REPO=; to make it: `hf repo create {self.repo}`, or {self.hub.endpoint}/new"
+        options, place = {"model": ("", "new"), "space": (" --type space --sdk static", "new-space")}[self.kind]
+        made = f"`hf repos create {self.repo}{options}`, or {self.hub.endpoint}/{place}"
+        create = f"check {self.setting}=; to make it: {made}"
         remedy = create if isinstance(error, RepositoryNotFoundError) else found.remedy
         return PublishError(found.what, cause=found.cause, remedy=remedy)
 
@@ -278,7 +295,7 @@ class Target:
         return PublishError(
             f"{self.repo} has moved on: its main branch is not at {parent} but at {head}",
             cause="somebody else committed to it meanwhile",
-            remedy=f"look at what that changes (`make publish HF_REPO={self.repo}`), then upload again",
+            remedy=f"look at what that changes (`make publish {self.setting}={self.repo}`), then upload again",
         )
 
     def _api(self) -> HfApi:

@@ -37,6 +37,8 @@ HARDWARE = (  # name, memory, disk, accelerator, micro-dollars a minute
     ("a100-large", "142 GB", "1 TB", "A100", 41667),
 )
 """The machines for jobs."""
+NAME = "((?:spaces/)?[^/]+/[^/]+)"
+"""A repository in a path; a Space has a name of its own, beside the model of that name."""
 PART = 1000
 """Bytes from which on a large file is sent in parts of this size."""
 
@@ -75,7 +77,7 @@ Data = bytes | Sparse | Stored
 
 @dataclass
 class Repo:
-    """A model repository: `commits` maps a commit to its files, `refs` branches and `tags` to commits.
+    """A repository: `commits` maps a commit to its files, `refs` branches and `tags` to commits.
 
     `objects` are large files that storage holds, by sha256, whether a commit names them or not.
     """
@@ -134,8 +136,9 @@ class Request:
 class HubServer:
     """The server; use as a context manager.
 
-    `tokens` maps a valid token to the models its account may read, `writers` to those it may write to, and `identities`
-    maps a CI job's identity to the token that it is exchanged for. `jobs` are those that were submitted.
+    `repos` has models by `owner/name`, Spaces by `spaces/owner/name`. `tokens` maps a valid token to what its account
+    may read of them, `writers` to what it may write to. `identities` maps a CI job's identity to the token that it is
+    exchanged for. `jobs` are those that were submitted.
     """
 
     def __init__(self) -> None:
@@ -285,7 +288,7 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
             self.asked()
 
         def asked(self) -> None:
-            path = urllib.parse.unquote(self.path.split("?")[0])
+            path = urllib.parse.unquote(self.path.split("?")[0]).replace("/api/spaces/", "/api/models/spaces/", 1)
             token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
             host = (self.headers.get("Host") or "").split(":")[0]
             self.request_log = Request(self.command, host, path, token, self.headers.get("Range") or "")
@@ -334,11 +337,11 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
                 self.refuse(401, "", "Invalid credentials in Authorization header")
             elif path == "/api/jobs/hardware":
                 self.reply(200, json.dumps([_machine(*each) for each in HARDWARE]).encode())
-            elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/refs", path):
+            elif found := re.fullmatch(rf"/api/models/{NAME}/refs", path):
                 self.references(found[1], token)
-            elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path):
+            elif found := re.fullmatch(rf"/api/models/{NAME}(?:/revision/(.+))?", path):
                 self.about(found[1], found[2] or "main", token)
-            elif found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+            elif found := re.fullmatch(rf"/{NAME}/resolve/([^/]+)/(.+)", path):
                 self.resolve(found[1], found[2], found[3], token)
             else:
                 self.refuse(404, "", "Not found")
@@ -357,11 +360,11 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
             if found := re.fullmatch(r"/api/jobs/([^/]+)", path):
                 return self.submit(found[1])
             for pattern, work in (
-                (r"/api/models/([^/]+/[^/]+)/preupload/(.+)", self.preupload),
-                (r"/([^/]+/[^/]+)\.git/info/lfs/objects/(batch)", self.batch),
-                (r"/([^/]+/[^/]+)\.git/info/lfs/objects/(verify)", self.verify),
-                (r"/api/models/([^/]+/[^/]+)/commit/(.+)", self.make_commit),
-                (r"/api/models/([^/]+/[^/]+)/tag/(.+)", self.make_tag),
+                (rf"/api/models/{NAME}/preupload/(.+)", self.preupload),
+                (rf"/{NAME}\.git/info/lfs/objects/(batch)", self.batch),
+                (rf"/{NAME}\.git/info/lfs/objects/(verify)", self.verify),
+                (rf"/api/models/{NAME}/commit/(.+)", self.make_commit),
+                (rf"/api/models/{NAME}/tag/(.+)", self.make_tag),
             ):
                 if found := re.fullmatch(pattern, path):
                     if found[1] not in hub.writers.get(token, ()):
@@ -413,8 +416,8 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
             """A large file, or a part of one, arrives; as the real storage, this takes only what has the right hash."""
             if token:
                 return self.reply(400, b"Only one auth mechanism allowed", {})
-            owner, name, oid, *part = path.removeprefix("/upload/").split("/")
-            repo = hub.repos[f"{owner}/{name}"]
+            name, oid, rest = re.fullmatch(rf"/upload/{NAME}/([0-9a-f]{{64}})(/.+)?", path).groups()  # type: ignore[union-attr]
+            repo, part = hub.repos[name], [rest.removeprefix("/")] if rest else []
             with hub.lock:
                 if part == ["complete"]:
                     data = b"".join(data for _, data in sorted(repo.parts[oid].items()))
@@ -500,7 +503,8 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
                 return
             siblings = [_sibling(file, data) for file, data in sorted(repo.commits[commit].items())]
             gated = "manual" if repo.gated else False
-            about = {"_id": "0", "id": name, "modelId": name, "sha": commit, "gated": gated, "private": repo.private}
+            own = name.removeprefix("spaces/")
+            about = {"_id": "0", "id": own, "modelId": own, "sha": commit, "gated": gated, "private": repo.private}
             card = _front_matter(repo.commits[commit].get("README.md"))
             self.reply(200, json.dumps({**about, "siblings": siblings, "tags": [], **card}).encode())
 
@@ -524,8 +528,8 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
         def storage(self, path: str, token: str) -> None:
             if token:
                 return self.reply(400, b"Only one auth mechanism allowed", {})
-            owner, name, commit, file = path.removeprefix("/storage/").split("/", 3)
-            self.content(hub.repos[f"{owner}/{name}"].commits[commit][file], {})
+            name, commit, file = re.fullmatch(rf"/storage/{NAME}/([0-9a-f]{{40}})/(.+)", path).groups()  # type: ignore[union-attr]
+            self.content(hub.repos[name].commits[commit][file], {})
 
         def content(self, data: Data, headers: dict[str, str]) -> None:
             size, status = size_of(data), 200

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from pipeline import publish
 from pipeline.core import manifest, stage
 from pipeline.core.errors import VerificationError
@@ -75,6 +77,13 @@ HELD = Bundle(
 """What the bundle stage says of a bundle."""
 
 
+def clean(patch: pytest.MonkeyPatch) -> None:
+    """No git here: as in the container, the environment says what the sources are."""
+    patch.setenv("GIT_DIR", "/dev/null")
+    patch.setenv("SOURCE_COMMIT", "c" * 40)
+    patch.delenv("SOURCE_DIRTY", raising=False)
+
+
 @dataclass
 class Line:
     """The stages before publish in an artefact folder of their own; attributes change what they leave."""
@@ -126,9 +135,10 @@ class Line:
 
         assert self.run(Stage(name="fetch", summary="", work=work)) == 0
 
-    def variant(self, name: str, data: bytes) -> None:
+    def variant(self, name: str, data: bytes, *sections: str) -> None:
         def work(context: Context) -> Outcome:
-            for file in [f"{kind}.litertlm" for kind in BUNDLES] if name == "bundle" else ["step.tflite"]:
+            made = [f"{section}.tflite" for section in ("step", *sections)]
+            for file in [f"{kind}.litertlm" for kind in BUNDLES] if name == "bundle" else made:
                 (context.folder / file).write_bytes(data + file.encode())
             if name == "int8":
                 return Outcome(facts=Precision(graphs="all", climbed=Ladder(rung="rotate")))

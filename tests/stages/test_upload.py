@@ -24,7 +24,7 @@ from typing import Any
 import httpx2
 import pytest
 from hub_server import PART, Fault, HubServer, Repo
-from release_line import STAGES, Line
+from release_line import STAGES, Line, clean
 
 from pipeline import check
 from pipeline import upload as script
@@ -54,13 +54,6 @@ def ready(tmp_path_factory: pytest.TempPathFactory) -> Path:
             line.variant(name, name.encode() * (4 * PART // 5 if name == "fp32" else 30))
         assert (line.verify(), line.publish()) == (0, 0)
     return line.folder
-
-
-def clean(patch: pytest.MonkeyPatch) -> None:
-    """No git here: as in the container, the environment says what the sources are."""
-    patch.setenv("GIT_DIR", "/dev/null")
-    patch.setenv("SOURCE_COMMIT", "c" * 40)
-    patch.delenv("SOURCE_DIRTY", raising=False)
 
 
 @dataclass
@@ -338,7 +331,7 @@ def test_refused_by_the_token(world: World, monkeypatch: pytest.MonkeyPatch, tok
 
 def test_refused_without_a_repository(world: World) -> None:
     assert world.confirmed("--repository", "org/other") == 9
-    assert "there is no model org/other" in world.text and "hf repo create org/other" in world.text
+    assert "there is no model org/other" in world.text and "hf repos create org/other" in world.text
 
 
 def test_refused_when_the_card_is_not_to_the_hubs_taste(world: World) -> None:

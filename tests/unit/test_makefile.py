@@ -291,6 +291,16 @@ def test_the_page_is_made_of_what_is_finished_with_libraries_before_all_else(fin
     assert "the container holds no page" in refused("page", "IN=docker", *finished)
 
 
+def test_a_space_is_the_page_and_the_papers_and_goes_up_alone(finished: tuple[str, ...], tmp_path: Path) -> None:
+    assert planned("publish", "SPACE=org/model", *finished) == ["page", "space", "upload"]
+    plan = make("-n", "publish", "SPACE=org/model", "CONFIRM=yes", "TAG=v1", *finished)
+    folder = tmp_path / "out" / "tiny" / "space"
+    assert f"-m pipeline.upload {folder} --repository 'org/model' --tag 'v1'  --confirm --space" in plan
+    assert "/publish --repository" not in plan
+    assert "say `make publish` twice" in refused("publish", "SPACE=a/b", "HF_REPO=a/b", *finished)
+    assert "the container holds no page" in refused("publish", "SPACE=a/b", "IN=docker", *finished)
+
+
 def test_in_docker_paths_are_mounted_where_they_are(finished: tuple[str, ...], tmp_path: Path) -> None:
     (tmp_path / "out" / "tiny" / "fetch" / "manifest.json").unlink()
     plan = make("-n", "IN=docker", *finished)
