@@ -21,7 +21,21 @@ ROOT = Path(__file__).parent
 BIN = ROOT / ".venv" / "bin"
 BESIDE = ("peft", "qat")
 """Locks of what lies in a folder beside `.venv`, without what that has."""
-LOCKS = ("cpu", "cuda", "dev", "cluster", "uv", "publish", "sign", "tensorflow", "material", "stock", "rival", *BESIDE)
+LOCKS = (
+    "cpu",
+    "cuda",
+    "dev",
+    "cluster",
+    "uv",
+    "publish",
+    "sign",
+    "tensorflow",
+    "clients",
+    "material",
+    "stock",
+    "rival",
+    *BESIDE,
+)
 TORCH_INDEX = os.environ.get("TORCH_INDEX") or "https://download.pytorch.org/whl/cpu"
 
 
@@ -250,6 +264,21 @@ def llama(session: nox.Session, folder: Path) -> tuple[Path, Path]:
     session.run("cmake", "-S", str(source / "vendor" / "llama.cpp"), "-B", str(build), "-G", "Ninja", *options)
     session.run("nice", "cmake", "--build", str(build), "--target", "llama", "-j", "1", external=True)
     return source, build / "bin"
+
+
+@nox.session(python="3.11", default=False)
+def clients(session: nox.Session) -> None:
+    """LiteRT-LM's own command line and server, as people install them, on the shipped model's bundle."""
+    session.run("make", "verify", external=True)
+    root, words = ROOT / "artifacts" / "tiny-gemma3n", Path(session.create_tmp()) / "words.json"
+    python(session, "-m", "tools.clients", str(root), str(words))
+    session.install("--require-hashes", "--only-binary=:all:", "-r", "locks/clients.txt")
+    told = {
+        "WORDS": str(words),
+        "BUNDLE": str(root / "bundle" / "int8.litertlm"),
+        "LITERT_LM": f"{session.bin}/litert-lm",
+    }
+    session.run("python", "-m", "pytest", "tests/clients", *session.posargs, env=told)
 
 
 @nox.session(venv_backend="none", default=False)

@@ -26,6 +26,7 @@ NAMES = (
     "publish",
     "sign",
     "tensorflow",
+    "clients",
     "material",
     "stock",
     "rival",
