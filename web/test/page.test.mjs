@@ -74,22 +74,27 @@ function worked(page, kind, requests) {
   );
 }
 
-/** Hold logits against the interpreter's: how many rows, the largest difference, the mean divergence (nats), top-1. */
+/** Logits that differ by no more are those of kernels that rounded each activation alike: as in tools/browser.py. */
+const ALIKE = 1e-5;
+
+/** Hold logits against the interpreter's: how many rows, how far apart, how many alike, divergence (nats), top-1. */
 function held(cases, found) {
-  const sums = { positions: 0, most: 0, kld: 0, same: 0 };
+  const sums = { positions: 0, most: 0, alike: 0, kld: 0, same: 0 };
   cases.forEach(({ rows }, place) => {
     rows.forEach((row, step) => {
       const other = Array.from(Object.values(found[place].rows[step]));
       assert.equal(other.length, row.length);
       const [left, right] = [logProbabilities(row), logProbabilities(other)];
       sums.positions += 1;
-      sums.most = Math.max(sums.most, ...row.map((value, token) => Math.abs(value - other[token])));
+      const apart = Math.max(...row.map((value, token) => Math.abs(value - other[token])));
+      sums.most = Math.max(sums.most, apart);
+      sums.alike += apart <= ALIKE;
       sums.kld += left.reduce((sum, value, token) => sum + Math.exp(value) * (value - right[token]), 0);
       sums.same += best(row) === best(other);
     });
   });
-  const { positions, most, kld, same } = sums;
-  return { positions, most, kld: kld / positions, top1: same / positions };
+  const { positions, most, alike, kld, same } = sums;
+  return { positions, most, alike: alike / positions, kld: kld / positions, top1: same / positions };
 }
 
 function best(values) {
@@ -126,17 +131,68 @@ test("logits of the fp32 sections are the interpreter's: cache, positions and ma
   rmSync(copy, { recursive: true });
 });
 
-test("logits of the int8 sections are no farther from the interpreter's than its own other kernels", async () => {
+test("logits of the int8 sections are no farther from the interpreter's than another last bit puts it", async () => {
   const { context, page } = await opened();
   const found = held(expected.int8, await worked(page, "logits", expected.int8));
   measured.logits_int8 = found;
   measured.kernels = expected.kernels;
-  // An activation that rounds the other way moves all that follows it: tools/browser.py has the kernels' own noise.
-  const { kld, top1 } = expected.kernels;
-  assert.ok(found.kld <= kld, `${found.kld} nats, LiteRT's own kernels ${kld}`);
-  assert.ok(found.top1 >= top1, `top-1 ${found.top1}, LiteRT's own kernels ${top1}`);
+  measured.unsettled = expected.unsettled;
+  // An activation that rounds the other way moves all that follows it: tools/browser.py says for how little it does.
+  const farthest = (name, pick) => pick(...expected.unsettled.map((draw) => draw[name]));
+  for (const name of ["most", "kld"]) {
+    const own = farthest(name, Math.max);
+    assert.ok(found[name] <= own, `${name} ${found[name]}, with another last bit ${own}`);
+  }
+  const own = farthest("top1", Math.min);
+  assert.ok(found.top1 >= own, `top-1 ${found.top1}, with another last bit ${own}`);
   await context.close();
 });
+
+for (const precision of ["fp32", "int8"]) {
+  test(`the ${precision} step graph runs by a signature of fixed shape, and by that alone`, async () => {
+    const { signature } = expected.fixed;
+    const { file, cases } = expected.fixed[precision];
+    const copy = mkdtempSync(join(tmpdir(), "page-"));
+    cpSync(FOLDER, copy, { recursive: true });
+    cpSync(join(told("EXPECTED"), "..", file), join(copy, file));
+    const other = await serve(copy);
+    const { context, page } = await opened(other.url);
+    const found = await page.evaluate(
+      async ([file, signature, cases]) => {
+        const { loadAndCompile, loadLiteRt, Tensor } = await import("./vendor/litert.js");
+        Object.defineProperty(navigator, "gpu", { value: { requestAdapter: async () => null }, configurable: true });
+        await loadLiteRt(new URL("./wasm/", location.href).href, { threads: false });
+        const bytes = new Uint8Array(await (await fetch(file)).arrayBuffer());
+        const model = await loadAndCompile(bytes, { accelerator: "wasm" });
+        const run = async (name, { ids, mask }) => {
+          const [input_ids, attention_mask] = [ids, mask].map(
+            (row) => new Tensor(Int32Array.from(row), [1, row.length]),
+          );
+          const { logits } = await model.signatures[name].run({ input_ids, attention_mask });
+          return { rows: [Array.from(logits.toTypedArray())] };
+        };
+        const answers = [];
+        for (const row of cases) answers.push(await run(signature, row));
+        const refused = await run("serving_default", cases[0]).then(
+          () => "",
+          (error) => String(error),
+        );
+        return { answers, refused };
+      },
+      [file, signature, cases],
+    );
+    const figures = held(cases, found.answers);
+    measured[`fixed_${precision}`] = figures;
+    assert.match(found.refused, /does not match/);
+    assert.equal(figures.top1, 1);
+    if (precision === "fp32") assert.ok(figures.most <= 1e-3, `the largest difference is ${figures.most}`);
+    // Where every activation rounds alike nothing is apart; it does on texts of few tokens.
+    else assert.ok(figures.alike > 0.25, `${figures.alike} alike`);
+    await context.close();
+    other.close();
+    rmSync(copy, { recursive: true });
+  });
+}
 
 test("prompts of all conversations are LiteRT-LM's, and so are their tokens", async () => {
   const { context, page } = await opened();
