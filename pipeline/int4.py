@@ -35,9 +35,15 @@ def work(context: Context) -> Outcome:
             shapes = context.recipe.step.signatures if name == STEP else {}
             contents[name] = _write(checkpoint, file, context.folder / name, settings, hessians, shapes)
     if DECODER in graphs:
-        tables.write_tables(checkpoint, "int4", context.folder, rows.keeper(settings.keep_int8))
+        tables.write_tables(checkpoint, "int4", context.folder, _kept(settings))
     step, decoder = contents.get(STEP), contents.get(DECODER)
     return Outcome(facts=Precision(graphs=context.graphs, step=step, decoder=decoder))
+
+
+def _kept(settings: Int4) -> tables.Choice:
+    """Which tables have no 4 bits."""
+    eight, whole = rows.keeper(settings.keep_int8), rows.keeper(settings.keep_float)
+    return lambda name: "fp32" if whole(name) else "int8" if eight(name) else None
 
 
 def _write(
@@ -57,7 +63,7 @@ def _write(
     fixed.add(file, shapes)
     kept = given.check(checkpoint, build.tensor_names(checkpoint), file)
     found = readback.read_back(file)
-    facts = readback.check(found, "int4", file)
+    facts = readback.check(found, "int4", file, floats=bool(settings.keep_float))
     readback.round_trip(file)
     as_stored = f"; {kept} matrices with the checkpoint's integers and scales" if kept else ""
     log.step(f"{file.name}: {log.human_bytes(found.size)}; {found.bits_per_weight:.2f} bits per weight{as_stored}")

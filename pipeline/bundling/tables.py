@@ -7,7 +7,7 @@ by block; nothing of a table's size is ever in memory.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,13 +19,15 @@ from pipeline.checkpoint.reader import Checkpoint
 from pipeline.core.errors import QuantiseError
 from pipeline.models import architecture_of
 from pipeline.models.build import tensor_names
-from pipeline.quantize import blockwise, float16, rows
+from pipeline.quantize import blockwise, float16
 from pipeline.quantize import rows as quantize
 from pipeline.tflite import weights
 from pipeline.tflite.graph import Graph
 from pipeline.tflite.lazy import Blocks
 
 Precision = Literal["fp32", "fp16", "int8", "int4"]
+Choice = Callable[[str], Precision | None]
+"""Of a table's tensor: the precision that it has to have, if it is another one than the rest."""
 SIGNATURE, INPUT, OUTPUT = "lookup", "token_ids", "embeddings"
 _VERSIONS: dict[Precision, int] = {
     "fp32": 1,
@@ -136,11 +138,11 @@ def check(checkpoint: Checkpoint, source: Source, precision: Precision, file: Pa
 
 
 def write_tables(
-    checkpoint: Checkpoint, precision: tables.Precision, folder: Path, fine: rows.Keep = lambda name: False
+    checkpoint: Checkpoint, precision: tables.Precision, folder: Path, chosen: Choice = lambda _: None
 ) -> list[Path]:
     """Write the embedding tables that are sections of their own into `folder`, straight from the checkpoint.
 
-    Of 4-bit tables, those that `fine` names and those without whole blocks have 8 bits.
+    In `precision`, but those of which `chosen` has another; 4-bit tables without whole blocks have 8 bits.
     """
     names, written = tensor_names(checkpoint), []
     for table in architecture_of(checkpoint).tables():
@@ -148,7 +150,8 @@ def write_tables(
         file = folder / f"{table.name}.tflite"
         # As `blockwise.quantise_weights` does with the graphs' matrices.
         whole = checkpoint.tensors[source.tensor].shape[-1] % blockwise.BLOCK == 0
-        made: tables.Precision = "int8" if precision == "int4" and (fine(table.tensor) or not whole) else precision
+        wanted = chosen(table.tensor) or precision
+        made: tables.Precision = "int8" if wanted == "int4" and not whole else wanted
         tables.write(checkpoint, source, made, file)
         tables.check(checkpoint, source, made, file)
         written.append(file)

@@ -185,12 +185,14 @@ class Int4:
     """How int4 files are made, where a recipe has them.
 
     `keep_int8` are regular expressions over the names of operators (`layers.0.mlp.down_proj;`) whose weights have 8
-    bits and a scale per row; all others have 4 and a scale per 32 neighbours (quantize/blockwise.py). Of a table that
-    is the head too, the rows of `int8_tokens` have 8 bits: ranges `[first, behind the last]` of token ids, ascending
-    (quantize/row_ranges.py). `int8x2`, `equalize`, `rotate`, `rotation` and `gptq` as in `Int8`.
+    bits and a scale per row; all others have 4 and a scale per 32 neighbours (quantize/blockwise.py), but for those of
+    `keep_float`, which stay in float32. Of a table that is the head too, the rows of `int8_tokens` have 8 bits: ranges
+    `[first, behind the last]` of token ids, ascending (quantize/row_ranges.py). `int8x2`, `equalize`, `rotate`,
+    `rotation` and `gptq` as in `Int8`.
     """
 
     keep_int8: tuple[toml.Pattern, ...] = ()
+    keep_float: tuple[toml.Pattern, ...] = ()
     int8_tokens: tuple[tuple[toml.Index, toml.Index], ...] = field(default=(), metadata={"was": "wide_tokens"})
     int8x2: tuple[toml.Pattern, ...] = field(default=(), metadata={"was": "two_rows"})
     equalize: float = field(default=0.0, metadata={"was": "fold"})

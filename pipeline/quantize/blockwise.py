@@ -50,11 +50,12 @@ def quantise_weights(
     keep_int8: quantize.Keep,
     rounding: quantize.Rounding = quantize.to_nearest,
     int8_buffers: Collection[int] = (),
+    keep_float: quantize.Keep = lambda _: False,
 ) -> None:
     """4-bit tables and weights of linear layers; 8-bit ones, a scale per row, where `keep_int8` names the operator.
 
     So have the constants in `int8_buffers` (row_ranges.py), and rows that can't be cut into blocks. Linear layers
-    quantise their input while they run.
+    quantise their input while they run. What `keep_float` names stays as it is, in float32.
     """
     for view in graph.views():
         for operator in view.operators():
@@ -62,6 +63,8 @@ def quantise_weights(
             if code not in (quantize.LINEAR, quantize.LOOKUP) or not view.is_constant(weight):
                 continue
             view.opcode(code, quantize.LINEAR_VERSION if code == quantize.LINEAR else LOOKUP_VERSION)
+            if view.type_of(weight) == "FLOAT32" and keep_float(quantize.layer_name(view, operator)):
+                continue
             if code == quantize.LINEAR:
                 operator.builtinOptions.asymmetricQuantizeInputs = True  # else the built-in kernels take another step
             if view.type_of(weight) == "FLOAT32":

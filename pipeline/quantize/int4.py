@@ -20,6 +20,7 @@ def make_int4(graph: Graph, int4: Int4, hessians: gptq.Hessians | None = None) -
     # One where they are tied: both have a row per token.
     for matrix in sorted({EMBEDDING, HEAD} - kept) if int4.int8_tokens else ():
         frequent |= row_ranges.split_rows(graph, matrix, int4.int8_tokens)
-    blockwise.quantise_weights(graph, rows.keeper(int4.keep_int8), rounding, frequent)
+    eight, whole = rows.keeper(int4.keep_int8), rows.keeper(int4.keep_float)
+    blockwise.quantise_weights(graph, eight, rounding, frequent, whole)
     # Last: whether a layer takes two rows or two products depends on the bits of its weights.
     int8x2.split_inputs(graph, rows.keeper(int4.int8x2))

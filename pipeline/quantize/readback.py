@@ -258,11 +258,12 @@ def _computes_in_float(graph: Graph, operator: Operator) -> bool:
     return "FLOAT32" in types and not hybrid
 
 
-def check(contents: ReadBack, target: Target, file: Path) -> Contents:
+def check(contents: ReadBack, target: Target, file: Path, *, floats: bool = False) -> Contents:
     """Make sure that a file is what it was to become, and return what the manifest says of it.
 
     `integer_share` counts a static file's products with integer activations only, a dynamic file's hybrid ones too.
-    `float_products` are the largest of the others by name, with their share; a static file's head is one of them.
+    `float_products` are the largest of the others by name, with their share; a static file's head is one of them. With
+    `floats` the recipe leaves what it will in float32: then 4 bits alone are asked for.
 
     Raises:
         QuantiseError: too few weights have the type, a table is of another, or too few products are integer.
@@ -273,16 +274,16 @@ def check(contents: ReadBack, target: Target, file: Path) -> Contents:
     kinds: tuple[Arithmetic, ...] = ("integer",) if target in _STATIC else ("integer", "hybrid")
     integer, linear = contents.share(*kinds), contents.share(*kinds, weights_only=True)
     wrong = []
-    if share < _LEAST_WEIGHTS:
+    if share < _LEAST_WEIGHTS and not floats:
         types = ", ".join(f"{value:.1%} {kind.lower()}" for kind, value in sorted(contents.shares.items()))
         wrong.append(f"its weights are {types}")
     if target == "int4" and contents.shares.get("INT4", 0.0) < _LEAST_FOUR_BITS:
         wrong.append(f"only {contents.shares.get('INT4', 0.0):.1%} of its weights have 4 bits")
     # A table is half of a small model and no product, so shares of products would not show it.
-    if set(contents.tables) - {*wanted}:
+    if set(contents.tables) - {*wanted} and not floats:
         wrong.append(f"its embedding tables are {', '.join(sorted({t.lower() for t in contents.tables}))}")
     # Of weights' products alone: attention over a long sequence outweighs them, and stays float where it has to.
-    if target != "fp16" and linear < _LEAST_INTEGER:
+    if target != "fp16" and linear < _LEAST_INTEGER and not floats:
         wrong.append(f"only {linear:.1%} of the multiply-adds with its weights are integer")
     if wrong:
         raise QuantiseError(

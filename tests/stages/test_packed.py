@@ -48,11 +48,14 @@ class Packed:
         self.line = made_int4(folder, self.model, built, 'rotate = ["."]\nequalize = 0.5\n')
 
 
-def made_int4(folder: Path, model: Path, built: Line, more: str, int8x2: str = "down_proj") -> Line:
-    """int4 of `model`, with `more` in the recipe's section and 8 bits for all that is not packed."""
-    eight = ("embed_tokens", "embed_tokens_per_layer", "altup", "per_layer_model_projection", "head")
+def made_int4(
+    folder: Path, model: Path, built: Line, more: str, int8x2: str = "down_proj", *, floats: bool = False
+) -> Line:
+    """int4 of `model`, with `more` in the recipe's section; what is not packed has 8 bits, or stays in `floats`."""
+    others = ("embed_tokens", "embed_tokens_per_layer", "altup", "per_layer_model_projection", "head")
+    rest = 'keep_float = ["."]' if floats else f"keep_int8 = {json.dumps(others)}"
     changes = {
-        f"keep_int8 = {json.dumps(eight[2:4])}": f"{more}keep_int8 = {json.dumps(eight)}",
+        f"keep_int8 = {json.dumps(others[2:4])}": f"{more}{rest}",
         "int8_tokens = [[0, 512], [1792, 2048]] # of the shipped model's 2,048\n": "",
         'int8x2 = ["down_proj"]': f'int8x2 = ["{int8x2}"]',
     }
@@ -130,6 +133,17 @@ def test_with_activations_in_two_terms_nothing_else_is_left(packed: Packed, buil
     save_file(tensors, rounded / "model.safetensors", metadata={"format": "pt"})
     assert nmse(found, logits(rounded)[:, -1]) < 1e-6
     assert nmse(found, logits(packed.floats)[:, -1]) > 1e-4
+
+
+@pytest.mark.parametrize("packed", GROUPS[:1], indirect=True)
+def test_with_the_rest_in_float_the_file_is_transformers_model(packed: Packed, built: Line, tmp_path: Path) -> None:
+    line = made_int4(tmp_path, packed.model, built, "", ".", floats=True)
+    found = StepModel(line.root / "int4" / STEP).logits(IDS, np.ones_like(IDS))
+    error = nmse(found, logits(packed.floats)[:, -1])
+    print(f"NMSE {error:.1e}")
+    assert error < 1e-6
+    tables = [Graph.read(line.root / "int4" / f"{name}.tflite") for name in ("embedder", "per_layer_embedder")]
+    assert all("FLOAT32" in {t.type_of(i) for i in range(len(t.main.tensors)) if t.name(i) == "table"} for t in tables)
 
 
 def nmse(found: np.ndarray, expected: np.ndarray) -> float:
