@@ -76,6 +76,7 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
     "0.3b": COMMON | _layers(5, 4096, 0) | {"vocab_size": 32_768, "vocab_size_per_layer_input": 32_768},
     "e2b": COMMON | _layers(30, 8192, 10),
     "e4b": COMMON | _layers(35, 16_384, 15),
+    "e4b-10": COMMON | _layers(10, 16_384, 5),
     "gemma4-e2b": GEMMA4
     | {
         "hidden_size": 1536,

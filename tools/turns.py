@@ -1,6 +1,9 @@
 """What a build of the shipped model takes, before and now: processor time of each stage, in turns on one machine.
 
-    python -m tools.turns COMMIT [--targets graph verify]
+    python -m tools.turns COMMIT [--targets graph verify] [--wide]
+
+`--wide`: what judging a model of E4B's widths takes, of ten layers with random weights: golden and verify of its int8
+bundle, by the shipped recipe cut as in bench_large; 25 minutes and 25 GB of disk.
 
 A target of Make's after the other and in turns, so that what else the machine does falls on both. Processor time is
 that of all processes that a target starts. A source whose lock is this project's is built in its environment; one with
@@ -24,13 +27,21 @@ from pathlib import Path
 from pipeline.core import log, parallel
 from pipeline.core.recipe import PROJECT
 from pipeline.runtime.litert import processor
-from tools import tables
+from tools import make_random_checkpoint, tables
+from tools.bench_large import CHANGES
+from tools.make_random_checkpoint import GEOMETRIES
 from tools.tables import Column, Measured, Row, Table, Value
 
 TARGETS = ("fetch", "golden", "graph", "fp32", "fp16", "int8", "int8-static", "bundle", "verify", "publish")
 BEFORE = "a482e11"
 """The source of which `make` took 16 minutes."""
+WIDE, UNJUDGED = "e4b-10", (("fetch",), ("graph",), ("int8",), ("bundle",))
+JUDGED = (("golden", "--weights", "streamed"), ("verify",))
+"""The model of E4B's widths, its stages without figures, and those with."""
 _COLUMNS = ("before", "now")
+_TABLE = ("Processor time of a build of the shipped model", 10, "`python -m tools.turns`")
+_WIDE_TABLE = ("Processor time of judging a model of E4B's widths", 12, "`python -m tools.turns --wide`")
+"""Title, place on the page, command."""
 
 
 def clone(commit: str, folder: Path) -> Path:
@@ -71,9 +82,12 @@ def make(source: Path, target: str, artifacts: Path) -> float:
     Raises:
         subprocess.CalledProcessError: it failed; it has said why.
     """
+    return _run(source, ["make", "--old-file=.venv/.ready", target, f"ARTIFACTS={artifacts}"])
+
+
+def _run(source: Path, command: Sequence[str | Path]) -> float:
     before = _children()
     environment = os.environ | {"PYTHONPATH": ""}  # the source's own modules, and no others
-    command = ["make", "--old-file=.venv/.ready", target, f"ARTIFACTS={artifacts}"]
     subprocess.run(command, cwd=source, env=environment, check=True)
     return _children() - before
 
@@ -96,19 +110,52 @@ def measure(commit: str, targets: Sequence[str]) -> dict[str, tuple[float, float
     return found
 
 
-def table(commit: str, found: Mapping[str, tuple[float, float]]) -> Table:
+def measure_wide(commit: str) -> dict[str, tuple[float, float]]:
+    """Processor seconds of golden and verify of a model of E4B's widths at `commit` and now."""
+    found: dict[str, tuple[float, float]] = {}
+    (PROJECT / "artifacts").mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=PROJECT / "artifacts") as scratch:  # too much for many a /tmp
+        folder = Path(scratch)
+        sources = clone(commit, folder / "before"), clone("HEAD", folder / "now")
+        checkpoint = make_random_checkpoint.make(GEOMETRIES[WIDE], folder / WIDE)
+        for stage, *options in (*UNJUDGED, *JUDGED):
+            before, now = (_stage(source, checkpoint, stage, options) for source in sources)
+            found[stage] = before, now
+    return {stage: found[stage] for stage, *_ in JUDGED}
+
+
+def _stage(source: Path, checkpoint: Path, name: str, options: Sequence[str]) -> float:
+    recipe = source / "cut.toml"
+    text = (source / "pipeline" / "recipes" / "gemma3n.toml").read_text(encoding="utf-8")
+    for line, other in CHANGES.items():
+        text = text.replace(line, other)
+    recipe.write_text(text, encoding="utf-8")
+    where: list[str | Path] = [
+        "--model-id",
+        checkpoint,
+        "--artifacts",
+        source / "artifacts",
+        "--recipe",
+        recipe,
+        "--graphs",
+        "bundle",
+    ]
+    return _run(source, [source / ".venv" / "bin" / "python", "-m", f"pipeline.{name}", *where, *options])
+
+
+def table(commit: str, found: Mapping[str, tuple[float, float]], title: str, place: int, command: str) -> Table:
     """The figures as a table of the page: each target, and all together."""
     columns = {name: Column(unit="s", digits=".1f") for name in _COLUMNS} | {"now / before": Column(digits=".2f")}
     sums = tuple(sum(pair[place] for pair in found.values()) for place in (0, 1))
     rows = {**found, "together": sums}
     return Table(
-        title="Processor time of a build of the shipped model",
+        title=title,
         about=f"At commit {commit} and now, a target after the other and in turns; processes of their own included.",
-        place=10,
+        place=place,
         columns=columns,
         measured=Measured(
             date=time.strftime("%Y-%m-%d"),
-            command="`python -m tools.turns`",
+            command=command,
             machine=f"{parallel.threads()} threads ({processor()})",
         ),
         rows=tuple(
@@ -125,15 +172,18 @@ def table(commit: str, found: Mapping[str, tuple[float, float]]) -> Table:
     )
 
 
-def report(commit: str, targets: Sequence[str]) -> None:
-    """Measure and say it; of all targets the table goes to `bench/`."""
-    made = table(commit, measure(commit, targets))
+def report(commit: str, targets: Sequence[str], *, wide: bool = False) -> None:
+    """Measure and say it; of all targets, and of the wide model, the table goes to `bench/`."""
+    if wide:
+        made = table(commit, measure_wide(commit), *_WIDE_TABLE)
+    else:
+        made = table(commit, measure(commit, targets), *_TABLE)
     for row in made.rows:
         log.line(
             f"{row.name:12} " + "  ".join(made.columns[key].text(value.value) for key, value in row.values.items())
         )
-    if tuple(targets) == TARGETS:
-        tables.write_all({"turns": made})
+    if wide or tuple(targets) == TARGETS:
+        tables.write_all({"turns_wide" if wide else "turns": made})
 
 
 def main() -> int:
@@ -141,8 +191,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("commit", nargs="?", default=BEFORE, help="what to hold this source against (%(default)s)")
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), help="default: all, in order")
+    parser.add_argument("--wide", action="store_true", help="golden and verify of a model of E4B's widths instead")
     arguments = parser.parse_args()
-    report(arguments.commit, arguments.targets)
+    report(arguments.commit, arguments.targets, wide=arguments.wide)
     return 0
 
 
