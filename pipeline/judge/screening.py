@@ -14,15 +14,31 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from pipeline.core import parallel
+from pipeline.judge import corpus
 from pipeline.judge.metrics import Doubles
 from pipeline.judge.reference import Head, widened
 
 Floats = NDArray[np.float32]
 
+_LOT, _LOTS = 16, 4
+"""Windows of a lot, lots at most. Windows differ more than a window's positions do: half as many windows with twice the
+positions each have an interval that is twice as wide (Gemma 3 270M)."""
+_PRODUCTS = 10**13
+"""Parameters times tokens that the reference reads, if one lot has no more: some two minutes on two cores."""
 _BLOCK = 1 << 22
 """Head elements that a thread widens at a time (16 MiB)."""
 _CHUNK = 1 << 19
 """Logits that a thread compares at a time: 2 MiB per copy."""
+
+
+def judged_in(window: int) -> int:
+    """How many positions of a window of so many tokens are judged."""
+    return min(corpus.POSITIONS_PER_WINDOW, window - 1)
+
+
+def lots(parameters: int, window: int) -> tuple[int, ...]:
+    """The windows of each lot that a model of so many parameters is judged on: fewer lots for larger models."""
+    return (_LOT,) * max(1, min(_LOTS, _PRODUCTS // (parameters * window * _LOT)))
 
 
 @dataclass(frozen=True)

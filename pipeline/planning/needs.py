@@ -18,7 +18,7 @@ from pathlib import Path
 from pipeline.core import memory
 from pipeline.core.graph import makeable
 from pipeline.core.recipe import BASELINE, DECODER, SECTION_LIMIT, STEP
-from pipeline.judge import corpus
+from pipeline.judge import corpus, screening
 from pipeline.models import sizes
 from pipeline.planning.model import Model
 from pipeline.planning.speed import REFERENCE, Speed
@@ -35,9 +35,9 @@ _FLOPS = 1.2e11
 """Multiply-adds per second of a float32 forward on two cores, counted twice as is usual."""
 _INTEGER_FLOPS = 4e11
 """The same of an int8 file in LiteRT."""
-_LADDER, _BESIDE = 64, 2.5
-"""Windows that the ladder of int8 reads where a limit is near: all its lots (search/ladder.py). And what it takes over
-the time of its products: weights laid out and packed, probabilities over the vocabulary."""
+_BESIDE = 2.5
+"""What the ladder of int8 takes over the time of its products: weights laid out and packed, probabilities over the
+vocabulary."""
 _IMPORTS = 4.0
 """Seconds until torch and transformers are there."""
 _READ = 1.5e9
@@ -244,20 +244,24 @@ def _filled(model: Model, precision: str, *, sections: bool = True) -> Need:
 
 
 def _int8(model: Model) -> Need:
-    """As the other files; with a ladder, its first rung is run on some text, and so is the reference, streamed."""
+    """As the other files; with a ladder, its first rung is run on some text, all lots of it, as where a limit is near.
+
+    So is the reference, streamed, unless stage moments has done it.
+    """
     filled, recipe = _filled(model, "int8"), model.recipe
     if not recipe.int8.climbs:
         return filled
-    tokens = _LADDER * recipe.corpus.window
-    run = 2 * tokens * _read_by_tokens(model) * (1 / _FLOPS + 1 / _INTEGER_FLOPS)
-    judged = _LADDER * corpus.POSITIONS_PER_WINDOW
+    window, asked = recipe.corpus.window, not recipe.int8.gptq
+    windows = sum(screening.lots(model.facts.parameters, window))
+    run = 2 * windows * window * _read_by_tokens(model) * (asked / _FLOPS + 1 / _INTEGER_FLOPS)
+    judged = windows * screening.judged_in(window)
     table = 2 * judged * math.prod(model.table) * (1 / _FLOPS + 1 / _INTEGER_FLOPS)
-    logits = min(judged * model.table[0], 1 << 23)  # that are there at a time
+    logits = min(judged * model.table[0], 1 << 24)  # that are there at a time
     # The graph of chosen positions, and its weights as XNNPACK packs them.
     written, layers = 2 * model.multiplied, sizes.layers(model.shapes)
     return replace(
         filled,
-        memory=max(filled.memory, _streamed(model), 0.25 * _GIB + 0.018 * _GIB * layers + 24 * logits),
+        memory=max(filled.memory, asked * _streamed(model), 0.25 * _GIB + 0.018 * _GIB * layers + 24 * logits),
         work=filled.work + Work(calls=_IMPORTS, products=_BESIDE * (run + table)) + _written(written),
         scratch=filled.scratch + written,
     )

@@ -42,11 +42,6 @@ _STRENGTH, _FEW, _ALL = 0.5, (Pattern("down_proj"), Pattern("head")), (Pattern("
 """Of equalization; the layers whose activations cost most in Gemma 3; all layers."""
 _STATES = 1024 * 640
 """Numbers of hidden states that the reference reads at once: a pass takes time of its own, and activations memory."""
-_LOT, _LOTS = 16, 4
-"""Windows of a lot, lots at most. Windows differ more than a window's positions do: half as many windows with twice the
-positions each have an interval that is twice as wide (Gemma 3 270M)."""
-_PRODUCTS = 10**13
-"""Parameters times tokens that the reference reads, if one lot has no more: some two minutes on two cores."""
 _LOGITS = 1 << 24
 """Logits of a rung that are there at a time, and of the reference (64 MiB each), for which its head is widened."""
 
@@ -229,17 +224,9 @@ class Maker:
         if not source.is_file():
             build.export_step(self.checkpoint, StepLimits(max_batch=8, max_sequence=max(128, window)), source)
         write(self.checkpoint, source, file, section, self.hessians)
-        return at_positions(file, scratch / "at-positions.tflite", window, judged_in(window), 1 / cap if cap else 1.0)
-
-
-def judged_in(window: int) -> int:
-    """How many positions of a window of so many tokens are judged."""
-    return min(corpus.POSITIONS_PER_WINDOW, window - 1)
-
-
-def lots(parameters: int, window: int) -> tuple[int, ...]:
-    """The windows of each lot that a model of so many parameters is judged on: fewer lots for larger models."""
-    return (_LOT,) * max(1, min(_LOTS, _PRODUCTS // (parameters * window * _LOT)))
+        return at_positions(
+            file, scratch / "at-positions.tflite", window, screening.judged_in(window), 1 / cap if cap else 1.0
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,7 +246,7 @@ class Text:
     @classmethod
     def of(cls, text: Path, window: int, reference: Reference, checkpoint: Checkpoint, parameters: int) -> Text:
         """As much of the file `text` as a model of so many parameters is judged on."""
-        found = lots(parameters, window)
+        found = screening.lots(parameters, window)
         windows = corpus.calibration_windows(text, reference.tokenizer, window, sum(found))
         head = Head.of_checkpoint(checkpoint.folder, reference.cap)
         return cls(windows=windows, lots=found, hidden=lambda ids: reference.hidden(ids, np.ones_like(ids)), head=head)
@@ -269,7 +256,7 @@ class Text:
         """As `of`, as far as the reference has read it for stage moments, whose `folder` it is."""
         kept = Kept(folder)
         available, window = kept.windows.shape
-        found = lots(parameters, window)
+        found = screening.lots(parameters, window)
         count = min(available, sum(found))
         windows = kept.windows[np.arange(count) * available // count]
         return cls(windows=windows, lots=found, hidden=kept.hidden, head=head)
@@ -283,7 +270,7 @@ class Text:
         rows = self.rows(lot)
         if lot not in self.known:
             count, window = rows.shape
-            spread = corpus.spread_positions(count, window, count * judged_in(window))
+            spread = corpus.spread_positions(count, window, count * screening.judged_in(window))
             # Of the states only those of judged positions are kept.
             few = max(1, _STATES // (self.head.weight.shape[1] * window))
             parts = (rows[start : start + few] for start in range(0, count, few))

@@ -13,7 +13,7 @@ from pipeline.core import facts
 from pipeline.core.errors import UsageError
 from pipeline.core.recipe import RECIPES, Gate, Int8, load
 from pipeline.core.toml import Pattern
-from pipeline.judge import metrics
+from pipeline.judge import metrics, screening
 from pipeline.judge.reference import Head
 from pipeline.quantize import hessians
 from pipeline.search import ladder
@@ -153,7 +153,9 @@ def test_lots_of_text_are_disjoint_and_spread() -> None:
 
 
 def test_large_models_are_judged_on_fewer_lots() -> None:
-    found = {size: ladder.lots(size, 128) for size in (2 * 10**6, 268 * 10**6, 1_700 * 10**6, 4_460 * 10**6, 7 * 10**9)}
+    found = {
+        size: screening.lots(size, 128) for size in (2 * 10**6, 268 * 10**6, 1_700 * 10**6, 4_460 * 10**6, 7 * 10**9)
+    }
     assert [len(lots) for lots in found.values()] == [4, 4, 2, 1, 1] and all(
         set(lots) == {16} for lots in found.values()
     )
