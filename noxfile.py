@@ -204,6 +204,8 @@ def large_adapter(session: nox.Session) -> None:
 def rival(session: nox.Session) -> None:
     """The int8 bundle of Gemma 3 270M, or of `-- smollm2`, beside llama.cpp's Q8_0: half an hour the first time.
 
+    `-- smollm2-growing`: with a cache that grows with the conversation.
+
     Builds llama.cpp from source, which needs a C++ compiler. What was built stays in artifacts/rival and is used again.
     """
     session.install("--require-hashes", "--only-binary=:all:", "-r", "locks/rival.txt")
@@ -211,10 +213,14 @@ def rival(session: nox.Session) -> None:
     source, library = llama(session, folder)
     name, options = real_model(session)
     checkpoint = real_checkpoint(session, name, folder)
-    settings = [f"MODEL_ID={checkpoint}", f"ARTIFACTS={folder}/made"]
+    made = folder / f"made-{name}"
+    made.mkdir(exist_ok=True)
+    command = (str(BIN / "python"), "-m", "tools.real_models", name, str(made))
+    recipe = str(session.run(*command, external=True, silent=True)).strip()
+    settings = [f"MODEL_ID={checkpoint}", f"ARTIFACTS={made}", f"RECIPE={recipe}"]
     session.run("make", "golden", "bundle", "GRAPHS=bundle", *settings, external=True)
     tools = ("--source", str(source), "--library", str(library), "--python", str(Path(session.bin) / "python"))
-    python(session, "-m", "tools.rival", str(folder / "made" / checkpoint.name), "--model", name, *tools, *options)
+    python(session, "-m", "tools.rival", str(made / checkpoint.name), "--model", name, *tools, *options)
 
 
 @nox.session(python="3.11", default=False)
@@ -236,6 +242,7 @@ def real_model(session: nox.Session) -> tuple[str, list[str]]:
 
 def real_checkpoint(session: nox.Session, name: str, folder: Path) -> Path:
     """A real model's checkpoint in `folder`, made unless it is there."""
+    name = name.partition("-")[0]  # behind it stands what is changed in the recipe
     checkpoint = folder / {"gemma3": "gemma3-270m", "smollm2": "smollm2-135m"}[name]
     if not (checkpoint / "config.json").is_file():  # which is written last
         if name == "smollm2":

@@ -52,7 +52,8 @@ def measure(name: str, checkpoint: Path, folder: Path, rounds: int, builds: int 
         builds: how often each is built.
     """
     same = {"prefill = [32, 128]": f"prefill = [{TOKENS}]"}  # the signatures that the stock exporter is asked for
-    recipe = bench_stages.changed_recipe(REAL_MODELS[name].recipe, folder, bench_stages.INT8_ALONE | UNJUDGED | same)
+    changes = {**REAL_MODELS[name].changes, **bench_stages.INT8_ALONE, **UNJUDGED, **same}
+    recipe = bench_stages.changed_recipe(REAL_MODELS[name].recipe, folder, changes)
     cache = load(recipe).bundle.cache_length
     root, made = folder / checkpoint.name, folder / "by-stock"
     stock, taken, exported = environment("stock", folder), list[Taken](), list[dict[str, Any]]()
