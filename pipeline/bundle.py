@@ -36,7 +36,7 @@ def work(context: Context) -> Outcome:
     heard = {Path(record.path).stem: context.root / record.path for record in towers.outputs} if towers else {}
     text = [name for name in metadata.sections if name not in heard]
     bundles: dict[str, Bundle] = {}
-    for precision in context.recipe.bundle.precisions:
+    for precision in context.recipe.bundle.built:
         made, out = context.upstream[precision], context.folder / f"{precision}.litertlm"
         models = {name: context.root / made.output(f"{name}.tflite").path for name in text}
         stored, weight_bytes = readback.stored_weights(models.values())

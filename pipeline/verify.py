@@ -4,8 +4,8 @@ Two gates. The fp32 files are held against Hugging Face (a fault of the conversi
 that of fp32 (what precision costs shows), on whole prompts. Bundles are all held against Hugging Face, whose equal the
 fp32 one has to be: through the cache, section by section, and whole in LiteRT-LM, whose text must be Hugging Face's. A
 required file that misses a limit fails the stage with exit code 8, leaves no manifest, and leaves the report for the
-reader. The int8 scheme that the recipe did not choose is judged in the same way and may fail: it is marked as not fit
-to publish.
+reader. The int8 scheme that the recipe did not choose is judged in the same way and may fail, as may precisions that
+the recipe calls optional: they are marked as not fit to publish.
 
 `judgement.json` is the same from run to run, and so is `tensors.json`: where each tensor of a judged file stands, and
 its sha256. `report.json` and `report.html` add timings, machine and date.
@@ -31,7 +31,7 @@ from pipeline.judge import bundles, corpus, steps
 from pipeline.judge.reference import Head, Reference
 from pipeline.judge.steps import Verdict
 from pipeline.judge.verdicts import judge_bundles, judge_steps, judged_files
-from pipeline.report.judgement import refuse_failed, required_checks, summarise, write_report
+from pipeline.report.judgement import checks_of, is_required, refuse_failed, summarise, write_report
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,13 +72,14 @@ def work(context: Context) -> Outcome:
     tensors = constants.digests(judged_files(context, variants))
     manifest.write_atomically(context.folder / "tensors.json", manifest.dump_json(tensors))
     made = context.upstream["int8"].told(facts.Precision).climbed if "int8" in context.upstream else None
-    refuse_failed([*verdicts, *bundle_verdicts], context.folder, made.shortfall if made else "")
+    judged: list[Verdict | bundles.Verdict] = [*verdicts, *bundle_verdicts]
+    refuse_failed(context, judged, made.shortfall if made else "")
     return Outcome(
         facts=facts.Verify(
             passed=True,
-            checks=len(required_checks(verdicts, bundle_verdicts)),
-            fit=tuple(item.subject.name for item in (*verdicts, *bundle_verdicts) if item.fit),
-            not_fit=tuple(item.subject.name for item in (*verdicts, *bundle_verdicts) if not item.fit),
+            checks=len(checks_of(item for item in judged if is_required(context, item))),
+            fit=tuple(item.subject.name for item in judged if item.fit),
+            not_fit=tuple(item.subject.name for item in judged if not item.fit),
         )
     )
 

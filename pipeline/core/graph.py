@@ -38,7 +38,7 @@ class Choice:
     @property
     def bundles(self) -> tuple[str, ...]:
         """Precisions that become bundles."""
-        return self.recipe.bundle.precisions if self.graphs != "step" else ()
+        return self.recipe.bundle.built if self.graphs != "step" else ()
 
     @property
     def alternative(self) -> str:

@@ -83,8 +83,22 @@ class Script(TypedDict):
     kld_ratio: Estimate | None
 
 
+class Phone(TypedDict):
+    """What a bundle asks of a phone: bytes of the cache, tokens of a conversation, bytes of its models' `sections`.
+
+    `activation_type` is what it asks a GPU to compute in; empty where that is left to the app.
+    """
+
+    cache: int
+    tokens: int
+    sections: list[int]
+    activation_type: str
+
+
 class Bundle(File):
     """A bundle; `prompts` is null of a model without a chat template. `scripts` are by name, none of fp32."""
+
+    phone: NotRequired[Phone]
 
     scripts: dict[str, Script]
     token_ids: Tally
@@ -100,10 +114,14 @@ class Loss(TypedDict):
 
 
 class Judgement(TypedDict):
-    """`judgement.json`; `order` names the step graphs as they were judged, `fixed` their fixed shapes."""
+    """`judgement.json`; `order` names the step graphs as they were judged, `fixed` their fixed shapes.
+
+    `alternative_checks` are those of files that need not pass.
+    """
 
     passed: bool
     checks: list[Check]
+    alternative_checks: list[Check]
     order: list[str]
     variants: dict[str, Variant]
     bundles: dict[str, Bundle]

@@ -66,7 +66,8 @@ class Bundle:
     have `positions` predictions (where left out: none). It holds LiteRT-LM's greedy text of `continuation` tokens after
     each of `prompts` prompts against Hugging Face's. Some weights of a model of more than `section_limit` bytes stand
     in a section of their own, and a model that can't be divided so is refused; where left out, at `SECTION_LIMIT`, it
-    stays whole instead.
+    stays whole instead. Of `optional` precisions there are bundles besides, which may miss their limits: then
+    they are not published, and all others are. Their step graphs are not judged.
     """
 
     cache_length: int
@@ -78,6 +79,12 @@ class Bundle:
     positions: int = 0
     cache: CacheKind = "static"
     section_limit: toml.Size | None = None
+    optional: tuple[BundlePrecision, ...] = ()
+
+    @property
+    def built(self) -> tuple[BundlePrecision, ...]:
+        """All precisions that become bundles."""
+        return (*self.precisions, *self.optional)
 
     @property
     def grows(self) -> bool:
@@ -312,8 +319,11 @@ def parse(data: bytes, file: Path | str) -> Recipe:
         for name, size in (("int8", recipe.int8.rotation), ("int4", recipe.int4.rotation if recipe.int4 else 1)):
             if size & (size - 1):
                 raise ValueError(f"`{name}.rotation` is {size}, which is no power of two")
-        if "int4" in recipe.bundle.precisions and not recipe.int4:
-            raise ValueError("`bundle.precisions` names int4, and there is no `int4` section to say how it is made")
+        if twice := set(recipe.bundle.precisions) & set(recipe.bundle.optional):
+            raise ValueError(f"`bundle.optional` names {min(twice)}, which `bundle.precisions` names already")
+        if "int4" in recipe.bundle.built and not recipe.int4:
+            key = "precisions" if "int4" in recipe.bundle.precisions else "optional"
+            raise ValueError(f"`bundle.{key}` names int4, and there is no `int4` section to say how it is made")
         for shape, (batch, sequence) in zip(recipe.step.fixed, recipe.step.signatures.values(), strict=True):
             if batch > recipe.step.max_batch or sequence > recipe.step.max_sequence:
                 raise ValueError(f"`step.fixed` names {shape}, beyond `step.max_batch` or `step.max_sequence`")

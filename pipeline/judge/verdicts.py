@@ -97,7 +97,7 @@ def judge_bundles(
             scripts=recipe.corpus.scripts,
         )
         verdicts: list[bundles.Verdict] = []
-        for precision in sorted(recipe.bundle.precisions, key=lambda name: name != BASELINE):
+        for precision in sorted(recipe.bundle.built, key=lambda name: name != BASELINE):
             subject = _bundle(context, precision)
             log.step(f"judging {subject.name} ({log.human_bytes(subject.record.size)})")
             verdict = bundles.judge(subject, setting)
@@ -137,7 +137,7 @@ def _bundle(context: Context, precision: str) -> bundles.Subject:
 def judged_files(context: Context, variants: Sequence[str]) -> dict[str, Path]:
     """Every judged file, the step graphs of `variants` first, by its path in the model's folder."""
     step_files = [f"{name}/{STEP}" for name in variants] if context.graphs != "bundle" else []
-    bundled = context.recipe.bundle.precisions if context.graphs != "step" else ()
+    bundled = context.recipe.bundle.built if context.graphs != "step" else ()
     return {path: context.root / path for path in (*step_files, *(f"bundle/{name}.litertlm" for name in bundled))}
 
 

@@ -68,7 +68,7 @@ class Model:
     @property
     def bundles(self) -> Sequence[str]:
         """Precisions that become bundles."""
-        return self.recipe.bundle.precisions if self.graphs != "step" else ()
+        return self.recipe.bundle.built if self.graphs != "step" else ()
 
     @property
     def table(self) -> tuple[int, int]:

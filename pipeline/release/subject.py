@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from pipeline.core.facts import Bundle, Fetch
+from pipeline.core import log
+from pipeline.core.facts import Bundle, Fetch, Verify
 from pipeline.core.manifest import Manifest
 from pipeline.core.recipe import STEP
 from pipeline.core.stage import Context
@@ -20,11 +21,25 @@ def products_of(context: Context) -> list[Product]:
     """Bundles of the recipe's precisions, and step graphs in three and in int4 if the recipe names it, as wanted."""
     found: list[Product] = []
     if context.graphs != "step":
-        found += [_bundle(context, precision) for precision in context.recipe.bundle.precisions]
+        found += [_bundle(context, precision) for precision in context.recipe.bundle.built]
     if context.graphs != "bundle":
         named = [name for name in PRECISIONS if name != "int4" or name in context.recipe.bundle.precisions]
         found += [_step(context, precision) for precision in named]
-    return found
+    missed = _missed(context)
+    for product in found:
+        if product.variant in missed:
+            log.warn(f"{product.variant} misses a limit, and is not published: see the report")
+    return [product for product in found if product.variant not in missed]
+
+
+def _missed(context: Context) -> set[str]:
+    """The optional bundles that are not good enough."""
+    names = {f"bundle-{precision}" for precision in context.recipe.bundle.optional}
+    return names & {*context.upstream["verify"].told(Verify).not_fit} if names else set()
+
+
+def _has_int4(context: Context) -> bool:
+    return "int4" in context.recipe.bundle.built and "bundle-int4" not in _missed(context)
 
 
 def _bundle(context: Context, precision: str) -> Product:
@@ -109,7 +124,7 @@ def build_of(context: Context) -> Build:
     """How the files were made: recipe, commit and tools, and the changes in words."""
     judged, recipe = context.upstream["verify"], context.recipe
     bundles = context.upstream.get("bundle")
-    held = [bundles.part(name, Bundle).remarks for name in recipe.bundle.precisions] if bundles else []
+    held = [bundles.part(name, Bundle).remarks for name in recipe.bundle.built] if bundles else []
     return Build(
         recipe=recipe.name,
         recipe_sha256=recipe.sha256,
@@ -121,6 +136,6 @@ def build_of(context: Context) -> Build:
         tools=judged.tools,
         changes="the text model was rebuilt as graphs of LiteRT operators, and its weights were stored as float32, as "
         f"float16, and as int8 (one symmetric scale per output channel, {recipe.activations('int8')} activations)"
-        + (", and as int4 (a scale per 32 weights; some with 8 bits)." if "int4" in recipe.bundle.precisions else "."),
+        + (", and as int4 (a scale per 32 weights; some with 8 bits)." if _has_int4(context) else "."),
         remarks=tuple(dict.fromkeys(remark for remarks in held for remark in remarks)),
     )

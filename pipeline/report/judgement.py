@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 from typing import cast
 
 from pipeline.core import log, manifest, parallel, versions
 from pipeline.core.errors import VerificationError
-from pipeline.core.facts import Fetch, Golden
+from pipeline.core.facts import Bundle, Fetch, Golden
 from pipeline.core.judgement import Report
 from pipeline.core.stage import Context
 from pipeline.judge import bundles
@@ -36,10 +35,16 @@ _REMEDIES: Mapping[Status, str] = {
 }
 
 
-def required_checks(verdicts: Sequence[Verdict], bundle_verdicts: Sequence[bundles.Verdict]) -> list[Check]:
-    """The checks of all files but the int8 scheme that the recipe did not choose."""
-    own = [check for item in verdicts if not item.subject.alternative for check in item.checks]
-    return own + [check for item in bundle_verdicts for check in item.checks]
+def is_required(context: Context, item: Verdict | bundles.Verdict) -> bool:
+    """Whether a file has to pass: not the int8 scheme that the recipe left out, and no optional bundle that fails."""
+    if isinstance(item, Verdict):
+        return not item.subject.alternative
+    return item.fit or item.subject.precision not in context.recipe.bundle.optional
+
+
+def checks_of(verdicts: Iterable[Verdict | bundles.Verdict]) -> list[Check]:
+    """All checks of some files."""
+    return [check for item in verdicts for check in item.checks]
 
 
 def summarise(
@@ -47,8 +52,9 @@ def summarise(
 ) -> dict[str, object]:
     """What was found and does not change from run to run."""
     fetch, golden = context.upstream["fetch"], context.upstream["golden"]
-    required = required_checks(verdicts, bundle_verdicts)
-    alternative = [check for item in verdicts if item.subject.alternative for check in item.checks]
+    judged: list[Verdict | bundles.Verdict] = [*verdicts, *bundle_verdicts]
+    required = checks_of(item for item in judged if is_required(context, item))
+    alternative = checks_of(item for item in judged if not is_required(context, item))
     return {
         "schema": verification.SCHEMA,
         "model": fetch.model,
@@ -63,7 +69,22 @@ def summarise(
         "reference": dict(golden.facts),
         "order": [item.subject.name for item in verdicts],
         "variants": {item.subject.name: item.facts() for item in verdicts},
-        "bundles": {item.subject.name: item.facts() for item in bundle_verdicts},
+        "bundles": {item.subject.name: item.facts() | _phone(context, item) for item in bundle_verdicts},
+    }
+
+
+def _phone(context: Context, item: bundles.Verdict) -> dict[str, object]:
+    """What a bundle asks of a phone."""
+    held = context.upstream["bundle"].part(item.subject.precision, Bundle)
+    sections = [section.size for section in held.sections if section.kind.startswith("TFLite")]
+    asked = "".join(section.activation_type for section in held.sections)
+    return {
+        "phone": {
+            "cache": held.cache_bytes,
+            "tokens": held.max_tokens,
+            "sections": sorted(sections, reverse=True),
+            "activation_type": asked,
+        }
     }
 
 
@@ -101,7 +122,7 @@ def write_report(context: Context, judgement: Mapping[str, object], verdicts: Se
         log.line(f"  {row}")
 
 
-def refuse_failed(verdicts: Sequence[Verdict | bundles.Verdict], folder: Path, shortfall: str = "") -> None:
+def refuse_failed(context: Context, verdicts: Sequence[Verdict | bundles.Verdict], shortfall: str = "") -> None:
     """Print what missed its limit; `shortfall` is what int8's ladder says, where no rung of it was good enough.
 
     Raises:
@@ -110,15 +131,15 @@ def refuse_failed(verdicts: Sequence[Verdict | bundles.Verdict], folder: Path, s
     failed: list[Check] = []
     for item in verdicts:
         missed = [check for check in item.checks if not check.passed]
-        optional = isinstance(item, Verdict) and item.subject.alternative
-        for check in missed if optional else ():
+        required = is_required(context, item)
+        for check in () if required else missed:
             log.warn(f"not fit to publish: {check.sentence()}")
-        failed += [] if optional else missed
+        failed += missed if required else []
     if failed:
         for check in failed:
             log.line(f"  {check.status}: {check.sentence()}")
         raise VerificationError(
             f"{len(failed)} checks did not pass, the first: {failed[0].sentence()}",
             cause=shortfall or _CAUSES[failed[0].status],
-            remedy=f"read {folder / 'report.html'}; {_REMEDIES[failed[0].status]}",
+            remedy=f"read {context.folder / 'report.html'}; {_REMEDIES[failed[0].status]}",
         )

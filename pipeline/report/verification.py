@@ -73,6 +73,7 @@ def render(report: Report) -> str:
             losses=_losses(report),
             advice=advice(report),
             failed=[check for check in report["checks"] if not check["passed"]],
+            required=required,
             reference_name=REFERENCE,
             figure=figure,
             percent=percent,
@@ -226,6 +227,15 @@ def table(report: Report) -> list[str]:
     return steps + (_bundles(report) if report["bundles"] else [])
 
 
+def required(report: Report, name: str) -> bool:
+    """Whether the build stands or falls with a file."""
+    return all(check["variant"] != name for check in report["alternative_checks"])
+
+
+def _verdict(report: Report, name: str, *, fit: bool) -> str:
+    return "passed" if fit else "FAILED" if required(report, name) else "not fit to publish"
+
+
 def _bundles(report: Report) -> list[str]:
     rows = [["bundle", "size", "worst NMSE/HF", "KLD/HF", "top-1/HF", "ids", "prompts", "texts", "verdict"]]
     for name, bundle in sorted(report["bundles"].items()):
@@ -245,7 +255,7 @@ def _bundles(report: Report) -> list[str]:
                 f"{ids['total'] - ids['wrong']}/{ids['total']}",
                 f"{prompts['total'] - prompts['wrong']}/{prompts['total']}" if prompts else "–",
                 f"{greedy['same']}/{len(greedy['rows'])}",
-                "passed" if bundle["fit"] else "FAILED",
+                _verdict(report, name, fit=bundle["fit"]),
             ]
         )
     return log.align(rows)
@@ -271,7 +281,7 @@ def _steps(report: Report) -> list[str]:
                 percent(theirs["top1"]["value"]),
                 figure(theirs["perplexity"]),
                 percent(variant["integer_share"]),
-                "passed" if variant["fit"] else "not fit to publish" if variant["alternative"] else "FAILED",
+                _verdict(report, name, fit=variant["fit"]),
             ]
         )
     return log.align(rows)

@@ -94,6 +94,29 @@ def test_a_file_that_misses_its_limits_is_refused(
     assert code == VerificationError.exit_code and "int4: KLD on text" in capsys.readouterr().err
 
 
+def test_an_optional_bundle_that_misses_its_limits_is_left_out(
+    line: Line, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = line.copy(tmp_path / "artifacts", "fetch", "golden", "fp32", "int8", "int4", "bundle")
+    changes = {
+        'precisions = ["fp32", "int8"]': 'precisions = ["fp32", "int8"]\noptional = ["int4"]',
+        "kld = 0.06": "kld = 1e-05",
+    }
+    strict = small_recipe(tmp_path / "r.toml", **SHORT, **changes)
+    assert copy.run(verify.STAGE, "--graphs", "bundle", recipe=strict) == 0
+    found = judgement(copy)
+    assert found["passed"] and {check["variant"] for check in found["checks"]} == {"bundle-fp32", "bundle-int8"}
+    assert "bundle-int4" in {check["variant"] for check in found["alternative_checks"] if not check["passed"]}
+    assert manifest.read(copy.root / "verify").facts["not_fit"] == ["bundle-int4"]
+    assert "not fit to publish: bundle-int4: KLD" in capsys.readouterr().err
+    assert copy.run(publish.STAGE, "--graphs", "bundle", recipe=strict) == 0
+    published = copy.root / "publish"
+    assert {file.name for file in published.glob("*.litertlm")} == {
+        f"{copy.root.name}_{name}.litertlm" for name in ("fp32", "int8")
+    }
+    assert "int4" not in (published / "README.md").read_text(encoding="utf-8")
+
+
 def test_a_recipe_without_the_section_makes_none(
     built: Line, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -56,7 +56,7 @@ def parent_of(table: Any, place: Place) -> Any:
 
 def is_optional(place: Place) -> bool:
     return (
-        place in (("int8", "keep_float"), ("int8", "ladder"))
+        place in (("int8", "keep_float"), ("int8", "ladder"), ("bundle", "optional"))
         or place[0] == "int4"
         or (place[0] == "gates" and len(place) > 1)
     )
@@ -95,6 +95,7 @@ def test_what_the_test_writes_is_the_same_recipe(tmp_path: Path) -> None:
 def test_int4_in_bundles_without_a_word_on_how_it_is_made_is_refused(tmp_path: Path) -> None:
     table = copy.deepcopy(GOOD)
     table["bundle"]["precisions"] = ["fp32", "int4"]
+    table["bundle"].pop("optional", None)
     del table["int4"]
     assert "there is no `int4` section" in refused(tmp_path, table)
     table["int4"] = {"keep_int8": ["layers"], "int8_tokens": [[0, 8], [9, 12]]}
@@ -181,6 +182,18 @@ def test_an_unknown_key_is_named(tmp_path: Path, place: Place, key: str) -> None
     table = copy.deepcopy(GOOD)
     parent_of(table, (*place, key))[key] = 1
     assert key in refused(tmp_path, table)
+
+
+def test_what_is_optional_is_built_besides(tmp_path: Path) -> None:
+    table = copy.deepcopy(GOOD)
+    table["bundle"]["optional"] = ["int8", "int4"]
+    assert "`bundle.optional` names int8, which `bundle.precisions` names already" in refused(tmp_path, table)
+    table["bundle"]["optional"] = ["int4"]
+    loaded = load(tmp_path, table)
+    assert loaded.bundle.built == ("fp32", "int8", "int4") == graph.Choice(recipe=loaded, graphs="all").bundles
+    assert graph.Choice(recipe=loaded, graphs="all").judged == ("fp32", "fp16", "int8", "int8-static")
+    del table["int4"]
+    assert "`bundle.optional` names int4, and there is no `int4` section" in refused(tmp_path, table)
 
 
 @pytest.mark.parametrize(

@@ -113,6 +113,12 @@ def bundle(name: str, kld: float, *, fit: bool = True) -> dict[str, Any]:
         "bytes_per_weight": 4.0 if name == "fp32" else 1.03,
         "scripts": {} if name == "fp32" else by_script(kld),
         "fit": fit,
+        "phone": {
+            "cache": 300_000,
+            "tokens": 3969,
+            "sections": [1_900_000_000, 537_000_000],
+            "activation_type": "fp32" if name == "fp32" else "",
+        },
         "positions": 411,
         "against_reference": summary(kld, 1.0),
         "against_cached": summary(kld, 1.0) if name == "fp32" else None,
@@ -154,7 +160,7 @@ def made_by_hand() -> dict[str, Any]:
         "revision": "0123abcd",
         "recipe": "gemma3n",
         "recipe_sha256": "cd" * 32,
-        "tools": {"python": "3.11.7", "torch": "2.13.0"},
+        "tools": {"python": "3.11.7", "torch": "2.13.0", "litert-lm-api": "0.18.1"},
         "parameters": 2_345_678,
         "passed": True,
         "checks": [check("fp32", 1e-11, 1e-6, True), check("int8", 0.002, 0.01, True)],
@@ -318,6 +324,13 @@ def test_either_kind_of_file_makes_a_page_alone(part: Callable[[], dict[str, Any
     assert "Verified:" in page and len(verification.table(part())) == rows
     assert ("The bundles in LiteRT-LM" in page) == (part is without_step_graphs)
     assert ("The step graphs compared" in page) == (part is without_bundles)
+
+
+def test_what_each_bundle_asks_of_a_phone_is_told() -> None:
+    page = verification.render(made_by_hand())
+    table = page.partition("What a phone needs")[2].partition("</table>")[0]
+    assert table.count("11.0 MB") == 2 and table.count("1.9 GB, 537.0 MB") == 2 and table.count("3969") == 2
+    assert ">fp32</td>" in table and "else float16" in table and "on no GPU" in table
 
 
 def test_a_bundles_texts_stand_beside_the_originals() -> None:
