@@ -46,6 +46,7 @@ _NO_ARITHMETIC = (
     *("RESHAPE", "TRANSPOSE", "SQUEEZE", "EXPAND_DIMS", "STRIDED_SLICE", "SLICE", "BROADCAST_TO", "CONCATENATION"),
 )
 # What a file of each kind must at least be. Recipes demand more; below this it is not that kind of file.
+_DECODE = "decode"
 _LEAST_WEIGHTS = 0.9
 _LEAST_FOUR_BITS = 0.4
 _LEAST_INTEGER = 0.5
@@ -99,7 +100,7 @@ def read_back(file: Path) -> ReadBack:
     """
     views = {view.signature(): view for view in Graph.read(file).views()}
     # `decode` alone computes logits; all weights are shared with the others.
-    graph = views.get("decode") or next(iter(views.values()))
+    graph = views.get(_DECODE) or next(iter(views.values()))
     elements = _elements(graph)
     # Bits per weight of matrices and tables: norms are few, and stay float32 in every file.
     stored, weight_bytes = _stored([graph])
@@ -152,17 +153,33 @@ def _constants(graph: Graph) -> Iterator[tuple[Graph, int]]:
 
 
 def _shapes(graph: Graph, file: Path) -> list[tuple[int, ...]]:
-    """The shape of each tensor; where it is chosen at run time, that of batch 1 and 128 tokens."""
+    """The shape of each tensor; where it is chosen when it runs, that of batch 1 and 128 tokens, given or cached."""
     shapes = [graph.shape(tensor) for tensor in range(len(graph.main.tensors))]
     if not any(-1 in shape for shape in shapes):
         return shapes
-    live = shapes_at(file, (1, _SEQUENCE))
+    live = _decoded(file, graph) if graph.signature() == _DECODE else shapes_at(file, (1, _SEQUENCE))
     return [live.get(tensor, ()) for tensor in range(len(shapes))]
+
+
+def _decoded(file: Path, graph: Graph) -> dict[int, tuple[int, ...]]:
+    """The shape of each tensor of a decoder, whose cache grows, after a run for one token."""
+    interpreter = _open(file)
+    run = interpreter.get_signature_runner(_DECODE)
+    sizes = {
+        name: ([size if size > 0 else _SEQUENCE for size in detail["shape_signature"]], detail["dtype"])
+        for name, detail in run.get_input_details().items()
+    }
+    run(**{name: np.zeros(shape, kind) for name, (shape, kind) in sizes.items()})
+    return _told(interpreter, graph.place)
 
 
 def shapes_at(file: Path, shape: tuple[int, int]) -> dict[int, tuple[int, ...]]:
     """The shape of each tensor of a step graph after a run at `shape`: batch, sequence."""
-    details = run_at(file, shape).get_tensor_details()
+    return _told(run_at(file, shape), 0)
+
+
+def _told(interpreter: Interpreter, subgraph: int) -> dict[int, tuple[int, ...]]:
+    details = interpreter.get_tensor_details(subgraph)
     return {int(detail["index"]): tuple(int(size) for size in detail["shape"]) for detail in details}
 
 

@@ -85,8 +85,8 @@ class Interpreter(Protocol):
     def get_output_details(self) -> Sequence[Detail]:
         """Its outputs."""
 
-    def get_tensor_details(self) -> Sequence[Detail]:
-        """All its tensors."""
+    def get_tensor_details(self, subgraph_index: int = 0) -> Sequence[Detail]:
+        """All tensors of a subgraph."""
 
     def get_signature_list(self) -> Mapping[str, Mapping[str, Sequence[str]]]:
         """Names of `inputs` and `outputs` by signature."""

@@ -16,16 +16,19 @@ from geometry import BUNDLE
 
 from pipeline.bundling import litertlm
 from pipeline.bundling.metadata import of_checkpoint, tokenizer_json
+from pipeline.checkpoint.reader import open_checkpoint
 from pipeline.core import recipe
 from pipeline.core.errors import UsageError
 from pipeline.core.graph import Choice, _page
 from pipeline.core.stage import DEFAULT_MODEL
 from pipeline.judge import kv_cache
 from pipeline.models import expected
+from pipeline.quantize import readback
 from pipeline.runtime import sections
 from pipeline.runtime.litert import MappedRunner
 from pipeline.runtime.litert_lm import LmRuntime
 from pipeline.runtime.sections import DECODER, Conversation, Sections
+from pipeline.search import ladder
 
 GROWING = replace(BUNDLE, cache="dynamic", prefill=(33, 5), cache_length=700)
 PLAIN = recipe.load(recipe.RECIPES / "plain.toml")
@@ -64,6 +67,14 @@ def test_it_is_exact_in_the_file(model: Any, folder: Path, xnnpack: bool) -> Non
     play = geometry.in_file(folder, xnnpack=xnnpack)
     result = geometry.compare_conversations(play, model, GROWING, 3)
     assert result.cases >= 100 and result.nmse <= 1e-9 and result.top1 == 1, result
+
+
+def test_int8_files_are_read_back(folder: Path, tmp_path: Path) -> None:
+    """Products of a decoder whose shapes are chosen at run time are counted as well."""
+    made = tmp_path / DECODER
+    ladder.write(open_checkpoint(folder / "checkpoint"), folder / "bare-decoder.tflite", made, PLAIN.int8, None)
+    found = readback.contents(made, "dynamic")
+    assert found.integer_share and 0.5 < found.integer_share < 1 and (found.weights_int8_share or 0) > 0.99
 
 
 def test_what_a_growth_loses_is_seen(model: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
