@@ -7,12 +7,9 @@ side.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
-from typing import cast
 
 from pipeline.bundling import tables
 from pipeline.checkpoint import chat
@@ -22,7 +19,6 @@ from pipeline.core.facts import Fetch, Ladder, Moments, Precision
 from pipeline.core.recipe import DECODER, PROJECT, STEP, Int8, Scheme
 from pipeline.core.stage import Context, Outcome, Stage, main
 from pipeline.judge import corpus
-from pipeline.judge.reference import Head
 from pipeline.models import build
 from pipeline.quantize import calibrate, fixed, gptq, int8, readback
 from pipeline.runtime import litert
@@ -38,8 +34,7 @@ class Options(options.Options):
         default="", metadata={"metavar": "NAME", "help": "the ladder's rung that an earlier build's manifest names"}
     )
     calibration: Path | None = field(
-        default=None,
-        metadata={"metavar": "FILE", "help": "your own text for ranges and the ladder: .txt, .jsonl"},
+        default=None, metadata={"metavar": "FILE", "help": "your own text for ranges and the ladder: .txt, .jsonl"}
     )
 
     def folder(self, stage: str) -> str:
@@ -95,38 +90,30 @@ def _choose(context: Context, facts: Precision, maker: ladder.Maker) -> tuple[In
 
 def _read(context: Context, checkpoint: Checkpoint) -> tuple[ladder.Text, float]:
     """The text that rungs are judged on, and the reference's largest activation on some of it."""
-    parameters = context.upstream["fetch"].told(Fetch).parameters
-    if "moments" in context.upstream:  # where the reference has read it
-        told = context.upstream["moments"].told(Moments)
-        head = Head.of_checkpoint(checkpoint.folder, told.final_logit_softcapping)
-        return ladder.Text.kept(context.root / "moments", head, parameters), told.largest_activation
+    parameters, made = context.upstream["fetch"].told(Fetch).parameters, context.upstream.get("moments")
+    if made:  # the reference has read it
+        told = made.told(Moments)
+        return ladder.Text.kept(context.root / "moments", told, checkpoint, parameters), told.largest_activation
     from pipeline.reference import activations, model  # transformers takes seconds, which nothing else here needs
 
-    text = context.chosen(Options).calibration or PROJECT / context.recipe.corpus.calibration
     reference = model.HuggingFace.load(checkpoint.folder, "cpu", streamed=True)
-    read = ladder.Text.of(text, context.recipe.corpus.window, reference, checkpoint, parameters)
+    read = ladder.Text.of(_text(context), context.recipe.corpus.window, reference, checkpoint, parameters)
     return read, activations.largest(reference, read.windows)
 
 
 def _samples(context: Context) -> list[litert.Tokens]:
     """The calibration text as token windows of the corpus's window length."""
     tokenizer = chat.open_tokenizer(context.root / "fetch" / "checkpoint")
-    text = context.chosen(Options).calibration or PROJECT / context.recipe.corpus.calibration
-    return calibrate.make_samples(
-        corpus.read_texts(text, partial(chat.render, tokenizer, where=str(text))),
-        lambda document: cast("Sequence[int]", tokenizer.encode(document, add_special_tokens=False)),
-        chat.first_token(tokenizer),
-        count=context.recipe.int8.calibration_samples,
-        window=context.recipe.corpus.window,
-    )
+    documents, first = corpus.calibration_documents(_text(context), tokenizer), chat.first_token(tokenizer)
+    count, window = context.recipe.int8.calibration_samples, context.recipe.corpus.window
+    return calibrate.make_samples(documents, first, count=count, window=window)
 
 
-STAGE = Stage(
-    name="int8",
-    summary="Write the files with int8 weights and, if the scheme is static, int8 activations.",
-    work=work,
-    options=Options,
-)
+def _text(context: Context) -> Path:
+    return context.chosen(Options).calibration or PROJECT / context.recipe.corpus.calibration
+
+
+STAGE = Stage(name="int8", summary="Write the files with int8 weights.", work=work, options=Options)
 
 if __name__ == "__main__":
     sys.exit(main(STAGE))

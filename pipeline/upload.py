@@ -13,20 +13,15 @@ Without a `--tag`, it is named after the checkpoint's revision and the recipe: `
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.core import log
-from pipeline.core.errors import UsageError
 from pipeline.core.stage import guard, source
 from pipeline.release import preflight, receipt, upload
 from pipeline.release.hub import Hub, Kind, Repository
 from pipeline.release.upload import Target
-
-_REPO = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
-_TAG = re.compile(r"\w[\w.-]*", re.ASCII)
 
 
 def run(
@@ -47,7 +42,7 @@ def run(
         PublishError: the folder may not go up, or the Hub refuses.
         IntegrityError: what came back is not what was sent.
     """
-    _check_names(repo, tag, kind)
+    upload.check_names(repo, tag, kind)
     release = preflight.release(folder)
     if confirmed:
         preflight.refuse_dirty([*release.sources, source()])
@@ -89,14 +84,6 @@ def _show(target: Target, there: Repository) -> None:
         size = sum(target.files[name].size for name in (*diff.added, *diff.changed))
         log.line(f"dry run: would send {log.human_bytes(size)}; nothing was sent. To upload, the same command and")
         log.line(f"  CONFIRM=yes PARENT={there.revision}")
-
-
-def _check_names(repo: str, tag: str, kind: Kind) -> None:
-    if not _REPO.fullmatch(repo):
-        setting = "SPACE" if kind == "space" else "HF_REPO"
-        raise UsageError(f"{repo!r} is no repository", remedy=f"set {setting}=owner/name")
-    if tag and (not _TAG.fullmatch(tag) or ".." in tag or tag.endswith((".", ".lock"))):
-        raise UsageError(f"{tag!r} can't be a tag", remedy="use letters, digits, dots, dashes and underscores in TAG=")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -157,6 +157,12 @@ def calibration_windows(text: Path, tokenizer: chat.Tokenizer, window: int, limi
     )
 
 
+def calibration_documents(text: Path, tokenizer: chat.Tokenizer) -> Iterator[Sequence[int]]:
+    """The token ids of each document of a calibration text, as it stands there."""
+    for document in read_texts(text, partial(chat.render, tokenizer, where=str(text))):
+        yield tokenizer.encode(document, add_special_tokens=False)
+
+
 def without_start(ids: Sequence[int], bos: int) -> Sequence[int]:
     """`ids` without the `bos` that a template puts in front; elsewhere it belongs to the text, as in ChatML's turns."""
     return ids[1:] if ids[:1] == [bos] else ids

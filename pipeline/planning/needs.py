@@ -16,7 +16,7 @@ from functools import cache, partial
 from pathlib import Path
 
 from pipeline.core import memory
-from pipeline.core.graph import makeable
+from pipeline.core.graph import makeable, needs
 from pipeline.core.recipe import BASELINE, DECODER, SECTION_LIMIT, STEP
 from pipeline.judge import corpus, screening
 from pipeline.models import sizes
@@ -251,7 +251,7 @@ def _int8(model: Model) -> Need:
     filled, recipe = _filled(model, "int8"), model.recipe
     if not recipe.int8.climbs:
         return filled
-    window, asked = recipe.corpus.window, not recipe.int8.gptq
+    window, asked = recipe.corpus.window, "moments" not in needs("int8", model.choice)
     windows = sum(screening.lots(model.facts.parameters, window))
     run = 2 * windows * window * _read_by_tokens(model) * (asked / _FLOPS + 1 / _INTEGER_FLOPS)
     judged = windows * screening.judged_in(window)

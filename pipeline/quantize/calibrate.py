@@ -5,7 +5,7 @@ The fp32 file itself is run, sample by sample at each sample's own length, and e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,8 +17,6 @@ from pipeline.core.errors import QuantiseError
 from pipeline.runtime.litert import Tokens, open_traced, run
 from pipeline.tflite.lazy import Array
 
-Encode = Callable[[str], Sequence[int]]
-
 _SHORTEST = 2
 # Real text in any language is far above this; a repeated sentence or one token is below.
 _FEWEST_EFFECTIVE_TOKENS = 24.0
@@ -28,13 +26,13 @@ _BINS = 4096
 _ELEMENTS = 2**16
 
 
-def make_samples(texts: Iterable[str], encode: Encode, bos: int, *, count: int, window: int) -> list[Tokens]:
-    """Cut `texts` into token windows (each begins with `bos`, at most `window` ids) and take `count`, spread evenly.
+def make_samples(documents: Iterable[Sequence[int]], bos: int, *, count: int, window: int) -> list[Tokens]:
+    """Cut `documents`, token ids, into windows that begin with `bos`, of at most `window` ids; `count` of them, spread.
 
     Raises:
         QuantiseError: there are too few, or they are so alike that ranges from them would mean nothing.
     """
-    windows = [ids for text in texts for ids in _windows(encode(text), bos, window)]
+    windows = [ids for document in documents for ids in _windows(document, bos, window)]
     remedy = "calibrate with more, and real, text like what the model will see"
     if len(windows) < count:
         raise QuantiseError(

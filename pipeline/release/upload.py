@@ -38,7 +38,7 @@ from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-def
 from huggingface_hub.utils._http import default_client_factory
 
 from pipeline.core import log
-from pipeline.core.errors import FetchError, IntegrityError, PublishError
+from pipeline.core.errors import FetchError, IntegrityError, PublishError, UsageError
 from pipeline.core.manifest import FileRecord
 from pipeline.release import hub
 from pipeline.release.hub import Hub, Kind, RemoteFile, Repository
@@ -53,6 +53,8 @@ _AGAIN = "run the same command again: files that have arrived are not sent again
 _SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_OIDC_ID_TOKEN", "ACTIONS_ID_TOKEN_REQUEST_TOKEN")
 _STOPPED = threading.Event()
 _T = TypeVar("_T")
+_REPO = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+_TAG = re.compile(r"\w[\w.-]*", re.ASCII)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -433,3 +435,16 @@ def _clean(text: str) -> str:
         line = line.replace(secret.strip(), "…")
     line = re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]*", r"\1?…", line)
     return re.sub(r"hf_[A-Za-z0-9_.-]{4,}|(?i:bearer)\s+\S+", "…", line)[:300]
+
+
+def check_names(repo: str, tag: str, kind: Kind) -> None:
+    """Make sure that `repo` and `tag` can be names on the Hub; an empty tag is the usual one.
+
+    Raises:
+        UsageError: one can't.
+    """
+    if not _REPO.fullmatch(repo):
+        setting = "SPACE" if kind == "space" else "HF_REPO"
+        raise UsageError(f"{repo!r} is no repository", remedy=f"set {setting}=owner/name")
+    if tag and (not _TAG.fullmatch(tag) or ".." in tag or tag.endswith((".", ".lock"))):
+        raise UsageError(f"{tag!r} can't be a tag", remedy="use letters, digits, dots, dashes and underscores in TAG=")

@@ -252,9 +252,9 @@ class Text:
         return cls(windows=windows, lots=found, hidden=lambda ids: reference.hidden(ids, np.ones_like(ids)), head=head)
 
     @classmethod
-    def kept(cls, folder: Path, head: Head, parameters: int) -> Text:
-        """As `of`, as far as the reference has read it for stage moments, whose `folder` it is."""
-        kept = Kept(folder)
+    def kept(cls, folder: Path, told: facts.Moments, checkpoint: Checkpoint, parameters: int) -> Text:
+        """As `of`, as far as the reference has read it for stage moments, whose folder and facts these are."""
+        kept, head = Kept(folder), Head.of_checkpoint(checkpoint.folder, told.final_logit_softcapping)
         available, window = kept.windows.shape
         found = screening.lots(parameters, window)
         count = min(available, sum(found))
