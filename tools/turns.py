@@ -39,8 +39,8 @@ WIDE, UNJUDGED = "e4b-10", (("fetch",), ("graph",), ("int8",), ("bundle",))
 JUDGED = (("golden", "--weights", "streamed"), ("verify",))
 """The model of E4B's widths, its stages without figures, and those with."""
 _COLUMNS = ("before", "now")
-_TABLE = ("Processor time of a build of the shipped model", 10, "`python -m tools.turns`")
-_WIDE_TABLE = ("Processor time of judging a model of E4B's widths", 12, "`python -m tools.turns --wide`")
+TABLE = ("Processor time of a build of the shipped model", 10, "`python -m tools.turns`")
+WIDE_TABLE = ("Processor time of judging a model of E4B's widths", 12, "`python -m tools.turns --wide`")
 """Title, place on the page, command."""
 
 
@@ -175,9 +175,9 @@ def table(commit: str, found: Mapping[str, tuple[float, float]], title: str, pla
 def report(commit: str, targets: Sequence[str], *, wide: bool = False) -> None:
     """Measure and say it; of all targets, and of the wide model, the table goes to `bench/`."""
     if wide:
-        made = table(commit, measure_wide(commit), *_WIDE_TABLE)
+        made = table(commit, measure_wide(commit), *WIDE_TABLE)
     else:
-        made = table(commit, measure(commit, targets), *_TABLE)
+        made = table(commit, measure(commit, targets), *TABLE)
     for row in made.rows:
         log.line(
             f"{row.name:12} " + "  ".join(made.columns[key].text(value.value) for key, value in row.values.items())

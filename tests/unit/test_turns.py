@@ -13,7 +13,7 @@ from tools import tables, turns
 
 
 def test_each_target_and_all_together_stand_beside_what_they_were(tmp_path: Path) -> None:
-    made = turns.table("abc1234", {"graph": (20.0, 5.0), "verify": (60.0, 15.0)})
+    made = turns.table("abc1234", {"graph": (20.0, 5.0), "verify": (60.0, 15.0)}, *turns.TABLE)
     found = {row.name: {key: value.value for key, value in row.values.items()} for row in made.rows}
     assert found["verify"] == {"before": 60, "now": 15, "now / before": 0.25}
     assert found["together"] == {"before": 80, "now": 20, "now / before": 0.25}
