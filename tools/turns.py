@@ -174,10 +174,8 @@ def table(commit: str, found: Mapping[str, tuple[float, float]], title: str, pla
 
 def report(commit: str, targets: Sequence[str], *, wide: bool = False) -> None:
     """Measure and say it; of all targets, and of the wide model, the table goes to `bench/`."""
-    if wide:
-        made = table(commit, measure_wide(commit), *WIDE_TABLE)
-    else:
-        made = table(commit, measure(commit, targets), *TABLE)
+    found = measure_wide(commit) if wide else measure(commit, targets)
+    made = table(commit, found, *(WIDE_TABLE if wide else TABLE))
     for row in made.rows:
         log.line(
             f"{row.name:12} " + "  ".join(made.columns[key].text(value.value) for key, value in row.values.items())
