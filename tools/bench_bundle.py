@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -116,8 +116,10 @@ def run_task(task: Mapping[str, Any]) -> None:
     Path(task["result"]).write_text(json.dumps(measured), encoding="utf-8")
 
 
-def compare(bundles: Mapping[str, Path], work: Work, rounds: int) -> dict[str, dict[str, Any]]:
-    """Measure every bundle, in turns over `rounds` rounds: by name its size, medians, first round, rounds."""
+def in_turns(
+    bundles: Mapping[str, Path], rounds: int, run: Callable[[Path, Path, int], dict[str, float]]
+) -> dict[str, list[dict[str, float]]]:
+    """What `run` gives of each bundle, its folder for packed weights, and the round; round 0 packs them."""
     taken: dict[str, list[dict[str, float]]] = {name: [] for name in bundles}
     with tempfile.TemporaryDirectory() as scratch:
         for number in range(rounds + 1):
@@ -125,7 +127,13 @@ def compare(bundles: Mapping[str, Path], work: Work, rounds: int) -> dict[str, d
             for name, file in bundles.items():
                 cache = Path(scratch) / name
                 cache.mkdir(exist_ok=True)
-                taken[name].append(measure_apart(file, cache, work))
+                taken[name].append(run(file, cache, number))
+    return taken
+
+
+def compare(bundles: Mapping[str, Path], work: Work, rounds: int) -> dict[str, dict[str, Any]]:
+    """Measure every bundle, in turns over `rounds` rounds: by name its size, medians, first round, rounds."""
+    taken = in_turns(bundles, rounds, lambda file, cache, _: measure_apart(file, cache, work))
     return {
         name: {"size": bundles[name].stat().st_size, **medians(rows[1:]), "first": rows[0], "rounds": rows[1:]}
         for name, rows in taken.items()

@@ -26,7 +26,7 @@ from typing import Any
 
 from pipeline.core import log, parallel
 from pipeline.runtime.litert import processor
-from tools import bench_stages, figures, tables, watched
+from tools import bench_bundle, bench_stages, figures, tables, watched
 from tools.bench_bundle import medians, prompt
 from tools.bench_stock import UNJUDGED
 from tools.real_models import REAL_MODELS
@@ -95,17 +95,14 @@ def _apart(bundle: Path, cache: Path, prompts: Sequence[int], threads: int) -> d
     return measured | {"peak_resident": took.peak_resident, "peak_anonymous": took.peak_anonymous}
 
 
-def in_turns(bundles: Mapping[str, Path], prompts: Sequence[int], threads: int, rounds: int) -> dict[str, Any]:
+def compare(bundles: Mapping[str, Path], prompts: Sequence[int], threads: int, rounds: int) -> dict[str, Any]:
     """Medians over rounds by bundle, and its size; the first load of each, which packs weights, comes before."""
-    taken: dict[str, list[dict[str, float]]] = {name: [] for name in bundles}
-    with tempfile.TemporaryDirectory() as scratch:
-        for number in range(rounds + 1):
-            log.step(f"round {number} of {rounds}" if number else "first loads")
-            for name, file in bundles.items():
-                cache = Path(scratch) / name
-                cache.mkdir(exist_ok=True)
-                # Packed weights alone are asked of the first round: the shortest prompt will do.
-                taken[name].append(_apart(file, cache, prompts if number else prompts[:1], threads))
+
+    def run(file: Path, cache: Path, number: int) -> dict[str, float]:
+        # Packed weights alone are asked of the first round: the shortest prompt will do.
+        return _apart(file, cache, prompts if number else prompts[:1], threads)
+
+    taken = bench_bundle.in_turns(bundles, rounds, run)
     return {name: {"size": bundles[name].stat().st_size, **medians(rows[1:])} for name, rows in taken.items()}
 
 
@@ -125,7 +122,7 @@ def measure(
         "model": name,
         "cache": cache,
         "prompts": list(prompts),
-        "ladders": in_turns(bundles, prompts, parallel.threads(), rounds),
+        "ladders": compare(bundles, prompts, parallel.threads(), rounds),
         "rounds": rounds,
         "threads": parallel.threads(),
         "cpu": processor(),

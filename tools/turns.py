@@ -130,16 +130,8 @@ def _stage(source: Path, checkpoint: Path, name: str, options: Sequence[str]) ->
     for line, other in CHANGES.items():
         text = text.replace(line, other)
     recipe.write_text(text, encoding="utf-8")
-    where: list[str | Path] = [
-        "--model-id",
-        checkpoint,
-        "--artifacts",
-        source / "artifacts",
-        "--recipe",
-        recipe,
-        "--graphs",
-        "bundle",
-    ]
+    where: list[str | Path] = ["--model-id", checkpoint, "--artifacts", source / "artifacts"]
+    where += ["--recipe", recipe, "--graphs", "bundle"]
     return _run(source, [source / ".venv" / "bin" / "python", "-m", f"pipeline.{name}", *where, *options])
 
 

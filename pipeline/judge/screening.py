@@ -25,6 +25,8 @@ _LOT, _LOTS = 16, 4
 positions each have an interval that is twice as wide (Gemma 3 270M)."""
 _PRODUCTS = 10**13
 """Parameters times tokens that the reference reads, if one lot has no more: some two minutes on two cores."""
+LOGITS = 1 << 24
+"""Logits of a file that are there at a time, and of the reference (64 MiB each), for which its head is widened."""
 _BLOCK = 1 << 22
 """Head elements that a thread widens at a time (16 MiB)."""
 _CHUNK = 1 << 19

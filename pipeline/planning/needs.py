@@ -256,7 +256,7 @@ def _int8(model: Model) -> Need:
     run = 2 * windows * window * _read_by_tokens(model) * (asked / _FLOPS + 1 / _INTEGER_FLOPS)
     judged = windows * screening.judged_in(window)
     table = 2 * judged * math.prod(model.table) * (1 / _FLOPS + 1 / _INTEGER_FLOPS)
-    logits = min(judged * model.table[0], 1 << 24)  # that are there at a time
+    logits = min(judged * model.table[0], screening.LOGITS)
     # The graph of chosen positions, and its weights as XNNPACK packs them.
     written, layers = 2 * model.multiplied, sizes.layers(model.shapes)
     return replace(

@@ -42,8 +42,6 @@ _STRENGTH, _FEW, _ALL = 0.5, (Pattern("down_proj"), Pattern("head")), (Pattern("
 """Of equalization; the layers whose activations cost most in Gemma 3; all layers."""
 _STATES = 1024 * 640
 """Numbers of hidden states that the reference reads at once: a pass takes time of its own, and activations memory."""
-_LOGITS = 1 << 24
-"""Logits of a rung that are there at a time, and of the reference (64 MiB each), for which its head is widened."""
 
 
 class Reference(Protocol):
@@ -307,7 +305,7 @@ def score(file: Path, rows: Tokens, positions: Positions, hidden: Floats, head: 
     """
     model = MappedModel(file, file.with_suffix(".packed"), parallel.threads())
     run, parts, each = model.get_signature_runner(SIGNATURE), list[screening.Sample](), len(positions) // len(rows)
-    targets, step = rows[positions.window, positions.length], max(1, _LOGITS // (head.vocabulary * each))
+    targets, step = rows[positions.window, positions.length], max(1, screening.LOGITS // (head.vocabulary * each))
     for start in range(0, len(rows), step):
         some = slice(start * each, (start + step) * each)
         places = (positions.length[some] - 1).astype(np.int32).reshape(-1, each)
