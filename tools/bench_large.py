@@ -2,11 +2,11 @@
 
     python -m tools.bench_large e2b [e4b gemma4-e2b gemma4-e4b]        (nox -s large)
 
-Writes a table and a picture into `bench/`, and fails if a limit is missed. The disk is checked first (E2B needs
-35 GB at once, E4B 48). The runs, per size of Gemma 3n: bf16 to the int8 bundle, and on through every stage up to
-publish; the same under a memory cgroup of 4 GiB, where this process may make one; bf16 to the fp32 sections. Of
-Gemma 4, and of all with `--int8-alone`, the first alone. A checkpoint of 0.3 billion parameters goes first, so that
-growth shows.
+Writes tables and a picture into `bench/`, with what the plan says beside what stages took, and fails if a limit is
+missed. The disk is checked first (E2B needs 35 GB at once, E4B 48). The runs, per size of Gemma 3n: bf16 to the int8
+bundle, and on through every stage up to publish; the same under a memory cgroup of 4 GiB, where this process may make
+one; bf16 to the fp32 sections. Of Gemma 4, and of all with `--int8-alone`, the first alone. A checkpoint of 0.3 billion
+parameters goes first, so that growth shows.
 """
 
 from __future__ import annotations
@@ -20,13 +20,15 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pipeline.core import log, parallel, versions
 from pipeline.core.recipe import of_type
+from pipeline.planning import speed
 from pipeline.runtime.litert import processor
-from tools import bench_stages, figures, tables
+from tools import bench_stages, figures, plan_fit, tables
 from tools.bench_stages import GIB, together
 from tools.make_random_checkpoint import GEOMETRIES, make
 
@@ -89,8 +91,8 @@ def cgroup(limit: int) -> Iterator[Sequence[str] | None]:
     yield None
 
 
-def measure(size: str, folder: Path, *, int8_alone: bool) -> dict[str, dict[str, Any]]:
-    """All runs of a size: name → what each stage took. Files go once they have been measured."""
+def measure(size: str, folder: Path, *, int8_alone: bool) -> tuple[dict[str, dict[str, Any]], list[plan_fit.Run]]:
+    """All runs of a size: name → what each stage took; and its stages for the plan. Files go once they are measured."""
     recipe = of_type(GEOMETRIES[size]["model_type"])[0].stem
     settings = bench_stages.changed_recipe(recipe, folder, CHANGES)
     checkpoint = make(GEOMETRIES[size], folder / size)
@@ -99,13 +101,18 @@ def measure(size: str, folder: Path, *, int8_alone: bool) -> dict[str, dict[str,
     def run(stages: Sequence[str], within: Sequence[str] = ()) -> dict[str, Any]:
         return bench_stages.measure(stages, checkpoint, results, settings, "bundle", within)
 
+    def planned() -> list[plan_fit.Run]:
+        return list(plan_fit.runs(f"{size}, random", str(checkpoint), results, settings, "bundle"))
+
     runs = {f"{size} int8": run(INT8)}
     if int8_alone or size.startswith("gemma4"):
+        taken = planned()
         shutil.rmtree(results)
         shutil.rmtree(checkpoint)
-        return runs
+        return runs, taken
     judged = run(JUDGED)
     runs |= {f"{size} golden": {"golden": judged["golden"]}, f"{size} judged": judged}
+    taken = planned()
     if size == "e2b":
         with cgroup(4 * GIB) as within:
             if within:
@@ -114,7 +121,7 @@ def measure(size: str, folder: Path, *, int8_alone: bool) -> dict[str, dict[str,
     runs[f"{size} fp32"] = run(FP32)
     shutil.rmtree(results)
     shutil.rmtree(checkpoint)
-    return runs
+    return runs, taken
 
 
 def judge(runs: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -159,6 +166,12 @@ def _earlier(file: Path, about: Mapping[str, Any]) -> tuple[dict[str, Any], dict
     return dict(found["runs"]), dict(found["dates"])
 
 
+def _planned(stages: Sequence[plan_fit.Run], command: str) -> tables.Table:
+    """What the plan says of finished stages, beside what they took."""
+    made = plan_fit.table(stages, speed.of_this_machine(Path("artifacts")))
+    return replace(made, measured=replace(made.measured, command=f"`{command}`"))
+
+
 def main() -> int:
     """Run from the command line; 1 if a limit is missed, 10 if the disk is too small."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -173,10 +186,12 @@ def main() -> int:
         return 10
     about = {"machine": {"cpu": processor(), "threads": parallel.threads()}, "versions": versions.installed()}
     runs, dates = _earlier(arguments.out / "large.json", about)
+    stages: list[plan_fit.Run] = []
     today = time.strftime("%Y-%m-%d")
     with tempfile.TemporaryDirectory(dir=arguments.out) as scratch:
         for size in ("0.3b", *arguments.sizes):
-            taken = measure(size, Path(scratch), int8_alone=arguments.int8_alone)
+            taken, planned = measure(size, Path(scratch), int8_alone=arguments.int8_alone)
+            stages += planned
             runs, dates = runs | taken, dates | dict.fromkeys(taken, today)
     sizes = dict.fromkeys(name.split()[0] for name in runs if not name.startswith("0.3b"))
     found: dict[str, Any] = {
@@ -189,12 +204,12 @@ def main() -> int:
     }
     (arguments.out / "large.json").write_text(json.dumps(found), encoding="utf-8")  # stages in their order
     earlier = tables.read_all()
-    made = {name: tables.joined(earlier[name], table) for name, table in figures.large(found).items()}
-    tables.write_all(made)
+    made = dict(figures.large(found)) | {"planned": _planned(stages, found["command"])}
+    tables.write_all({name: tables.joined(earlier[name], table) for name, table in made.items()})
     bench_stages.draw({name: runs[name] for name in SHOWN if name in runs}, tables.BENCH / "large.png")
-    for name, stages in runs.items():
+    for name, took in runs.items():
         log.line(f"\n{name}")
-        for line in bench_stages.table(stages):
+        for line in bench_stages.table(took):
             log.line(line)
     log.line()
     for row in found["limits"]:
