@@ -9,16 +9,22 @@ from __future__ import annotations
 import math
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from pipeline.bundling import web
 from pipeline.bundling.contents import read
-from pipeline.bundling.metadata import of_checkpoint, tokenizer_json
+from pipeline.bundling.metadata import Described, of_checkpoint, tokenizer_json
 from pipeline.core import facts, log
 from pipeline.core.manifest import FileRecord, dump_json
+from pipeline.core.recipe import Recipe
 from pipeline.core.stage import Context, Outcome, Stage, main
+from pipeline.judge import recorded
 from pipeline.release import folder, preflight
+from pipeline.runtime.sections import Sections
 
 PRECISION = "int8"
+_KLD = 0.01
+"""Nats, where the recipe has no limit of its own."""
 
 
 def work(context: Context) -> Outcome:
@@ -44,11 +50,14 @@ def work(context: Context) -> Outcome:
     }
     placed["tokenizer"] = target / "model" / "tokenizer.json"
     placed["tokenizer"].write_text(tokenizer_json(described.tokenizer, described.vocabulary), encoding="utf-8")
+    placed["recorded"] = target / "model" / "recorded.json"
+    placed["recorded"].write_text(dump_json(_recorded(root / PRECISION, described, target)), encoding="utf-8")
     judged = web.Judged(
         name=root.name,
         model=context.upstream["fetch"].model,
         revision=context.upstream["fetch"].revision,
         checks=sum(check["variant"] == f"bundle-{PRECISION}" for check in judgement["checks"]),
+        kld=_limit(context.recipe),
     )
     records = {name: FileRecord.of(file, target) for name, file in placed.items()}
     page = web.describe(described, judged, records, _cache_bytes(placed["decoder"]))
@@ -58,6 +67,21 @@ def work(context: Context) -> Outcome:
     (target / "README.md").write_text(web.space_card(root.name, terms), encoding="utf-8")
     log.step(f"{web.prove(target, described)} conversations have the same prompts in the page's libraries")
     return Outcome(facts=facts.Page(libraries=versions))
+
+
+def _recorded(sections: Path, described: Described, place: Path) -> recorded.Recorded:
+    """What the interpreter says at a few places of the conversations that the template is proven on.
+
+    XNNPACK's weights take room below `place` meanwhile.
+    """
+    with TemporaryDirectory(dir=place) as scratch:
+        opened = Sections(sections, weights=Path(scratch) / "weights")
+        return recorded.record(opened, web.token_ids(described, recorded.needed(opened)))
+
+
+def _limit(recipe: Recipe) -> float:
+    gate = recipe.gates.get(f"bundle-{PRECISION}")
+    return gate.kld if gate and gate.kld else _KLD
 
 
 def _cache_bytes(decoder: Path) -> int:

@@ -2,6 +2,7 @@
 
 python -m tools.browser artifacts/tiny-gemma3n FOLDER                    (nox -s browser)
 python -m tools.browser artifacts/tiny-gemma3n FOLDER --record VERSION   (`nox -s browser -- record`)
+python -m tools.browser CHECKPOINT FOLDER --unwindow                     (for the above)
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 
 from pipeline.bundling.web import require_libraries
 from pipeline.core.recipe import PROJECT, STEP
+from pipeline.judge import recorded
 from pipeline.judge.metrics import compare
 from pipeline.quantize import fixed
 from pipeline.report import tuning, verification
@@ -34,6 +36,8 @@ CORPUS = PROJECT / "examples" / "tiny-gemma3n" / "corpus"
 PREFILLED, DECODED = (3, 20, 100, 200), 24
 """Tokens in the cache by prefill, in one call and in two, before the judged positions; and how many of those."""
 PROMPTS, ANSWER = 8, 48
+UNWINDOWED = "made/unwindowed"
+"""The artefacts of the model without windows, below the folder of all that is written."""
 DRAWS, ALIKE = 4, 1e-5
 """Runs with another last bit; logits that differ by no more are those of kernels that rounded each activation alike."""
 FIXED, SHAPE, TEXTS = "serving_1x128", (1, 128), 24
@@ -82,7 +86,7 @@ class Unsettled(Sections):
 
 
 def logits(sections: Sections, case: Case) -> NDArray[np.float32]:
-    """The logits [`DECODED`, V] after each id that is not prefilled."""
+    """The logits [n, V] after each id that is not prefilled."""
     conversation, place = Conversation(sections), 0
     for length in _plan(case.prefilled, sections.prefills):
         conversation.prefill(case.ids[place : place + length])
@@ -117,6 +121,24 @@ def fixed_shape(step: Path, texts: Sequence[Sequence[int]], folder: Path) -> dic
     return {"file": file.name, "cases": rows}
 
 
+def unwindow(checkpoint: Path, folder: Path) -> None:
+    """A copy of a checkpoint whose layers all see everything: LiteRT.js runs it on WebGPU as a whole (2.5.3)."""
+    shutil.copytree(checkpoint, folder, dirs_exist_ok=True)
+    file = folder / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config["layer_types"] = ["full_attention"] * len(config["layer_types"])
+    file.write_text(json.dumps(config), encoding="utf-8")
+
+
+def unwindowed(folder: Path, ids: Sequence[int]) -> dict[str, object]:
+    """What the page is to have of that model's sections in `folder`, and its logits after the recorded places."""
+    sections = Sections(folder)
+    said = recorded.record(sections, ids[: recorded.needed(sections)])
+    case = Case(said["ids"], said["prefilled"])
+    rows = logits(sections, case).tolist()
+    return {"folder": str(folder), "recorded": said, "logits": {"ids": case.ids, "from": case.prefilled, "rows": rows}}
+
+
 def _plan(count: int, prefills: Sequence[int]) -> Iterator[int]:
     while count:
         step = min(count, max(prefills))
@@ -129,8 +151,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.browser")
     parser.add_argument("root", type=Path, help="the model's artefact folder, with int8 and bundle finished")
     parser.add_argument("out", type=Path, help="the folder for expected.json and the three pages")
+    parser.add_argument(
+        "--unwindow", action="store_true", help="write a copy of the checkpoint ROOT, no layer with a window"
+    )
     parser.add_argument("--record", metavar="VERSION", help="of Chromium: keep what it measured in bench/browser.json")
     arguments = parser.parse_args(argv)
+    if arguments.unwindow:
+        unwindow(arguments.root, arguments.out)
+        return
     if arguments.record:
         measured = json.loads((arguments.out / "measured.json").read_text(encoding="utf-8"))
         tables.write_all({"browser": table(measured, arguments.record)})
@@ -165,6 +193,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "signature": FIXED,
         **{name: fixed_shape(arguments.root / name / STEP, texts, arguments.out) for name in ("fp32", "int8")},
     }
+    said["unwindowed"] = unwindowed(arguments.out / UNWINDOWED / "int8", [start, *tokens])
     (arguments.out / "expected.json").write_text(json.dumps(said), encoding="utf-8")
     pages = {"verify": verification.render, "evaluate": verification.render_task, "tune": tuning.render}
     for stage, render in pages.items():

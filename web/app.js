@@ -1,7 +1,7 @@
 // The page: what is said, what runs, and how far loading is. The model itself is in worker.js.
 
 import { megabytes } from "./files.js";
-import { obstacle } from "./needs.js";
+import { gpuObstacle, obstacle } from "./needs.js";
 
 const $ = (id) => document.getElementById(id);
 const THREADS = Math.min(navigator.hardwareConcurrency || 1, 8);
@@ -101,20 +101,32 @@ async function loading() {
   $("load").disabled = true;
   $("progress").hidden = false;
   say("Loading …");
-  worker?.worker.terminate();
   await Promise.race([kept, new Promise((resolve) => setTimeout(resolve, PATIENCE))]);
-  worker = new Worked();
   try {
-    const opened = await worker.ask("load", { model, threads: THREADS }, ({ come, total }) => {
-      $("progress").value = come / total;
-      say(come < total ? `Loading: ${megabytes(come)} of ${megabytes(total)}` : "Opening the model …");
-    });
+    let without = await gpuObstacle();
+    let opened = null;
+    if (!without) {
+      opened = await start(true);
+      without = opened.refused;
+    }
+    if (without) opened = await start(false);
     $("load").hidden = true;
-    show(opened);
+    show({ ...opened, without });
     say(`Loaded in ${((performance.now() - begun) / 1000).toFixed(1)} s.`);
   } finally {
     $("progress").hidden = true;
   }
+}
+
+/** Load the model in a worker of its own: what a GPU took is free again where it is refused. */
+function start(gpu) {
+  worker?.worker.terminate();
+  worker = new Worked();
+  return worker.ask("load", { model, threads: THREADS, gpu }, ({ come, total }) => {
+    $("progress").value = come / total;
+    if (come < total) say(`Loading: ${megabytes(come)} of ${megabytes(total)}`);
+    else say(gpu ? "Trying the model on WebGPU …" : "Opening the model …");
+  });
 }
 
 async function send() {
@@ -193,12 +205,7 @@ function show(news) {
     Revision: [model.revision],
     "Decoder's sha256": [model.files.decoder.sha256],
     Verdict: model.verdict.passed ? verdict : ["did not pass: ", link],
-    Kernels: [
-      shown.threads
-        ? `WebAssembly, ${shown.threads === 1 ? "one thread" : `${shown.threads} threads`}` +
-          (self.crossOriginIsolated ? "" : " (a page in a frame, or without its headers, gets no more)")
-        : "WebAssembly; not WebGPU, whose numbers nobody has checked",
-    ],
+    Kernels: [kernels()],
     Memory: [shown.memory ? megabytes(shown.memory) : `about ${megabytes(model.memory)}, when loaded`],
   };
   $("facts").replaceChildren(
@@ -210,6 +217,15 @@ function show(news) {
       return [term, value];
     }),
   );
+}
+
+function kernels() {
+  const { threads, without } = shown;
+  if (!threads) return "WebGPU where it says what was judged, else WebAssembly";
+  if (!without) return "WebGPU, whose answers to the page's own questions are those that were judged";
+  const count = threads === 1 ? "one thread" : `${threads} threads`;
+  const why = self.crossOriginIsolated ? "" : " (a page in a frame, or without its headers, gets no more)";
+  return `WebAssembly, ${count}${why}. Not WebGPU: ${without}.`;
 }
 
 $("form").addEventListener("submit", (event) => {

@@ -16,26 +16,35 @@ async function threaded() {
 /**
  * Open sections.
  * @param {Record<string, Uint8Array>} files the TFLite files, by section.
- * @param {number} maximum how many threads may run the kernels.
+ * @param {{threads: number, gpu: boolean}} where how many threads may run the kernels, or that WebGPU runs the decoder's.
  * @returns {Promise<Sections>}
  */
-export async function open(files, maximum) {
-  const threads = await threaded();
+export async function open(files, where) {
+  const { gpu } = where;
+  const threads = !gpu && (await threaded());
   const script = `${WASM}litert_wasm_threaded_internal.js`;
   self.Module = {
     locateFile: (name) => WASM + name,
     // Where a script was loaded by another one it can't know its own place, from which its threads start.
     ...(threads ? { mainScriptUrlOrBlob: script } : {}),
-    // The runtime says everything as an error; what is none goes where only those look who want to.
-    printErr: (line) => (/^(INFO|WARNING|VERBOSE)\b/.test(line) ? console.debug(line) : console.error(line)),
+    // The runtime says everything as an error; what is none goes where only those look who want to. On a GPU nothing
+    // is: what fails there runs on WebAssembly, and the page says why.
+    printErr: (line) => (gpu || /^(INFO|WARNING|VERBOSE)\b/.test(line) ? console.debug(line) : console.error(line)),
   };
-  // LiteRT.js would open a GPU (2.5.3), which nothing here uses: no logits of one were ever held against the interpreter.
-  Object.defineProperty(self.navigator, "gpu", { value: { requestAdapter: async () => null }, configurable: true });
-  const runtime = await loadLiteRt(WASM, { threads });
-  const count = threads ? Math.max(1, maximum) : 1;
+  // LiteRT.js opens a GPU whether it is to use one or not (2.5.3).
+  if (!gpu) {
+    Object.defineProperty(self.navigator, "gpu", { value: { requestAdapter: async () => null }, configurable: true });
+  }
+  const runtime = await loadLiteRt(WASM, { threads, jspi: gpu });
+  const count = threads ? Math.max(1, where.threads) : 1;
   const models = {};
   for (const [name, bytes] of Object.entries(files)) {
-    models[name] = await loadAndCompile(bytes, { accelerator: "wasm", cpuOptions: { numThreads: count } });
+    const accelerator = gpu && name === "decoder" ? "webgpu" : "wasm";
+    models[name] = await loadAndCompile(bytes, {
+      accelerator,
+      cpuOptions: { numThreads: count },
+      gpuOptions: { precision: "fp32" },
+    });
   }
   return new Sections(models, runtime, count);
 }
@@ -104,7 +113,7 @@ export class Sections {
     const outputs = await this.signatures[signature].run({ ...cache, ...own });
     for (const tensor of [...Object.values(own), ...Object.values(cache)]) tensor.delete();
     const { logits, ...kept } = outputs;
-    const values = logits && Float32Array.from(logits.toTypedArray());
+    const values = await logits?.data();
     logits?.delete();
     return { cache: kept, logits: values };
   }

@@ -65,3 +65,12 @@ export function obstacle(model, browser = globalThis) {
   }
   return "";
 }
+
+/** Why WebGPU is not tried in this browser, as a part of a sentence; empty if nothing speaks against it. */
+export async function gpuObstacle(browser = globalThis) {
+  if (!browser.navigator.gpu) return "this browser has none";
+  // LiteRT.js waits for a GPU inside its program (2.5.3).
+  if (!("Suspending" in browser.WebAssembly)) return "this browser has no JavaScript Promise Integration";
+  const adapter = await browser.navigator.gpu.requestAdapter().catch(() => null);
+  return adapter ? "" : "this browser gives it no device";
+}

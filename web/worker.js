@@ -1,6 +1,6 @@
 // The model, beside the page so that the page never waits. A classic worker: LiteRT.js loads its script by importScripts.
 
-const modules = Promise.all([import("./engine.js"), import("./text.js"), import("./files.js")]);
+const modules = Promise.all([import("./engine.js"), import("./text.js"), import("./files.js"), import("./gpu.js")]);
 let loaded = null;
 let stopped = 0;
 
@@ -18,23 +18,32 @@ self.onmessage = async ({ data: { id, kind, ...request } }) => {
 };
 
 const ACTIONS = {
-  /** Load the files of `model` (page.json), and say with how many threads they run. */
-  async load({ model, threads }, tell) {
-    const [engine, text, files] = await modules;
+  /** Load the files of `model` (page.json), and say how they run, or why WebGPU does not. */
+  async load({ model, threads, gpu }, tell) {
+    const [engine, text, { bytesOf }, webgpu] = await modules;
     const sizes = Object.values(model.files).map((file) => file.size);
     const total = sizes.reduce((sum, size) => sum + size, 0);
     let come = 0;
     const held = {};
     for (const [name, file] of Object.entries(model.files)) {
-      held[name] = await files.bytesOf(file, (bytes) => {
+      held[name] = await bytesOf(file, (bytes) => {
         come += bytes;
         tell({ come, total });
       });
     }
-    const { tokenizer, ...sections } = held;
-    const words = new text.Text(JSON.parse(new TextDecoder().decode(tokenizer)), model.chat);
-    loaded = { model, text: words, sections: await engine.open(sections, threads) };
-    return { threads: loaded.sections.threads, memory: loaded.sections.memory };
+    const { tokenizer, recorded, ...files } = held;
+    const words = new text.Text(read(tokenizer), model.chat);
+    let sections;
+    try {
+      sections = await engine.open(files, { threads, gpu });
+      const refused = gpu && (await webgpu.refusal(sections, read(recorded), model.kld));
+      if (refused) return { refused };
+    } catch (error) {
+      if (gpu) return { refused: `it failed: ${said(error)}` };
+      throw error;
+    }
+    loaded = { model, text: words, sections };
+    return { threads: sections.threads, memory: sections.memory };
   },
 
   /** The prompt of a conversation, and its tokens. */
@@ -45,16 +54,8 @@ const ACTIONS = {
 
   /** The logits after each of `ids` from the place `from` on, those before it in the cache by prefill. */
   async logits({ ids, from }) {
-    const [{ Context }] = await modules;
-    const context = new Context(loaded.sections);
-    try {
-      await context.prefill(ids.slice(0, from));
-      const rows = [];
-      for (const token of ids.slice(from)) rows.push(await context.decode(token));
-      return { rows };
-    } finally {
-      context.close();
-    }
+    const [, , , { logits }] = await modules;
+    return { rows: await logits(loaded.sections, ids, from) };
   },
 
   /** The answer to a conversation, or to a bare prompt, piece by piece: at most `count` tokens, by `sampler`. */
@@ -107,6 +108,10 @@ const ACTIONS = {
     }
   },
 };
+
+function read(bytes) {
+  return JSON.parse(new TextDecoder().decode(bytes));
+}
 
 function random() {
   return crypto.getRandomValues(new Uint32Array(1))[0] / 2 ** 32;

@@ -12,18 +12,30 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from itertools import chain, cycle, islice
 from pathlib import Path
 
 from pipeline.bundling.metadata import Described, template_source
-from pipeline.bundling.template import wanted
+from pipeline.bundling.template import Message, wanted
 from pipeline.core import process
 from pipeline.core.errors import BundleError, UsageError
 from pipeline.core.manifest import FileRecord
 from pipeline.core.recipe import PROJECT
 
 SOURCES = PROJECT / "web"
-LOADED = ("index.html", "style.css", "icon.svg", "app.js", "engine.js", "files.js", "needs.js", "text.js", "worker.js")
+LOADED = (
+    "index.html",
+    "style.css",
+    "icon.svg",
+    "app.js",
+    "engine.js",
+    "files.js",
+    "gpu.js",
+    "needs.js",
+    "text.js",
+    "worker.js",
+)
 """What a browser loads of web/, beside `sw.js`, which keeps it."""
 _NOT_LOADED = ("sw.js", "_headers")
 _LIBRARIES = {
@@ -34,7 +46,7 @@ _LIBRARIES = {
     "fonts/tifinagh.woff2": "@fontsource/noto-sans-tifinagh/files/noto-sans-tifinagh-tifinagh-400-normal.woff2",
     **{
         f"wasm/litert_wasm_{kind}internal.{suffix}": f"@litertjs/core/wasm/litert_wasm_{kind}internal.{suffix}"
-        for kind in ("", "compat_", "threaded_")
+        for kind in ("", "compat_", "threaded_", "jspi_")
         for suffix in ("js", "wasm")
     },
 }
@@ -51,12 +63,16 @@ they took 1.51 GB and 87 MB.
 
 @dataclass(frozen=True, kw_only=True)
 class Judged:
-    """What the page says of the model: where it is from, and the checks that its files passed."""
+    """What the page says of the model: where it is from, and the checks that its files passed.
+
+    `kld` is how far the recipe lets the bundle be from Hugging Face, in nats: a GPU may be as far from what was judged.
+    """
 
     name: str
     model: str
     revision: str
     checks: int
+    kld: float
 
 
 def require_libraries(source: Path = SOURCES) -> dict[str, str]:
@@ -136,16 +152,17 @@ def describe(described: Described, judged: Judged, files: Mapping[str, FileRecor
     Args:
         described: the bundle's metadata.
         judged: what the page tells people.
-        files: the records of the sections and of the tokenizer, by section, paths in the page's folder.
+        files: the records of the sections, by section, of the tokenizer and of what is recorded; paths in the page.
         cache: bytes of the KV cache.
     """
     metadata = described.metadata
-    sizes = sum(record.size for name, record in files.items() if name != "tokenizer")
+    sizes = sum(record.size for name, record in files.items() if name in metadata.sections)
     return {
         "name": judged.name,
         "model": judged.model,
         "revision": judged.revision,
         "verdict": {"passed": True, "checks": judged.checks},
+        "kld": judged.kld,
         "files": {
             name: {"path": record.path, "size": record.size, "sha256": record.sha256} for name, record in files.items()
         },
@@ -168,16 +185,9 @@ def prove(page: Path, described: Described) -> int:
         BundleError: the page's template engine or tokenizer gives something else than transformers.
         UsageError: there is no Node.js.
     """
-    tokenizer = described.tokenizer
-    source = template_source(tokenizer.chat_template)
-    texts = [text for _, text in wanted(source, tokenizer)] if source else ["Azul, 你好, مرحبا 👩🏽‍🚀", " a  b\n"]
-    talks = [list(talk) for talk, _ in wanted(source, tokenizer)] if source else [None] * len(texts)
-    cases = [
-        {"messages": talk, "prompt": text, "ids": tokenizer(text, add_special_tokens=False)["input_ids"]}
-        for talk, text in zip(talks, texts, strict=True)
-    ]
+    cases = _cases(described)
     with tempfile.NamedTemporaryFile("w", suffix=".json", encoding="utf-8") as stream:
-        json.dump(cases, stream)
+        json.dump([asdict(case) for case in cases], stream)
         stream.flush()
         answer = process.output(["node", str(SOURCES / "prove.mjs"), str(page), stream.name])
     if answer is None:
@@ -193,6 +203,31 @@ def prove(page: Path, described: Described) -> int:
             remedy="run the bundle elsewhere (`make chat`), or take what they lack out of the template (TEMPLATE=)",
         )
     return len(cases)
+
+
+@dataclass(frozen=True)
+class _Case:
+    """A conversation, its prompt and the prompt's tokens, as transformers has them; without a template a bare text."""
+
+    messages: list[Message] | None
+    prompt: str
+    ids: list[int]
+
+
+def _cases(described: Described) -> list[_Case]:
+    tokenizer = described.tokenizer
+    source = template_source(tokenizer.chat_template)
+    texts = [text for _, text in wanted(source, tokenizer)] if source else ["Azul, 你好, مرحبا 👩🏽‍🚀", " a  b\n"]
+    talks = [list(talk) for talk, _ in wanted(source, tokenizer)] if source else [None] * len(texts)
+    return [
+        _Case(talk, text, tokenizer(text, add_special_tokens=False)["input_ids"])
+        for talk, text in zip(talks, texts, strict=True)
+    ]
+
+
+def token_ids(described: Described, count: int) -> list[int]:
+    """`count` tokens of conversations, one behind the other, and those again where they do not suffice."""
+    return list(islice(cycle(chain.from_iterable(case.ids for case in _cases(described))), count))
 
 
 def list_files(target: Path) -> list[str]:

@@ -9,6 +9,7 @@ import pytest
 from line import Line
 
 from pipeline.core.errors import IntegrityError
+from pipeline.judge import recorded
 from pipeline.runtime.sections import DECODER, Conversation, Sections
 
 
@@ -23,6 +24,22 @@ def test_repacked_weights_in_a_file_change_nothing(built: Line, precision: str, 
         spoken.append(np.stack([first.decode(5), second.decode(6), first.decode(7)]))
     assert np.array_equal(*spoken)
     assert weights.stat().st_size > (folder / DECODER).stat().st_size / 2
+
+
+def test_what_is_recorded_is_what_follows_prefills_and_tokens(built: Line) -> None:
+    sections = Sections(built.root / "int8")
+    ids = [2, *(7 * place % 1500 for place in range(1, recorded.needed(sections)))]
+    said = recorded.record(sections, ids)
+    conversation, (short, long) = Conversation(sections), sections.prefills
+    conversation.prefill(ids[:long])
+    conversation.prefill(ids[long : long + short])
+    assert said["prefilled"] == short + long and len(said["rows"]) == recorded.PLACES == len(ids) - short - long
+    for token, row in zip(ids[short + long :], said["rows"], strict=True):
+        logits = conversation.decode(token)
+        logs = logits - np.log(np.exp(logits).sum())
+        assert row["tokens"][0] == logits.argmax() and len(set(row["tokens"])) == recorded.LIKELIEST
+        assert np.allclose(row["logs"], logs[row["tokens"]], atol=1e-4)
+        assert min(row["logs"]) >= np.delete(logs, row["tokens"]).max() - 1e-4
 
 
 def test_what_is_no_decoder_is_refused(tmp_path: Path) -> None:

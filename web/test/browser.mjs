@@ -5,8 +5,8 @@ import { createConnection, createServer } from "node:net";
 import { createInterface } from "node:readline";
 import { chromium } from "playwright-core";
 
-const PYTHON = new URL("../../.venv/bin/python", import.meta.url).pathname;
-const PROJECT = new URL("../..", import.meta.url).pathname;
+export const PYTHON = new URL("../../.venv/bin/python", import.meta.url).pathname;
+export const PROJECT = new URL("../..", import.meta.url).pathname;
 
 /** What tests are told by the environment; `nox -s browser` sets it. */
 export function told(name) {
@@ -15,9 +15,9 @@ export function told(name) {
   return value;
 }
 
-/** Chromium, for the length of a test file. */
-export function launch() {
-  return chromium.launch({ executablePath: told("CHROMIUM"), args: ["--no-sandbox"] });
+/** Chromium, for the length of a test file, with options of its command line. */
+export function launch(...options) {
+  return chromium.launch({ executablePath: told("CHROMIUM"), args: ["--no-sandbox", ...options] });
 }
 
 /** Serve `folder` as `make page SERVE=yes` does; `url`, and `close`. */

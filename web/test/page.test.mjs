@@ -1,16 +1,14 @@
 // The page in Chromium: what it computes and says, and what it does when something goes wrong.
 
 import assert from "node:assert/strict";
-import { createHash } from "node:crypto";
-import { cpSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
-import { tmpdir } from "node:os";
+import { cpSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { after, before, test } from "node:test";
 import axe from "axe-core";
 import { breaking, faults, launch, serve, tab, told } from "./browser.mjs";
+import { ask, changed, expected, FOLDER, held, measure, opened, replace, settled, worked } from "./page.mjs";
 
-const FOLDER = join(told("ROOT"), "page");
-const expected = JSON.parse(readFileSync(told("EXPECTED"), "utf8"));
+const SECTIONS = ["decoder", "embedder", "per_layer_embedder"];
 const measured = {};
 let browser;
 let server;
@@ -22,105 +20,14 @@ before(async () => {
 after(async () => {
   await browser?.close();
   server?.close();
-  if (process.env.MEASURED) writeFileSync(process.env.MEASURED, JSON.stringify(measured));
+  measure(measured);
 });
 
-/** The page in a browser that has never seen it; `change` is put into the browser before anything runs. */
-async function opened(url = server.url, change = undefined) {
-  const context = await browser.newContext();
-  if (change) await context.addInitScript(change);
-  const { page, errors } = await tab(context);
-  await page.goto(url);
-  await page.waitForFunction(
-    () => !document.getElementById("load").disabled || !document.getElementById("obstacle").hidden,
-  );
-  return { context, page, errors };
-}
-
-async function ask(page, question) {
-  await page.fill("#ask", question);
-  await page.press("#ask", "Enter");
-  await settled(page);
-  return page.locator("#talk article.assistant p").last().textContent();
-}
-
-function settled(page) {
-  return page.waitForFunction(
-    () => document.getElementById("stop").disabled && !document.getElementById("send").disabled,
-  );
-}
-
-/** Ask the page's worker, loaded with the page's own model, in a worker beside the page's. */
-function worked(page, kind, requests) {
-  return page.evaluate(
-    async ([kind, requests]) => {
-      const worker = new Worker("worker.js");
-      const once = (id, kind, request) =>
-        new Promise((resolve, reject) => {
-          worker.onmessage = ({ data }) => {
-            if (data.kind === "done") resolve(data);
-            if (data.kind === "failed") reject(new Error(data.message));
-          };
-          worker.postMessage({ id, kind, ...request });
-        });
-      const model = await (await fetch("page.json")).json();
-      await once(1, "load", { model, threads: 2 });
-      const answers = [];
-      for (const request of requests) answers.push(await once(2, kind, request));
-      worker.terminate();
-      return answers;
-    },
-    [kind, requests],
-  );
-}
-
-/** Logits that differ by no more are those of kernels that rounded each activation alike: as in tools/browser.py. */
-const ALIKE = 1e-5;
-
-/** Hold logits against the interpreter's: how many rows, how far apart, how many alike, divergence (nats), top-1. */
-function held(cases, found) {
-  const sums = { positions: 0, most: 0, alike: 0, kld: 0, same: 0 };
-  cases.forEach(({ rows }, place) => {
-    rows.forEach((row, step) => {
-      const other = Array.from(Object.values(found[place].rows[step]));
-      assert.equal(other.length, row.length);
-      const [left, right] = [logProbabilities(row), logProbabilities(other)];
-      sums.positions += 1;
-      const apart = Math.max(...row.map((value, token) => Math.abs(value - other[token])));
-      sums.most = Math.max(sums.most, apart);
-      sums.alike += apart <= ALIKE;
-      sums.kld += left.reduce((sum, value, token) => sum + Math.exp(value) * (value - right[token]), 0);
-      sums.same += best(row) === best(other);
-    });
-  });
-  const { positions, most, alike, kld, same } = sums;
-  return { positions, most, alike: alike / positions, kld: kld / positions, top1: same / positions };
-}
-
-function best(values) {
-  return values.indexOf(Math.max(...values));
-}
-
-function logProbabilities(logits) {
-  const top = Math.max(...logits);
-  const mass = Math.log(logits.reduce((sum, value) => sum + Math.exp(value - top), 0));
-  return logits.map((value) => value - top - mass);
-}
-
 test("logits of the fp32 sections are the interpreter's: cache, positions and masks are right", async () => {
-  const copy = mkdtempSync(join(tmpdir(), "page-"));
-  cpSync(FOLDER, copy, { recursive: true });
-  const model = JSON.parse(readFileSync(join(FOLDER, "page.json"), "utf8"));
-  for (const [name, file] of Object.entries(model.files)) {
-    if (name === "tokenizer") continue;
-    const bytes = readFileSync(join(told("ROOT"), "fp32", `${name}.tflite`));
-    rmSync(join(copy, file.path));
-    writeFileSync(join(copy, file.path), bytes);
-    model.files[name] = { ...file, size: bytes.length, sha256: createHash("sha256").update(bytes).digest("hex") };
-  }
-  writeFileSync(join(copy, "page.json"), JSON.stringify(model));
-  const other = await serve(copy);
-  const { context, page } = await opened(other.url);
+  const other = await changed((copy) => {
+    for (const name of SECTIONS) replace(copy, name, readFileSync(join(told("ROOT"), "fp32", `${name}.tflite`)));
+  });
+  const { context, page } = await opened(browser, other.url);
   const found = held(expected.fp32, await worked(page, "logits", expected.fp32));
   measured.logits_fp32 = found;
   assert.ok(found.positions >= 64, `${found.positions} positions`);
@@ -128,11 +35,10 @@ test("logits of the fp32 sections are the interpreter's: cache, positions and ma
   assert.equal(found.top1, 1);
   await context.close();
   other.close();
-  rmSync(copy, { recursive: true });
 });
 
 test("logits of the int8 sections are no farther from the interpreter's than another last bit puts it", async () => {
-  const { context, page } = await opened();
+  const { context, page } = await opened(browser, server.url);
   const found = held(expected.int8, await worked(page, "logits", expected.int8));
   measured.logits_int8 = found;
   measured.kernels = expected.kernels;
@@ -152,11 +58,8 @@ for (const precision of ["fp32", "int8"]) {
   test(`the ${precision} step graph runs by a signature of fixed shape, and by that alone`, async () => {
     const { signature } = expected.fixed;
     const { file, cases } = expected.fixed[precision];
-    const copy = mkdtempSync(join(tmpdir(), "page-"));
-    cpSync(FOLDER, copy, { recursive: true });
-    cpSync(join(told("EXPECTED"), "..", file), join(copy, file));
-    const other = await serve(copy);
-    const { context, page } = await opened(other.url);
+    const other = await changed((copy) => cpSync(join(told("EXPECTED"), "..", file), join(copy, file)));
+    const { context, page } = await opened(browser, other.url);
     const found = await page.evaluate(
       async ([file, signature, cases]) => {
         const { loadAndCompile, loadLiteRt, Tensor } = await import("./vendor/litert.js");
@@ -190,12 +93,11 @@ for (const precision of ["fp32", "int8"]) {
     else assert.ok(figures.alike > 0.25, `${figures.alike} alike`);
     await context.close();
     other.close();
-    rmSync(copy, { recursive: true });
   });
 }
 
 test("prompts of all conversations are LiteRT-LM's, and so are their tokens", async () => {
-  const { context, page } = await opened();
+  const { context, page } = await opened(browser, server.url);
   const found = await worked(
     page,
     "render",
@@ -211,7 +113,7 @@ test("prompts of all conversations are LiteRT-LM's, and so are their tokens", as
 });
 
 test("eight answers are LiteRT-LM's, word for word, and the console is silent", async () => {
-  const { context, page, errors } = await opened();
+  const { context, page, errors } = await opened(browser, server.url);
   await page.locator("details").evaluate((details) => {
     details.open = true;
   });
@@ -224,13 +126,13 @@ test("eight answers are LiteRT-LM's, word for word, and the console is silent", 
   }
   measured.words = expected.words.length;
   assert.equal(await page.evaluate(() => self.crossOriginIsolated), true);
-  assert.match(await page.textContent("#facts"), /threads/);
+  assert.match(await page.textContent("#facts"), /WebAssembly, \d threads\. Not WebGPU: this browser /);
   assert.deepEqual(errors, []);
   await context.close();
 });
 
 test("a second question is asked with the first in mind", async () => {
-  const { context, page } = await opened();
+  const { context, page } = await opened(browser, server.url);
   const [first, second] = expected.words.slice(1, 3);
   await ask(page, first.question);
   await ask(page, second.question);
@@ -246,7 +148,7 @@ test("a second question is asked with the first in mind", async () => {
 });
 
 test("once loaded, it answers without a network and asks nobody else", async () => {
-  const { context, page } = await opened();
+  const { context, page } = await opened(browser, server.url);
   const asked = [];
   context.on("request", (request) => asked.push(request.url()));
   const [{ question, text }] = expected.words.slice(1);
@@ -265,7 +167,7 @@ test("once loaded, it answers without a network and asks nobody else", async () 
 
 test("a download that breaks off is told, and the next try goes on", async () => {
   const way = await breaking(server.url, "model/decoder.tflite");
-  const { context, page } = await opened(way.url);
+  const { context, page } = await opened(browser, way.url);
   const [{ question, text }] = expected.words.slice(1);
   await page.fill("#ask", question);
   await page.press("#ask", "Enter");
@@ -294,14 +196,13 @@ const DAMAGED = {
 };
 for (const [what, [damage, sentence]] of Object.entries(DAMAGED)) {
   test(`a file ${what} is refused, and not kept`, async () => {
-    const copy = mkdtempSync(join(tmpdir(), "page-"));
-    cpSync(FOLDER, copy, { recursive: true });
-    const file = join(copy, "model/decoder.tflite");
-    const bytes = damage(readFileSync(file));
-    rmSync(file);
-    writeFileSync(file, bytes);
-    const other = await serve(copy);
-    const { context, page } = await opened(other.url);
+    const other = await changed((copy) => {
+      const file = join(copy, "model/decoder.tflite");
+      const bytes = damage(readFileSync(file));
+      rmSync(file);
+      writeFileSync(file, bytes);
+    });
+    const { context, page } = await opened(browser, other.url);
     await page.click("#load");
     await page.waitForSelector("#obstacle:not([hidden])");
     assert.match(await page.textContent("#obstacle"), sentence);
@@ -314,7 +215,6 @@ for (const [what, [damage, sentence]] of Object.entries(DAMAGED)) {
     );
     await context.close();
     other.close();
-    rmSync(copy, { recursive: true });
   });
 }
 
@@ -345,7 +245,7 @@ const LACKING = {
 };
 for (const [what, [change, sentence]] of Object.entries(LACKING)) {
   test(`${what}: a sentence before anything of the model is downloaded`, async () => {
-    const { context, page } = await opened(server.url, change);
+    const { context, page } = await opened(browser, server.url, change);
     const asked = [];
     context.on("request", (request) => asked.push(request.url()));
     assert.match(await page.textContent("#obstacle"), sentence);
@@ -363,7 +263,7 @@ for (const [what, [change, sentence]] of Object.entries(LACKING)) {
 }
 
 test("a reload amid an answer leaves a page that answers", async () => {
-  const { context, page, errors } = await opened();
+  const { context, page, errors } = await opened(browser, server.url);
   const [long, short] = expected.words;
   await page.fill("#ask", long.question);
   await page.press("#ask", "Enter");
@@ -376,7 +276,7 @@ test("a reload amid an answer leaves a page that answers", async () => {
 });
 
 test("an answer stops when told, and what was said stays", async () => {
-  const { context, page } = await opened();
+  const { context, page } = await opened(browser, server.url);
   await page.fill("#ask", expected.words[0].question);
   await page.press("#ask", "Enter");
   await page.waitForFunction(() => document.querySelector("#talk article.assistant p")?.textContent.length > 3);
@@ -388,7 +288,7 @@ test("an answer stops when told, and what was said stays", async () => {
 });
 
 test("two tabs answer at a time", async () => {
-  const { context, page } = await opened();
+  const { context, page } = await opened(browser, server.url);
   const second = await tab(context);
   await second.page.goto(server.url);
   await second.page.waitForFunction(() => !document.getElementById("load").disabled);
@@ -399,16 +299,14 @@ test("two tabs answer at a time", async () => {
 });
 
 test("without isolation it runs on one thread, with the same words", async () => {
-  const copy = mkdtempSync(join(tmpdir(), "page-"));
-  cpSync(FOLDER, copy, { recursive: true });
-  writeFileSync(join(copy, "_headers"), "/*\n  X-Content-Type-Options: nosniff\n");
-  const other = await serve(copy);
-  const { context, page } = await opened(other.url);
+  const other = await changed((copy) =>
+    writeFileSync(join(copy, "_headers"), "/*\n  X-Content-Type-Options: nosniff\n"),
+  );
+  const { context, page } = await opened(browser, other.url);
   assert.equal(await ask(page, expected.words[1].question), expected.words[1].text);
   assert.match(await page.textContent("#facts"), /one thread/);
   await context.close();
   other.close();
-  rmSync(copy, { recursive: true });
 });
 
 for (const scheme of ["light", "dark"]) {
@@ -452,7 +350,7 @@ for (const scheme of ["light", "dark"]) {
 }
 
 test("from click to first token, warm, and what the page weighs", async () => {
-  const { context, page } = await opened();
+  const { context, page } = await opened(browser, server.url);
   const [{ question }] = expected.words.slice(1);
   await ask(page, question);
   const kept = ["index.html", "sw.js", ...JSON.parse(readFileSync(join(FOLDER, "files.json"), "utf8"))];
