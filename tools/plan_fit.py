@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline.core import log, manifest, parallel
+from pipeline.core.facts import Golden
 from pipeline.core.graph import model_name
 from pipeline.core.recipe import load
 from pipeline.planning import speed
@@ -58,8 +59,12 @@ def runs(name: str, model_id: str, artifacts: Path, recipe: Path, graphs: str) -
     """The finished stages of a model, in their order."""
     read = load(recipe)
     model = look(model_id, "", "", read, graphs or read.graphs)  # type: ignore[arg-type]  # as the command line has it
+    root = artifacts / model_name(model_id)
+    if (root / "golden").is_dir():  # it can be asked for one or the other
+        told = manifest.read(root / "golden").told(Golden)
+        model = replace(model, streamed=told.weights == "streamed")
     for stage in MODELLED:
-        file = artifacts / model_name(model_id) / stage / "run.json"
+        file = root / stage / "run.json"
         if file.is_file():
             yield Run(name=name, stage=stage, model=model, took=json.loads(file.read_text(encoding="utf-8")))
 

@@ -152,13 +152,6 @@ def _lower_update(context: LoweringContext, x: ir.Value, part: ir.Value, start: 
     )
 
 
-@registry.lower(torch.ops.pipeline.window.default)
-def _lower_window(context: LoweringContext, x: ir.Value, start: ir.Value, size: Sequence[int]) -> ir.Value:
-    # SLICE takes its size as a tensor; a constant keeps the shape of the result known.
-    sizes = lowering_utils.numpy_array_constant(np.array(size, dtype=np.int32))
-    return _lowerings._ir_operation("tfl.slice", lowering_utils.node_meta_to_ir_types(context.node), [x, start, sizes])
-
-
 def _module_path(node: torch.fx.Node) -> str:
     """What a node's tensors are called: the path of its module, e.g. `layers.0.mlp.gate_proj`.
 

@@ -123,20 +123,9 @@ def _(x: Tensor, part: Tensor, start: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 
-@torch.library.custom_op("pipeline::window", mutates_args=())
-def window(x: Tensor, start: Tensor, size: Sequence[int]) -> Tensor:
-    """The part of `x` with shape `size` that begins at `start`, int32 [rank]."""
-    return x[_place(x, start, size)].clone()
-
-
-@window.register_fake
-def _(x: Tensor, start: Tensor, size: Sequence[int]) -> Tensor:
-    return x.new_empty(size)
-
-
 def _place(x: Tensor, start: Tensor, size: Sequence[int]) -> tuple[slice[int, int, None], ...]:
     begins = [max(0, min(int(at), whole - part)) for at, whole, part in zip(start, x.shape, size, strict=True)]
-    # As DYNAMIC_UPDATE_SLICE and SLICE do: what would not fit is moved back, and no error tells.
+    # As DYNAMIC_UPDATE_SLICE does: what would not fit is moved back, and no error tells.
     return tuple(slice(begin, begin + part) for begin, part in zip(begins, size, strict=True))
 
 

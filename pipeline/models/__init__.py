@@ -104,8 +104,11 @@ class Architecture(Protocol):
     def slides(self) -> bool:
         """Whether a layer attends to a sliding window."""
 
-    def decoder_inputs(self, tokens: int, length: int) -> Inputs:
-        """Examples of the decoder graph's inputs but `input_pos` and `mask`: `tokens` tokens, a cache of `length`."""
+    def decoder_inputs(self, tokens: int, length: int, longest: int) -> Inputs:
+        """Examples of the decoder graph's inputs but `input_pos` and `mask`: `tokens` tokens, a cache of `length`.
+
+        The cache is for calls of up to `longest` tokens.
+        """
 
     def tables(self) -> tuple[Table, ...]:
         """The embedding tables (`transformer.Table`) that are sections of their own."""

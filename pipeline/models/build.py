@@ -65,7 +65,7 @@ def _call(checkpoint: Checkpoint, bundle: Bundle, name: str, length: int) -> Sig
     with torch.device("meta"):
         module = architecture.decoder(logits=name == "decode")
     inputs = {
-        **architecture.decoder_inputs(length, bundle.cache_length),
+        **architecture.decoder_inputs(length, bundle.cache_length, max(bundle.prefill)),
         "input_pos": torch.arange(length, dtype=torch.int32),
         "mask": torch.zeros(1, 1, length, bundle.cache_length),
     }

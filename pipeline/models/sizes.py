@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pipeline.checkpoint.names import EMBEDDING, HEAD
-from pipeline.core.recipe import DECODER, STEP, Graphs
+from pipeline.core.recipe import DECODER, STEP, Bundle, Graphs
 from pipeline.models import Architecture
 
 _BYTES = {"fp32": 4, "fp16": 2, "int8": 1, "int4": 0.75}
@@ -70,9 +70,10 @@ def export_seconds(signatures: int, shapes: Mapping[str, tuple[int, ...]]) -> fl
     return signatures * (_TRACED + _COPIED * sum(name.startswith("layers.") for name in shapes))
 
 
-def cached(shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """Values that a KV cache holds per position: keys and values of every layer that has its own."""
-    return 2 * sum(shape[0] for name, shape in shapes.items() if name.endswith(".k_proj.weight"))
+def cache_bytes(architecture: Architecture, bundle: Bundle) -> int:
+    """Bytes of one KV cache in float32, as long as it can become."""
+    kept = architecture.decoder_inputs(1, bundle.cache_length, max(bundle.prefill))["kv_cache"]
+    return 4 * sum(math.prod(tensor.shape) for tensor in kept.values())
 
 
 def multiplied(architecture: Architecture) -> int:

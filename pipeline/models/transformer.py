@@ -1,7 +1,8 @@
 """What the architectures share: norms, rotary positions, attention within a prompt or through a cache, the two graphs.
 
 Shapes in docstrings: B batch, S sequence, H hidden size, V vocabulary, D head size, N query heads, K key/value heads,
-G = N / K query heads per key/value head, T tokens of one call, C length of the cache, W sliding window.
+G = N / K query heads per key/value head, T tokens of one call, C length of the cache, W sliding window, R length of a
+sliding layer's cache.
 
 Activations are carried as [B, S, 1, H]: the third axis is where heads, AltUp states and layers go, and an axis that is
 already there spares the graph many reshapes.
@@ -21,7 +22,7 @@ from torch.nn import functional
 
 from pipeline.checkpoint.names import EMBEDDING, text_name
 from pipeline.export.export import Inputs, Outputs
-from pipeline.export.operators import Linear, fold, linear, matmul, normalise, unfold, update, window
+from pipeline.export.operators import Linear, fold, linear, matmul, normalise, unfold, update
 from pipeline.export.repeat import State
 from pipeline.models import Tower
 
@@ -207,8 +208,8 @@ class CacheAttention:
     """Attention of T tokens at positions p … p + T − 1 of one conversation to everything up to themselves.
 
     A cache holds keys [1, K, C, D] and values [1, K, D, C] of each layer that has its own: both products then read
-    their second operand along its rows. Sliding layers read only the W + T positions that can matter, so that their
-    cost does not grow with the cache.
+    their second operand along its rows. Those of sliding layers hold R ≤ C positions, as many as W and the longest call
+    need: a ring, in which position p stands at p mod R. So neither their memory nor their cost grows with C.
     """
 
     def __init__(self, config: Config, input_pos: Tensor, mask: Tensor, cache: Mapping[str, Tensor]) -> None:
@@ -225,14 +226,16 @@ class CacheAttention:
         self.first = input_pos[:1]
         self.zero = torch.zeros(1, dtype=torch.int32)
         self.attended: dict[int, tuple[Tensor, Tensor]] = {}
-        size = config.sliding_window if SLIDING in config.layer_types else None
-        # W behind the first of T tokens, and the T themselves.
-        self.near = self.length if size is None else min(self.length, size + self.tokens)
-        if size is not None:
-            self.start = self._window_start()
         self.masks = {FULL: self._tiled(mask, FULL)}
-        if size is not None:
-            self.masks[SLIDING] = self._tiled(self._sliding_mask(input_pos, mask, size), SLIDING)
+        if SLIDING in config.layer_types:
+            sliding = next(i for i, kind in enumerate(config.layer_types) if kind == SLIDING)
+            self.ring = cache[f"k_{sliding}"].shape[2]
+            slot, index = torch.remainder(self.first, self.ring), torch.arange(0, self.tokens, dtype=torch.int32)
+            # T tokens are written at once, and as many of them as that is too early go round to the front.
+            self.begin = torch.minimum(slot, torch.tensor(self.ring - self.tokens, dtype=torch.int32))
+            round_ = slot - self.begin
+            self.goes, self.turned = torch.lt(index, round_), torch.remainder(index - round_, self.tokens)
+            self.masks[SLIDING] = self._tiled(self._sliding_mask(input_pos, mask), SLIDING)
 
     def __call__(self, layer: int, queries: Tensor, own: tuple[Tensor, Tensor] | None) -> Tensor:
         """As `Attend`, with B = 1 and S = T."""
@@ -275,35 +278,52 @@ class CacheAttention:
         return self.cache[f"k_{layer}"], self.cache[f"v_{layer}"]
 
     def _store(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write keys and values [1, T, K, D] of the new tokens into the cache; what the layer then reads of it."""
-        at = [self.zero, self.zero, self.first, self.zero]
-        keys = update(self.cache[f"k_{layer}"], keys.permute(0, 2, 1, 3), torch.cat(at))
-        values = update(
-            self.cache[f"v_{layer}"], values.permute(0, 2, 3, 1), torch.cat([*at[:2], self.zero, self.first])
-        )
+        """Write keys and values [1, T, K, D] of the new tokens into the cache; the new cache, which the layer reads."""
+        round_ = self.config.layer_types[layer] == SLIDING and self.ring < self.length
+        write = self._write_round if round_ else self._write
+        keys = write(self.cache[f"k_{layer}"], keys.permute(0, 2, 1, 3), 2)
+        values = write(self.cache[f"v_{layer}"], values.permute(0, 2, 3, 1), 3)
         self.cache[f"k_{layer}"], self.cache[f"v_{layer}"] = keys, values
-        if self.config.layer_types[layer] == FULL or self.near == self.length:
-            return keys, values
-        return self._cut(keys, 2), self._cut(values, 3)
+        return keys, values
 
-    def _window_start(self) -> Tensor:
-        """The first position that sliding layers read, int32 [1]: the last `near` ones up to the newest token."""
-        # SLICE moves a window that would not fit, and `start` would no longer be where it begins.
-        last = torch.tensor([self.length - self.near], dtype=torch.int32)
-        return torch.maximum(torch.minimum(self.first + (self.tokens - self.near), last), self.zero)
+    def _write(self, cache: Tensor, new: Tensor, axis: int) -> Tensor:
+        """`cache` with `new` at the tokens' positions along `axis`."""
+        return update(cache, new, self._place(self.first, axis))
 
-    def _cut(self, x: Tensor, axis: int) -> Tensor:
-        """The positions along `axis` that sliding layers read."""
-        start = torch.cat([self.start if i == axis else self.zero for i in range(4)])
-        return window(x, start, [self.near if i == axis else size for i, size in enumerate(x.shape)])
+    def _write_round(self, cache: Tensor, new: Tensor, axis: int) -> Tensor:
+        """The same in a ring, by two writes of T positions: to `begin`, and to the front.
 
-    def _sliding_mask(self, input_pos: Tensor, mask: Tensor, size: int) -> Tensor:
-        """[1, 1, T, C] → [1, 1, T, near], with what is W or more behind the query masked as well."""
-        index = torch.arange(0, self.near, dtype=torch.int32)
-        if self.near < self.length:
-            mask, index = self._cut(mask, 3), index + self.start
-        distance = input_pos[:, None] - index[None]
-        far = torch.gt(distance, torch.tensor(size - 1, dtype=torch.int32))
+        No part is cut out where a tensor says: GPUs run no such SLICE (LiteRT.js 2.5.3), but GATHER.
+        """
+        if self.tokens == 1:
+            return update(cache, new, self._place(self.begin, axis))
+        goes = self.goes.reshape([self.tokens if i == axis else 1 for i in range(4)])
+        # What goes round stands in front, as it will there, and the others follow as they will at `begin`.
+        turned = new.index_select(axis, self.turned)
+        index = torch.arange(0, self.tokens, dtype=torch.int32)
+        before = cache.index_select(axis, self.begin + index)
+        written = update(cache, torch.where(goes, before, turned), self._place(self.begin, axis))
+        front = torch.where(goes, turned, written.narrow(axis, 0, self.tokens))
+        return update(written, front, self._place(self.zero, axis))
+
+    def _place(self, at: Tensor, axis: int) -> Tensor:
+        """Where a part of a cache begins: `at` along `axis`, int32 [4]."""
+        return torch.cat([at if i == axis else self.zero for i in range(4)])
+
+    def _sliding_mask(self, input_pos: Tensor, mask: Tensor) -> Tensor:
+        """[1, 1, T, C] → [1, 1, T, R] for what the ring holds, with what is W or more behind the query masked as well.
+
+        A slot holds the newest position that stands there, up to the call's last; where that is none yet its first
+        one, which lies ahead. What padding left in it is the position that was written over for it: W behind by now.
+        """
+        position = torch.arange(0, self.ring, dtype=torch.int32)
+        if self.ring < self.length:
+            last = self.first + (self.tokens - 1)
+            position = torch.maximum(last - torch.remainder(last - position, self.ring), position)
+            mask = mask.index_select(3, position)
+        distance = input_pos[:, None] - position[None]
+        assert self.config.sliding_window is not None
+        far = torch.gt(distance, torch.tensor(self.config.sliding_window - 1, dtype=torch.int32))
         return torch.where(far[None, None], torch.tensor(MASKED), mask)
 
     def _tiled(self, mask: Tensor, kind: str) -> Tensor:
@@ -516,14 +536,17 @@ class TextFamily(Generic[Numbers]):
         """What it sees and hears by; none that can be converted."""
         return {}
 
-    def decoder_inputs(self, tokens: int, length: int) -> Inputs:
-        """Examples of what the decoder graph takes beside `input_pos` and `mask`, for `tokens` tokens."""
+    def decoder_inputs(self, tokens: int, length: int, longest: int) -> Inputs:
+        """Examples of what the decoder graph takes beside `input_pos` and `mask`, for `tokens` tokens.
+
+        The cache is of `length` positions, for calls of up to `longest` tokens.
+        """
         given: Inputs = {
             f"{table.name.removesuffix('embedder')}embeddings": torch.zeros(1, tokens, *table.shape)
             for table in self.tables()
         }
         given = given or {"tokens": torch.zeros((1, tokens), dtype=torch.int32)}
-        return {**given, "kv_cache": cache_tensors(self.text, length)}
+        return {**given, "kv_cache": cache_tensors(self.text, length, longest)}
 
     def canonical(self, name: str) -> str | None:
         """The text model's name of checkpoint tensor `name`.
@@ -538,15 +561,20 @@ class TextFamily(Generic[Numbers]):
         return None if layer < self.text.num_hidden_layers and self.text.kv_source(layer) != layer else own
 
 
-def cache_tensors(config: Config, length: int) -> dict[str, Tensor]:
+def cache_tensors(config: Config, length: int, longest: int) -> dict[str, Tensor]:
     """Tensors like a cache of `length` positions: `k_<layer>` [1, K, C, D] and `v_<layer>` [1, K, D, C].
 
-    They hold nothing: an example of a long cache must not take memory.
+    Sliding layers have as many positions as calls of up to `longest` tokens need: a token's window, and the tokens
+    behind it in its call, which may be padding that writes over what stands there. They hold nothing: an example of a
+    long cache must not take memory.
     """
     own = [layer for layer in range(config.num_hidden_layers) if config.kv_source(layer) == layer]
-    shapes = {layer: config.kv_shape(config.layer_types[layer]) for layer in own}
-    keys = {f"k_{layer}": torch.empty(1, heads, length, size) for layer, (heads, size) in shapes.items()}
-    return keys | {f"v_{layer}": torch.empty(1, heads, size, length) for layer, (heads, size) in shapes.items()}
+    kinds = {layer: config.layer_types[layer] for layer in own}
+    near = min(length, (config.sliding_window or length) + longest)
+    lengths = {FULL: length, SLIDING: near}
+    shapes = {layer: (*config.kv_shape(kind), lengths[kind]) for layer, kind in kinds.items()}
+    keys = {f"k_{layer}": torch.empty(1, heads, each, size) for layer, (heads, size, each) in shapes.items()}
+    return keys | {f"v_{layer}": torch.empty(1, heads, size, each) for layer, (heads, size, each) in shapes.items()}
 
 
 def _positions(causal: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from pipeline.checkpoint import preflight
 from pipeline.checkpoint.names import EMBEDDING
 from pipeline.checkpoint.reader import CONFIG
 from pipeline.checkpoint.source import Source
-from pipeline.core import log
+from pipeline.core import log, memory
 from pipeline.core.errors import PublishError
 from pipeline.core.facts import Checkpoint
 from pipeline.core.graph import Choice, Towers
@@ -33,7 +33,8 @@ class Model:
     `facts` as fetch records them; `download` the bytes to get (none of a local folder), `stored` those of its files,
     `merged` those that are written anew with an adapter; `tokenizer` those of its tokenizer.json;
     `shapes` of its tensors; `multiplied` the parameters that each token is multiplied with; `files` what each precision
-    stores, by file.
+    stores, by file; `cache` the bytes of a conversation's KV cache, 0 where there is none; `streamed`: stage golden
+    reads weights from their file.
     """
 
     facts: Checkpoint
@@ -47,6 +48,8 @@ class Model:
     shapes: Mapping[str, tuple[int, ...]]
     multiplied: int
     files: Mapping[str, Weights]
+    cache: int
+    streamed: bool
     recipe: Recipe
     graphs: Graphs
 
@@ -75,11 +78,6 @@ class Model:
         """Tokens and width of the embedding table."""
         tokens, width = self.shapes[EMBEDDING]
         return tokens, width
-
-    @property
-    def cache(self) -> int:
-        """Bytes of one KV cache in float32."""
-        return 0 if self.graphs == "step" else 4 * sizes.cached(self.shapes) * self.recipe.bundle.cache_length
 
     @property
     def remarks(self) -> list[str]:
@@ -132,6 +130,8 @@ def look(model_id: str, revision: str, base: str, recipe: Recipe, graphs: Graphs
         shapes=architecture.tensors(),
         multiplied=sizes.multiplied(architecture),
         files=sizes.of_files(architecture, recipe.bundle.prefills, graphs),
+        cache=0 if graphs == "step" else sizes.cache_bytes(architecture, recipe.bundle),
+        streamed=memory.must_stream(chosen.facts.parameters),
         recipe=recipe,
         graphs=graphs,
     )

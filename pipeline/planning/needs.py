@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 
-from pipeline.core import memory
 from pipeline.core.graph import makeable, needs
 from pipeline.core.recipe import BASELINE, DECODER, SECTION_LIMIT, STEP
 from pipeline.judge import corpus, screening
@@ -154,11 +153,10 @@ def golden(model: Model) -> Need:
             steps += bundle.decode
             tokens += 2 * model.conversation
     parameters = model.facts.parameters
-    streamed = memory.must_stream(parameters)
     return Need(
-        what="Hugging Face in fp32, " + ("streamed" if streamed else "loaded"),
+        what="Hugging Face in fp32, " + ("streamed" if model.streamed else "loaded"),
         size=4 * kept * model.table[1],
-        memory=_streamed(model) if streamed else 0.6 * _GIB + 4 * parameters,
+        memory=_streamed(model) if model.streamed else 0.6 * _GIB + 4 * parameters,
         work=Work(
             calls=_IMPORTS + steps * _CALL * sizes.layers(model.shapes),
             products=2 * (_read_by_tokens(model) * tokens + (model.towers / 4) * _HEARD * _LENGTHS) / _FLOPS,

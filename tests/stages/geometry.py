@@ -389,7 +389,7 @@ class EagerSections(Sections):
             module = architecture.decoder(logits=name == "decode").eval()
             module.model.load_state_dict({key: state[key] for key in module.model.state_dict()})
             self._runners[name] = _runner(module)
-            inputs = architecture.decoder_inputs(length, bundle.cache_length)
+            inputs = architecture.decoder_inputs(length, bundle.cache_length, max(bundle.prefill))
             kept = {f"kv_cache_{key}": value for key, value in inputs.pop("kv_cache").items()}
             shapes = {key: tuple(value.shape) for key, value in {**inputs, **kept}.items()}
             self._shapes[name] = {"input_pos": (length,), "mask": (1, 1, length, bundle.cache_length), **shapes}

@@ -250,23 +250,25 @@ def test_kv_sharing_off_by_one_layer(judge: Judge, config: TextConfig, monkeypat
     assert red(judge())
 
 
-def written_at(shift: int) -> Callable[..., Any]:
-    """`CacheAttention._store` that writes `shift` positions off."""
-    right = transformer.CacheAttention._store
+def off(method: str, attribute: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., Any]:
+    """A method of `CacheAttention` that sees a changed attribute."""
+    right = getattr(transformer.CacheAttention, method)
 
-    def store(self: Any, layer: int, keys: torch.Tensor, values: torch.Tensor) -> Any:
-        first, self.first = self.first, torch.clamp(self.first + shift, min=0).to(torch.int32)
+    def changed(self: Any, *args: Any) -> Any:
+        kept = getattr(self, attribute)
+        setattr(self, attribute, change(kept).to(kept.dtype))
         try:
-            return right(self, layer, keys, values)
+            return right(self, *args)
         finally:
-            self.first = first
+            setattr(self, attribute, kept)
 
-    return store
+    return changed
 
 
 @pytest.mark.parametrize("shift", [-1, 1])
 def test_cache_written_one_position_off(judge: Judge, monkeypatch: pytest.MonkeyPatch, shift: int) -> None:
-    monkeypatch.setattr(transformer.CacheAttention, "_store", written_at(shift))
+    moved = off("_store", "first", lambda first: torch.clamp(first + shift, min=0))
+    monkeypatch.setattr(transformer.CacheAttention, "_store", moved)
     assert red(judge())
 
 
@@ -287,12 +289,24 @@ def test_positions_that_start_anew_at_every_call(judge: Judge, monkeypatch: pyte
         assert red(judge())
 
 
-def test_sliding_layers_that_read_from_a_wrong_start(judge: Judge, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = transformer.CacheAttention._window_start
-    monkeypatch.setattr(
-        transformer.CacheAttention, "_window_start", lambda self: torch.clamp(right(self) - 2, min=0).to(torch.int32)
-    )
-    assert red(judge()), "the newest tokens are not read"
+RING: dict[str, tuple[str, str, Callable[[torch.Tensor], torch.Tensor]]] = {
+    "written one slot early": ("_write_round", "begin", lambda begin: torch.clamp(begin - 1, min=0)),
+    "nothing goes round to the front": ("_write_round", "goes", torch.zeros_like),
+    "the oldest slots taken for what is to come": ("_sliding_mask", "first", lambda first: first + 40),
+    "the newest slot taken for the oldest": ("_sliding_mask", "first", lambda first: first - 1),
+}
+
+
+@pytest.mark.parametrize(("method", "attribute", "change"), RING.values(), ids=RING)
+def test_a_ring_that_is(
+    judge: Judge,
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+    attribute: str,
+    change: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    monkeypatch.setattr(transformer.CacheAttention, method, off(method, attribute, change))
+    assert red(judge())
 
 
 def test_what_is_not_yet_written_is_seen(judge: Judge, monkeypatch: pytest.MonkeyPatch) -> None:

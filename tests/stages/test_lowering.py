@@ -21,7 +21,7 @@ from litert_torch.backend.debuginfo import _build
 
 from pipeline.core.recipe import PROJECT
 from pipeline.export import decompose, export, lowering
-from pipeline.export.operators import Embedding, Linear, matmul, normalise, update, window
+from pipeline.export.operators import Embedding, Linear, matmul, normalise, update
 from pipeline.runtime.litert import litert
 from pipeline.tflite.graph import Graph
 
@@ -97,13 +97,13 @@ def test_our_operators_are_exact(tmp_path: Path) -> None:
 
 
 def test_a_cache_is_written_and_read_where_pytorch_does(tmp_path: Path) -> None:
-    """A part that would not fit is moved back when written; a read beyond the end fails, so graphs bound its start."""
+    """A part that would not fit is moved back when written; places in a ring are counted from its front."""
 
     class Cache(torch.nn.Module):
         def forward(self, x: torch.Tensor, part: torch.Tensor, start: torch.Tensor) -> dict[str, torch.Tensor]:
-            zero, last = torch.zeros(1, dtype=torch.int32), torch.tensor([6], dtype=torch.int32)
-            at, bounded = torch.cat([zero, start, zero]), torch.cat([zero, torch.minimum(start, last), zero])
-            return {"written": update(x, part, at), "read": window(x, bounded, [2, 3, 5])}
+            zero, index = torch.zeros(1, dtype=torch.int32), torch.arange(0, 9, dtype=torch.int32)
+            turned = x.index_select(1, torch.remainder(index - start, 9))
+            return {"written": update(x, part, torch.cat([zero, start, zero])), "turned": turned}
 
     module = Cache().eval()
     x, part = torch.randn(2, 9, 5), torch.randn(2, 3, 5)
@@ -114,7 +114,7 @@ def test_a_cache_is_written_and_read_where_pytorch_does(tmp_path: Path) -> None:
         for start in (0, 1, 6, 7, 8, 100):
             at = torch.tensor([start], dtype=torch.int32)
             got, expected = runner(args_0=x.numpy(), args_1=part.numpy(), args_2=at.numpy()), module(x, part, at)
-            for name in ("written", "read"):
+            for name in ("written", "turned"):
                 np.testing.assert_array_equal(got[name], expected[name].numpy(), err_msg=f"{name} at {start}")
 
 

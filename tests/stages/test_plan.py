@@ -21,7 +21,7 @@ from line import Line
 
 from pipeline import job, plan
 from pipeline.core import log, manifest, memory, options
-from pipeline.core.recipe import PROJECT
+from pipeline.core.recipe import DECODER, PROJECT
 from pipeline.core.recipe import load as load_recipe
 from pipeline.core.stage import DEFAULT_MODEL, Common
 from pipeline.models import sizes
@@ -29,6 +29,7 @@ from pipeline.models.gemma3n import ARCHITECTURE
 from pipeline.planning.model import Model, look
 from pipeline.planning.needs import MODELLED, NEEDS
 from pipeline.planning.speed import FILE, REFERENCE
+from pipeline.tflite.graph import Graph
 from tools import plan_fit
 from tools import planned as tool
 from tools.make_random_checkpoint import GEOMETRIES
@@ -59,13 +60,19 @@ def test_sizes_are_those_of_the_files(built: Line) -> None:
         assert NEEDS[stage](model).size == pytest.approx(made_size, rel=0.2), stage
 
 
-def test_a_configuration_that_leaves_keys_to_their_defaults_is_planned_too(judged: Line) -> None:
-    """As transformers reads it: 35 layers of which 20 have a cache, two heads of 256."""
-    shapes = ARCHITECTURE({"model_type": "gemma3n_text"}).tensors()
-    assert sizes.layers(shapes) == 35 and sizes.cached(shapes) == 20 * 2 * 2 * 256
-    _, model = planned(judged)
-    own = model.text["num_hidden_layers"] - model.text["num_kv_shared_layers"]
-    assert sizes.cached(model.shapes) == own * 2 * model.text["num_key_value_heads"] * model.text["head_dim"]
+def test_a_configuration_that_leaves_keys_to_their_defaults_is_planned_too(built: Line) -> None:
+    """As transformers reads it: 35 layers, of which 20 have a cache, 4 of them of all positions; two heads of 256."""
+    architecture, bundle = (
+        ARCHITECTURE({"model_type": "gemma3n_text"}),
+        load_recipe(PROJECT / "pipeline" / "recipes" / "gemma3n.toml").bundle,
+    )
+    assert (bundle.cache_length, max(bundle.prefill)) == (4096, 128)
+    assert sizes.layers(architecture.tensors()) == 35
+    assert sizes.cache_bytes(architecture, bundle) == 4 * (4 * 4096 + 16 * (512 + 128)) * 2 * 2 * 256
+    _, model = planned(built)
+    graph = Graph.read(built.root / "graph" / DECODER)
+    held = [graph.shape(port.tensorIndex) for port in graph.ports() if str(port.name).startswith("kv_cache_")]
+    assert model.cache == 4 * sum(map(math.prod, held))
 
 
 def test_what_is_done_takes_no_more_disk(built: Line, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
