@@ -234,7 +234,8 @@ class CacheAttention:
             # T tokens are written at once, and as many of them as that is too early go round to the front.
             self.begin = torch.minimum(slot, torch.tensor(self.ring - self.tokens, dtype=torch.int32))
             round_ = slot - self.begin
-            self.goes, self.turned = torch.lt(index, round_), torch.remainder(index - round_, self.tokens)
+            self.goes = torch.where(torch.lt(index, round_), torch.tensor(1.0), torch.tensor(0.0))
+            self.turned, self.there = torch.remainder(index - round_, self.tokens), self.begin + index
             self.masks[SLIDING] = self._tiled(self._sliding_mask(input_pos, mask), SLIDING)
 
     def __call__(self, layer: int, queries: Tensor, own: tuple[Tensor, Tensor] | None) -> Tensor:
@@ -281,29 +282,28 @@ class CacheAttention:
         """Write keys and values [1, T, K, D] of the new tokens into the cache; the new cache, which the layer reads."""
         round_ = self.config.layer_types[layer] == SLIDING and self.ring < self.length
         write = self._write_round if round_ else self._write
-        keys = write(self.cache[f"k_{layer}"], keys.permute(0, 2, 1, 3), 2)
-        values = write(self.cache[f"v_{layer}"], values.permute(0, 2, 3, 1), 3)
+        keys = write(self.cache[f"k_{layer}"], keys, (0, 2, 1, 3))
+        values = write(self.cache[f"v_{layer}"], values, (0, 2, 3, 1))
         self.cache[f"k_{layer}"], self.cache[f"v_{layer}"] = keys, values
         return keys, values
 
-    def _write(self, cache: Tensor, new: Tensor, axis: int) -> Tensor:
-        """`cache` with `new` at the tokens' positions along `axis`."""
-        return update(cache, new, self._place(self.first, axis))
+    def _write(self, cache: Tensor, new: Tensor, order: tuple[int, ...]) -> Tensor:
+        """`cache` with `new` [1, T, K, D], whose axes it has in another order, at the tokens' positions."""
+        return update(cache, new.permute(order), self._place(self.first, order.index(1)))
 
-    def _write_round(self, cache: Tensor, new: Tensor, axis: int) -> Tensor:
-        """The same in a ring, by two writes of T positions: to `begin`, and to the front.
-
-        No part is cut out where a tensor says: GPUs run no such SLICE (LiteRT.js 2.5.3), but GATHER.
-        """
+    def _write_round(self, cache: Tensor, new: Tensor, order: tuple[int, ...]) -> Tensor:
+        """The same in a ring, by two writes of T positions: to `begin`, and to the front."""
+        axis = order.index(1)
         if self.tokens == 1:
-            return update(cache, new, self._place(self.begin, axis))
+            return update(cache, new.permute(order), self._place(self.begin, axis))
+        # What goes round stands in front, as it will there, and the others follow as they will at `begin`. By GATHER:
+        # GPUs run no SLICE that begins where a tensor says (LiteRT.js 2.5.3).
+        turned = new.index_select(1, self.turned).permute(order)
         goes = self.goes.reshape([self.tokens if i == axis else 1 for i in range(4)])
-        # What goes round stands in front, as it will there, and the others follow as they will at `begin`.
-        turned = new.index_select(axis, self.turned)
-        index = torch.arange(0, self.tokens, dtype=torch.int32)
-        before = cache.index_select(axis, self.begin + index)
-        written = update(cache, torch.where(goes, before, turned), self._place(self.begin, axis))
-        front = torch.where(goes, turned, written.narrow(axis, 0, self.tokens))
+        stays = 1.0 - goes  # products, since the kernel of SELECT_V2 takes ten times as long
+        behind = cache.index_select(axis, self.there) * goes + turned * stays
+        written = update(cache, behind, self._place(self.begin, axis))
+        front = written.narrow(axis, 0, self.tokens) * stays + turned * goes
         return update(written, front, self._place(self.zero, axis))
 
     def _place(self, at: Tensor, axis: int) -> Tensor:
