@@ -290,45 +290,97 @@ def clients(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none", default=False)
 def browser(session: nox.Session) -> None:
-    """The page and the reports in a real Chromium, which is installed where there is none: as root, on Debian.
+    """The page, as a Space too, and the reports in a real Chromium, which is installed where there is none.
 
+    As root, on Debian. `-- quick`, as CI has it: without the pages of evaluate and tune, and without WebGPU.
     `-- record` keeps what was measured, in bench/browser.json. Needs Node.js; libraries come by web/package-lock.json.
     """
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    if not chromium:
-        session.run("apt-get", "update", "--quiet", external=True)
-        session.run("apt-get", "install", "--yes", "--quiet", "--no-install-recommends", "chromium", external=True)
-        chromium = shutil.which("chromium")
-    session.run("npm", "ci", "--prefix", "web", "--no-progress", external=True)
+    told, quick = in_chromium(session), "quick" in session.posargs
     with session.chdir("web"):  # where Biome looks for its settings
         session.run("node_modules/.bin/biome", "check", "--error-on-warnings", ".", external=True)
     root, folder = ROOT / "artifacts" / "tiny-gemma3n", ROOT / "artifacts" / "browser"
     folder.mkdir(parents=True, exist_ok=True)
+    session.run("make", "page", external=True)
+    if not quick:
+        prepare_all(session, root, folder)
+    python(session, "-m", "tools.browser", str(root), str(folder), *(["--quick"] if quick else []))
+    told |= settings(root, folder)
+    told["SPACE"] = str(folder / "space")
+    told["REPORTS"] = ":".join(str(folder / f"{name}.html") for name in (REPORTS[:1] if quick else REPORTS))
+    command = (str(BIN / "python"), "-m", "pytest", "tests/browser")
+    session.run(*command, external=True, env=told)
+    tests = sorted(file for file in (ROOT / "web" / "test").glob("*.test.mjs") if not (quick and "gpu" in file.name))
+    node_tests(session, tests, told)
+    if "record" in session.posargs:
+        python(session, "-m", "tools.browser", str(root), str(folder), "--record", chromium_version(session, told))
+
+
+REPORTS = ("verify", "evaluate", "tune")
+
+
+def prepare_all(session: nox.Session, root: Path, folder: Path) -> None:
+    """What `quick` leaves out: the pages of evaluate and tune, and a model that WebGPU runs as a whole."""
     rows = (ROOT / "examples/tiny-gemma3n/corpus/chat-verification.jsonl").read_text(encoding="utf-8").splitlines()[:6]
     task = [{"prompt": said["user"], "reference": said["model"]} for said in map(json.loads, rows)]
     (folder / "task.jsonl").write_text("\n".join(map(json.dumps, task)), encoding="utf-8")
-    session.run("make", "page", "evaluate", f"TASK={folder / 'task.jsonl'}", external=True)
+    session.run("make", "evaluate", f"TASK={folder / 'task.jsonl'}", external=True)
     if not (root / "tune" / "report.json").is_file():
         session.run("make", "tune", "MINUTES=1", external=True)
     unwindowed = folder / "unwindowed"
     python(session, "-m", "tools.browser", "examples/tiny-gemma3n", str(unwindowed), "--unwindow")
     session.run("make", "int8", f"MODEL_ID={unwindowed}", "GRAPHS=bundle", f"ARTIFACTS={folder}/made", external=True)
-    python(session, "-m", "tools.browser", str(root), str(folder))
+
+
+def in_chromium(session: nox.Session) -> dict[str, str]:
+    """Install what tests in a browser need, and say where it is."""
+    found = shutil.which("chromium") or shutil.which("google-chrome")
+    if not found:
+        session.run("apt-get", "update", "--quiet", external=True)
+        session.run("apt-get", "install", "--yes", "--quiet", "--no-install-recommends", "chromium", external=True)
+        found = shutil.which("chromium")
+    session.run("npm", "ci", "--prefix", "web", "--no-progress", external=True)
+    return {"CHROMIUM": str(found)}
+
+
+def settings(root: Path, folder: Path) -> dict[str, str]:
+    """What tests in a browser are told of a model's artefacts in `root`, and of the files for and from them."""
     (folder / "measured.json").unlink(missing_ok=True)
-    told = {
-        "CHROMIUM": str(chromium),
+    return {
         "ROOT": str(root),
         "EXPECTED": str(folder / "expected.json"),
-        "REPORTS": ":".join(str(folder / f"{name}.html") for name in ("verify", "evaluate", "tune")),
         "MEASURED": str(folder / "measured.json"),
     }
-    tests = sorted(str(file) for file in (ROOT / "web" / "test").glob("*.test.mjs"))
-    session.run("node", "--test", "--test-concurrency=1", "--test-timeout=600000", *tests, external=True, env=told)
-    if "record" in session.posargs:
-        # Debian's start script may complain of the machine before it answers.
-        said = str(session.run(str(chromium), "--version", external=True, silent=True))
-        version = next(word for word in said.split() if word.count(".") == 3)
-        python(session, "-m", "tools.browser", str(root), str(folder), "--record", version)
+
+
+def node_tests(session: nox.Session, files: list[Path], told: dict[str, str]) -> None:
+    """Run tests in Node.js, one after another."""
+    command = ("node", "--test", "--test-concurrency=1", "--test-timeout=900000", *map(str, files))
+    session.run(*command, external=True, env=told)
+
+
+def chromium_version(session: nox.Session, told: dict[str, str]) -> str:
+    """E.g. 156.0.8078.108. Debian's start script may complain of the machine before it answers."""
+    said = str(session.run(told["CHROMIUM"], "--version", external=True, silent=True))
+    return next(word for word in said.split() if word.count(".") == 3)
+
+
+@nox.session(python="3.11", default=False)
+def browser_gemma3(session: nox.Session) -> None:
+    """Gemma 3 270M in Chromium, in turns with LiteRT-LM: its words, its speed, its memory; half an hour the first time.
+
+    What was built stays in artifacts/rival and is used again, here and by `rival`.
+    """
+    session.install("--require-hashes", "--only-binary=:all:", "-r", "locks/material.txt")
+    told = in_chromium(session)
+    checkpoint = real_checkpoint(session, "gemma3", ROOT / "artifacts" / "rival")
+    made, folder = ROOT / "artifacts" / "rival" / "made-gemma3", ROOT / "artifacts" / "browser" / "gemma3"
+    folder.mkdir(parents=True, exist_ok=True)
+    session.run("make", "page", "GRAPHS=bundle", f"MODEL_ID={checkpoint}", f"ARTIFACTS={made}", external=True)
+    root = made / checkpoint.name
+    python(session, "-m", "tools.browser_real", str(root), str(folder))
+    told |= settings(root, folder)
+    node_tests(session, [ROOT / "web" / "test" / "real.mjs"], told)
+    python(session, "-m", "tools.browser_real", str(root), str(folder), "--record", chromium_version(session, told))
 
 
 @nox.session(venv_backend="none", default=False)

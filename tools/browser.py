@@ -1,6 +1,7 @@
 """What web/test holds a browser against: the interpreter's logits, LiteRT-LM's prompts and words, and the reports.
 
 python -m tools.browser artifacts/tiny-gemma3n FOLDER                    (nox -s browser)
+python -m tools.browser artifacts/tiny-gemma3n FOLDER --quick            (`nox -s browser -- quick`)
 python -m tools.browser artifacts/tiny-gemma3n FOLDER --record VERSION   (`nox -s browser -- record`)
 python -m tools.browser CHECKPOINT FOLDER --unwindow                     (for the above)
 """
@@ -11,7 +12,7 @@ import argparse
 import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -151,6 +152,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.browser")
     parser.add_argument("root", type=Path, help="the model's artefact folder, with int8 and bundle finished")
     parser.add_argument("out", type=Path, help="the folder for expected.json and the three pages")
+    parser.add_argument("--quick", action="store_true", help="of stages page and verify alone")
     parser.add_argument(
         "--unwindow", action="store_true", help="write a copy of the checkpoint ROOT, no layer with a window"
     )
@@ -193,9 +195,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         "signature": FIXED,
         **{name: fixed_shape(arguments.root / name / STEP, texts, arguments.out) for name in ("fp32", "int8")},
     }
-    said["unwindowed"] = unwindowed(arguments.out / UNWINDOWED / "int8", [start, *tokens])
+    if not arguments.quick:
+        said["unwindowed"] = unwindowed(arguments.out / UNWINDOWED / "int8", [start, *tokens])
     (arguments.out / "expected.json").write_text(json.dumps(said), encoding="utf-8")
-    pages = {"verify": verification.render, "evaluate": verification.render_task, "tune": tuning.render}
+    pages: dict[str, Callable[[Any], str]] = {"verify": verification.render}
+    if not arguments.quick:
+        pages |= {"evaluate": verification.render_task, "tune": tuning.render}
     for stage, render in pages.items():
         report = json.loads((arguments.root / stage / "report.json").read_text(encoding="utf-8"))
         (arguments.out / f"{stage}.html").write_text(render(report), encoding="utf-8")
@@ -229,10 +234,10 @@ def table(measured: Mapping[str, Any], chromium: str) -> Table:
         title="The page in a browser, shipped model",
         about="Logits against the LiteRT interpreter's with XNNPACK, alike where they differ by 1e-5 at most; with "
         "another last bit: that interpreter's own, each number of the embeddings times 1 ± 6e-8, the farthest of "
-        f"{DRAWS} draws. Prompts and greedy answers against LiteRT-LM's: "
-        "all that were tried are alike. The page is told without model and runtime, as it lies in the folder; from a "
-        "click on Send, the model kept but not loaded, to the first token: median of 5. No serious finding of axe, no "
-        "console error.",
+        f"{DRAWS} draws. WebGPU is Chromium's in software; without windows: the shipped model with full attention in "
+        "all layers, against its own interpreter. Prompts and greedy answers against LiteRT-LM's: all that were tried "
+        "are alike. The page is told without model and runtime, as it lies in the folder; from a click on Send, the "
+        "model kept but not loaded, to the first token: median of 5. No serious finding of axe, no console error.",
         place=10,
         columns={
             "positions": Column(digits=".0f"),
@@ -256,6 +261,8 @@ def table(measured: Mapping[str, Any], chromium: str) -> Table:
             Row(name="Chromium, int8 sections", values={**logits(measured["logits_int8"]), **said}),
             Row(name=f"Chromium, fp32 step graph, `{FIXED}`", values=logits(measured["fixed_fp32"])),
             Row(name=f"Chromium, int8 step graph, `{FIXED}`", values=logits(measured["fixed_int8"])),
+            Row(name="Chromium, WebGPU for a part, int8 sections", values=logits(measured["webgpu_part"])),
+            Row(name="Chromium, WebGPU, int8 without windows", values=logits(measured["webgpu_whole"])),
             Row(name="interpreter, int8 sections, another last bit", values=logits(farthest(measured["unsettled"]))),
             Row(name="interpreter, int8 sections, built-in kernels", values=logits(measured["kernels"])),
         ),

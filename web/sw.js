@@ -28,7 +28,8 @@ async function answer(request) {
   const store = await caches.open(SHELL);
   try {
     const response = await fetch(request);
-    if (response.ok) await store.put(request, response.clone());
+    // A browser without room for it answers all the same.
+    if (response.ok) await store.put(request, response.clone()).catch(() => {});
     return response;
   } catch (error) {
     const held = await store.match(request, { ignoreSearch: true });

@@ -342,6 +342,12 @@ def page(model: Model) -> Need:
     return Need(what="a page that runs int8", size=40 << 20, memory=taken, work=work, scratch=scratch)
 
 
+def space(model: Model) -> Need:
+    """Links to the page and copies of the papers."""
+    work = Work(calls=0.4 + model.size("int8", sections=True) / _HASH)
+    return Need(what="a Space, by hard links", size=1 << 20, memory=0.05 * _GIB, work=work)
+
+
 MODELLED: Mapping[str, Callable[[Model], Need]] = {
     "fetch": fetch,
     "golden": golden,
@@ -359,6 +365,7 @@ MODELLED: Mapping[str, Callable[[Model], Need]] = {
     "verify": verify,
     "publish": publish,
     "page": page,
+    "space": space,
 }
 """By stage, before what real runs say of it."""
 FITTED = Path(__file__).with_name("fitted.toml")

@@ -21,6 +21,7 @@ from line import Line
 
 from pipeline import job, plan
 from pipeline.core import log, manifest, memory, options
+from pipeline.core.graph import STAGES
 from pipeline.core.recipe import DECODER, PROJECT
 from pipeline.core.recipe import load as load_recipe
 from pipeline.core.stage import DEFAULT_MODEL, Common
@@ -58,6 +59,10 @@ def test_sizes_are_those_of_the_files(built: Line) -> None:
     for stage in ("graph", "bundle", "golden"):
         made_size = sum(record.size for record in manifest.read(built.root / stage).outputs)
         assert NEEDS[stage](model).size == pytest.approx(made_size, rel=0.2), stage
+
+
+def test_every_stage_that_make_plans_has_its_needs() -> None:
+    assert NEEDS.keys() == STAGES.keys() - {"evaluate"}  # whose task decides
 
 
 def test_a_configuration_that_leaves_keys_to_their_defaults_is_planned_too(built: Line) -> None:

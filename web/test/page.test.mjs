@@ -2,6 +2,7 @@
 
 import assert from "node:assert/strict";
 import { cpSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { createServer } from "node:http";
 import { join } from "node:path";
 import { after, before, test } from "node:test";
 import axe from "axe-core";
@@ -262,6 +263,18 @@ for (const [what, [change, sentence]] of Object.entries(LACKING)) {
   });
 }
 
+test("a browser without room to keep anything answers all the same", async () => {
+  const { context, page, errors } = await opened(browser, server.url);
+  const session = await context.newCDPSession(page);
+  await session.send("Storage.overrideQuotaForOrigin", { origin: new URL(server.url).origin, quotaSize: 1 });
+  const { question, text } = expected.words[1];
+  assert.equal(await ask(page, question), text);
+  const kept = await page.evaluate(async () => (await (await caches.open("model-files")).keys()).length);
+  assert.equal(kept, 0);
+  assert.deepEqual(errors, []);
+  await context.close();
+});
+
 test("a reload amid an answer leaves a page that answers", async () => {
   const { context, page, errors } = await opened(browser, server.url);
   const [long, short] = expected.words;
@@ -307,6 +320,26 @@ test("without isolation it runs on one thread, with the same words", async () =>
   assert.match(await page.textContent("#facts"), /one thread/);
   await context.close();
   other.close();
+});
+
+test("in a frame of another site it answers on one thread, and says why", async () => {
+  const site = createServer((_, response) => {
+    response.setHeader("Content-Type", "text/html");
+    response.end(
+      `<title>A site</title><iframe title="The model" src="${server.url}" width="600" height="600"></iframe>`,
+    );
+  });
+  await new Promise((resolve) => site.listen(0, "localhost", resolve));
+  const context = await browser.newContext();
+  const { page, errors } = await tab(context);
+  await page.goto(`http://localhost:${site.address().port}/`);
+  const [, frame] = page.frames();
+  await frame.waitForFunction(() => !document.getElementById("load").disabled);
+  assert.equal(await ask(frame, expected.words[1].question), expected.words[1].text);
+  assert.match(await frame.textContent("#facts"), /one thread \(a page in a frame/);
+  assert.deepEqual(errors, []);
+  await context.close();
+  site.close();
 });
 
 for (const scheme of ["light", "dark"]) {

@@ -73,11 +73,12 @@ test("it answers as LiteRT-LM does, at no less than 0.3 of its speed", async () 
 test("its logits are no farther from the interpreter's than its limit lets int8 be", async () => {
   const { context, page } = await opened(browser, server.url);
   const found = await page.evaluate(async (recorded) => {
-    const [{ open }, { apart, logits }] = await Promise.all([import("./engine.js"), import("./gpu.js")]);
+    const names = ["engine", "gpu", "files"];
+    const [{ open }, { apart, logits }, { bytesOf }] = await Promise.all(names.map((name) => import(`./${name}.js`)));
     const model = await (await fetch("page.json")).json();
     const files = {};
-    for (const [name, { path }] of Object.entries(model.files)) {
-      if (path.endsWith(".tflite")) files[name] = new Uint8Array(await (await fetch(path)).arrayBuffer());
+    for (const [name, file] of Object.entries(model.files)) {
+      if (file.path.endsWith(".tflite")) files[name] = await bytesOf(file, () => {});
     }
     const sections = await open(files, { threads: 2, gpu: false });
     const all = [];

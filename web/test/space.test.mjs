@@ -1,0 +1,20 @@
+// What was put up as a Space, from there.
+
+import assert from "node:assert/strict";
+import { test } from "node:test";
+import { launch, serve, told } from "./browser.mjs";
+import { ask, expected, opened } from "./page.mjs";
+
+test("a Space answers with LiteRT-LM's words, and shows the report", async () => {
+  const browser = await launch();
+  const server = await serve(told("SPACE"));
+  const { page, errors } = await opened(browser, server.url);
+  const { question, text } = expected.words[1];
+  assert.equal(await ask(page, question), text);
+  await page.click("#facts a");
+  await page.waitForURL("**/report.html");
+  assert.match(await page.textContent("h1"), /tiny-gemma3n/);
+  assert.deepEqual(errors, []);
+  await browser.close();
+  server.close();
+});
