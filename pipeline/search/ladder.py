@@ -10,6 +10,7 @@ maps what it packs.
 
 from __future__ import annotations
 
+import gc
 import math
 import shutil
 from collections.abc import Callable, Sequence
@@ -227,17 +228,17 @@ class Maker:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Text:
     """Calibration text that rungs are judged on: windows [N, L], how many are in each lot, and what is expected.
 
     Windows are spread evenly over the text, and those of each lot over these. `hidden` gives the reference's final
-    states [N, L, H] of some of them, `head` makes logits of these.
+    states [N, L, H] of some of them, until all lots are known; `head` makes logits of these.
     """
 
     windows: Tokens
     lots: Sequence[int]
-    hidden: Callable[[Tokens], Floats]
+    hidden: Callable[[Tokens], Floats] | None
     head: Head
     known: dict[int, tuple[Positions, Floats]] = field(default_factory=dict)
 
@@ -272,8 +273,13 @@ class Text:
             # Of the states only those of judged positions are kept.
             few = max(1, _STATES // (self.head.weight.shape[1] * window))
             parts = (rows[start : start + few] for start in range(0, count, few))
+            assert self.hidden
             states = np.concatenate([self.hidden(part) for part in parts])
             self.known[lot] = spread, states[spread.window, spread.length - 1]
+            if len(self.known) == len(self.lots):
+                # The reference goes, before a file is run: of a large model, which has one lot, each takes a gigabyte.
+                self.hidden = None
+                gc.collect()
         return self.known[lot]
 
     def score(self, file: Path, lot: int) -> screening.Sample:
