@@ -6,6 +6,9 @@ import { loadAndCompile, loadLiteRt, supportsFeature, Tensor } from "./vendor/li
 const WASM = new URL("./wasm/", import.meta.url).href;
 // What LiteRT-LM writes where a token may not look: 0.7 times the lowest float32.
 const MASKED = Math.fround(-0.7 * 3.4028234663852886e38);
+const HARMLESS = /^(INFO|WARNING|VERBOSE)\b/;
+// How the runtime says which operations a GPU lacks: `GATHER_ND: Operation is not supported.`
+const UNSUPPORTED = /^(?!INFO|WARNING|VERBOSE|ERROR)([A-Z][A-Z0-9_]+): /;
 const EMBEDDERS = { embeddings: "embedder", per_layer_embeddings: "per_layer_embedder" };
 
 /** Whether kernels can run in threads: the page is isolated from others, and the browser has what LiteRT.js asks for. */
@@ -21,6 +24,7 @@ async function threaded() {
  */
 export async function open(files, where) {
   const { gpu } = where;
+  const lacking = new Set();
   const threads = !gpu && (await threaded());
   const script = `${WASM}litert_wasm_threaded_internal.js`;
   self.Module = {
@@ -29,7 +33,11 @@ export async function open(files, where) {
     ...(threads ? { mainScriptUrlOrBlob: script } : {}),
     // The runtime says everything as an error; what is none goes where only those look who want to. On a GPU nothing
     // is: what fails there runs on WebAssembly, and the page says why.
-    printErr: (line) => (gpu || /^(INFO|WARNING|VERBOSE)\b/.test(line) ? console.debug(line) : console.error(line)),
+    printErr: (line) => {
+      const lacks = gpu && UNSUPPORTED.exec(line);
+      if (lacks) lacking.add(lacks[1]);
+      (gpu || HARMLESS.test(line) ? console.debug : console.error)(line);
+    },
   };
   // LiteRT.js opens a GPU whether it is to use one or not (2.5.3).
   if (!gpu) {
@@ -46,15 +54,16 @@ export async function open(files, where) {
       gpuOptions: { precision: "fp32" },
     });
   }
-  return new Sections(models, runtime, count);
+  return new Sections(models, runtime, count, [...lacking]);
 }
 
-/** Open sections of one model. */
+/** Open sections of one model; `lacking` are operations of its that do not run on the GPU. */
 export class Sections {
-  constructor(models, runtime, threads) {
+  constructor(models, runtime, threads, lacking) {
     this.models = models;
     this.runtime = runtime;
     this.threads = threads;
+    this.lacking = lacking;
     this.signatures = models.decoder.signatures;
     const names = Object.keys(this.signatures).filter((name) => /^prefill_\d+$/.test(name));
     this.prefills = names.map((name) => Number(name.slice("prefill_".length))).sort((a, b) => a - b);

@@ -22,7 +22,9 @@ export async function logits(sections, ids, from) {
  * @param {number} limit mean divergence, in nats.
  */
 export async function refusal(sections, recorded, limit) {
-  if (!sections.models.decoder.isFullyAccelerated) return "LiteRT.js runs only a part of this model there";
+  if (!sections.models.decoder.isFullyAccelerated) {
+    return ["LiteRT.js runs only a part of this model there", ...sections.lacking].join(", not its ");
+  }
   const rows = apart(recorded.rows, await logits(sections, recorded.ids, recorded.prefilled));
   const found = rows.reduce((sum, { kld }) => sum + kld, 0) / rows.length;
   // Not `>`: NaN is refused.
