@@ -132,6 +132,93 @@ test("eight answers are LiteRT-LM's, word for word, and the console is silent", 
   await context.close();
 });
 
+test("it says how far loading is, what runs, and how fast", async () => {
+  const { context, page } = await opened(browser, server.url, () => {
+    globalThis.told = [];
+    addEventListener("DOMContentLoaded", () => {
+      const [status, progress] = ["status", "progress"].map((id) => document.getElementById(id));
+      new MutationObserver(() =>
+        globalThis.told.push([status.textContent, progress.hidden ? null : progress.value]),
+      ).observe(status, { childList: true });
+    });
+  });
+  await ask(page, expected.words[1].question);
+  const model = JSON.parse(readFileSync(join(FOLDER, "page.json"), "utf8"));
+  const said = await page.evaluate(() => globalThis.told);
+  const loading = said.filter(([status]) => /^Loading: [\d.]+ MB of [\d.]+ MB$/.test(status)).map(([, value]) => value);
+  assert.ok(
+    loading.length > 3 && loading.every((value, place) => value > 0 && value < 1 && value >= (loading[place - 1] ?? 0)),
+  );
+  assert.match(said.at(-1)[0], /^\d+ tokens, [\d.]+ a second; first after [\d.]+ s; \d+ tokens read, \d+ a second\.$/);
+  const facts = await page.textContent("#facts");
+  for (const fact of [
+    model.model,
+    model.revision,
+    model.files.decoder.sha256,
+    `passed ${model.verdict.checks} checks`,
+  ]) {
+    assert.ok(facts.includes(fact), fact);
+  }
+  assert.match(facts, /Memory[\d.]+ MB$/);
+  assert.equal(await page.getAttribute("#facts a", "href"), "report.html");
+  await context.close();
+});
+
+test("the sampler draws from the likeliest, as often as their probabilities say", async () => {
+  const { context, page } = await opened(browser, server.url);
+  const counts = await page.evaluate(async () => {
+    const { sample } = await import("./engine.js");
+    const logits = Float32Array.from([0, 1, 4, 2, 3]);
+    const draws = 20000;
+    const tried = {
+      "three likeliest": { top_k: 3, top_p: 1, temperature: 2 },
+      "fewest that have 0.7": { top_k: 5, top_p: 0.7, temperature: 1 },
+      likeliest: { top_k: 1 },
+    };
+    const counted = Object.entries(tried).map(([name, sampler]) => {
+      const found = [0, 0, 0, 0, 0];
+      for (let draw = 0; draw < draws; draw++) found[sample(logits, sampler, () => (draw + 0.5) / draws)] += 1 / draws;
+      return [name, found];
+    });
+    return Object.fromEntries(counted);
+  });
+  const softmax = (logits) => {
+    const mass = logits.reduce((sum, value) => sum + Math.exp(value), 0);
+    return logits.map((value) => Math.exp(value) / mass);
+  };
+  const near = (found, wanted) =>
+    wanted.forEach((value, token) => {
+      assert.ok(Math.abs(found[token] - value) < 1e-3, `${found} instead of ${wanted}`);
+    });
+  near(counts["three likeliest"], softmax([-Infinity, -Infinity, 2, 1, 1.5]));
+  // The likeliest alone has 0.64 of it: it takes the second as well.
+  near(counts["fewest that have 0.7"], softmax([-Infinity, -Infinity, 4, -Infinity, 3]));
+  near(counts.likeliest, [0, 0, 1, 0, 0]);
+  await context.close();
+});
+
+test("neither the page nor its worker can send anything elsewhere", async () => {
+  const { context, page } = await opened(browser, server.url);
+  await page.click("#load");
+  await page.waitForFunction(() => document.getElementById("status").textContent.startsWith("Loaded in"));
+  const other = await serve(FOLDER);
+  for (const place of [page, page.workers()[0]]) {
+    const blocked = await place.evaluate(
+      (url) =>
+        new Promise((resolve) => {
+          (globalThis.document ?? globalThis).addEventListener("securitypolicyviolation", (event) =>
+            resolve(event.effectiveDirective),
+          );
+          fetch(url, { mode: "no-cors" }).then(() => resolve("sent"));
+        }),
+      other.url,
+    );
+    assert.equal(blocked, "connect-src");
+  }
+  await context.close();
+  other.close();
+});
+
 test("a second question is asked with the first in mind", async () => {
   const { context, page } = await opened(browser, server.url);
   const [first, second] = expected.words.slice(1, 3);
