@@ -209,7 +209,8 @@ test("neither the page nor its worker can send anything elsewhere", async () => 
           (globalThis.document ?? globalThis).addEventListener("securitypolicyviolation", (event) =>
             resolve(event.effectiveDirective),
           );
-          fetch(url, { mode: "no-cors" }).then(() => resolve("sent"));
+          const sent = () => setTimeout(() => resolve("nothing"), 500);
+          fetch(url, { mode: "no-cors" }).then(sent, sent);
         }),
       other.url,
     );
@@ -352,6 +353,7 @@ for (const [what, [change, sentence]] of Object.entries(LACKING)) {
 
 test("a browser without room to keep anything answers all the same", async () => {
   const { context, page, errors } = await opened(browser, server.url);
+  await page.waitForFunction(() => navigator.serviceWorker.controller);
   const session = await context.newCDPSession(page);
   await session.send("Storage.overrideQuotaForOrigin", { origin: new URL(server.url).origin, quotaSize: 1 });
   const { question, text } = expected.words[1];
