@@ -433,6 +433,20 @@ def pythons(session: nox.Session) -> None:
 
 
 @nox.session(venv_backend="none", default=False)
+@nox.parametrize("release", ["debian-13", "ubuntu-24.04"])
+def fresh_host(session: nox.Session, release: str) -> None:
+    """README's commands on a bare Debian 13 or Ubuntu 24.04 with its own Python; `.venv`'s bytes. As root on Debian.
+
+    `-- all` does without `make test`. 12 GB of disk while it runs.
+    """
+    session.run("make", "golden", "fp16", "int8-static", "bundle", external=True)
+    with tempfile.TemporaryDirectory(dir=ROOT / "artifacts") as scratch:
+        targets = session.posargs or ["all", "test"]
+        session.run("python3", "tools/fresh_host.py", release, f"{scratch}/root", *targets, external=True)
+        compare_models(session, ROOT / "artifacts", Path(scratch) / "root" / "project" / "artifacts")
+
+
+@nox.session(venv_backend="none", default=False)
 def image_twice(session: nox.Session) -> None:
     """Build the image twice, at two paths and by two clocks, and compare digests: as root, some 6 minutes."""
     python(session, "tools/image_twice.py")
