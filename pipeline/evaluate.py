@@ -12,25 +12,24 @@ from __future__ import annotations
 
 import hashlib
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
+from pipeline.cluster import pool
 from pipeline.core import facts, log, manifest, memory, options, versions
 from pipeline.core.errors import UsageError
 from pipeline.core.stage import Context, Outcome, Stage, main
-from pipeline.judge import tasks
-from pipeline.judge.reference import Greedy
+from pipeline.judge import answers, tasks
+from pipeline.judge.answers import AT_ONCE
 from pipeline.judge.tasks import ORIGINAL, Item
-from pipeline.reference.model import HuggingFace
+from pipeline.reference import golden
+from pipeline.reference.shards import Model, unload
 from pipeline.report import verification as pages
 from pipeline.report.tasks import Report, summary
 
 SCHEMA = 1
-_AT_ONCE = 8
-"""Prompts that Hugging Face answers together."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +40,7 @@ class Options(options.Options):
     tokens: int | None = field(
         default=None, metadata={"help": "the longest answer (default: bundle.continuation of the recipe)"}
     )
+    cluster: str = field(default="", metadata={"help": "whose workers answer: a scheduler's address, or local:<n>"})
 
 
 def work(context: Context) -> Outcome:
@@ -50,13 +50,12 @@ def work(context: Context) -> Outcome:
     if file is None:
         raise UsageError("there is no task", remedy="set TASK= to a .jsonl file of prompts and references")
     items, count = tasks.read(file), chosen.tokens or context.recipe.bundle.continuation
-    original = _load(context)
-    texts = {ORIGINAL: _original(original, items, count)}
-    templated = bool(original.tokenizer.chat_template)
-    del original  # before a bundle needs its memory
-    for record in context.upstream["bundle"].outputs:
-        path = context.root / record.path
-        texts[f"bundle-{path.stem}"] = _bundle(path, items, count, context.folder, templated=templated)
+    inputs = tuple(record for name in ("fetch", "bundle") for record in context.upstream[name].outputs)
+    with pool.opened(chosen.cluster, context.root, "evaluate", inputs, "answers") as shards:
+        try:
+            texts = _answers(context, shards, items, count, chosen.cluster)
+        finally:
+            answers.unload()
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     report = {
         "schema": SCHEMA,
@@ -78,34 +77,27 @@ def work(context: Context) -> Outcome:
     return Outcome(facts=facts.Evaluate(prompts=len(items), tokens=count, task_sha256=digest))
 
 
-def _load(context: Context) -> HuggingFace:
-    """Hugging Face's model in fp32, streamed from its file if it does not fit into memory."""
-    parameters = context.upstream["fetch"].told(facts.Fetch).parameters
-    return HuggingFace.load(context.root / "fetch" / "checkpoint", "cpu", streamed=memory.must_stream(parameters))
-
-
-def _original(reference: HuggingFace, items: Sequence[Item], count: int) -> list[str]:
-    """What Hugging Face's model answers."""
-    prompts = [reference.as_prompt(item.messages) for item in items]
-    rows: list[Greedy] = []
-    with log.progress(f"{ORIGINAL}: answers", len(prompts) * count, "tokens") as bar:
-        for start in range(0, len(prompts), _AT_ONCE):
-            rows += reference.continue_greedily(prompts[start : start + _AT_ONCE], count, bar)
-    return [reference.without_stop(row.continuation_ids) for row in rows]
-
-
-def _bundle(file: Path, items: Sequence[Item], count: int, scratch: Path, *, templated: bool) -> list[str]:
-    """What the bundle answers in LiteRT-LM, by its own template if the model has one."""
-    from pipeline.runtime.litert_lm import LmRuntime
-
-    with tempfile.TemporaryDirectory(dir=scratch) as cache, LmRuntime(file, cache=Path(cache)) as runtime:
-        said = []
-        with log.progress(f"{file.stem}: answers in LiteRT-LM", len(items), "prompts") as bar:
-            for item in items:
-                prompt = runtime.render(item.messages) if templated else item.prompt
-                said.append(runtime.greedy(prompt, count).text)
-                bar.advance()
-    return said
+def _answers(
+    context: Context, shards: pool.Shards, items: Sequence[Item], count: int, cluster: str
+) -> dict[str, list[str]]:
+    """What Hugging Face's model in fp32 answers, and every bundle by its own template if the model has one."""
+    parameters, checkpoint = (
+        context.upstream["fetch"].told(facts.Fetch).parameters,
+        context.root / "fetch" / "checkpoint",
+    )
+    streamed = memory.must_stream(parameters * pool.copies(cluster))
+    asked = golden.ask(Model(str(checkpoint.absolute()), "cpu", streamed), shards, parameters)
+    tokenizer, prompts = asked.reference.tokenizer, [asked.reference.as_prompt(item.messages) for item in items]
+    ends = asked.reference.without_stop
+    rows = [asked.greedy(prompts[start : start + AT_ONCE], count) for start in range(0, len(prompts), AT_ONCE)]
+    later = {}
+    for record in context.upstream["bundle"].outputs:
+        file, templated = context.root / record.path, bool(tokenizer.chat_template)
+        later[f"bundle-{file.stem}"] = answers.ask(shards, file, items, count, asked.threads, templated=templated)
+    texts = {ORIGINAL: [ends(row.continuation_ids) for lot in rows for row in lot()]}
+    del asked, ends
+    unload()  # before a bundle needs its memory
+    return texts | {name: said() for name, said in later.items()}
 
 
 STAGE = Stage(
@@ -113,6 +105,7 @@ STAGE = Stage(
     summary="Score the bundles and the original on your own task: exact match, chrF and BLEU.",
     work=work,
     options=Options,
+    after=lambda context: pool.forget(context.root, "evaluate"),
 )
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def work(context: Context) -> Outcome:
     parameters, device = fetched.told(facts.Fetch).parameters, choose_device(chosen.device)
     streamed = golden.is_streamed(chosen.weights, device, parameters * pool.copies(chosen.cluster))
     model = Model(str(checkpoint.absolute()), device, streamed)
-    with pool.opened(chosen.cluster, context.root, "golden", fetched.outputs) as shards:
+    with pool.opened(chosen.cluster, context.root, "golden", fetched.outputs, "reference") as shards:
         asked = golden.ask(model, shards, parameters)
         reference = asked.reference
         documents = corpus.read_documents(text, reference.render)

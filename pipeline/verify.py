@@ -22,6 +22,7 @@ from pathlib import Path
 from pipeline.bundling import constants
 from pipeline.bundling.template import CONVERSATIONS
 from pipeline.checkpoint import chat
+from pipeline.cluster import pool
 from pipeline.core import facts, manifest, options
 from pipeline.core.errors import UsageError
 from pipeline.core.graph import Choice
@@ -30,7 +31,7 @@ from pipeline.core.stage import Context, Outcome, Stage, main
 from pipeline.judge import bundles, corpus, steps
 from pipeline.judge.reference import Head, Reference
 from pipeline.judge.steps import Verdict
-from pipeline.judge.verdicts import judge_bundles, judge_steps, judged_files
+from pipeline.judge.verdicts import judge_all, judged_files
 from pipeline.report.judgement import checks_of, is_required, refuse_failed, summarise, write_report
 
 
@@ -46,6 +47,10 @@ class Options(options.Options):
         default=None, metadata={"metavar": "FILE", "help": "the text that int8's --calibration named"}
     )
 
+    cluster: str = field(
+        default="", metadata={"help": "whose workers judge bundles: a scheduler's address, or local:<n>"}
+    )
+
     def judged(self) -> tuple[str, ...] | None:
         """The variants, None: the recipe's."""
         return self.variants
@@ -59,13 +64,9 @@ def work(context: Context) -> Outcome:
     reference = Reference(context.root / "golden", Head.of_checkpoint(checkpoint, cap))
     tokenizer = chat.open_tokenizer(checkpoint)
     _check_texts(context, tokenizer)
-    verdicts: list[Verdict] = []
-    bundle_verdicts: list[bundles.Verdict] = []
-    judgement: dict[str, object] = {}
-    if context.graphs != "bundle":
-        verdicts, judgement = judge_steps(context, variants, reference, tokenizer)
-    if context.graphs != "step":
-        bundle_verdicts = judge_bundles(context, reference, tokenizer, CONVERSATIONS)
+    verdicts, bundle_verdicts, judgement = judge_all(
+        context, variants, reference, tokenizer, CONVERSATIONS, context.chosen(Options).cluster
+    )
     judgement = steps.finite(judgement | summarise(context, verdicts, bundle_verdicts))
     manifest.write_atomically(context.folder / "judgement.json", manifest.dump_json(judgement))
     write_report(context, judgement, verdicts)
@@ -111,6 +112,7 @@ STAGE = Stage(
     summary="Judge every file against Hugging Face and fp32; write report.json and report.html.",
     work=work,
     options=Options,
+    after=lambda context: pool.forget(context.root, "verify"),
     measured=("report.json", "report.html"),
 )
 

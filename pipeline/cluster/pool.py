@@ -18,13 +18,11 @@ from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 from pipeline.cluster import dask
-from pipeline.cluster.worker import Shard, Terms, read, work, write
+from pipeline.cluster.worker import KEPT, Shard, Terms, read, work, write
 from pipeline.core import log, manifest, parallel
 
 P = ParamSpec("P")
 T = TypeVar("T")
-_KEPT = ".shards"
-"""The folder, beside those of the stages, of finished shards of stages that are not."""
 
 
 class InProcess(Executor):
@@ -115,7 +113,9 @@ class Shards:
 
 
 @contextmanager
-def opened(cluster: str, root: Path, stage: str, inputs: tuple[manifest.FileRecord, ...]) -> Iterator[Shards]:
+def opened(
+    cluster: str, root: Path, stage: str, inputs: tuple[manifest.FileRecord, ...], label: str
+) -> Iterator[Shards]:
     """The shards of `stage`, with one bar for all; kept ones of an earlier call are found.
 
     Args:
@@ -123,12 +123,13 @@ def opened(cluster: str, root: Path, stage: str, inputs: tuple[manifest.FileReco
         root: the model's artefact folder.
         stage: the stage.
         inputs: the files that shards read, relative to `root`.
+        label: what the bar calls them.
     """
-    folder = root / _KEPT / stage
+    folder = root / KEPT / stage
     folder.mkdir(parents=True, exist_ok=True)
     terms = Terms.of(root.absolute(), inputs)
     executor = dask.connect(cluster) if cluster else nullcontext(InProcess())
-    with executor as workers, log.progress("reference", 0, "tokens") as bar:
+    with executor as workers, log.progress(label, 0, "tokens") as bar:
         shards = Shards(workers, terms, folder, bar, remote=bool(cluster))
         yield shards
 
@@ -140,7 +141,7 @@ def copies(cluster: str) -> int:
 
 def forget(root: Path, stage: str) -> None:
     """Remove the kept shards of `stage`, which is finished."""
-    folder = root / _KEPT / stage
+    folder = root / KEPT / stage
     shutil.rmtree(folder, ignore_errors=True)
     if folder.parent.is_dir() and not any(folder.parent.iterdir()):
         folder.parent.rmdir()

@@ -10,6 +10,7 @@ import os
 import secrets
 import socket
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -49,6 +50,10 @@ _CODE = _code()
 """As it was when this process read it: a worker that is older than a change of the code says so."""
 _DIGEST = hashlib.sha256().digest_size
 _turn = threading.Lock()
+KEPT = ".shards"
+"""The folder, beside those of the stages, of finished shards of stages that are not, and of what workers put aside."""
+let_go: list[Callable[[], None]] = []
+"""What frees what shards leave open for those after them, such as a model: under other terms it may be another one."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +99,7 @@ def work(terms: Terms, shard: Shard, file: Path) -> bytes:
     """
     # One at a time: shards share a model in this process, and its threads are counted for one.
     with _turn:
+        _renew(terms)
         _accept(terms)
         if (kept := read(file)) is not None:  # of a worker that died, or was silent, before it could tell
             return kept
@@ -101,6 +107,17 @@ def work(terms: Terms, shard: Shard, file: Path) -> bytes:
         with suppress(OSError):  # who asked will keep it, or say why it can't be kept
             write(file, result)
         return result
+
+
+_served: list[Terms] = []
+"""The terms of this process, the last of which hold."""
+
+
+def _renew(terms: Terms) -> None:
+    if _served != [terms]:
+        for free in let_go:
+            free()
+        _served[:] = [terms]
 
 
 @cache

@@ -195,8 +195,11 @@ STAGES: Mapping[str, Node] = {
         needs=lambda choice: ("fetch", "golden", *_judged(choice), *(_with_towers(choice) if choice.bundles else ())),
         settings=("graphs", "variants", "eval", "calibration", "towers"),
         texts=("verification", "calibration", "eval"),
+        places=("cluster",),
     ),
-    "evaluate": Node(module="evaluate", needs=_always("fetch", "bundle"), settings=("task",), texts=("task",)),
+    "evaluate": Node(
+        module="evaluate", needs=_always("fetch", "bundle"), settings=("task",), texts=("task",), places=("cluster",)
+    ),
     "publish": Node(
         module="publish",
         needs=lambda choice: ("fetch", *_judged(choice), "verify"),

@@ -8,6 +8,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from contextvars import Context, ContextVar, copy_context
 from typing import TypeVar
 
@@ -20,11 +21,25 @@ _given_up: ContextVar[tuple[threading.Event, ...]] = ContextVar("given_up", defa
 """Of the parts that this thread works within: set once nobody waits for their results any more."""
 
 
+_limit: ContextVar[int | None] = ContextVar("limit", default=None)
+"""The threads that what runs here may have, where somebody else counts them."""
 _LOCAL = "local:"
+
+
+@contextmanager
+def limited(count: int) -> Iterator[None]:
+    """Let `threads` say `count` in the block: of a shard, whose worker may be one of many on a machine."""
+    before = _limit.set(count)
+    try:
+        yield
+    finally:
+        _limit.reset(before)
 
 
 def threads(default: int | None = None) -> int:
     """What `THREADS=` says (handed on as OMP_NUM_THREADS), else `default`, else one per core this process may use."""
+    if (limit := _limit.get()) is not None:
+        return limit
     wanted = os.environ.get("OMP_NUM_THREADS", "")
     # sched_getaffinity and not cpu_count: in a container or under taskset there are fewer.
     return int(wanted) if wanted.isdecimal() and int(wanted) else default or len(os.sched_getaffinity(0))

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-
-import numpy as np
 
 from pipeline.checkpoint.chat import Tokenizer
 from pipeline.core.errors import UsageError
 from pipeline.core.manifest import FileRecord
 from pipeline.core.recipe import BASELINE, Gate
-from pipeline.judge import gates, kv_cache, metrics, parity, scripts
+from pipeline.judge import gates, metrics, parity, scripts
 from pipeline.judge.gates import REFERENCE, Check, Measurement
-from pipeline.judge.kv_cache import Logits, Trace
-from pipeline.judge.metrics import Divergence, Scores, Summary
+from pipeline.judge.kv_cache import Trace
+from pipeline.judge.metrics import Divergence, Summary
 from pipeline.judge.parity import Parity
-from pipeline.judge.reference import Floats, Greedy, Head
+from pipeline.judge.reference import Greedy
 from pipeline.judge.scripts import ScriptFigures
+from pipeline.judge.shards import Asked, Replayed
 from pipeline.runtime.litert_lm import Message
 
 SCORE_ERROR = 5e-3
@@ -30,7 +29,7 @@ It sums over the vocabulary in float32: with 262,144 tokens and logits that are 
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """A bundle to judge: its file, the folder of its sections, and what the stages know of it.
+    """A bundle to judge: its file, and what the stages know of it.
 
     `stored` is the number of parameters in the sections (a tied table counts where it is stored), `weight_bytes` what
     they take there, scales included.
@@ -39,7 +38,6 @@ class Subject:
     precision: str
     path: Path
     record: FileRecord
-    sections: Path
     gate: Gate | None
     parameters: int
     stored: int
@@ -53,18 +51,17 @@ class Subject:
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What every bundle of one run is held against; `scratch` is a folder for what would take gigabytes of memory.
+    """What every bundle of one run is held against, and who is `asked` for them.
 
     `scripts` are those that have a limit of their own.
     """
 
+    asked: Asked
     trace: Trace
-    head: Head
     tokenizer: Tokenizer
     conversations: Sequence[Sequence[Message]]
     greedy: Sequence[Greedy]
     stop: set[int]
-    scratch: Path
     scripts: tuple[str, ...] = ()
 
 
@@ -123,8 +120,8 @@ class Verdict:
         }
 
 
-def judge(subject: Subject, setting: Setting) -> Verdict:
-    """Run the bundle on everything that its limits need.
+def ask(subject: Subject, setting: Setting) -> Callable[[], Verdict]:
+    """Ask the bundle all that its limits need; the call that is returned waits for the answers and judges them.
 
     Every bundle is held against Hugging Face. Whether fp32 is exact few positions tell, so it does not read the texts.
 
@@ -140,20 +137,20 @@ def judge(subject: Subject, setting: Setting) -> Verdict:
         )
     # What precision costs is a mean, which takes thousands of positions; a fault of a conversion shows in each.
     trace = setting.trace.conversations() if exact else setting.trace
-    logits = kv_cache.replay(subject.sections, trace, subject.name, setting.scratch)
+    replayed = setting.asked.replay(subject.precision, trace, exact=exact)
+    tokens = sum(len(row.continuation_ids) for row in setting.greedy)
+    spoken = setting.asked.speak(subject.precision, setting.conversations, len(setting.greedy), tokens, setting.stop)
+    return lambda: _judge(subject, setting, trace, replayed(), spoken())
 
-    def against_hidden(hidden: Floats) -> Scores:
-        part = slice(len(hidden))
-        return setting.head.score(logits[part], hidden, trace.targets[part])
 
-    without, with_cache = trace.expected()
-    scores = against_hidden(without)
-    plain = metrics.summarise(scores, trace.blocks)
-    cached = metrics.summarise(against_hidden(with_cache), trace.blocks[: len(with_cache)]) if exact else None
+def _judge(subject: Subject, setting: Setting, trace: Trace, replayed: Replayed, result: Parity) -> Verdict:
+    """What follows from the answers."""
+    plain = metrics.summarise(replayed.scores, trace.blocks)
+    told = replayed.cached
+    cached = metrics.summarise(told, trace.blocks[: len(told.kld)]) if told else None
     # Where arithmetic is the same nothing differs by script.
-    by_script = {} if exact else scripts.figures(scores, trace.blocks, trace.scripts(setting.tokenizer.decode))
-    result = parity.compare(
-        subject.path, setting.tokenizer, setting.conversations, setting.greedy, setting.stop, setting.scratch
+    by_script = (
+        {} if cached else scripts.figures(replayed.scores, trace.blocks, trace.scripts(setting.tokenizer.decode))
     )
     figures = (
         _exactness(plain, cached, trace)
@@ -161,7 +158,8 @@ def judge(subject: Subject, setting: Setting) -> Verdict:
         else gates.quality("through the cache", plain, against=REFERENCE, detail=trace.described)
         + _by_script(by_script, setting.scripts)
     )
-    holds = [*_parity_checks(subject, result, exact=exact), _finite(subject, logits)]
+    exact = cached is not None
+    holds = [*_parity_checks(subject, result, exact=exact), _finite(subject, replayed.unsound, plain.positions)]
     gate = subject.gate
     if gate and not setting.scripts:  # a limit for a language that no release names is none
         gate = replace(gate, script_kld_ratio=None)
@@ -223,10 +221,9 @@ def _sizes(subject: Subject) -> list[Measurement]:
     ]
 
 
-def _finite(subject: Subject, logits: Logits) -> Check:
-    bad = sum(not np.isfinite(row).all() for row in logits)
-    name, detail = "positions with logits that are not finite", f"{len(logits)} positions"
-    return gates.must_hold(subject.name, name, bad, len(logits), detail)
+def _finite(subject: Subject, unsound: int, positions: int) -> Check:
+    name, detail = "positions with logits that are not finite", f"{positions} positions"
+    return gates.must_hold(subject.name, name, unsound, positions, detail)
 
 
 def _parity_checks(subject: Subject, result: Parity, *, exact: bool) -> list[Check]:

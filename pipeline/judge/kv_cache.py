@@ -102,6 +102,21 @@ class Trace:
         """The same without the texts."""
         return replace(self, texts=self.texts[:0], states=self.states[:0])
 
+    def lot(self, first: int, last: int) -> Trace:
+        """The texts `first` to `last` alone, without the conversations."""
+        bare = replace(self, tokens=self.tokens[:0], hidden=self.hidden[:0], cached=self.cached[:0])
+        return replace(bare, texts=self.texts[first:last], states=self.states[first:last])
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """Whose judged positions `replay` gives before those of the texts."""
+        return ORDER if len(self.tokens) else ()
+
+    @property
+    def amount(self) -> int:
+        """Tokens that `replay` runs."""
+        return sum(self.schedules[row].length for row in self.order) + self.texts[:, 1:].size
+
     @property
     def described(self) -> str:
         """Which positions are judged, in words."""
@@ -124,7 +139,7 @@ class Trace:
     @property
     def targets(self) -> Tokens:
         """The token that really follows each judged position, in the order of `replay`."""
-        conversations = [self.tokens[row, self.schedules[row].judged + 1] for row in ORDER]
+        conversations = [self.tokens[row, self.schedules[row].judged + 1] for row in self.order]
         return np.concatenate([*conversations, self.texts[:, 1:].ravel()])
 
     @property
@@ -135,7 +150,7 @@ class Trace:
         the first one's stretches are the same when it returns.
         """
         stretches = self.schedules[0].length // POSITIONS_PER_WINDOW + 1
-        conversations = [row * stretches + self.schedules[row].judged // POSITIONS_PER_WINDOW for row in ORDER]
+        conversations = [row * stretches + self.schedules[row].judged // POSITIONS_PER_WINDOW for row in self.order]
         count, length = self.texts[:, 1:].shape
         return np.concatenate([*conversations, np.repeat(2 * stretches + np.arange(count), length)])
 
@@ -150,8 +165,8 @@ class Trace:
 
         The second ends before the texts, and holds those without a cache where the reference has none with.
         """
-        without, cached = [], []
-        for row in ORDER:
+        without, cached = [], [np.empty((0, self.hidden.shape[2]), np.float32)]
+        for row in self.order:
             positions = self.schedules[row].judged
             plain = self.hidden[row, positions]
             last = self.cached.shape[1]
@@ -160,28 +175,18 @@ class Trace:
         return np.concatenate([*without, *self.states]), np.concatenate(cached)
 
 
-def replay(folder: Path, trace: Trace, label: str, scratch: Path | None = None) -> Logits:
-    """The logits [n, V] of the sections in `folder` at every judged position: schedules as in `ORDER`, then texts.
+def replay(sections: Sections, trace: Trace, bar: log.Progress, file: Path | None = None) -> Logits:
+    """The logits [n, V] of `sections` at every judged position: schedules as in `ORDER`, then texts.
 
-    Args:
-        folder: where the sections are.
-        trace: what they are given.
-        label: how progress calls them.
-        scratch: a folder for what would take gigabytes of memory: the logits, and weights as XNNPACK repacks them.
+    They stand in a memory map at `file`, if one is given: those of a large vocabulary are gigabytes. `bar` is advanced
+    by the trace's amount.
     """
-    weights = scratch / f"{label}.weights" if scratch else None
-    sections = Sections(folder, weights=weights) if weights else Sections(folder)
-    total = 2 * trace.schedules[0].length + trace.schedules[1].length + trace.texts[:, 1:].size
-    judged = len(trace.blocks)
     room: Logits | None = None
-    with log.progress(f"{label}: through the cache", total, "tokens") as bar:
-        for place, logits in _logits(sections, trace, bar):
-            if room is None:
-                room = _room((judged, len(logits)), scratch / label if scratch else None)
-            room[place] = logits
+    for place, logits in _logits(sections, trace, bar):
+        if room is None:
+            room = _room((len(trace.blocks), len(logits)), file)
+        room[place] = logits
     assert room is not None
-    if weights:
-        weights.unlink()  # as large as the decoder, and of no use to anyone else
     return room
 
 
@@ -191,19 +196,20 @@ def _room(shape: tuple[int, int], file: Path | None) -> Logits:
 
 def _logits(sections: Sections, trace: Trace, bar: log.Progress) -> Iterator[tuple[int, Logits]]:
     """Logits [V] as they are decoded, each with its place in what `replay` gives."""
-    first, second = (len(schedule.judged) for schedule in trace.schedules)
+    first, second = (len(schedule.judged) if trace.order else 0 for schedule in trace.schedules)
     places = iter(range(first)), iter(range(first, first + second))
     conversations = Conversation(sections), Conversation(sections)
     turns = [
         _run(conversation, schedule, tokens, bar)
-        for conversation, schedule, tokens in zip(conversations, trace.schedules, trace.tokens, strict=True)
+        for conversation, schedule, tokens in zip(conversations, trace.schedules, trace.tokens, strict=False)
     ]
     # If the two shared any state, each would now and then read the other's.
     for pair in zip_longest(*turns):  # in turns, call by call
         for place, logits in zip(places, pair, strict=False):
             yield from ((next(place), row) for row in logits or [])
     after, whole = itertools.count(first + second), Schedule((("decode", trace.texts.shape[1] - 1),))
-    for schedule, tokens in [(trace.schedules[0], trace.tokens[0]), *((whole, text) for text in trace.texts)]:
+    again = [(trace.schedules[0], trace.tokens[0])] if trace.order else []
+    for schedule, tokens in [*again, *((whole, text) for text in trace.texts)]:
         # The cache keeps what the conversation before left in it; only the position goes back to 0.
         conversations[1].reset()
         for logits in _run(conversations[1], schedule, tokens, bar):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +54,7 @@ class Tally:
 
     total: int
     wrong: int
-    examples: list[str]
+    examples: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,9 +80,9 @@ class Parity:
     ids: Tally
     prompts: Tally | None
     turns: Tally | None
-    greedy: list[Continuation]
+    greedy: tuple[Continuation, ...]
     stop: Tally
-    stopped_at: list[int]
+    stopped_at: tuple[int, ...]
     scored: int
     score_error: float | None
 
@@ -99,7 +99,7 @@ def compare(
     tokenizer: Tokenizer,
     conversations: Sequence[Sequence[Message]],
     rows: Sequence[Greedy],
-    stop: set[int],
+    stop: Set[int],
     scratch: Path | None = None,
 ) -> Parity:
     """Open `bundle` in LiteRT-LM and hold it against transformers; `scratch` is where its repacked weights may lie."""
@@ -114,9 +114,9 @@ def compare(
             ids=_tokenise(runtime, tokenizer),
             prompts=_render(runtime, tokenizer, conversations) if tokenizer.chat_template else None,
             turns=_converse(runtime) if tokenizer.chat_template else None,
-            greedy=greedy,
-            stop=Tally(total=len(stop), wrong=len(missing), examples=[str(token) for token in missing]),
-            stopped_at=sorted(reached),
+            greedy=tuple(greedy),
+            stop=Tally(total=len(stop), wrong=len(missing), examples=tuple(map(str, missing))),
+            stopped_at=tuple(sorted(reached)),
             scored=len(errors),
             score_error=float(np.max(errors)) if errors else None,
         )
@@ -152,18 +152,18 @@ def _converse(runtime: LmRuntime) -> Tally:
         answers = runtime.talk(_TURNS, _ANSWER)
     except IntegrityError as error:
         if REWRITES in (error.cause or ""):  # the template's way, of which the card speaks; no fault of the bundle
-            return Tally(total=len(_TURNS), wrong=0, examples=["the template rewrites what was said before"])
-        return Tally(total=len(_TURNS), wrong=1, examples=[f"{error}: {error.cause}"])
-    return Tally(total=len(_TURNS), wrong=len(_TURNS) - len(answers), examples=[])
+            return Tally(total=len(_TURNS), wrong=0, examples=("the template rewrites what was said before",))
+        return Tally(total=len(_TURNS), wrong=1, examples=(f"{error}: {error.cause}",))
+    return Tally(total=len(_TURNS), wrong=len(_TURNS) - len(answers), examples=())
 
 
 def _tally(cases: Sequence[Case], holds: Callable[[Case], bool]) -> Tally:
     wrong = [case for case in cases if not holds(case)]
-    return Tally(total=len(cases), wrong=len(wrong), examples=[repr(case)[:200] for case in wrong[:_SHOWN]])
+    return Tally(total=len(cases), wrong=len(wrong), examples=tuple(repr(case)[:200] for case in wrong[:_SHOWN]))
 
 
 def _generate(
-    runtime: LmRuntime, tokenizer: Tokenizer, rows: Sequence[Greedy], stop: set[int], label: str
+    runtime: LmRuntime, tokenizer: Tokenizer, rows: Sequence[Greedy], stop: Set[int], label: str
 ) -> list[Continuation]:
     continuations = []
     with log.progress(f"{label}: greedy text in LiteRT-LM", len(rows), "prompts") as bar:
@@ -205,7 +205,7 @@ def _common(text: str, ids: Sequence[int], tokenizer: Tokenizer) -> int:
     return next(count for count in range(len(ids), -1, -1) if text.startswith(str(tokenizer.decode(ids[:count]))))
 
 
-def _score(runtime: LmRuntime, tokenizer: Tokenizer, rows: Sequence[Greedy], stop: set[int]) -> list[float]:
+def _score(runtime: LmRuntime, tokenizer: Tokenizer, rows: Sequence[Greedy], stop: Set[int]) -> list[float]:
     """The largest error of a log-likelihood in each of a few continuations; those that can't be scored are left out.
 
     The runtime takes text, so the text must have the very tokens that the reference generated, and the prompt must end

@@ -8,15 +8,19 @@ from dataclasses import replace
 from pathlib import Path
 
 from pipeline.checkpoint import chat
-from pipeline.core import log
+from pipeline.cluster import pool
+from pipeline.cluster.pool import Shards
+from pipeline.core import log, parallel
 from pipeline.core.errors import UsageError
 from pipeline.core.facts import Bundle, Fetch, Golden, Precision
+from pipeline.core.manifest import FileRecord
 from pipeline.core.recipe import BASELINE, STEP
 from pipeline.core.stage import Context
 from pipeline.judge import bundles, gates, hearing, kv_cache, sqnr, steps
 from pipeline.judge.gates import Check
 from pipeline.judge.kv_cache import Trace
 from pipeline.judge.reference import Reference
+from pipeline.judge.shards import Asked, Place
 from pipeline.judge.step_runs import JudgedPositions
 from pipeline.judge.steps import Setting, Subject, Verdict
 from pipeline.runtime.litert_lm import Message
@@ -25,6 +29,38 @@ from pipeline.runtime.sound import Hearing
 _PER_BATCH = 8
 _TRACED = 4
 """Windows that are run operator by operator to find where a file loses quality."""
+
+
+def judge_all(
+    context: Context,
+    variants: Sequence[str],
+    reference: Reference,
+    tokenizer: chat.Tokenizer,
+    conversations: Sequence[Sequence[Message]],
+    cluster: str,
+) -> tuple[list[Verdict], list[bundles.Verdict], dict[str, object]]:
+    """The verdicts on step graphs and bundles, if there are any, and what of the judgement is the former's alone.
+
+    Bundles are judged by the workers of `cluster`, if there is one, and step graphs in this process meanwhile.
+    `conversations` are rendered by template and runtime.
+    """
+    none: tuple[list[Verdict], dict[str, object]] = [], {}
+    if context.graphs == "step":
+        verdicts, judgement = judge_steps(context, variants, reference, tokenizer)
+        return verdicts, [], judgement
+    with pool.opened(cluster, context.root, "verify", _read_by_bundles(context), "bundles") as shards:
+        asked = _ask_bundles(context, reference, tokenizer, conversations, shards)
+        verdicts, judgement = (
+            none if context.graphs == "bundle" else judge_steps(context, variants, reference, tokenizer)
+        )
+        return verdicts, asked(), judgement
+
+
+def _read_by_bundles(context: Context) -> tuple[FileRecord, ...]:
+    """The files that workers read: the checkpoint's, the reference, the bundles and their sections."""
+    named = {"fetch", "golden", "bundle", *context.recipe.bundle.built}
+    made = (record for name in context.upstream if name in named for record in context.upstream[name].outputs)
+    return tuple(record for record in made if Path(record.path).name != STEP)
 
 
 def judge_steps(
@@ -78,32 +114,45 @@ def _leaves(item: Verdict) -> bool:
     return any(check.status != "pass" and check.against == BASELINE and check.low is not None for check in item.checks)
 
 
-def judge_bundles(
-    context: Context, reference: Reference, tokenizer: chat.Tokenizer, conversations: Sequence[Sequence[Message]]
-) -> list[bundles.Verdict]:
-    """The verdicts on the bundles, fp32 first; `conversations` are rendered by template and runtime."""
+def _ask_bundles(
+    context: Context,
+    reference: Reference,
+    tokenizer: chat.Tokenizer,
+    conversations: Sequence[Sequence[Message]],
+    shards: Shards,
+) -> Callable[[], list[bundles.Verdict]]:
+    """Ask the bundles; the call that is returned waits, and gives the verdicts on them, fp32 first.
+
+    What a model hears is judged in this process.
+    """
     recipe, golden = context.recipe, context.upstream["golden"].told(Golden)
     if golden.sliding_window is None:
         raise context.upstream["golden"].lacks("sliding_window")
-    with tempfile.TemporaryDirectory(dir=context.folder) as scratch:
-        setting = bundles.Setting(
-            trace=Trace(schedules=kv_cache.schedules(recipe.bundle, golden.sliding_window), **reference.cache()),
-            head=reference.head,
-            tokenizer=tokenizer,
-            conversations=conversations,
-            greedy=reference.greedy()[: recipe.bundle.prompts],
-            stop=set(golden.stop),
-            scratch=Path(scratch),
-            scripts=recipe.corpus.scripts,
-        )
+    # As many workers as cores are faster with one thread each, and bytes must not depend on how many there are.
+    threads = parallel.threads(1) if shards.remote else parallel.threads()
+    setting = bundles.Setting(
+        asked=Asked(shards, Place(str(context.root.absolute()), reference.head.cap, threads)),
+        trace=Trace(schedules=kv_cache.schedules(recipe.bundle, golden.sliding_window), **reference.cache()),
+        tokenizer=tokenizer,
+        conversations=conversations,
+        greedy=reference.greedy()[: recipe.bundle.prompts],
+        stop=set(golden.stop),
+        scripts=recipe.corpus.scripts,
+    )
+    subjects = [_bundle(context, name) for name in sorted(recipe.bundle.built, key=lambda name: name != BASELINE)]
+    asked = [(subject, bundles.ask(subject, setting)) for subject in subjects]
+
+    def finish() -> list[bundles.Verdict]:
         verdicts: list[bundles.Verdict] = []
-        for precision in sorted(recipe.bundle.built, key=lambda name: name != BASELINE):
-            subject = _bundle(context, precision)
-            log.step(f"judging {subject.name} ({log.human_bytes(subject.record.size)})")
-            verdict = bundles.judge(subject, setting)
-            heard = _heard(context, subject, first=not verdicts, scratch=Path(scratch))
-            verdicts.append(replace(verdict, checks=[*verdict.checks, *heard]))
-    return verdicts
+        with tempfile.TemporaryDirectory(dir=context.folder) as scratch:
+            for subject, verdict in asked:
+                log.step(f"judging {subject.name} ({log.human_bytes(subject.record.size)})")
+                found = verdict()
+                heard = _heard(context, subject, first=not verdicts, scratch=Path(scratch))
+                verdicts.append(replace(found, checks=[*found.checks, *heard]))
+        return verdicts
+
+    return finish
 
 
 def _heard(context: Context, subject: bundles.Subject, *, first: bool, scratch: Path) -> list[Check]:
@@ -126,7 +175,6 @@ def _bundle(context: Context, precision: str) -> bundles.Subject:
         precision=precision,
         path=context.root / record.path,
         record=record,
-        sections=context.root / precision,
         gate=context.recipe.gates.get(f"bundle-{precision}"),
         parameters=context.upstream["fetch"].told(Fetch).parameters,
         stored=held.stored,

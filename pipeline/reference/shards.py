@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.cluster.pool import Shards
+from pipeline.cluster.worker import let_go
 from pipeline.core import log
 from pipeline.core.errors import UsageError
 from pipeline.judge.corpus import Tokens
@@ -75,6 +76,9 @@ def loaded(model: Model) -> HuggingFace:
 def unload() -> None:
     """Give the model's memory back."""
     _loaded.clear()
+
+
+let_go.append(unload)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""golden on Dask's own schedulers and workers: the same bytes whatever becomes of them, or one sentence."""
+"""Stages on Dask's own schedulers and workers: the same bytes whatever becomes of them, or one sentence."""
 
 from __future__ import annotations
 
@@ -17,41 +17,45 @@ from pathlib import Path
 import pytest
 from line import Line
 from machines import Machines
+from works import Another, Work, copied, one_thread
 
-from pipeline import golden
+from pipeline import evaluate, golden, verify
 from pipeline.core.recipe import PROJECT
+from pipeline.core.stage import Stage
 
 # In a folder beside the environment, which `nox -s cluster` makes.
 pytest.importorskip("distributed")
-Another = Callable[[], Line]
 SEED = int(os.environ.get("CLUSTER_SEED", "21"))
 KILLS = 20
 
 
-def kept(line: Line) -> int:
-    """Finished shards of a golden that is not finished."""
-    return len([file for file in (line.root / ".shards" / "golden").iterdir() if not file.suffix])
+Make = Callable[[str], Work]
 
 
-def made(line: Line, cluster: str = "") -> dict[str, bytes]:
-    """What golden leaves, without how long it took."""
-    assert line.run(golden.STAGE, "--device", "cpu", *(["--cluster", cluster] if cluster else [])) == 0
-    files = sorted((line.root / "golden").iterdir())
-    assert not (line.root / ".shards").exists()
-    return {file.name: file.read_bytes() for file in files if file.name != "run.json"}
+@pytest.fixture(scope="session")
+def alone() -> dict[str, dict[str, bytes]]:
+    """What each stage gives without a cluster."""
+    return {}
 
 
-@pytest.fixture(scope="module")
-def expected(fetched: Line, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, bytes]]:
-    """What one process of one thread gives, and the setting under which it does."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        import torch
+@pytest.fixture
+def make(fetched: Line, bundled: Line, task: Path, alone: dict[str, dict[str, bytes]], tmp_path: Path) -> Make:
+    """The stage of a name."""
+    before = ("fetch", "golden", "graph", "fp32", "int8", "bundle")
+    given: dict[str, tuple[Stage, tuple[str, ...], Another]] = {
+        "golden": (golden.STAGE, ("--device", "cpu"), lambda: copied(fetched, tmp_path, "fetch")),
+        "verify": (verify.STAGE, ("--graphs", "bundle"), lambda: copied(bundled, tmp_path, *before)),
+        "evaluate": (evaluate.STAGE, ("--task", str(task)), lambda: copied(bundled, tmp_path, *before)),
+    }
 
-        before = torch.get_num_threads()
-        torch.set_num_threads(1)
-        yield made(fetched.copy(tmp_path_factory.mktemp("expected"), "fetch"))
-        torch.set_num_threads(before)
+    def made(name: str) -> Work:
+        stage, options, another = given[name]
+        if name not in alone:
+            with one_thread():
+                alone[name] = Work(stage, options, another, {}).made(another())
+        return Work(stage, options, another, alone[name])
+
+    return made
 
 
 @contextmanager
@@ -76,18 +80,22 @@ def meanwhile(what: Callable[[threading.Event], None]) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("workers", [1, 2, 4])
-def test_any_number_of_workers_gives_the_same_bytes(another: Another, expected: dict[str, bytes], workers: int) -> None:
-    assert made(another(), f"local:{workers}") == expected
+@pytest.mark.parametrize("name", ["golden", "verify", "evaluate"])
+def test_any_number_of_workers_gives_the_same_bytes(make: Make, name: str, workers: int) -> None:
+    work = make(name)
+    assert work.made(work.another(), f"local:{workers}") == work.expected
 
 
+@pytest.mark.parametrize("name", ["golden", "verify"])
 def test_workers_are_killed_at_random_moments_and_the_bytes_are_the_same(
-    another: Another, expected: dict[str, bytes], machines: Machines, monkeypatch: pytest.MonkeyPatch
+    make: Make, name: str, machines: Machines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    work = make(name)
     draw, killed = random.Random(SEED), 0
     monkeypatch.setattr("pipeline.cluster.dask._WORKERS", 900.0)  # a slow machine may start none for long
     machines.start()
     machines.join(3)
-    assert made(another(), machines.address) == expected
+    assert work.made(work.another(), machines.address) == work.expected
     whole = machines.counted()
 
     def kill(over: threading.Event) -> None:
@@ -106,16 +114,18 @@ def test_workers_are_killed_at_random_moments_and_the_bytes_are_the_same(
     while killed < KILLS:
         rounds += 1
         with meanwhile(kill):
-            assert made(another(), machines.address) == expected, f"after {killed} kills (seed {SEED})"
+            assert work.made(work.another(), machines.address) == work.expected, f"after {killed} kills (seed {SEED})"
     again = machines.counted() - whole * (1 + rounds)
     print(f"{killed} workers were killed in {rounds} runs of {whole} shards; {again} shards were done again")
     assert again <= killed
 
 
+@pytest.mark.parametrize("name", ["golden", "verify"])
 def test_after_a_lost_scheduler_at_most_a_shard_per_worker_is_done_again(
-    another: Another, expected: dict[str, bytes], machines: Machines, capsys: pytest.CaptureFixture[str]
+    make: Make, name: str, machines: Machines, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    line = another()
+    work = make(name)
+    line = work.another()
     machines.start()
     machines.join(2)
 
@@ -124,25 +134,25 @@ def test_after_a_lost_scheduler_at_most_a_shard_per_worker_is_done_again(
             pass
         machines.lose_scheduler()
 
+    capsys.readouterr()
     with meanwhile(lose):
-        assert line.run(golden.STAGE, "--device", "cpu", "--cluster", machines.address) == 10
+        assert work.run(line, machines.address) == 10
     said = capsys.readouterr().err
     assert "error: the scheduler at" in said and "is lost" in said and "Traceback" not in said
     begun = machines.counted()
-    assert kept(line) >= begun - 2 and begun >= 12
+    assert work.kept(line) >= begun - 2 and begun >= 12
     machines.stop()
     machines.start()
     machines.join(2)
-    assert made(line, machines.address) == expected
+    assert work.made(line, machines.address) == work.expected
     total = machines.counted()
-    another_line = another()
-    assert made(another_line, machines.address) == expected
+    assert work.made(work.another(), machines.address) == work.expected
     whole = machines.counted() - total
     print(f"the scheduler was lost after {begun} of {whole} shards; {total - whole} were done again")
     assert total <= whole + 2
 
 
-def test_an_interrupt_keeps_finished_shards(another: Another, machines: Machines, tmp_path: Path) -> None:
+def test_an_interrupt_keeps_finished_shards(make: Make, another: Another, machines: Machines, tmp_path: Path) -> None:
     line = another()
     machines.start()
     machines.join(2)
@@ -156,12 +166,12 @@ def test_an_interrupt_keeps_finished_shards(another: Another, machines: Machines
         assert running.wait(timeout=120) == 130
     text = (tmp_path / "said").read_text()
     assert "interrupted: nothing finished is lost" in text and "Traceback" not in text
-    assert kept(line) >= machines.counted() - 2
+    assert make("golden").kept(line) >= machines.counted() - 2
 
 
-def test_a_worker_that_stands_still_loses_its_shard_to_another(
-    another: Another, expected: dict[str, bytes], machines: Machines
-) -> None:
+@pytest.mark.parametrize("name", ["golden", "verify"])
+def test_a_worker_that_stands_still_loses_its_shard_to_another(make: Make, name: str, machines: Machines) -> None:
+    work = make(name)
     machines.start(WORKER_TTL="45s")
     machines.join(2)
 
@@ -171,7 +181,7 @@ def test_a_worker_that_stands_still_loses_its_shard_to_another(
         machines.workers[0].send_signal(signal.SIGSTOP)
 
     with meanwhile(stop):
-        assert made(another(), machines.address) == expected
+        assert work.made(work.another(), machines.address) == work.expected
 
 
 def refused(line: Line, address: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
@@ -213,7 +223,7 @@ def test_workers_that_all_end_are_told(
     with meanwhile(end):
         code, said = refused(line, machines.address, capsys)
     assert code == 10 and "has no worker" in said
-    assert kept(line), "what was finished is kept"
+    assert [file for file in (line.root / ".shards" / "golden").iterdir() if not file.suffix], "it is kept"
 
 
 def test_a_worker_with_other_code_is_refused(

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import strategies as st
 from transformers import (
@@ -23,6 +22,7 @@ from transformers import (
 
 from pipeline.bundling import tables
 from pipeline.checkpoint.reader import Checkpoint, open_checkpoint
+from pipeline.core import log
 from pipeline.core.recipe import DECODER, Bundle, StepLimits
 from pipeline.judge import kv_cache
 from pipeline.judge.kv_cache import Logits, Trace
@@ -370,12 +370,7 @@ def in_pytorch(config: dict[str, Any], state: Mapping[str, torch.Tensor], bundle
 
 
 def _played(sections: Sections) -> Callable[[Trace], Logits]:
-    def play(trace: Trace) -> Logits:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(kv_cache, "Sections", lambda _folder: sections)
-            return kv_cache.replay(Path(), trace, "odd")
-
-    return play
+    return lambda trace: kv_cache.replay(sections, trace, log.unshown())
 
 
 class EagerSections(Sections):

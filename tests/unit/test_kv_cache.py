@@ -12,11 +12,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.core import log
 from pipeline.core.errors import UsageError
 from pipeline.core.recipe import PROJECT, Bundle, load
 from pipeline.core.stage import DEFAULT_RECIPE
 from pipeline.judge import bundles, kv_cache
 from pipeline.judge.kv_cache import Schedule, Trace
+from pipeline.runtime.sections import Sections
 
 
 def bundle(prefill: tuple[int, ...], decode: int = 64, length: int = 100_000) -> Bundle:
@@ -98,7 +100,7 @@ def test_an_fp32_bundle_is_not_held_against_a_cache_that_was_not_asked() -> None
     trace = Trace((schedule, schedule), np.zeros((2, 3), np.int32), np.zeros((2, 2, 1), np.float32), nothing)
     subject, setting = SimpleNamespace(precision="fp32"), SimpleNamespace(trace=trace)
     with pytest.raises(UsageError, match="not asked through its own cache"):
-        bundles.judge(cast(bundles.Subject, subject), cast(bundles.Setting, setting))
+        bundles.ask(cast(bundles.Subject, subject), cast(bundles.Setting, setting))
 
 
 def test_texts_follow_the_conversations_each_a_block_of_its_own() -> None:
@@ -142,18 +144,41 @@ class Talking:
         return {"logits": np.array([[[tokens[-1], position]]], np.float32)} if signature == "decode" else {}
 
 
-def test_texts_are_decoded_from_their_first_token_to_the_last_but_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    talking = Talking()
-    monkeypatch.setattr(kv_cache, "Sections", lambda _folder: talking)
+def test_texts_are_decoded_from_their_first_token_to_the_last_but_one() -> None:
     schedules = (Schedule((("prefill", 3), ("decode", 2))), Schedule((("decode", 2), ("prefill", 1), ("decode", 2))))
     texts = np.arange(100, 108, dtype=np.int32).reshape(2, 4)
     tokens = np.arange(12, dtype=np.int32).reshape(2, 6)
     nothing = np.zeros((2, 5, 1), np.float32)
     trace = Trace(schedules=schedules, tokens=tokens, hidden=nothing, cached=nothing, texts=texts)
-    logits = kv_cache.replay(Path(), trace, "talking")
+    logits = played(trace)
     assert logits.tolist()[:8] == [[3, 3], [4, 4], [6, 0], [7, 1], [9, 3], [10, 4], [3, 3], [4, 4]]
     assert logits.tolist()[8:] == [[100, 0], [101, 1], [102, 2], [104, 0], [105, 1], [106, 2]]
     assert len(logits) == len(trace.targets) == len(trace.blocks)
+
+
+def played(trace: Trace) -> np.ndarray:
+    """What `Talking` gives; the progress is the trace's amount."""
+    bar = log.unshown()
+    logits = kv_cache.replay(cast(Sections, Talking()), trace, bar)
+    assert bar.done == trace.amount
+    return logits
+
+
+def test_a_lot_of_texts_is_that_part_of_the_whole() -> None:
+    schedules = (Schedule((("prefill", 3), ("decode", 2))), Schedule((("decode", 2), ("prefill", 1), ("decode", 2))))
+    texts, tokens = np.arange(100, 120, dtype=np.int32).reshape(5, 4), np.arange(12, dtype=np.int32).reshape(2, 6)
+    hidden, cached = np.arange(10, dtype=np.float32).reshape(2, 5, 1), np.zeros((2, 2, 1), np.float32)
+    states = np.arange(15, dtype=np.float32).reshape(5, 3, 1)
+    trace = Trace(schedules, tokens=tokens, hidden=hidden, cached=cached, texts=texts, states=states)
+    parts = [trace.conversations(), trace.lot(0, 2), trace.lot(2, 4), trace.lot(4, 5)]
+    for whole, of in (
+        (played(trace), played),
+        (trace.targets, lambda part: part.targets),
+        (trace.expected()[0], lambda part: part.expected()[0]),
+    ):
+        assert np.array_equal(whole, np.concatenate([of(part) for part in parts]))
+    assert trace.amount == sum(part.amount for part in parts)
+    assert len(trace.lot(2, 4).expected()[1]) == 0
 
 
 def test_a_conversation_that_is_played_twice_is_no_second_sample() -> None:

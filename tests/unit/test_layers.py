@@ -26,7 +26,7 @@ ALLOWED = {
     "export": {"core", "tflite"},
     "quantize": {"core", "checkpoint", "tflite", "runtime"},
     "models": {"core", "checkpoint", "tflite", "export"},
-    "judge": {"core", "checkpoint", "tflite", "runtime"},
+    "judge": {"core", "cluster", "checkpoint", "tflite", "runtime"},
     "reference": {"core", "cluster", "checkpoint", "judge"},
     "report": {"core", "runtime", "judge"},
     "bundling": {"core", "checkpoint", "tflite", "runtime", "quantize", "models"},

@@ -155,9 +155,9 @@ def test_a_cluster_that_cannot_be_is_refused_with_a_sentence(settings: list[str]
     assert done.returncode == 2 and said in done.stderr
 
 
-def test_a_cluster_is_told_to_golden_alone_and_installed_before(tmp_path: Path) -> None:
+def test_a_cluster_is_told_to_the_stages_with_shards_and_installed_before(tmp_path: Path) -> None:
     said = make("-n", "verify", "CLUSTER=tcp://host:8786", f"ARTIFACTS={tmp_path}")
-    assert re.findall(r"-m pipeline\.(\w+).*--cluster tcp://host:8786", said) == ["golden"]
+    assert re.findall(r"-m pipeline\.(\w+).*--cluster tcp://host:8786", said) == ["golden", "verify"]
     environment = PROJECT / ".venv" / ".cluster"
     assert environment.exists() or said.index("locks/cluster.txt") < said.index("-m pipeline.golden")
     plain = make("-n", "verify", f"ARTIFACTS={tmp_path / 'other'}")

@@ -106,6 +106,24 @@ def test_a_worker_keeps_what_it_finished_whoever_waits_for_it(terms: Terms, fold
     assert processes.submit(worker.work, terms, Squared(6), nowhere).result() == b"36"
 
 
+def test_what_a_worker_holds_is_let_go_once_others_are_the_terms(
+    terms: Terms, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that was fetched anew, at the same path; what is loaded of it would go on being the old one."""
+    gone: list[str] = []
+    monkeypatch.setattr(worker, "let_go", [lambda: gone.append("model")])
+    monkeypatch.setattr(worker, "_served", [])
+    weights = Path(terms.root) / "fetch" / "weights"
+    worker.work(terms, Squared(1), folder / "1")
+    worker.work(terms, Squared(2), folder / "2")
+    assert len(gone) == 1
+    weights.write_bytes(b"others")
+    worker.work(
+        Terms.of(Path(terms.root), (manifest.FileRecord.of(weights, Path(terms.root)),)), Squared(2), folder / "3"
+    )
+    assert len(gone) == 2
+
+
 @pytest.mark.parametrize("damage", [lambda held: held[:-1], lambda held: held[:-1] + b"0", lambda _: b""])
 def test_a_damaged_shard_is_run_again(terms: Terms, folder: Path, damage: object) -> None:
     assert shards(terms, folder).submit(Squared(7)).result() == b"49"
@@ -136,7 +154,7 @@ def test_a_shard_that_cannot_be_kept_ends_the_work(terms: Terms, folder: Path) -
 
 def test_a_finished_stage_leaves_no_shards(terms: Terms) -> None:
     root = Path(terms.root)
-    with pool.opened("", root, "golden", terms.inputs) as asked:
+    with pool.opened("", root, "golden", terms.inputs, "reference") as asked:
         asked.submit(Squared(3)).result()
         assert len(list((root / ".shards" / "golden").iterdir())) == 1
     pool.forget(root, "golden")
@@ -163,7 +181,7 @@ def test_a_cluster_without_dask_is_refused_with_the_way_to_it(terms: Terms, monk
     monkeypatch.setitem(sys.modules, "distributed", None)
     with (
         pytest.raises(UsageError, match="not installed") as raised,
-        pool.opened("local:2", Path(terms.root), "golden", terms.inputs),
+        pool.opened("local:2", Path(terms.root), "golden", terms.inputs, "reference"),
     ):
         pass
     assert "locks/cluster.txt" in raised.value.remedy
