@@ -31,7 +31,7 @@ RUN --mount=type=bind,source=locks,target=/locks \
     && python3.11 -m venv /opt/venv \
     && PIP_CERT=/etc/ssl/certs/ca-certificates.crt PIP_EXTRA_INDEX_URL="$(test "${LOCK}" != cpu || echo "${TORCH_INDEX}")" \
        /opt/venv/bin/python -m pip install --require-hashes --only-binary=:all: --no-compile --no-cache-dir --disable-pip-version-check \
-       --quiet --find-links /wheels --requirement "/locks/${LOCK}.txt" \
+       --quiet --find-links /wheels --requirement "/locks/${LOCK}.txt" --requirement /locks/cluster.txt \
     && site=/opt/venv/lib/python3.11/site-packages \
     && find "${site}/torch/bin" -type f ! -name torch_shm_manager -delete \
     && rm -rf "${site}"/torch/include "${site}"/torch/test "${site}"/torchao/*.so "${site}"/pip* /opt/venv/bin/pip* \

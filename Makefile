@@ -37,7 +37,7 @@ LICENCE_OVERRIDE ?=#: "identifier: reason", against what the checkpoint's card s
 RELEASE ?=#: the description in releases/ that `make release` follows
 DEVICE ?= auto#: auto, cpu or cuda: where golden's reference runs
 THREADS ?=#: threads of the stages (default: one per core; one per worker of CLUSTER)
-CLUSTER ?=#: whose workers compute golden: a Dask scheduler (tcp://host:8786), or local:N processes on this machine
+CLUSTER ?=#: whose workers compute golden, verify, evaluate and tune: a Dask scheduler (tcp://host:8786), or local:N processes on this machine
 SERVE ?=#: yes: `make page` also shows the page on this machine, until Ctrl-C
 IN ?=#: docker: run the stages in the project's container (inside it, image)
 LOCK ?= $(if $(TORCH_INDEX),cpu,auto)#: cpu, cuda or auto: which torch `.venv` gets (auto: cpu if pip finds it, else PyPI's CUDA build)
@@ -148,7 +148,7 @@ chat run:
 	$(call RUN,$@) -m pipeline.chat $(abspath $(ROOT))/bundle/$(call QUOTE,$(PRECISION)).litertlm $(if $(filter run,$@),--prompt $(call QUOTE,$(PROMPT)) $(if $(AUDIO),--audio $(call QUOTE,$(call ABSOLUTE,$(AUDIO)))))
 
 tune: graph moments ## search the recipe's [int8] (SECTION=int4) for MINUTES=: what costs quality where, and tune/recipe.toml for RECIPE=
-	$(call RUN,tune) -m pipeline.tune $(WHERE) $(CALIBRATED) --minutes $(call QUOTE,$(MINUTES)) --section $(call QUOTE,$(SECTION))
+	$(call RUN,tune) -m pipeline.tune $(WHERE) $(CALIBRATED) --minutes $(call QUOTE,$(MINUTES)) --section $(call QUOTE,$(SECTION)) $(if $(CLUSTER),--cluster $(call QUOTE,$(CLUSTER)))
 
 check: $(READY) $(if $(SIGNS),.venv-sign/.ready) ## hold a published folder (FILES=, also on the Hub) against its papers and signature
 	$(call RUN,check) -m pipeline.check $(call QUOTE,$(if $(findstring @,$(FILES)),$(FILES),$(call ABSOLUTE,$(FILES)))) \

@@ -35,6 +35,7 @@ from pipeline.search.bench import Clock
 from pipeline.search.candidates import SPACES
 from pipeline.search.facts import report
 from pipeline.search.preparation import NEEDS, open_bench
+from pipeline.search.shards import measured_on
 from pipeline.search.study import Study
 from pipeline.tflite.graph import Graph
 
@@ -47,9 +48,7 @@ def _by_section(key: str) -> str:
 class Options(Common):
     """What is searched, for how long, on which text, and what a candidate may cost."""
 
-    section: Literal["int8", "int4"] = field(
-        default="int8", metadata={"help": "what is searched (default: %(default)s)"}
-    )
+    section: Literal["int8", "int4"] = field(default="int8", metadata={"help": "what is searched (default: int8)"})
     minutes: float = field(default=30.0, metadata={"help": "the time to search in (default: %(default)s)"})
     calibration: Path | None = field(
         default=None, metadata={"metavar": "FILE", "help": "your own text to tune on: .txt or .jsonl"}
@@ -57,6 +56,7 @@ class Options(Common):
     size: float | None = field(
         default=None, metadata={"help": f"largest file, of plain int8 (default: {_by_section('most')})"}
     )
+    cluster: str = field(default="", metadata={"help": "whose workers measure: a scheduler's address, or local:<n>"})
     speed: float = field(default=0.5, metadata={"help": "least tokens/s, of the plain file (default: %(default)s)"})
     parts: int | None = field(
         default=None, metadata={"help": f"stretches that a kind is cut into (default: {_by_section('parts')})"}
@@ -77,18 +77,18 @@ def work(given: Options) -> None:
         bench = open_bench(file, recipe, given.calibration, root, clock, space)
         try:
             layers = groups.layers_of(Graph.read(bench.all_positions))
-            study = Study(
-                bench=bench,
-                layer_groups=groups.group(layers, given.parts or space.parts),
-                layers=layers,
-                given=candidates.priced("the given recipe", values, layers, space),
-                limits=(given.size or space.most, given.speed),
-            )
-            try:
-                with bench.hessians:
+            with measured_on(given.cluster, bench) as bench, bench.hessians:
+                study = Study(
+                    bench=bench,
+                    layer_groups=groups.group(layers, given.parts or space.parts),
+                    layers=layers,
+                    given=candidates.priced("the given recipe", values, layers, space),
+                    limits=(given.size or space.most, given.speed),
+                )
+                try:
                     study.run()
-            finally:  # also when it is interrupted
-                write(study, recipe, given, root / ("tune" if space.section == "int8" else f"tune-{space.section}"))
+                finally:  # also when it is interrupted
+                    write(study, recipe, given, root / ("tune" if space.section == "int8" else f"tune-{space.section}"))
         finally:
             shutil.rmtree(bench.scratch)
 

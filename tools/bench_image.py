@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import secrets
+import socket
 import subprocess
 import sys
 import tempfile
@@ -117,6 +118,28 @@ def signal_faults(env: Mapping[str, str], sent: str) -> Iterator[str]:
         yield f"SIG{sent} did not end it within {SOON} s"
 
 
+def cluster_faults(env: Mapping[str, str]) -> Iterator[str]:
+    """What is wrong with a scheduler and a worker in containers, by which another container makes golden."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    names = [f"{IMAGE}-{role}-{secrets.token_hex(4)}" for role in ("scheduler", "worker")]
+    with tempfile.TemporaryDirectory() as scratch:
+        mounted = ("--network=host", "--read-only", "-v", f"{scratch}:/artifacts")
+        host, port = address.split(":")
+        words = (["scheduler", "--host", host, "--port", port], ["worker", f"tcp://{address}"])
+        try:
+            for name, command in zip(names, words, strict=True):
+                start = ["docker", "run", "--detach", "--rm", "--name", name, *mounted, IMAGE, *command]
+                subprocess.run(start, env=env, stdout=subprocess.DEVNULL, check=True)
+            asked = ["docker", "run", "--rm", *mounted, IMAGE, "golden", f"CLUSTER=tcp://{address}"]
+            done = subprocess.run(asked, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        finally:
+            subprocess.run(["docker", "kill", *names], env=env, capture_output=True)
+    if done.returncode or f"shards run on 1 workers of tcp://{address}" not in done.stdout:
+        yield f"golden by a worker in it ended with {done.returncode}: {done.stdout.strip()[-600:]}"
+
+
 def ways_differ(env: Mapping[str, str], results: Path) -> Iterator[str]:
     """What a stage by `make IN=docker` made otherwise than the main job did."""
     with tempfile.TemporaryDirectory() as scratch:
@@ -146,6 +169,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with engine.engine() as env:
             found = measure(env, arguments.results.absolute())
             faults = [*entry_faults(env, arguments.results), *ways_differ(env, arguments.results)]
+            faults += cluster_faults(env)
             faults += image_scan.scan(IMAGE, secret, env)
     tables.write_all(figures.image(found))
     faults += [f"it is larger than {log.human_bytes(LARGEST)}"] if float(found["size"]) > LARGEST else []

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The image's entry point: `entry.sh [target …] [NAME=value …]` is `make` with these words, in the image;
-# `entry.sh python …` is a command of the pipeline, as `make IN=docker` runs it there.
+# `entry.sh python …` is a command of the pipeline, as `make IN=docker` runs it there; `entry.sh scheduler …` and
+# `entry.sh worker ADDRESS …` are Dask's, for CLUSTER= (docs/cluster.md).
 #
 # Started as root it goes on as the owner of ARTIFACTS (as nobody, if there is none), without a capability: what it
 # writes belongs to the caller. With --user it is who it is told to be. A signal reaches all that it started.
@@ -10,7 +11,14 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 [[ "${1:-}" != /app/tools/entry.sh ]] || shift # a job's command may stand behind the entry point or in its place
 artifacts=${ARTIFACTS:-/artifacts}
 command=(make "$@")
-[[ "${1:-}" != python ]] || command=("$@")
+case ${1:-} in
+    python) command=("$@") ;;
+    scheduler) command=(python -m dask scheduler --no-dashboard "${@:2}") ;;
+    worker) # a model's memory is planned for, and so is each thread
+        command=(python -m dask worker --nthreads 1 --memory-limit 0 --no-dashboard "${@:2}")
+        export PYTHONPATH=$PWD OMP_WAIT_POLICY=PASSIVE
+        ;;
+esac
 
 die() { # what, cause, remedy: as pipeline.core.errors prints them
     printf 'error: %s\n  cause: %s\n  do:    %s\n' "$1" "$2" "$3" >&2
@@ -29,7 +37,7 @@ if [[ $EUID == 0 ]]; then
     "${as[@]}" true 2>/dev/null || as=() # the engine took what that needs (--cap-drop ALL), and with it root's powers
 fi
 
-if [[ "${command[0]}" == make && "$*" != help ]]; then
+if [[ ${command[0]} == make && "$*" != help || ${1:-} == worker ]]; then
     [[ -d "$artifacts" ]] || die \
         "there is no folder $artifacts to write to" \
         "no folder of yours is mounted there" \
@@ -42,6 +50,7 @@ if [[ "${command[0]}" == make && "$*" != help ]]; then
         export TMPDIR=$artifacts/.tmp HOME=$artifacts/.tmp
         "${as[@]}" mkdir -p "$TMPDIR"
     fi
+    [[ ${1:-} != worker ]] || command+=(--local-directory "${TMPDIR:-/tmp}")
 fi
 
 # A terminal reaches all by itself, and `chat` wants to read from it.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import tempfile
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sized
 from concurrent.futures import CancelledError, Executor, Future, InvalidStateError
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
@@ -29,7 +29,7 @@ _REMEDY = "run the same command again: finished shards are kept"
 
 
 @contextmanager
-def connect(cluster: str) -> Iterator[Executor]:
+def connect(cluster: str) -> Iterator[Workers]:
     """The executor of a cluster; what becomes of it is told in a sentence.
 
     Args:
@@ -75,9 +75,9 @@ def connect(cluster: str) -> Iterator[Executor]:
             client.wait_for_workers(1, timeout=_WORKERS)
         except TimeoutError:
             raise _no_worker(cluster) from None
-        log.step(f"shards run on {len(client.scheduler_info(n_workers=-1)['workers'])} workers of {cluster}")
+        workers = Workers(client)
+        log.step(f"shards run on {workers.count()} workers of {cluster}")
         try:
-            workers = _Workers(client)
             stack.enter_context(_watched(workers, client.scheduler_info, cluster))
             yield workers
         except distributed.scheduler.KilledWorker as error:
@@ -125,12 +125,16 @@ class _Client(Protocol):
         """Hand a call to a worker."""
         ...
 
+    def scheduler_info(self, *, n_workers: int) -> Mapping[str, Sized]:
+        """What the scheduler says of itself; of all workers with -1."""
+        ...
+
     def gather(self, there: _There[T], *, asynchronous: bool) -> Awaitable[T]:
         """Bring a result here."""
         ...
 
 
-class _Workers(Executor):
+class Workers(Executor):
     """Dask's workers as an executor.
 
     Unlike Dask's own, it lets go of a result there once it is here: Dask makes those anew that a dead worker held.
@@ -161,6 +165,10 @@ class _Workers(Executor):
         finally:
             there.release()
 
+    def count(self) -> int:
+        """How many workers there are now."""
+        return len(self._client.scheduler_info(n_workers=-1)["workers"])
+
     def give_up(self, error: BaseException) -> None:
         """Answer everything that is waited for with `error`."""
         for give_up in tuple(self._give_ups.values()):
@@ -176,7 +184,7 @@ def _settle(here: Future[T], result: T | None, error: BaseException | None) -> N
 
 
 @contextmanager
-def _watched(workers: _Workers, scheduler: Callable[[], Mapping[str, object]], cluster: str) -> Iterator[None]:
+def _watched(workers: Workers, scheduler: Callable[[], Mapping[str, object]], cluster: str) -> Iterator[None]:
     """Give up what is waited for once there has been no worker for too long: Dask would wait for ever."""
     over = threading.Event()
 

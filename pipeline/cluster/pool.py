@@ -69,6 +69,10 @@ class Shards:
         self.found = 0
         self._unkept: OSError | None = None
 
+    def workers(self) -> int:
+        """How many run shards now; 1 where that is this process."""
+        return self.executor.count() if isinstance(self.executor, dask.Workers) else 1
+
     def submit(self, shard: Shard) -> Future[bytes]:
         """The future of the shard's result, which may be kept from an earlier call."""
         if not self.bar.total:  # what came before, such as loading a model, is no part of the rate
@@ -114,7 +118,7 @@ class Shards:
 
 @contextmanager
 def opened(
-    cluster: str, root: Path, stage: str, inputs: tuple[manifest.FileRecord, ...], label: str
+    cluster: str, root: Path, stage: str, inputs: tuple[manifest.FileRecord, ...], label: str, unit: str = "tokens"
 ) -> Iterator[Shards]:
     """The shards of `stage`, with one bar for all; kept ones of an earlier call are found.
 
@@ -124,12 +128,12 @@ def opened(
         stage: the stage.
         inputs: the files that shards read, relative to `root`.
         label: what the bar calls them.
+        unit: what their amounts are in.
     """
     folder = root / KEPT / stage
     folder.mkdir(parents=True, exist_ok=True)
     terms = Terms.of(root.absolute(), inputs)
-    executor = dask.connect(cluster) if cluster else nullcontext(InProcess())
-    with executor as workers, log.progress(label, 0, "tokens") as bar:
+    with dask.connect(cluster) if cluster else nullcontext(InProcess()) as workers, log.progress(label, 0, unit) as bar:
         shards = Shards(workers, terms, folder, bar, remote=bool(cluster))
         yield shards
 

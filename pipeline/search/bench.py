@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import secrets
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,6 +42,8 @@ _ROUNDS = 7
 _JUDGED = slice(1, -1)
 """Positions of a window: the first says the same in every window, the last predicts what is not there."""
 _Logits = NDArray[np.float32]
+Task: TypeAlias = "tuple[Candidate, Sequence[int]]"
+"""A candidate, and the shards that it is measured on."""
 
 
 @dataclass
@@ -99,6 +102,8 @@ class Bench:
     identity: str
     space: Space
     building: threading.Lock = field(default_factory=threading.Lock)
+    elsewhere: Callable[[Bench, Iterable[Task]], Iterator[str]] | None = None
+    """What evaluates tasks, in order, other than this process."""
 
     @property
     def shards(self) -> int:
@@ -116,13 +121,14 @@ class Bench:
 
     @cached_property
     def references(self) -> list[Path]:
-        """The fp32 file's logits [positions, V] of each window."""
+        """The fp32 file's logits [positions, V] of each window, which stay until tune ends."""
+        files = [self.scratch / f"{place}.npy" for place in range(len(self.windows))]
+        if all(file.is_file() for file in files):  # of the process that asks this one
+            return files
         model = litert.StepModel(self.write(None, self.all_positions, "fp32"), threads=parallel.threads())
-        files = []
         with log.progress("fp32", len(self.windows), "windows") as bar:
-            for place, row in enumerate(self.windows):
-                files.append(self.scratch / f"{place}.npy")
-                np.save(files[-1], _logits(model, row))
+            for file, row in zip(files, self.windows, strict=True):
+                np.save(file, _logits(model, row))
                 bar.advance()
         (self.scratch / "fp32.tflite").unlink()
         return files
@@ -169,9 +175,10 @@ class Bench:
         missing = {file: values for file, (_, values) in rounded.items() if not file.is_file()}
         with log.progress("rounding weights", sum(map(len, missing.values()))) as bar:
             for file, write in zip(missing, write_all([*missing.values()], bar), strict=True):
-                with file.with_suffix(".partial").open("wb") as stream:
+                partial = file.with_name(f"{file.stem}.{secrets.token_hex(4)}.partial")  # others may write the same
+                with partial.open("wb") as stream:
                     write(stream)
-                file.with_suffix(".partial").replace(file)
+                partial.replace(file)
         for file, (buffer, values) in rounded.items():
             graph.model.buffers[buffer].data = Blocks.of(np.memmap(file, values.dtype, "r", shape=values.shape))
 
@@ -188,7 +195,7 @@ class Bench:
         key = json.dumps([self.identity, self.space.section, asdict(self.section(candidate)), rows], sort_keys=True)
         return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
 
-    def measure(self, wanted: Iterable[tuple[Candidate, Sequence[int]]], share: float) -> None:
+    def measure(self, wanted: Iterable[Task], share: float) -> None:
         """Measure candidates × shards, as far as they are not yet known and there is time.
 
         This map is the one seam between searching and measuring: the calls are independent of each other.
@@ -199,13 +206,16 @@ class Bench:
             return
         _ = self.references
         due = takewhile(lambda _: self.clock.open(share), tasks)
-        for place, said in enumerate(parallel.ordered(lambda task: self.evaluate(*task), due), start=1):
+        here = lambda bench, tasks: parallel.ordered(lambda task: bench.evaluate(*task), tasks)  # noqa: E731
+        for place, said in enumerate((self.elsewhere or here)(self, due), start=1):
             log.step(f"{place} of {len(tasks)}: {said}; {log.human_seconds(self.clock.left())} left")
 
     def evaluate(self, candidate: Candidate, shards: Sequence[int]) -> str:
         """Build the candidate, run the shards, keep what was found; the figures in words."""
         started = time.monotonic()
-        file = self.write(candidate, self.all_positions, self.record(candidate, shards[0]).stem)
+        # A name of its own: a worker that was given up may be at the same candidate.
+        name = f"{self.record(candidate, shards[0]).stem}-{secrets.token_hex(4)}"
+        file = self.write(candidate, self.all_positions, name)
         # One thread: candidates run side by side, and a graph this small gains little from more.
         model = litert.StepModel(file, threads=1)
         per_shard = []

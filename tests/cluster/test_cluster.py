@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import random
 import shutil
@@ -19,7 +20,7 @@ from line import Line
 from machines import Machines
 from works import Another, Work, copied, one_thread
 
-from pipeline import evaluate, golden, verify
+from pipeline import evaluate, golden, graph, moments, verify
 from pipeline.core.recipe import PROJECT
 from pipeline.core.stage import Stage
 
@@ -182,6 +183,40 @@ def test_a_worker_that_stands_still_loses_its_shard_to_another(make: Make, name:
 
     with meanwhile(stop):
         assert work.made(work.another(), machines.address) == work.expected
+
+
+def measured(line: Line, *options: str) -> dict[str, bytes]:
+    """What a tune of two minutes found out, by the names of its records; how fast candidates are says nothing here."""
+    common = ["--model-id", str(line.model), "--artifacts", str(line.artifacts), "--recipe", str(line.recipe)]
+    words = [*common, "--parts", "1", "--minutes", "2", *options]
+    done = subprocess.run(
+        [sys.executable, "-m", "pipeline.tune", *words], cwd=PROJECT, stderr=subprocess.PIPE, text=True
+    )
+    assert done.returncode == 0 and not (line.root / ".shards").exists(), done.stderr
+    found = {file.name: file.read_bytes() for file in (line.root / ".tune").glob("*.json")}
+    return {name: held for name, held in found.items() if b'"kld"' in held}
+
+
+def test_candidates_are_measured_by_workers_as_here_though_one_is_killed(
+    fetched: Line, machines: Machines, tmp_path: Path
+) -> None:
+    line = copied(fetched, tmp_path, "fetch")
+    assert line.run(graph.STAGE) == line.run(moments.STAGE) == 0
+    shutil.copytree(line.artifacts, tmp_path / "here", symlinks=True)
+    here = measured(dataclasses.replace(line, artifacts=tmp_path / "here"))
+    machines.start()
+    machines.join(3)
+
+    def kill(over: threading.Event) -> None:
+        while machines.counted() < 3 and not over.wait(0.01):
+            pass
+        machines.kill()
+
+    with meanwhile(kill):
+        there = measured(line, "--cluster", machines.address)
+    both = here.keys() & there.keys()
+    print(f"{len(here)} records here, {len(there)} there, {len(both)} of the same")
+    assert len(both) >= 10 and all(here[name] == there[name] for name in both)
 
 
 def refused(line: Line, address: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:

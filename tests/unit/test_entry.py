@@ -68,6 +68,26 @@ def test_words_arrive_as_they_were_given_and_codes_come_back(tmp_path: Path) -> 
     assert enter(tmp_path, "python", "-c", "raise SystemExit(7)").returncode == 7
 
 
+def stand_in(folder: Path) -> dict[str, str]:
+    """A python that says how it was called, in place of the image's."""
+    (folder / "bin").mkdir()
+    python = folder / "bin" / "python"
+    python.write_text('#!/bin/sh\necho "$PYTHONPATH|$OMP_WAIT_POLICY|$*"\n')
+    python.chmod(0o755)
+    return {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}"}
+
+
+def test_a_worker_and_a_scheduler_are_started_from_it(tmp_path: Path) -> None:
+    python, own = stand_in(tmp_path), tmp_path / ".tmp"
+    done = enter(tmp_path, "worker", "tcp://host:8786", "--nworkers", "4", TMPDIR="/proc", **python)
+    words = f"tcp://host:8786 --nworkers 4 --local-directory {own}"
+    assert done.stdout == f"{PROJECT}|PASSIVE|-m dask worker --nthreads 1 --memory-limit 0 --no-dashboard {words}\n"
+    done = enter(tmp_path / "absent", "worker", "tcp://host:8786", **python)
+    assert done.returncode == 2 and "there is no folder" in done.stderr, "a worker shares the caller's"
+    done = enter(tmp_path, "scheduler", "--port", "8786", **python)
+    assert done.stdout.endswith("|-m dask scheduler --no-dashboard --port 8786\n")
+
+
 @pytest.mark.parametrize("read_only", [False, True])
 def test_without_a_tmp_it_takes_the_folder(tmp_path: Path, read_only: bool) -> None:
     settings = {"TMPDIR": "/proc"} if read_only else {}

@@ -31,7 +31,7 @@ ALLOWED = {
     "report": {"core", "runtime", "judge"},
     "bundling": {"core", "checkpoint", "tflite", "runtime", "quantize", "models"},
     "planning": {"core", "checkpoint", "runtime", "quantize", "models", "judge", "release"},
-    "search": {"core", "checkpoint", "tflite", "runtime", "quantize", "models", "judge"},
+    "search": {"core", "cluster", "checkpoint", "tflite", "runtime", "quantize", "models", "judge"},
 }
 """The rooms that a room's files may import, beside their own; a stage may import all."""
 ROOMS = tuple(ALLOWED)
