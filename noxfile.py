@@ -453,6 +453,15 @@ def image_twice(session: nox.Session) -> None:
 
 
 @nox.session(venv_backend="none", default=False)
+def workflows(session: nox.Session) -> None:
+    """The jobs of the workflow release, from plan to receipt, on a clean clone, in the image and with a local Hub.
+
+    `-- ci --only lint types` runs those of another workflow.
+    """
+    python(session, "-m", "tools.rehearse", *(session.posargs or ["release"]))
+
+
+@nox.session(venv_backend="none", default=False)
 def reproduce(session: nox.Session) -> None:
     """Run the whole pipeline twice from nothing, with other hash seeds, and compare every manifest and every byte."""
     with tempfile.TemporaryDirectory() as scratch:

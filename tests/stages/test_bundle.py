@@ -221,7 +221,7 @@ def test_scores_that_are_off_are_seen(built: Line, tokenizer: Any, rows: list[Gr
 def test_a_stop_token_that_the_bundle_does_not_name_is_seen(built: Line, tokenizer: Any, rows: list[Greedy]) -> None:
     assert compare(built, tokenizer, rows[:1], {1, 6}).stop.wrong == 0
     found = compare(built, tokenizer, rows[:1], {1, 6, 9}).stop
-    assert (found.total, found.wrong, found.examples) == (3, 1, ["9"])
+    assert (found.total, found.wrong, found.examples) == (3, 1, ("9",))
 
 
 # --- bundles that verify must refuse

@@ -265,7 +265,7 @@ def test_its_own_cache_is_asked_where_an_fp32_bundle_is_held_against_it(
         folder = tmp_path / "-".join(precisions)
         folder.mkdir()
         bundle = dataclasses.replace(recipe.bundle, precisions=precisions)
-        with pool.opened("", tmp_path / "model", "golden", ()) as handed:
+        with pool.opened("", tmp_path / "model", "golden", (), "reference") as handed:
             told = make_cache_trace(
                 ask(model, handed, 1), documents, dataclasses.replace(recipe, bundle=bundle), folder
             )()

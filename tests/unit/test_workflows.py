@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from pipeline.core.recipe import PROJECT
+from tools.rehearse import Rehearsal
 
 WORKFLOWS = sorted((PROJECT / ".github" / "workflows").glob("*.yml"))
 LONGEST = 3
@@ -159,3 +160,68 @@ def test_no_update_is_no_proposal(clone: Path) -> None:
 def test_what_is_longer_than_some_lines_is_a_script(file: Path) -> None:
     runs = [step.get("run", "") for job in jobs(file.stem).values() for step in job["steps"]]
     assert [run for run in runs if len(run.splitlines()) > LONGEST] == []
+
+
+REHEARSED = """
+env: {EVERYWHERE: here}
+jobs:
+  last:
+    needs: [first, each]
+    if: inputs.upload
+    steps:
+      - uses: actions/download-artifact@0
+        with: {name: made}
+      - run: test "$(cat made)" = "one-${{ needs.first.outputs.said }}" && test "$EVERYWHERE" = here && touch "$LEFT"
+        env: {LEFT: "${{ inputs.left }}"}
+  never:
+    if: inputs.nothing
+    steps:
+      - run: exit 1
+  first:
+    outputs: {said: "${{ steps.say.outputs.word }}"}
+    steps:
+      - id: say
+        run: echo "word=$WORD" >>"$GITHUB_OUTPUT"
+        env: {WORD: "${{ inputs.none || inputs.word }}"}
+  each:
+    needs: first
+    strategy: {matrix: {name: [one, two]}}
+    env: {NAME: "${{ matrix.name }}"}
+    steps:
+      - uses: actions/setup-python@0
+      - run: test "$NAME" = one || exit 0; echo "$NAME-${{ needs.first.outputs.said }}" >made
+      - uses: actions/upload-artifact@0
+        with: {name: made, path: mad*}
+"""
+
+
+def rehearsal(home: Path, text: str) -> Rehearsal:
+    inputs = {"upload": True, "word": "two", "left": str(home / "left")}
+    return Rehearsal(yaml.safe_load(text), {"inputs": inputs, "github": {"ref": MAIN}}, dict(os.environ), home)
+
+
+def test_a_rehearsal_hands_on_what_jobs_hand_on(tmp_path: Path) -> None:
+    rehearsal(tmp_path, REHEARSED.replace("[one, two]", "[one]")).run([])
+    assert (tmp_path / "left").exists()
+    assert sorted(file.suffix for file in tmp_path.iterdir() if file.name not in ("left", "artifacts")) == [".temp"] * 3
+
+
+def test_a_rehearsal_ends_where_a_step_fails_or_nothing_is_handed_on(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="there is no mad"):
+        rehearsal(tmp_path, REHEARSED.replace("[one, two]", "[two]")).run([])
+    with pytest.raises(SystemExit, match="ended with exit code 1"):
+        rehearsal(tmp_path, REHEARSED.replace("inputs.nothing", "inputs.upload")).run(["never"])
+    with pytest.raises(SystemExit, match="nothing stands in for the action docker/build"):
+        rehearsal(tmp_path, "jobs: {a: {steps: [{uses: docker/build@1}]}}").run([])
+
+
+def test_every_action_of_the_workflows_that_are_rehearsed_has_something_in_its_place() -> None:
+    used = {
+        step["uses"]
+        for name in ("ci", "release")
+        for job in jobs(name).values()
+        for step in job["steps"]
+        if "uses" in step
+    }
+    known = ("checkout", "setup-python", "upload-artifact", "download-artifact", "attest")
+    assert {name.partition("@")[0] for name in used} <= {f"actions/{name}" for name in known}
