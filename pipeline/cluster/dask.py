@@ -6,6 +6,7 @@ is imported only where a cluster is asked for; its usual settings (TLS, timeouts
 
 from __future__ import annotations
 
+import logging
 import tempfile
 import threading
 import time
@@ -47,6 +48,8 @@ def connect(cluster: str) -> Iterator[Workers]:
             "CLUSTER= needs Dask, which is not installed here",
             remedy="`make … CLUSTER=…` installs it; by hand: pip install --require-hashes -r locks/cluster.txt",
         ) from None
+    for name in ("distributed", "distributed.client"):  # what is told here in sentences it would tell in tracebacks
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     with ExitStack() as stack:
         if count:
             scratch = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))

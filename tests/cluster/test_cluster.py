@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import random
 import shutil
@@ -21,6 +22,7 @@ from machines import Machines
 from works import Another, Work, copied, one_thread
 
 from pipeline import evaluate, golden, graph, moments, verify
+from pipeline.cluster import dask
 from pipeline.core.recipe import PROJECT
 from pipeline.core.stage import Stage
 
@@ -168,6 +170,15 @@ def test_an_interrupt_keeps_finished_shards(make: Make, another: Another, machin
     text = (tmp_path / "said").read_text()
     assert "interrupted: nothing finished is lost" in text and "Traceback" not in text
     assert make("golden").kept(line) >= machines.counted() - 2
+
+
+def test_what_ends_is_told_in_sentences_alone(machines: Machines) -> None:
+    """A connection that ends while something is sent is logged with a traceback, now and then also after Ctrl-C."""
+    machines.start()
+    machines.join()
+    with dask.connect(machines.address):
+        for name in ("distributed.batched", "distributed.client", "distributed.comm.tcp"):
+            assert not logging.getLogger(name).isEnabledFor(logging.ERROR), name
 
 
 @pytest.mark.parametrize("name", ["golden", "verify"])
