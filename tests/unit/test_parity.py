@@ -64,7 +64,7 @@ def test_control_tokens_and_runs_of_spaces_are_among_them() -> None:
 def test_a_tally_counts_what_does_not_hold_and_shows_the_first(cases: list[int], limit: int) -> None:
     found = parity._tally(cases, lambda case: case < limit)
     wrong = [case for case in cases if case >= limit]
-    assert found == Tally(total=len(cases), wrong=len(wrong), examples=[repr(case) for case in wrong[:3]])
+    assert found == Tally(total=len(cases), wrong=len(wrong), examples=tuple(repr(case) for case in wrong[:3]))
 
 
 def test_examples_are_short() -> None:
@@ -86,8 +86,8 @@ def test_agreement_is_the_tokens_that_the_text_begins_with(text: str) -> None:
 # --- what the findings mean
 
 
-RIGHT = Tally(total=9, wrong=0, examples=[])
-WRONG = Tally(total=9, wrong=2, examples=["'a'", "'b'"])
+RIGHT = Tally(total=9, wrong=0, examples=())
+WRONG = Tally(total=9, wrong=2, examples=("'a'", "'b'"))
 SAME = Continuation(prompt="p", expected="a b", text="a b", tokens=2, agree=2, same=True, tie=False)
 TIED = replace(SAME, text="a c", agree=1, same=False, tie=True)
 PARTED = replace(TIED, tie=False)
@@ -98,7 +98,6 @@ SUBJECT = bundles.Subject(
     precision="fp32",
     path=Path("x"),
     record=FileRecord(path="bundle/fp32.litertlm", size=1, sha256="0" * 64),
-    sections=Path("y"),
     gate=None,
     parameters=1,
     stored=1,
@@ -130,7 +129,7 @@ def test_what_is_not_fails(change: dict[str, Any], name: str) -> None:
     assert failed(replace(FOUND, **change)) == [name]
 
 
-NONE = Tally(total=0, wrong=0, examples=[])
+NONE = Tally(total=0, wrong=0, examples=())
 
 
 @pytest.mark.parametrize(
