@@ -34,6 +34,7 @@ PUBLIC_KEY ?=#: whose signature `make check` accepts
 IDENTITY ?=#: whose signature by sigstore `make check` accepts
 ISSUER ?=#: who vouches for IDENTITY
 LICENCE_OVERRIDE ?=#: "identifier: reason", against what the checkpoint's card says; both are published
+WATCH ?=#: yes: `make job` builds what the branch has, and again whenever the model changes
 RELEASE ?=#: the description in releases/ that `make release` follows
 DEVICE ?= auto#: auto, cpu or cuda: where golden's reference runs
 THREADS ?=#: threads of the stages (default: one per core; one per worker of CLUSTER)
@@ -159,7 +160,7 @@ inspect: $(READY) ## tell what is in FILE=, and where it leaves AGAINST=
 
 job: $(READY) ## print the Hub's job that builds MODEL_ID and publishes it (HF_REPO=; IMAGE= with its digest); CONFIRM=yes submits it
 	$(call RUN,job) -m pipeline.job $(WHERE) $(call QUOTE,$(HF_REPO)) $(call QUOTE,$(IMAGE)) $(if $(TAG),--tag $(call QUOTE,$(TAG))) \
-		$(if $(REVISION),--revision $(call QUOTE,$(REVISION))) $(if $(GRAPHS),--graphs $(GRAPHS)) $(if $(TOWERS),--towers $(TOWERS)) --device $(call QUOTE,$(DEVICE)) $(if $(CONFIRM),--confirm yes)
+		$(if $(REVISION),--revision $(call QUOTE,$(REVISION))) $(if $(GRAPHS),--graphs $(GRAPHS)) $(if $(TOWERS),--towers $(TOWERS)) --device $(call QUOTE,$(DEVICE)) $(if $(WATCH),--watch $(call QUOTE,$(WATCH))) $(if $(CONFIRM),--confirm yes)
 
 release: ## publish what a description says (RELEASE=); a dry run without CONFIRM=yes
 	settings=$$($(ASK) -m tools.release $(if $(RELEASE),$(call QUOTE,$(RELEASE))) $(if $(filter yes,$(CONFIRM)),--upload)) && \

@@ -4,14 +4,14 @@
 
 It prints the `hf jobs run …` line, and confirmed it submits that job by the Hub's client. The machine is the cheapest
 that the Hub offers with the memory and the disk that the plan asks for, the source a commit, the time twice the plan's.
-The job gets HF_TOKEN as a secret: by its name, its value stands in no command line.
+The job gets HF_TOKEN as a secret: by its name, its value stands in no command line. With WATCH=yes it builds what the
+branch has when it runs, and a webhook of the Hub runs it again whenever the model's repository changes.
 """
 
 from __future__ import annotations
 
 import os
 import re
-import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -29,6 +29,7 @@ from pipeline.core.recipe import PROJECT, load
 from pipeline.core.stage import Common, guard
 from pipeline.planning import machine
 from pipeline.planning.model import look
+from pipeline.release import jobs
 from pipeline.release.hub import Hub
 
 _IMAGE = re.compile(r"[a-z0-9.-]+(?::\d+)?/[a-z0-9._/-]+@sha256:[0-9a-f]{64}")
@@ -43,6 +44,7 @@ class Options(Common):
     revision: str = field(default="", metadata={"help": "branch, tag or commit on the Hub (default: the main branch)"})
     tag: str = field(default="", metadata={"help": "tag of the upload"})
     device: Literal["auto", "cpu", "cuda"] = field(default="auto", metadata={"help": "cuda: a machine with a GPU"})
+    watch: Literal["", "yes"] = field(default="", metadata={"help": "yes: and again whenever the model changes"})
     confirm: Literal["", "yes"] = field(default="", metadata={"help": "yes: submit it; HF_TOKEN in the environment"})
 
 
@@ -63,22 +65,22 @@ def work(given: Options) -> None:
     commit = Hub().resolve(given.model_id, given.revision).revision
     want, api = machine.asked(model), HfApi(endpoint=hub.endpoint)
 
-    def refused(error: Exception) -> PublishError:
-        said = hub.explain(error, given.repository, "")
-        return PublishError(f"the Hub's jobs can't be had: {said}", cause=said.cause, remedy=said.remedy)
-
+    refused = partial(jobs.refused, hub, given.repository)
     chosen = machine.cheapest(hub.patiently(api.list_jobs_hardware, refused), want, gpu=given.device == "cuda")
     log.line(f"job · {given.model_id} · {machine.said(chosen)}; {log.human_seconds(want.seconds)} on two cores")
-    command, owner, name = _command(given, commit), given.repository.split("/")[0], model_name(given.model_id)
-    time = f"{ceil(2 * want.seconds / 3600 + 0.5)}h"
-    flags = ["--name", name, "--namespace", owner, "--flavor", chosen.name, "--timeout", time]
-    digest = {"IMAGE_DIGEST": given.image.split("@")[1]}  # for the papers: an image can't know its own
-    flags += ["--env", "IMAGE_DIGEST=" + digest["IMAGE_DIGEST"], "--secrets", "HF_TOKEN", "--detach"]
-    sys.stdout.write(shlex.join(["hf", "jobs", "run", *flags, given.image, *command]) + "\n")
+    job = jobs.Job(
+        image=given.image,
+        command=_command(given, given.revision or "main" if given.watch else commit),
+        flavor=chosen.name,
+        timeout=f"{ceil(2 * want.seconds / 3600 + 0.5)}h",
+        name=model_name(given.model_id),
+        owner=given.repository.split("/")[0],
+        watched=given.model_id if given.watch else "",
+    )
+    sys.stdout.write("".join(f"{line}\n" for line in job.lines()))
     if given.confirm:
-        submit = partial(api.run_job, image=given.image, command=command, secrets={"HF_TOKEN": token}, token=token)
-        submit = partial(submit, env=digest, flavor=chosen.name, timeout=time, name=name, namespace=owner)
-        log.line(f"submitted: {hub.patiently(submit, refused).url}")
+        for said in job.submit(hub, api, refused, token):
+            log.line(said)
 
 
 def _check(given: Options) -> None:
@@ -96,9 +98,9 @@ def _check(given: Options) -> None:
         )
 
 
-def _command(given: Options, commit: str) -> list[str]:
+def _command(given: Options, revision: str) -> list[str]:
     """The words of the container; settings without a value are left out."""
-    words = {"MODEL_ID": given.model_id, "REVISION": commit, "GRAPHS": given.graphs, "DEVICE": given.device}
+    words = {"MODEL_ID": given.model_id, "REVISION": revision, "GRAPHS": given.graphs, "DEVICE": given.device}
     words["TOWERS"] = ",".join(towers_in(given.towers))
     words["RECIPE"] = str(given.recipe_file.resolve().relative_to(PROJECT))
     # Nothing is mounted under /tmp.

@@ -138,7 +138,7 @@ class HubServer:
 
     `repos` has models by `owner/name`, Spaces by `spaces/owner/name`. `tokens` maps a valid token to what its account
     may read of them, `writers` to what it may write to. `identities` maps a CI job's identity to the token that it is
-    exchanged for. `jobs` are those that were submitted.
+    exchanged for. `jobs` and `webhooks` are those that were submitted.
     """
 
     def __init__(self) -> None:
@@ -147,6 +147,7 @@ class HubServer:
         self.writers: dict[str, set[str]] = {}
         self.identities: dict[str, str] = {}
         self.jobs: list[dict[str, Any]] = []
+        self.webhooks: list[dict[str, Any]] = []
         self.lock = threading.Lock()
         self.faults: list[Fault] = []
         self.requests: list[Request] = []
@@ -359,6 +360,8 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
                 return self.refuse(401, "", "Invalid credentials in Authorization header")
             if found := re.fullmatch(r"/api/jobs/([^/]+)", path):
                 return self.submit(found[1])
+            if path == "/api/settings/webhooks":
+                return self.watch()
             for pattern, work in (
                 (rf"/api/models/{NAME}/preupload/(.+)", self.preupload),
                 (rf"/{NAME}\.git/info/lfs/objects/(batch)", self.batch),
@@ -378,6 +381,14 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
             owner = {"id": "1", "name": namespace, "type": "user"}
             said = {"id": f"job{len(hub.jobs)}", "owner": owner, "status": {"stage": "SCHEDULING", "message": None}}
             self.reply(200, json.dumps(said).encode())
+
+        def watch(self) -> None:
+            asked = json.loads(self.body)
+            if asked["jobSourceId"] not in {f"job{place}" for place, _ in enumerate(hub.jobs, start=1)}:
+                return self.refuse(404, "", "Job not found")
+            hub.webhooks.append(asked)
+            told = {"id": f"hook{len(hub.webhooks)}", "watched": asked["watched"], "domains": asked["domains"]}
+            self.reply(200, json.dumps({"webhook": {**told, "disabled": False}}).encode())
 
         def exchange(self) -> None:
             token = hub.identities.get(json.loads(self.body)["subject_token"])

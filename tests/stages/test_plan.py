@@ -199,6 +199,30 @@ def test_a_job_is_printed_as_it_is_submitted(
     assert ours["flavor"] == "cpu-xl"  # 16 GB of disk for the checkpoint and its files are too little on the others
 
 
+def test_a_watched_model_is_built_again_by_a_webhook(
+    server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of its branch, not of today's commit; by the Hub's own command line and by its client."""
+    add_large(server)
+    server.tokens["hidden"] = set()
+    monkeypatch.setenv("HF_TOKEN", "hidden")
+    monkeypatch.setenv("HF_HUB_DISABLE_UPDATE_CHECK", "1")
+    assert submitted(tmp_path, "--watch", "yes") == 0 and server.webhooks == []
+    _, hook = capsys.readouterr().out.splitlines()
+    assert submitted(tmp_path, "--watch", "yes", "--confirm", "yes") == 0
+    told = capsys.readouterr()
+    assert (
+        "hidden" not in told.out + told.err and "webhook hook1: the job runs again when org/large changes" in told.err
+    )
+    assert "REVISION=main" in server.jobs[0]["command"]
+    command = shlex.split(hook.replace("JOB", "job1"))
+    done = subprocess.run([str(Path(sys.executable).parent / "hf"), *command[1:]], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    ours, theirs = server.webhooks
+    assert ours == theirs and ours["secrets"] == {"HF_TOKEN": "hidden"} and ours["jobSourceId"] == "job1"
+    assert ours["watched"] == [{"type": "model", "name": "org/large"}] and ours["domains"] == ["repo"]
+
+
 def test_a_job_with_a_gpu_takes_a_machine_that_has_one(server: HubServer, tmp_path: Path, capsys: Any) -> None:
     add_large(server)
     assert submitted(tmp_path, "--device", "cuda") == 0
