@@ -14,6 +14,7 @@ import argparse
 import itertools
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -166,6 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("workflow", choices=sorted(file.stem for file in (PROJECT / ".github/workflows").glob("*.yml")))
     parser.add_argument("--only", nargs="*", default=[], help="names of jobs, or of what their matrix holds")
     arguments = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))  # so that the engine ends as well
     told = yaml.safe_load((PROJECT / ".github" / "workflows" / f"{arguments.workflow}.yml").read_text(encoding="utf-8"))
     with engine.engine() as env, HubServer() as hub, tempfile.TemporaryDirectory() as scratch:
         files = {file.name: file.read_bytes() for file in SHIPPED.iterdir() if file.is_file()}
