@@ -32,6 +32,9 @@ RUN --mount=type=bind,source=locks,target=/locks \
     && PIP_CERT=/etc/ssl/certs/ca-certificates.crt PIP_EXTRA_INDEX_URL="$(test "${LOCK}" != cpu || echo "${TORCH_INDEX}")" \
        /opt/venv/bin/python -m pip install --require-hashes --only-binary=:all: --no-compile --no-cache-dir --disable-pip-version-check \
        --quiet --find-links /wheels --requirement "/locks/${LOCK}.txt" --requirement /locks/cluster.txt \
+    && PIP_CERT=/etc/ssl/certs/ca-certificates.crt \
+       /opt/venv/bin/python -m pip install --require-hashes --only-binary=:all: --no-compile --no-cache-dir --disable-pip-version-check \
+       --quiet --no-deps --target /app/.venv-vision --requirement /locks/vision.txt \
     && site=/opt/venv/lib/python3.11/site-packages \
     && find "${site}/torch/bin" -type f ! -name torch_shm_manager -delete \
     && rm -rf "${site}"/torch/include "${site}"/torch/test "${site}"/torchao/*.so "${site}"/pip* /opt/venv/bin/pip* \

@@ -8,13 +8,14 @@ BASE ?=#: of a LoRA adapter as MODEL_ID: owner/name, owner/name@commit or a fold
 TEMPLATE ?=#: a chat template (.jinja) in place of the checkpoint's own
 RECIPE ?=#: what to build and how good it must be (default: the shipped recipe for the checkpoint's model type)
 GRAPHS ?=#: step, bundle or all: the step graph, the bundle's sections, or both (default: the recipe's)
-TOWERS ?=#: none or audio: what the bundles of a model that hears take beside text (default: none)
+TOWERS ?=#: none, vision, audio or vision,audio: what the bundles of a model that sees or hears take beside text (default: none)
 ARTIFACTS ?= artifacts#: where results go
 CALIBRATION ?=#: your own text (.txt or .jsonl) that int8 and int4 are rounded by
 RUNG ?=#: the rung of int8's ladder that an earlier build's manifest names, to repeat that build elsewhere
 VARIANTS ?=#: the step graphs that verify judges (default: fp32 fp16 int8, the recipe's int4, the int8 it leaves out)
 EVAL ?=#: your own text (.txt or .jsonl, chat conversations too) to judge on, for the recipe's
 PROMPT ?= Hello#: what `make run` asks
+PICTURE ?= $(if $(IN)$(filter file,$(origin IMAGE)),,$(if $(filter run,$(GOALS)),$(IMAGE)))#: a picture that `make run` asks about (TOWERS=vision); IMAGE= too, but with IN=docker
 AUDIO ?=#: a WAV file that `make run` asks about (TOWERS=audio)
 PRECISION ?= int8#: the bundle that `make chat` and `make run` talk to
 TASK ?=#: prompts with references (.jsonl) that `make evaluate` lets the bundles and the original answer
@@ -85,7 +86,7 @@ $(if $(THREADS),$(eval export OMP_NUM_THREADS := $(THREADS)))
 # --- where stages run -------------------------------------------------------------------------------------------------
 # The Python that runs stages, what must be there first, and how: in a container by pipeline/core/container.py.
 PY := $(if $(filter image,$(IN)),,.venv/bin/)python
-READY := $(if $(filter docker,$(IN)),$(if $(findstring @,$(IMAGE)),,image),$(if $(IN),,.venv/.ready $(if $(CLUSTER),.venv/.cluster)))
+READY := $(if $(filter docker,$(IN)),$(if $(findstring @,$(IMAGE)),,image),$(if $(IN),,.venv/.ready $(if $(CLUSTER),.venv/.cluster) $(if $(findstring vision,$(TOWERS)),.venv-vision/.ready)))
 RUN = $(if $(IN),$(if $(filter docker,$(IN)),@echo "$(1) (in $(IMAGE))" && )$(IN_CONTAINER.$(1)) python,$(PY))
 
 # --- the rules of the stages --------------------------------------------------------------------------------------------
@@ -96,7 +97,7 @@ ON_SOURCES := setup release bench image test lint format clean-env
 $(if $(filter image,$(IN)),$(foreach goal,$(filter $(ON_SOURCES),$(GOALS)),$(error the image can't `make $(goal)`: do that in a clone of the project)))
 ifneq ($(filter-out $(ON_SOURCES) help,$(GOALS)),)
 $(if $(ASK),,$(error Python 3.11, 3.12 or 3.13 is needed and not found: install one (Debian, Ubuntu: apt install python3 python3-venv) or name it: PYTHON=/path/to/python3.12))
-SAID := MODEL_ID REVISION BASE TEMPLATE RECIPE GRAPHS TOWERS AUDIO ARTIFACTS CALIBRATION RUNG EVAL TASK VARIANTS DEVICE CLUSTER LICENCE_OVERRIDE IN SIGNS CONFIRM HF_REPO SPACE FILE AGAINST CHECKS_HUB IMAGE NETWORK GOALS
+SAID := MODEL_ID REVISION BASE TEMPLATE RECIPE GRAPHS TOWERS PICTURE AUDIO ARTIFACTS CALIBRATION RUNG EVAL TASK VARIANTS DEVICE CLUSTER LICENCE_OVERRIDE IN SIGNS CONFIRM HF_REPO SPACE FILE AGAINST CHECKS_HUB IMAGE NETWORK GOALS
 RULES := $(shell $(ASK) -m pipeline.core.rules $(call QUOTE,FLAGS=$(filter-out --%,$(firstword $(MAKEFLAGS)))) $(foreach name,$(SAID),$(call QUOTE,$(name)=$($(name)))))
 $(if $(filter-out 0,$(.SHELLSTATUS)),$(error these settings can't work, for the reason said above))
 include $(RULES)
@@ -125,7 +126,7 @@ fetch: ## get the checkpoint and check it before and after
 golden: ## compute the Hugging Face fp32 reference
 moments: ## keep the second moments of what layers read, which GPTQ rounds by
 graph: ## export the graphs that every precision fills with weights
-towers: ## build what the bundles hear by (TOWERS=audio)
+towers: ## build what the bundles see and hear by (TOWERS=)
 fp32: ## build the files in fp32
 fp16: ## build the files with fp16 weights
 int8: ## build the int8 files, as the recipe's [int8] says
@@ -146,7 +147,7 @@ space: ## put together the page as a static Space, with the papers of its files;
 chat: bundle ## talk to the int8 bundle in the terminal (PRECISION=)
 run: bundle ## let the int8 bundle answer PROMPT= once
 chat run:
-	$(call RUN,$@) -m pipeline.chat $(abspath $(ROOT))/bundle/$(call QUOTE,$(PRECISION)).litertlm $(if $(filter run,$@),--prompt $(call QUOTE,$(PROMPT)) $(if $(AUDIO),--audio $(call QUOTE,$(call ABSOLUTE,$(AUDIO)))))
+	$(call RUN,$@) -m pipeline.chat $(abspath $(ROOT))/bundle/$(call QUOTE,$(PRECISION)).litertlm $(if $(filter run,$@),--prompt $(call QUOTE,$(PROMPT)) $(if $(PICTURE),--image $(call QUOTE,$(call ABSOLUTE,$(PICTURE)))) $(if $(AUDIO),--audio $(call QUOTE,$(call ABSOLUTE,$(AUDIO)))))
 
 tune: graph moments ## search the recipe's [int8] (SECTION=int4) for MINUTES=: what costs quality where, and tune/recipe.toml for RECIPE=
 	$(call RUN,tune) -m pipeline.tune $(WHERE) $(CALIBRATED) --minutes $(call QUOTE,$(MINUTES)) --section $(call QUOTE,$(SECTION)) $(if $(CLUSTER),--cluster $(call QUOTE,$(CLUSTER)))
@@ -178,7 +179,7 @@ bench: $(READY) ## measure speed, memory and time, on a larger random model and 
 image: ## build the container image (IMAGE_FLAGS=)
 	DOCKER_BUILDKIT=1 docker build --tag $(IMAGE) $(LABELS) $(IMAGE_FLAGS) .
 
-test: .venv/.ready .venv-sign/.ready ## set-up, then linters, types and every test
+test: .venv/.ready .venv-sign/.ready .venv-vision/.ready ## set-up, then linters, types and every test
 	.venv/bin/nox
 
 lint: .venv/.ready ## linters and types only
@@ -191,7 +192,7 @@ clean: ## remove the results for MODEL_ID
 	rm -rf $(ROOT)
 
 clean-env: ## remove .venv and the tools' caches
-	rm -rf .venv .venv-sign .nox .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-sign .venv-vision .nox .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 help: ## list targets and settings
 	@echo 'make [target …] [NAME=value …]'; echo
@@ -203,10 +204,14 @@ INSTALLED := $(shell sed -n '1s/^lock //p' .venv/.ready 2>/dev/null)
 .venv/.ready: locks/cpu.txt locks/cuda.txt locks/dev.txt tools/setup.sh $(if $(filter auto $(INSTALLED),$(LOCK)),,CHANGED)
 	@PYTHON=$(PYTHON) TORCH_INDEX=$(call QUOTE,$(TORCH_INDEX)) tools/setup.sh .venv $(call QUOTE,$(LOCK))
 
-# Beside what set-up installs: the same versions of what both have.
+# Beside what set-up installs: the same versions of what both have; what the reference sees by in a folder of its own.
+BESIDE = @.venv/bin/python -m pip install --require-hashes --only-binary=:all: --no-deps --disable-pip-version-check --quiet $(1) -r $< || \
+	{ echo "error: pip could not install $<: see above, and say the same again"; exit 2; }
 .venv/.cluster: locks/cluster.txt .venv/.ready
-	@.venv/bin/python -m pip install --require-hashes --only-binary=:all: --no-deps --disable-pip-version-check --quiet -r $< || \
-		{ echo "error: pip could not install $<: see above, and say the same again"; exit 2; }
+	$(call BESIDE,)
+	@touch $@
+.venv-vision/.ready: locks/vision.txt .venv/.ready
+	$(call BESIDE,--upgrade --target $(@D))
 	@touch $@
 
 .venv-sign/.ready: locks/sign.txt tools/setup.sh

@@ -19,7 +19,7 @@ import nox
 nox.options.error_on_missing_interpreters = True
 ROOT = Path(__file__).parent
 BIN = ROOT / ".venv" / "bin"
-BESIDE = ("peft", "qat")
+BESIDE = ("peft", "qat", "vision")
 """Locks of what lies in a folder beside `.venv`, without what that has."""
 LOCKS = (
     "cpu",
@@ -92,6 +92,20 @@ def stages(session: nox.Session) -> None:
 def adapters(session: nox.Session) -> None:
     """Adapters of every kind, merged here and by PEFT, value for value; PEFT lies in a folder beside `.venv`."""
     beside(session, "peft", "tests/adapters")
+
+
+@nox.session(venv_backend="none")
+def eyes(session: nox.Session) -> None:
+    """A whole Gemma 3n with small towers against Hugging Face's, whose vision tower is timm's (`.venv-vision`)."""
+    session.run("make", ".venv-vision/.ready", external=True)
+    python(session, "-m", "pytest", "tests/eyes", *session.posargs)
+
+
+@nox.session(venv_backend="none", default=False)
+def large_eyes(session: nox.Session) -> None:
+    """Gemma 3n's vision tower in its true size against Hugging Face's: ten minutes and 4 GB of disk."""
+    session.run("make", ".venv-vision/.ready", external=True)
+    python(session, "-m", "pytest", "-s", "tests/eyes/true_width.py", *session.posargs)
 
 
 @nox.session(venv_backend="none", default=False)

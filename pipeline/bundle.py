@@ -9,7 +9,7 @@ from pathlib import Path
 from pipeline.bundling import contents, litertlm
 from pipeline.bundling.metadata import activation_type, of_checkpoint, tokenizer_json
 from pipeline.core import log
-from pipeline.core.facts import Bundle, Hears, Precision
+from pipeline.core.facts import Bundle, Hears, Precision, Sees
 from pipeline.core.recipe import SECTION_LIMIT
 from pipeline.core.stage import Context, Outcome, Stage, main
 from pipeline.quantize import readback
@@ -33,8 +33,8 @@ def work(context: Context) -> Outcome:
     )
     tokenizer_text = tokenizer_json(described.tokenizer, described.vocabulary)
     towers = context.upstream.get("towers")  # of one precision, whatever the bundle's
-    heard = {Path(record.path).stem: context.root / record.path for record in towers.outputs} if towers else {}
-    text = [name for name in metadata.sections if name not in heard]
+    sensed = {Path(record.path).stem: context.root / record.path for record in towers.outputs} if towers else {}
+    text = [name for name in metadata.sections if name not in sensed]
     bundles: dict[str, Bundle] = {}
     for precision in context.recipe.bundle.built:
         made, out = context.upstream[precision], context.folder / f"{precision}.litertlm"
@@ -42,7 +42,7 @@ def work(context: Context) -> Outcome:
         stored, weight_bytes = readback.stored_weights(models.values())
         limit = context.recipe.bundle.section_limit
         places = litertlm.write(
-            metadata, tokenizer_text, {**models, **heard}, out, limit or SECTION_LIMIT, must=limit is not None
+            metadata, tokenizer_text, {**models, **sensed}, out, limit or SECTION_LIMIT, must=limit is not None
         )
         bundles[precision] = Bundle(
             sections=tuple(places),
@@ -57,6 +57,7 @@ def work(context: Context) -> Outcome:
             cache_bytes=contents.cache_bytes(models["decoder"], context.recipe.bundle.cache_length),
             remarks=(*metadata.remarks, *([_CPU_ALONE] if context.recipe.bundle.grows else [])),
             hears=Hears(rate=sound.rate, frame=sound.frame, hop=sound.hop) if (sound := metadata.sound) else None,
+            sees=Sees(size=picture.size) if (picture := metadata.picture) else None,
         )
         log.step(f"{out.name}: {log.human_bytes(out.stat().st_size)}")
     return Outcome(facts=bundles)

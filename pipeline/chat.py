@@ -14,8 +14,8 @@ from pathlib import Path
 from pipeline.bundling import litertlm
 from pipeline.core import log, options
 from pipeline.core.stage import guard
-from pipeline.runtime.litert_lm import Dialogue, LmRuntime
-from pipeline.runtime.terminal import Ears, report, talk, turn
+from pipeline.runtime.litert_lm import Dialogue, Kind, LmRuntime
+from pipeline.runtime.terminal import Senses, report, talk, turn
 from pipeline.runtime.thoughts import Channel
 
 
@@ -25,6 +25,7 @@ class Options:
 
     bundle: Path = field(metadata={"help": "the .litertlm file"})
     prompt: str | None = field(default=None, metadata={"help": "ask this and leave"})
+    image: Path | None = field(default=None, metadata={"metavar": "FILE", "help": "a picture that goes with it"})
     audio: Path | None = field(default=None, metadata={"metavar": "FILE", "help": "a WAV file that goes with it"})
     max_tokens: int = field(default=512, metadata={"help": "longest answer, in tokens (default: %(default)s)"})
     threads: int | None = field(
@@ -47,21 +48,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _open(given: Options) -> None:
-    around = litertlm.thoughts(given.bundle) if given.bundle.is_file() else None
+    there = given.bundle.is_file()
+    around = litertlm.thoughts(given.bundle) if there else None
     channel = Channel(*around) if around else None
-    hearing = litertlm.hears(given.bundle) if given.bundle.is_file() else None
-    ears = Ears(hearing)
-    sounds = [ears.read(given.audio)] if given.audio else []  # before a model is loaded
-    hears = bool(hearing) and (bool(sounds) or given.prompt is None)
+    senses = Senses(litertlm.sees(given.bundle), litertlm.hears(given.bundle)) if there else Senses()
+    asked: dict[Kind, Path | None] = {"image": given.image, "audio": given.audio}
+    # Before a model is loaded.
+    media = [senses.read(kind, file) for kind, file in asked.items() if file]
+    needed = senses.kinds if given.prompt is None else {medium.kind for medium in media}
     with (
-        LmRuntime(given.bundle, threads=given.threads, cache=given.cache, hears=hears) as runtime,
+        LmRuntime(given.bundle, threads=given.threads, cache=given.cache, senses=needed) as runtime,
         Dialogue(runtime, given.max_tokens, thoughts=channel, aside=log.aside) as dialogue,
     ):
         log.line(f"{given.bundle.name} · loaded in {runtime.load_seconds:.1f} s")
         if given.prompt is None:
-            talk(dialogue, ears, sounds)
+            talk(dialogue, senses, media)
         else:
-            turn(dialogue, given.prompt, sounds)
+            turn(dialogue, given.prompt, media)
             report(dialogue.speed())
 
 

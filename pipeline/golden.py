@@ -24,7 +24,7 @@ from pipeline.core.recipe import PROJECT
 from pipeline.core.stage import Context, Outcome, Stage, main
 from pipeline.judge import corpus
 from pipeline.judge.reference import Head
-from pipeline.reference import golden, hearing
+from pipeline.reference import golden, media
 from pipeline.reference.shards import Model, choose_device
 
 _SAMPLE_WINDOWS = 8
@@ -68,14 +68,14 @@ def work(context: Context) -> Outcome:
             limit=max(1, recipe.corpus.positions // corpus.POSITIONS_PER_WINDOW),
         )
         few, grid = windows[:_SAMPLE_WINDOWS], context.folder / "shapes.safetensors"
-        # All is asked for before an answer is awaited, what takes longest first; sounds are heard here meanwhile.
+        # All is asked for before an answer is awaited, what takes longest first; this process sees and hears meanwhile.
         traced = None if context.graphs == "step" else golden.make_cache_trace(asked, documents, recipe, context.folder)
         greedy = golden.make_greedy(asked, openings, recipe, context.graphs)
         states = golden.make_corpus(asked, windows, recipe.corpus.positions, context.folder / "corpus.safetensors")
         cases = None if context.graphs == "bundle" else golden.make_shapes(asked, recipe.shapes, grid)
         floors = {"threads": golden.threads_floor(asked, few), "bfloat16": golden.bfloat16_floor(asked, few)}
         if traced and towers_in(context.towers):
-            hearing.make_sounds(checkpoint, reference, recipe.bundle, context.folder)
+            media.make(checkpoint, reference, towers_in(context.towers), recipe.bundle, context.folder)
         bos, pad, stop, cap = reference.bos, reference.pad, reference.stop, reference.cap
         del asked, reference  # their memory is for the same model in another precision, which is asked last
         sample = golden.Sample(few, states()[:_SAMPLE_WINDOWS], Head.of_checkpoint(checkpoint, cap))

@@ -1,4 +1,4 @@
-"""Stage towers: what a model hears by, as the sections that its bundles hold beside the text model's, in float32."""
+"""Stage towers: what a model sees and hears by, as the sections that its bundles hold beside the text, in float32."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pipeline.checkpoint.reader import open_checkpoint
 from pipeline.core import log
 from pipeline.core.errors import ExportError
 from pipeline.core.facts import Files
+from pipeline.core.graph import towers_in
 from pipeline.core.stage import Context, Outcome, Stage, main
 from pipeline.models import towers
 from pipeline.quantize import readback
@@ -15,7 +16,9 @@ from pipeline.quantize import readback
 
 def work(context: Context) -> Outcome:
     """Write the sections and run each once."""
-    towers.write_audio(open_checkpoint(context.root / "fetch" / "checkpoint"), context.folder)
+    checkpoint = open_checkpoint(context.root / "fetch" / "checkpoint")
+    for tower in towers_in(context.towers):
+        towers.write(tower, checkpoint, context.folder)
     files = sorted(context.folder.glob("*.tflite"))
     for file in files:
         readback.round_trip(file, ExportError)

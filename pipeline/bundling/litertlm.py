@@ -23,13 +23,14 @@ from google.protobuf.message import DecodeError
 from litert_lm_builder import litertlm_builder, litertlm_core, litertlm_peek
 from litert_lm_builder.runtime.proto import llm_metadata_pb2, llm_model_type_pb2, sampler_params_pb2
 
-from pipeline.bundling import hearing
-from pipeline.bundling.metadata import Metadata, Sound
+from pipeline.bundling import towers
+from pipeline.bundling.metadata import Metadata, Picture, Sound
 from pipeline.core import log
 from pipeline.core.errors import BundleError
 from pipeline.core.facts import Section
 from pipeline.core.manifest import FileRecord
 from pipeline.core.recipe import SECTION_LIMIT
+from pipeline.runtime.picture import Sight
 from pipeline.runtime.sound import Hearing
 from pipeline.tflite import external
 from pipeline.tflite.graph import Graph
@@ -76,8 +77,7 @@ def write(
             what was given.
     """
     _check_models(models, metadata)
-    if metadata.sound:
-        hearing.check(models, metadata.sound)
+    towers.check(models, metadata)
     # A name that no stage looks for, in the same folder: only so is the rename at the end one step.
     partial = out.with_name(out.name + ".partial")
     try:
@@ -113,6 +113,8 @@ MODEL_KINDS = {
     _DECODER: litertlm_builder.TfLiteModelType.PREFILL_DECODE,
     "embedder": litertlm_builder.TfLiteModelType.EMBEDDER,
     "per_layer_embedder": litertlm_builder.TfLiteModelType.PER_LAYER_EMBEDDER,
+    "vision_encoder": litertlm_builder.TfLiteModelType.VISION_ENCODER,
+    "vision_adapter": litertlm_builder.TfLiteModelType.VISION_ADAPTER,
     "audio_encoder": litertlm_builder.TfLiteModelType.AUDIO_ENCODER_HW,
     "audio_adapter": litertlm_builder.TfLiteModelType.AUDIO_ADAPTER,
     "end_of_audio": litertlm_builder.TfLiteModelType.END_OF_AUDIO,
@@ -186,6 +188,10 @@ def _message(metadata: Metadata) -> llm_metadata_pb2.LlmMetadata:
     kind.SetInParent()
     for name, text in metadata.calls.items():
         setattr(kind, name, text)
+    if metadata.picture or metadata.sound:
+        _says_where(kind, [told.place for told in (metadata.picture, metadata.sound) if told])
+    if metadata.picture:
+        _sees(kind, metadata.picture)
     if metadata.sound:
         _hears(kind, metadata.sound)
     if metadata.thoughts:
@@ -208,10 +214,27 @@ def _message(metadata: Metadata) -> llm_metadata_pb2.LlmMetadata:
     return message
 
 
+def _says_where(kind: llm_model_type_pb2.GenericModel, places: Sequence[str]) -> None:
+    """Say at which tokens a prompt is cut."""
+    kind.delimiter_regex = f"({'|'.join(places)})"
+
+
+def _sees(kind: llm_model_type_pb2.GenericModel, picture: Picture) -> None:
+    """Say how a picture goes in: pixels in 0 … 1; between lines of their own, as `Gemma3nProcessor` has it.
+
+    No token is added behind: the last row of the adapter is the picture's end.
+    """
+    kind.image_enabled = True
+    kind.image_token_regex = picture.place
+    kind.image_tensor_height = kind.image_tensor_width = picture.size
+    kind.start_of_image_token.token_str, kind.end_of_image_token.token_str = picture.start, picture.end
+    kind.image_prefix, kind.image_suffix, kind.add_image_end = "\n\n", "\n\n", False
+
+
 def _hears(kind: llm_model_type_pb2.GenericModel, sound: Sound) -> None:
     """Say how sound goes in: as samples, of which the encoder makes the spectrogram; between lines of their own."""
     kind.audio_enabled = True
-    kind.audio_token_regex, kind.delimiter_regex = sound.place, f"({sound.place})"
+    kind.audio_token_regex = sound.place
     kind.start_of_audio_token.token_str, kind.end_of_audio_token.token_str = sound.start, sound.end
     # As `Gemma3nProcessor` of transformers has it; the section end_of_audio is the token behind a sound.
     kind.audio_prefix, kind.audio_suffix, kind.add_audio_end = "\n\n", "\n\n", True
@@ -384,6 +407,12 @@ def hears(bundle: Path) -> Hearing | None:
     if not kind.audio_enabled:
         return None
     return Hearing(rate=kind.audio_sample_rate_hz, frame=kind.audio_frame_length, hop=kind.audio_hop_length)
+
+
+def sees(bundle: Path) -> Sight | None:
+    """How a bundle sees, if it does; raises as `thoughts`."""
+    kind = _said(bundle).llm_model_type.generic_model
+    return Sight(size=kind.image_tensor_height) if kind.image_enabled else None
 
 
 def _said(bundle: Path) -> llm_metadata_pb2.LlmMetadata:

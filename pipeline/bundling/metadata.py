@@ -19,6 +19,7 @@ from pipeline.bundling import template
 from pipeline.checkpoint.chat import Tokenizer, open_tokenizer, prompts_begin_with_bos
 from pipeline.checkpoint.headers import listed
 from pipeline.checkpoint.names import EMBEDDING
+from pipeline.checkpoint.picture import open_look
 from pipeline.checkpoint.reader import Checkpoint, open_checkpoint
 from pipeline.checkpoint.reading import stop_tokens, turn_end
 from pipeline.checkpoint.sound import open_front
@@ -27,6 +28,7 @@ from pipeline.core.errors import BundleError
 from pipeline.core.graph import Towers, towers_in
 from pipeline.models import Runtime, architecture_of, sections, tower_of
 from pipeline.models.gemma3n_audio import AudioConfig
+from pipeline.models.gemma3n_vision import VisionConfig
 
 _DEFAULT_TOP_K, _DEFAULT_TOP_P, _DEFAULT_TEMPERATURE = 50, 1.0, 1.0
 """What transformers samples with where generation_config.json says no more than `do_sample`."""
@@ -39,8 +41,8 @@ _NO_WORD_FOR: Mapping[str, tuple[object, ...]] = {
 }
 """Keys of generation_config.json that a bundle's metadata has no field for, and the values that say nothing."""
 
-HEARS = "generic_model"
-"""LiteRT-LM's type of a model that hears: any other one has a spectrogram of its own, which is not Hugging Face's."""
+SENSES = "generic_model"
+"""LiteRT-LM's type of a model that sees or hears: any other one has a spectrogram of its own, not Hugging Face's."""
 _IMAGE = "<image_soft_token>"
 """A token of Gemma 3's tokenizer whose id only the models that see hold."""
 
@@ -71,6 +73,20 @@ class Sound:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Picture:
+    """How a bundle sees: the texts of the tokens before and behind a picture, and `place`, its place in a prompt.
+
+    Its encoder takes `size` x `size` pixels and makes `tokens` soft tokens of them.
+    """
+
+    start: str
+    end: str
+    place: str
+    size: int
+    tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Metadata:
     """What the runtime has to know. `start` is put in front of the first prompt; `stop` token ids end an answer.
 
@@ -80,8 +96,8 @@ class Metadata:
     prompt and answer together. `chat_template` is empty for a base model; `thoughts` are the texts around thoughts,
     `tools` whether it takes tools, `calls` what the runtime needs to know of their calls;
     `remarks` are for the card: what the runtime does otherwise than the checkpoint says. `activation_type` is what a
-    GPU is to compute the decoder in, `fp32`, or empty: the runtime's own choice, fp16. `sound` is of one
-    that hears.
+    GPU is to compute the decoder in, `fp32`, or empty: the runtime's own choice, fp16. `picture` is of one that sees,
+    `sound` of one that hears.
     """
 
     model_type: str
@@ -97,6 +113,7 @@ class Metadata:
     sampler: Sampler = Sampler()
     remarks: tuple[str, ...] = ()
     activation_type: str = ""
+    picture: Picture | None = None
     sound: Sound | None = None
 
 
@@ -119,6 +136,7 @@ def describe(
     sections: tuple[str, ...],
     vocabulary: int,
     max_tokens: int,
+    picture: Picture | None = None,
     sound: Sound | None = None,
 ) -> Metadata:
     """The metadata of a bundle.
@@ -130,6 +148,7 @@ def describe(
         sections: the TFLite files of the bundle.
         vocabulary: how many tokens the embedding table holds.
         max_tokens: the length of the KV cache.
+        picture: how it sees, if it does.
         sound: how it hears, if it does.
 
     Raises:
@@ -142,8 +161,9 @@ def describe(
         raise BundleError(f"LiteRT-LM has no model type {family.type!r}", remedy=f"use one of {', '.join(known)}")
     generation, config = (_read_json(checkpoint / name) for name in ("generation_config.json", "config.json"))
     tools = family.tools and bool(re.search(r"\btools\b", source))
-    kind, place = (HEARS, sound.place) if sound else (family.type, "")
-    chat = template.prepare(source, tokenizer, kind, tools=tools, sound=place) if source else None
+    places = {what: told.place for what, told in (("image", picture), ("audio", sound)) if told}
+    kind = SENSES if places else family.type
+    chat = template.prepare(source, tokenizer, kind, tools=tools, places=places) if source else None
     if chat and chat.no_tools:
         tools = False
         log.warn(f"the bundle takes no tools, which its template would render otherwise: {chat.no_tools}")
@@ -169,6 +189,7 @@ def describe(
         calls=family.calls if tools else {},
         sampler=_sampler(generation, vocabulary),
         remarks=_remarks(generation, chat),
+        picture=picture,
         sound=sound,
     )
 
@@ -186,37 +207,48 @@ def of_checkpoint(folder: Path, max_tokens: int, towers: Towers = "none") -> Des
     """What a bundle of the checkpoint in `folder` with these `towers` says of it; raises as `describe`."""
     checkpoint = open_checkpoint(folder)
     architecture = architecture_of(checkpoint)
-    taken = [tower_of(architecture, name) for name in towers_in(towers)]
+    taken = {name: tower_of(architecture, name) for name in towers_in(towers)}
     vocabulary = architecture.tensors()[EMBEDDING][0]
     tokenizer = open_tokenizer(folder)
     made = describe(
         folder,
         tokenizer,
         runtime=architecture.runtime,
-        sections=(*sections(architecture), *(name for tower in taken for name in tower.sections)),
+        sections=(*sections(architecture), *(name for tower in taken.values() for name in tower.sections)),
         vocabulary=vocabulary,
         max_tokens=max_tokens,
-        sound=_sound(checkpoint, tokenizer) if taken else None,
+        picture=_picture(checkpoint, tokenizer) if "vision" in taken else None,
+        sound=_sound(checkpoint, tokenizer) if "audio" in taken else None,
     )
     return Described(metadata=made, tokenizer=tokenizer, vocabulary=vocabulary)
 
 
 def _sound(checkpoint: Checkpoint, tokenizer: Tokenizer) -> Sound:
     config, front = AudioConfig.from_config(checkpoint.config), open_front(checkpoint.folder)
-    names = [
-        tokenizer.backend_tokenizer.id_to_token(token)
-        for token in (config.boa_token_id, config.eoa_token_id, config.audio_token_id)
-    ]
-    if None in names:
-        raise BundleError(
-            "the tokenizer lacks a token that config.json has for sound (boa_token_id, eoa_token_id, audio_token_id)",
-            cause="it is the text model's",
-            remedy="put the tokenizer of the whole model into the checkpoint",
-        )
-    start, end, place = map(str, names)
+    start, end, place = _texts(tokenizer, boa=config.boa_token_id, eoa=config.eoa_token_id, audio=config.audio_token_id)
     return Sound(
         start=start, end=end, place=place, rate=front.rate, frame=front.frame, hop=front.hop, frames=config.frames
     )
+
+
+def _picture(checkpoint: Checkpoint, tokenizer: Tokenizer) -> Picture:
+    config, look = VisionConfig.from_config(checkpoint.config), open_look(checkpoint.folder)
+    config.check(look.size)
+    start, end, place = _texts(tokenizer, boi=config.boi_token_id, eoi=config.eoi_token_id, image=config.image_token_id)
+    return Picture(start=start, end=end, place=place, size=look.size, tokens=config.soft_tokens)
+
+
+def _texts(tokenizer: Tokenizer, **tokens: int) -> list[str]:
+    """The texts of tokens, by their names in config.json."""
+    texts = [tokenizer.backend_tokenizer.id_to_token(token) for token in tokens.values()]
+    if None in texts:
+        named = ", ".join(f"{name}_token_id" for name in tokens)
+        raise BundleError(
+            f"the tokenizer lacks a token that config.json has for a tower ({named})",
+            cause="it is the text model's",
+            remedy="put the tokenizer of the whole model into the checkpoint",
+        )
+    return [*map(str, texts)]
 
 
 def _read_json(file: Path) -> Mapping[str, object]:

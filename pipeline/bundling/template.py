@@ -179,11 +179,16 @@ class Case:
     tools: tuple[Mapping[str, object], ...] = ()
 
 
-def prepare(source: str, renderer: Renderer, model_type: str, *, tools: bool = False, sound: str = "") -> Template:
+_NOWHERE: Mapping[str, str] = {}
+
+
+def prepare(
+    source: str, renderer: Renderer, model_type: str, *, tools: bool = False, places: Mapping[str, str] = _NOWHERE
+) -> Template:
     """The template `source` for the runtime, which takes the model for one of `model_type`.
 
-    `tools`: the model takes tools, so conversations with one are tried as well; if these fail, it is without. `sound`:
-    what must stand where a message has one, if the model hears.
+    `tools`: the model takes tools, so conversations with one are tried as well; if these fail, it is without. `places`:
+    what must stand where a message has an `image` or `audio`, as far as the model sees and hears.
 
     Raises:
         BundleError: it fails to render, or can't be rewritten so that the runtime renders the same.
@@ -194,7 +199,8 @@ def prepare(source: str, renderer: Renderer, model_type: str, *, tools: bool = F
         text == bos + _render(source, conversation, renderer, bos_token="") for conversation, text in rendered
     )
     cases = [Case(conversation=conversation, text=text) for conversation, text in rendered]
-    cases += _with_sound(source, renderer, sound) if sound else []
+    for kind, place in places.items():
+        cases += _with_medium(source, renderer, kind, place)
     with_tools = cases + _with_tools(source, renderer) if tools else []
     if starts_with_bos:
         cases, with_tools = (
@@ -236,21 +242,22 @@ def wanted(source: str, renderer: Renderer) -> list[tuple[Conversation, str]]:
     return texts
 
 
-def _with_sound(source: str, renderer: Renderer, sound: str) -> list[Case]:
-    """What transformers renders of messages with a sound in them.
+def _with_medium(source: str, renderer: Renderer, kind: str, place: str) -> list[Case]:
+    """What transformers renders of messages with an `image` or `audio` in them.
 
     Raises:
-        BundleError: the place of the sound is not in it.
+        BundleError: its place is not in it.
     """
     parts: list[list[Message]] = [
-        [{"type": "audio"}, {"type": "text", "text": "What is this?"}],
-        [{"type": "text", "text": "Listen: "}, {"type": "audio"}, {"type": "audio"}],
+        [{"type": kind}, {"type": "text", "text": "What is this?"}],
+        [{"type": "text", "text": "Listen: "}, {"type": kind}, {"type": kind}],
     ]
     talks = [[{"role": "user", "content": content}] for content in parts]
     cases = [Case(conversation=talk, text=_render(source, talk, renderer)) for talk in talks]
-    if [case.text.count(sound) for case in cases] != [1, 2]:
+    if [case.text.count(place) for case in cases] != [1, 2]:
+        what = {"image": "a picture", "audio": "a sound"}[kind]
         raise BundleError(
-            f"the chat template has no {sound} where a message has a sound",
+            f"the chat template has no {place} where a message has {what}",
             cause="it is that of a text model, or drops what it does not know",
             remedy="give the whole model's template with TEMPLATE=file.jinja, or leave TOWERS= out",
         )

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from pipeline.core.errors import FetchError
 
 PREPROCESSOR = ("preprocessor_config.json", "processor_config.json")
-"""Where a processor says how it makes a spectrogram."""
+"""Where a processor says how it makes a spectrogram, and what it makes of a picture."""
 Float32 = npt.NDArray[np.float32]
 
 
@@ -37,14 +37,14 @@ class Front:
 
 
 def check(names: Collection[str], where: str) -> None:
-    """Refuse a checkpoint, whose files are `names`, that does not say how it hears.
+    """Refuse a checkpoint, whose files are `names`, that does not say how it hears and sees.
 
     Raises:
         FetchError: it does not.
     """
     if not {*PREPROCESSOR} & {*names}:
         raise FetchError(
-            f"{where} has no {PREPROCESSOR[0]}, which says how sound becomes a spectrogram",
+            f"{where} has no {PREPROCESSOR[0]}, which says what becomes of sounds and pictures",
             cause="the model was saved without its processor",
             remedy="save it beside the model: `AutoProcessor.from_pretrained(BASE).save_pretrained(FOLDER)`",
         )

@@ -241,10 +241,17 @@ class Hears:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Sees:
+    """How a bundle sees: pictures of `size` x `size` pixels."""
+
+    size: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Bundle:
     """Stage bundle, by precision. `stored`: elements of matrices and tables, `weight_bytes`: what they take.
 
-    Those of the text model: towers, if it `hears`, are in float32 whatever the precision.
+    Those of the text model: towers, if it `hears` or `sees`, are in float32 whatever the precision.
     `cache_bytes` is what the cache takes while the bundle runs.
     """
 
@@ -260,6 +267,7 @@ class Bundle:
     cache_bytes: int = 0
     remarks: tuple[str, ...] = ()
     hears: Hears | None = None
+    sees: Sees | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,13 +14,13 @@ from typing import Literal
 from pipeline.core.errors import UsageError
 from pipeline.core.recipe import DECODER, STEP, Graphs, Recipe
 
-Towers = Literal["none", "audio"]
+Towers = Literal["none", "vision", "audio", "vision,audio", "audio,vision"]
 """What TOWERS= may say."""
 
 
 def towers_in(said: Towers) -> tuple[str, ...]:
-    """The towers that are taken."""
-    return () if said == "none" else (said,)
+    """The towers that are taken, always in the same order."""
+    return tuple(tower for tower in ("vision", "audio") if tower in said.split(","))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +114,7 @@ def _towers(choice: Choice) -> tuple[str, ...]:
         raise UsageError(
             "there are no towers to make",
             cause="GRAPHS=step builds no bundle" if choice.graphs == "step" else "TOWERS= names none",
-            remedy="say TOWERS=audio, and GRAPHS=bundle or all",
+            remedy="say TOWERS=vision,audio, or one of them, and GRAPHS=bundle or all",
         )
     return ("fetch",)
 

@@ -17,6 +17,6 @@ def output(command: Sequence[str], *, cwd: Path | None = None, env: Mapping[str,
     return done.stdout.strip()
 
 
-def run(command: Sequence[str], *, cwd: Path | None = None) -> int:
+def run(command: Sequence[str], *, cwd: Path | None = None, env: Mapping[str, str] | None = None) -> int:
     """Run `command`, which prints for itself, and return its exit code."""
-    return subprocess.run(command, cwd=cwd, check=False).returncode
+    return subprocess.run(command, cwd=cwd, env=env, check=False).returncode

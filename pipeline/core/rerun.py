@@ -41,7 +41,7 @@ def _towers(name: str, finished: Mapping[str, Manifest]) -> list[str]:
     """The towers that fetch took, for the stages that are told of them."""
     taken = finished["fetch"].told(facts.Fetch).towers if "fetch" in finished else ()
     told = "towers" in graph.STAGES[name].settings
-    return [word for tower in taken for word in ("--towers", tower.tower)] if told else []
+    return ["--towers", ",".join(tower.tower for tower in taken)] if told and taken else []
 
 
 def _words(name: str, made: Manifest, finished: Mapping[str, Manifest], given: Given) -> list[str]:

@@ -42,7 +42,7 @@ _NPM = (
 )
 _COMMANDS = ("plan", "template", "upload", "check", "inspection", "job", "reproduce", "chat", "run", "tune")
 """What runs beside the stages."""
-_FILES = ("calibration", "eval", "task", "template", "audio")
+_FILES = ("calibration", "eval", "task", "template", "picture", "audio")
 _ADAPTER = "adapter_config.json"
 _WITHOUT_RECIPE = {"clean", "check", "inspect"}
 """Goals that are the same whatever the recipe."""
@@ -360,8 +360,7 @@ def _check_words(said: Mapping[str, str]) -> None:
         raise UsageError(f"GRAPHS={said['GRAPHS']} is unknown: step, bundle or all")
     if said["TOWERS"] not in ("", *get_args(Towers)):
         raise UsageError(
-            f"TOWERS={said['TOWERS']} is unknown: none or audio",
-            cause="of a model's towers the audio tower alone can be converted, so far",
+            f"TOWERS={said['TOWERS']} is unknown: none, vision, audio, or vision,audio",
         )
     if said["IN"] not in ("", "docker", "image"):
         raise UsageError(f"IN={said['IN']} is unknown: leave it out, or IN=docker")

@@ -57,18 +57,28 @@ def _lower_linear(context: LoweringContext, x: ir.Value, weight: ir.Value) -> ir
 
 
 @registry.lower(torch.ops.pipeline.convolve.default)
-def _lower_convolve(context: LoweringContext, x: ir.Value, weight: ir.Value, stride: Sequence[int]) -> ir.Value:
-    return _convolution(context, "tfl.conv_2d", x, weight, stride)
+def _lower_convolve(
+    context: LoweringContext, x: ir.Value, weight: ir.Value, stride: Sequence[int], padded: bool = False
+) -> ir.Value:
+    return _convolution(context, "tfl.conv_2d", x, weight, stride, padded)
 
 
 @registry.lower(torch.ops.pipeline.convolve_apart.default)
-def _lower_convolve_apart(context: LoweringContext, x: ir.Value, weight: ir.Value, stride: Sequence[int]) -> ir.Value:
+def _lower_convolve_apart(
+    context: LoweringContext, x: ir.Value, weight: ir.Value, stride: Sequence[int], padded: bool = False
+) -> ir.Value:
     one = ir.IntegerAttr.get(ir.IntegerType.get_signless(32), 1)
-    return _convolution(context, "tfl.depthwise_conv_2d", x, weight, stride, depth_multiplier=one)
+    return _convolution(context, "tfl.depthwise_conv_2d", x, weight, stride, padded, depth_multiplier=one)
 
 
 def _convolution(
-    context: LoweringContext, code: str, x: ir.Value, weight: ir.Value, stride: Sequence[int], **more: ir.Attribute
+    context: LoweringContext,
+    code: str,
+    x: ir.Value,
+    weight: ir.Value,
+    stride: Sequence[int],
+    padded: bool,
+    **more: ir.Attribute,
 ) -> ir.Value:
     result = lowering_utils.node_meta_to_ir_types(context.node)
     # The kernel wants a bias; zeros change nothing.
@@ -76,7 +86,7 @@ def _convolution(
     sizes = {"stride_h": stride[0], "stride_w": stride[1], "dilation_h_factor": 1, "dilation_w_factor": 1}
     attributes = {
         **{name: ir.IntegerAttr.get(ir.IntegerType.get_signless(32), size) for name, size in sizes.items()},
-        "padding": ir.StringAttr.get("VALID"),
+        "padding": ir.StringAttr.get("SAME" if padded else "VALID"),
         "fused_activation_function": ir.StringAttr.get("NONE"),
         **more,
     }

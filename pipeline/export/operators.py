@@ -130,32 +130,50 @@ def _place(x: Tensor, start: Tensor, size: Sequence[int]) -> tuple[slice[int, in
 
 
 @torch.library.custom_op("pipeline::convolve", mutates_args=())
-def convolve(x: Tensor, weight: Tensor, stride: Sequence[int]) -> Tensor:
-    """The convolution of `x` [B, H, W, I] with `weight` [O, h, w, I], nothing padded: [B, ., ., O]."""
-    moved = functional.conv2d(x.permute(0, 3, 1, 2), weight.permute(0, 3, 1, 2), stride=list(stride))
+def convolve(x: Tensor, weight: Tensor, stride: Sequence[int], padded: bool = False) -> Tensor:
+    """The convolution of `x` [B, H, W, I] with `weight` [O, h, w, I]: [B, ., ., O].
+
+    With zeros around if `padded`, as many as let H and W be divided by the stride alone, the odd one behind, as
+    TensorFlow's "SAME" has it.
+    """
+    moved = functional.conv2d(
+        _channels_first(x, weight, stride, padded), weight.permute(0, 3, 1, 2), None, list(stride)
+    )
     return moved.permute(0, 2, 3, 1).contiguous()
 
 
 @convolve.register_fake
-def _(x: Tensor, weight: Tensor, stride: Sequence[int]) -> Tensor:
-    return x.new_empty((x.shape[0], *_steps(x, weight, stride), weight.shape[0]))
+def _(x: Tensor, weight: Tensor, stride: Sequence[int], padded: bool = False) -> Tensor:
+    return x.new_empty((x.shape[0], *_steps(x, weight, stride, padded), weight.shape[0]))
 
 
 @torch.library.custom_op("pipeline::convolve_apart", mutates_args=())
-def convolve_apart(x: Tensor, weight: Tensor, stride: Sequence[int]) -> Tensor:
-    """Each channel of `x` [B, H, W, C] by itself with its own of `weight` [1, h, w, C], nothing padded."""
-    channels = x.shape[-1]
-    moved = functional.conv2d(x.permute(0, 3, 1, 2), weight.permute(3, 0, 1, 2), None, list(stride), 0, 1, channels)
+def convolve_apart(x: Tensor, weight: Tensor, stride: Sequence[int], padded: bool = False) -> Tensor:
+    """Each channel of `x` [B, H, W, C] by itself with its own of `weight` [1, h, w, C]; `padded` as `convolve`."""
+    kernel, channels = weight.permute(3, 0, 1, 2), x.shape[-1]
+    moved = functional.conv2d(_channels_first(x, weight, stride, padded), kernel, None, list(stride), groups=channels)
     return moved.permute(0, 2, 3, 1).contiguous()
 
 
 @convolve_apart.register_fake
-def _(x: Tensor, weight: Tensor, stride: Sequence[int]) -> Tensor:
-    return x.new_empty((x.shape[0], *_steps(x, weight, stride), x.shape[-1]))
+def _(x: Tensor, weight: Tensor, stride: Sequence[int], padded: bool = False) -> Tensor:
+    return x.new_empty((x.shape[0], *_steps(x, weight, stride, padded), x.shape[-1]))
 
 
-def _steps(x: Tensor, weight: Tensor, stride: Sequence[int]) -> list[int]:
+def _steps(x: Tensor, weight: Tensor, stride: Sequence[int], padded: bool) -> list[int]:
+    if padded:
+        return [-(-x.shape[axis] // stride[axis - 1]) for axis in (1, 2)]
     return [(x.shape[axis] - weight.shape[axis]) // stride[axis - 1] + 1 for axis in (1, 2)]
+
+
+def _channels_first(x: Tensor, weight: Tensor, stride: Sequence[int], padded: bool) -> Tensor:
+    """[B, H, W, C] → [B, C, H, W], with the zeros around it if it is `padded`."""
+    moved = x.permute(0, 3, 1, 2)
+    if not padded:
+        return moved
+    steps = _steps(x, weight, stride, padded)
+    more = [max(0, (steps[axis - 1] - 1) * stride[axis - 1] + weight.shape[axis] - x.shape[axis]) for axis in (2, 1)]
+    return functional.pad(moved, [part for zeros in more for part in (zeros // 2, zeros - zeros // 2)])
 
 
 class Linear(nn.Linear):

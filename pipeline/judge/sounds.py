@@ -17,8 +17,6 @@ RATE = 16_000
 _HALF = 1 << 15
 _SEED = 20261130
 _ROOM = 1e-3
-QUESTIONS = ("What is the sea?", "What do you hear?", "Tell me about the river.", "Who are you?", "ⵎⴰ ⵢⴰⴷ?")
-"""What is asked about them."""
 
 
 def sounds() -> Mapping[str, Samples]:

@@ -13,17 +13,21 @@ from pipeline.cluster.pool import Shards
 from pipeline.core import log, parallel
 from pipeline.core.errors import UsageError
 from pipeline.core.facts import Bundle, Fetch, Golden, Precision
+from pipeline.core.graph import towers_in
 from pipeline.core.manifest import FileRecord
 from pipeline.core.recipe import BASELINE, STEP
 from pipeline.core.stage import Context
-from pipeline.judge import bundles, gates, hearing, kv_cache, sqnr, steps
+from pipeline.judge import bundles, gates, hearing, kv_cache, media, seeing, sqnr, steps
 from pipeline.judge.gates import Check
 from pipeline.judge.kv_cache import Trace
 from pipeline.judge.reference import Reference
+from pipeline.judge.sensing import Reference as Senses
+from pipeline.judge.sensing import judge_words
 from pipeline.judge.shards import Asked, Place
 from pipeline.judge.step_runs import JudgedPositions
 from pipeline.judge.steps import Setting, Subject, Verdict
 from pipeline.runtime.litert_lm import Message
+from pipeline.runtime.picture import Sight
 from pipeline.runtime.sound import Hearing
 
 _PER_BATCH = 8
@@ -148,23 +152,30 @@ def _ask_bundles(
             for subject, verdict in asked:
                 log.step(f"judging {subject.name} ({log.human_bytes(subject.record.size)})")
                 found = verdict()
-                heard = _heard(context, subject, first=not verdicts, scratch=Path(scratch))
-                verdicts.append(replace(found, checks=[*found.checks, *heard]))
+                sensed = _sensed(context, subject, first=not verdicts, scratch=Path(scratch))
+                verdicts.append(replace(found, checks=[*found.checks, *sensed]))
         return verdicts
 
     return finish
 
 
-def _heard(context: Context, subject: bundles.Subject, *, first: bool, scratch: Path) -> list[Check]:
-    """The checks on a bundle's ears, if it has any: on the sections, which all share, and on the fp32 one's words."""
-    hears = context.upstream["bundle"].part(subject.precision, Bundle).hears
-    if not hears:
-        return []
-    told, how = hearing.Reference.stored(context.root / "golden"), Hearing(**vars(hears))
-    gate = context.recipe.gates.get(hearing.TOWER)
-    checks = hearing.judge_tower(context.root / "towers", how, told, gate, scratch) if first else []
-    words = subject.precision == BASELINE
-    return [*checks, *([hearing.judge_words(subject.path, how, told.answers, scratch)] if words else [])]
+def _sensed(context: Context, subject: bundles.Subject, *, first: bool, scratch: Path) -> list[Check]:
+    """The checks on a bundle's towers, if it has any: on the sections, which all share, and on the fp32 one's words."""
+    held = context.upstream["bundle"].part(subject.precision, Bundle)
+    sight = Sight(**vars(held.sees)) if held.sees else None
+    ears = Hearing(**vars(held.hears)) if held.hears else None
+    sections, checks = context.root / "towers", list[Check]()
+    with media.given(sight, ears, scratch) as given:
+        for tower in towers_in(context.towers):
+            told = Senses.stored(context.root / "golden", tower)
+            gate = context.recipe.gates.get(f"{tower}-{BASELINE}")
+            if first and tower == "vision" and sight:
+                checks += seeing.judge_tower(sections, sight, told, gate, scratch)
+            if first and tower == "audio" and ears:
+                checks += hearing.judge_tower(sections, ears, told, gate, scratch)
+            if subject.precision == BASELINE:
+                checks.append(judge_words(subject.path, given, told.answers, scratch, tower))
+    return checks
 
 
 def _bundle(context: Context, precision: str) -> bundles.Subject:

@@ -114,7 +114,7 @@ class Architecture(Protocol):
         """The embedding tables (`transformer.Table`) that are sections of their own."""
 
     def towers(self) -> Mapping[str, Tower]:
-        """The towers that can be converted, as far as config.json has them: `audio`.
+        """The towers that can be converted, as far as config.json has them: `vision`, `audio`.
 
         Raises:
             FetchError: one asks for something that its modules don't do.

@@ -25,8 +25,9 @@ from torch.nn import functional
 from pipeline.core.errors import FetchError
 from pipeline.export.operators import Embedding, Linear, matmul
 from pipeline.export.repeat import run_layers
-from pipeline.models import Runtime, Tower, gemma3n_audio
+from pipeline.models import Runtime, Tower, gemma3n_audio, gemma3n_vision
 from pipeline.models.gemma3n_audio import AudioConfig
+from pipeline.models.gemma3n_vision import VisionConfig
 from pipeline.models.transformer import (
     FULL,
     SLIDING,
@@ -429,11 +430,15 @@ class Gemma3n(TextFamily[TextConfig]):
         return embedding_tables(self.text)
 
     def towers(self) -> Mapping[str, Tower]:
-        """Its ears, where config.json has them."""
-        if not self._config.get("audio_config"):
-            return {}
-        tensors = gemma3n_audio.tensors(AudioConfig.from_config(self._config))
-        return {"audio": Tower(sections=gemma3n_audio.SECTIONS, tensors=tensors)}
+        """Its eyes and ears, where config.json has them."""
+        found: dict[str, Tower] = {}
+        if self._config.get("vision_config"):
+            tensors = gemma3n_vision.tensors(VisionConfig.from_config(self._config))
+            found["vision"] = Tower(sections=gemma3n_vision.SECTIONS, tensors=tensors)
+        if self._config.get("audio_config"):
+            tensors = gemma3n_audio.tensors(AudioConfig.from_config(self._config))
+            found["audio"] = Tower(sections=gemma3n_audio.SECTIONS, tensors=tensors)
+        return found
 
 
 ARCHITECTURE = Gemma3n

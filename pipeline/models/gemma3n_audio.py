@@ -28,6 +28,7 @@ from torch.nn import functional
 from pipeline.checkpoint.sound import Front
 from pipeline.core.errors import FetchError
 from pipeline.export.operators import Linear, convolve, convolve_apart, matmul
+from pipeline.models.gemma3n_embedder import Embedder, Weight, stored
 from pipeline.models.transformer import RMSNorm
 
 _NOT_SEEN = -1e9
@@ -131,14 +132,6 @@ class Norm(RMSNorm):
 
     def __init__(self, size: int, eps: float = _NORM_EPS) -> None:
         super().__init__(size, eps)
-
-
-class Weight(nn.Module):
-    """A convolution's kernel, in TFLite's order."""
-
-    def __init__(self, *shape: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(shape))
 
 
 class CumulativeNorm(nn.Module):
@@ -390,21 +383,6 @@ class AudioEncoder(nn.Module):
         return mel if front.deviation is None else mel / torch.from_numpy(front.deviation)
 
 
-class Embedder(nn.Module):
-    """What makes vectors of the text model of a tower's: a norm, a projection, and a norm without weights."""
-
-    def __init__(self, size: int, text: int, eps: float) -> None:
-        super().__init__()
-        self.soft_embedding_norm = RMSNorm(size, eps)
-        self.embedding_projection = Linear(size, text, bias=False)
-        self.embedding_post_projection_norm = RMSNorm(text, eps, scaled=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[…, D] → […, H]."""
-        made: Tensor = self.embedding_post_projection_norm(self.embedding_projection(self.soft_embedding_norm(x)))
-        return made
-
-
 class AudioAdapter(nn.Module):
     """The section `audio_adapter`: features to soft tokens."""
 
@@ -422,21 +400,12 @@ def tensors(config: AudioConfig) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         parts = {"audio_tower": AudioTower(config), "embed_audio": AudioAdapter(config).embed_audio}
     shapes = {
-        f"{part}.{name}": _stored(tuple(tensor.shape))
+        f"{part}.{name}": stored(tuple(tensor.shape))
         for part, module in parts.items()
         for name, tensor in module.state_dict().items()
     }
     own = {"embedding": (config.vocab_size, config.hidden_size), "hard_embedding_norm": (config.hidden_size,)}
     return shapes | {f"embed_audio.{name}.weight": shape for name, shape in own.items()}
-
-
-def _stored(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """How torch has a kernel that TFLite has in `shape`: see `weights.in_order`."""
-    if len(shape) < 4:
-        return shape
-    if shape[:2] == (1, 1):
-        return shape[3], 1, shape[2]
-    return shape[0], shape[3], shape[1], shape[2]
 
 
 def _every(x: Tensor, step: int) -> Tensor:

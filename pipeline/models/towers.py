@@ -10,12 +10,14 @@ import torch
 from torch import nn
 
 from pipeline.checkpoint.layout import lay_out_tower
+from pipeline.checkpoint.picture import open_look
 from pipeline.checkpoint.reader import Checkpoint, Float32
 from pipeline.checkpoint.sound import open_front
 from pipeline.core import log
 from pipeline.export.export import Inputs, Signature, export
-from pipeline.models import architecture_of, tower_of
-from pipeline.models.gemma3n_audio import SECTIONS, AudioAdapter, AudioConfig, AudioEncoder
+from pipeline.models import architecture_of, gemma3n_audio, gemma3n_vision, tower_of
+from pipeline.models.gemma3n_audio import AudioAdapter, AudioConfig, AudioEncoder
+from pipeline.models.gemma3n_vision import VisionAdapter, VisionConfig, VisionEncoder
 from pipeline.tflite import weights
 from pipeline.tflite.graph import Graph
 
@@ -23,13 +25,17 @@ _TRACED, _BLOCK = 4.0, 2.0
 """Seconds of exporting an encoder, and per block of its own."""
 
 
-def write_audio(checkpoint: Checkpoint, folder: Path) -> None:
-    """Write `audio_encoder`, `audio_adapter` and `end_of_audio` into `folder`."""
-    config, front = AudioConfig.from_config(checkpoint.config), open_front(checkpoint.folder)
+def write(tower: str, checkpoint: Checkpoint, folder: Path) -> None:
+    """Write the sections of `tower`, `audio` or `vision`, into `folder`."""
     names = lay_out_tower(
-        checkpoint.tensors, tower_of(architecture_of(checkpoint), "audio").tensors, "audio", str(checkpoint.folder)
+        checkpoint.tensors, tower_of(architecture_of(checkpoint), tower).tensors, tower, str(checkpoint.folder)
     )
-    encoder, adapter, end = (folder / f"{name}.tflite" for name in SECTIONS)
+    {"audio": _write_audio, "vision": _write_vision}[tower](checkpoint, names, folder)
+
+
+def _write_audio(checkpoint: Checkpoint, names: Mapping[str, str], folder: Path) -> None:
+    config, front = AudioConfig.from_config(checkpoint.config), open_front(checkpoint.folder)
+    encoder, adapter, end = (folder / f"{name}.tflite" for name in gemma3n_audio.SECTIONS)
     frames, rows = (1, config.frames), (1, config.soft_tokens)
     heard = {"src_inputs": torch.zeros(*frames, front.frame), "mask": torch.ones(1, *frames, dtype=torch.bool)}
     features = {"features": torch.zeros(*rows, config.hidden_size), "mask": torch.ones(rows, dtype=torch.bool)}
@@ -37,7 +43,20 @@ def write_audio(checkpoint: Checkpoint, folder: Path) -> None:
     with log.waiting("exporting the audio encoder", expected):
         _write(checkpoint, names, lambda: AudioEncoder(config, front), heard, encoder)
     _write(checkpoint, names, lambda: AudioAdapter(config), features, adapter)
-    _write_vector(end_row(checkpoint, names, config), end)
+    row = end_row(checkpoint, names, "embed_audio", config.eoa_token_id - config.vocab_offset, config.rms_norm_eps)
+    _write_vector(row, end)
+
+
+def _write_vision(checkpoint: Checkpoint, names: Mapping[str, str], folder: Path) -> None:
+    config, look = VisionConfig.from_config(checkpoint.config), open_look(checkpoint.folder)
+    config.check(look.size)
+    encoder, adapter = (folder / f"{name}.tflite" for name in gemma3n_vision.SECTIONS)
+    pixels = {"images": torch.zeros(1, look.size, look.size, 3)}
+    features = {"soft_tokens": torch.zeros(1, config.soft_tokens, config.hidden_size)}
+    with log.waiting("exporting the vision encoder", _TRACED + sum(map(len, config.stages))):
+        _write(checkpoint, names, lambda: VisionEncoder(config, look), pixels, encoder)
+    row = end_row(checkpoint, names, "embed_vision", config.eoi_token_id - config.vocab_offset, config.rms_norm_eps)
+    _write(checkpoint, names, lambda: VisionAdapter(config, row), features, adapter)
 
 
 def _write(
@@ -59,21 +78,21 @@ def _write(
     part.replace(file)
 
 
-def end_row(checkpoint: Checkpoint, names: Mapping[str, str], config: AudioConfig) -> Float32:
-    """The vector of the token behind a sound, [H]: of the tower's own table, not of the text model's.
+def end_row(checkpoint: Checkpoint, names: Mapping[str, str], embedder: str, token: int, eps: float) -> Float32:
+    """The vector of an `embedder`'s own `token`, as that behind a sound or a picture, [H].
 
-    As `Gemma3nMultimodalEmbedder` of transformers embeds ids from `vocab_offset` on, in float64.
+    Of the tower's own table, not of the text model's: as `Gemma3nMultimodalEmbedder` of transformers embeds ids from
+    `vocab_offset` on, in float64.
     """
-    row = config.eoa_token_id - config.vocab_offset
     table, norm, matrix = (
-        names[f"embed_audio.{part}.weight"] for part in ("embedding", "hard_embedding_norm", "embedding_projection")
+        names[f"{embedder}.{part}.weight"] for part in ("embedding", "hard_embedding_norm", "embedding_projection")
     )
-    hidden = _normed(checkpoint.rows(table, row, row + 1)[0], config.rms_norm_eps) * weights.vector(checkpoint, norm)
+    hidden = _normed(checkpoint.rows(table, token, token + 1)[0], eps) * weights.vector(checkpoint, norm)
     width = checkpoint.tensors[matrix].shape[0]
     projected = np.concatenate(
         [checkpoint.rows(matrix, i, min(i + 256, width)).astype(np.float64) @ hidden for i in range(0, width, 256)]
     )
-    return _normed(projected, config.rms_norm_eps).astype(np.float32)
+    return _normed(projected, eps).astype(np.float32)
 
 
 def _normed(x: np.ndarray, eps: float) -> np.ndarray:

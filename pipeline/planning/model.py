@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 from pipeline.checkpoint import preflight
 from pipeline.checkpoint.names import EMBEDDING
@@ -60,8 +61,8 @@ class Model:
     @property
     def choice(self) -> Choice:
         """What decides which stages there are."""
-        taken: Towers = "audio" if self.facts.towers else "none"
-        return Choice(recipe=self.recipe, graphs=self.graphs, towers=taken)
+        taken = ",".join(tower.tower for tower in self.facts.towers) or "none"
+        return Choice(recipe=self.recipe, graphs=self.graphs, towers=cast(Towers, taken))
 
     @property
     def towers(self) -> int:

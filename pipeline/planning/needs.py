@@ -58,11 +58,13 @@ _TOKENIZER, _TOKENIZERS = 20, 35
 _ACTIVATIONS = 4096
 """Bytes of the reference's activations per column: of so many tokens at once, in float32."""
 _TOWER = 30.0
-"""Seconds of exporting an audio tower of twelve blocks."""
-_HEARD, _RUNS = 752, 26
-"""Rows that an audio encoder multiplies at each run, whatever a sound's length, and sounds that it is judged on."""
-_LENGTHS = 4
-"""Sounds of full length that all those that are judged come to: the reference's work goes by their lengths."""
+"""Seconds of exporting an audio tower of twelve blocks, or a vision tower."""
+_ROWS = {"audio": 752, "vision": 1481}
+"""What a parameter of an encoder is multiplied with at each run: rows of a sound, whatever its length, or places."""
+_RUNS = 28
+"""Sounds or pictures that a tower is judged on."""
+_LENGTHS = {"audio": 4, "vision": 26}
+"""Inputs of full length that all those come to: the reference's work goes by the lengths of sounds."""
 _TRACED = 8e-3
 """Seconds per layer and sample of running a file whose every tensor is kept, for the ranges of static files."""
 
@@ -159,7 +161,7 @@ def golden(model: Model) -> Need:
         memory=_streamed(model) if model.streamed else 0.6 * _GIB + 4 * parameters,
         work=Work(
             calls=_IMPORTS + steps * _CALL * sizes.layers(model.shapes),
-            products=2 * (_read_by_tokens(model) * tokens + (model.towers / 4) * _HEARD * _LENGTHS) / _FLOPS,
+            products=2 * (_read_by_tokens(model) * tokens + _in_towers(model, _LENGTHS)) / _FLOPS,
             copies=steps * model.multiplied / _READ,
         ),
     )
@@ -221,8 +223,21 @@ def graph(model: Model) -> Need:
 
 def towers(model: Model) -> Need:
     """Export of the towers, then as the other files; each section is run once, in kernels that are not quick."""
-    work = Work(calls=3 + _TOWER, products=3 * 2 * (model.towers / 4) * _HEARD / _FLOPS) + _written(1.5 * model.towers)
-    return Need(what="audio_encoder audio_adapter end_of_audio", size=model.towers, memory=0.5 * _GIB, work=work)
+    work = Work(calls=3 + _TOWER * len(model.facts.towers), products=3 * 2 * _in_towers(model) / _FLOPS) + _written(
+        1.5 * model.towers
+    )
+    return Need(
+        what=" ".join(f"{one.tower}_encoder {one.tower}_adapter" for one in model.facts.towers),
+        size=model.towers,
+        memory=0.75 * _GIB,
+        work=work,
+    )
+
+
+def _in_towers(model: Model, times: Mapping[str, int] | None = None) -> float:
+    """Products of parameters at one run of each tower, or at so many."""
+    taken = () if model.graphs == "step" else model.facts.towers
+    return sum(float(one.parameters) * _ROWS[one.tower] * (times[one.tower] if times else 1) for one in taken)
 
 
 def _filled(model: Model, precision: str, *, sections: bool = True) -> Need:
@@ -321,7 +336,7 @@ def verify(model: Model) -> Need:
     if model.graphs != "bundle":
         taken += 0.35 * _GIB + 4 * model.multiplied  # XNNPACK packs a step graph's weights into memory
     logits = 4 * judged * model.table[0] * len(decoders)
-    work += Work(products=2 * (model.towers / 4) * _HEARD * (_RUNS + settings.prompts) / _FLOPS)
+    work += Work(products=2 * _in_towers(model) * (_RUNS + settings.prompts) / _FLOPS)
     scratch = max(decoders, default=0) + logits + model.towers
     return Need(what="report.html", size=1 << 20, memory=taken, work=work, scratch=scratch)
 

@@ -81,11 +81,15 @@ class Check:
 
 
 _TEXT = "Text only: of a model that also sees or hears, the language part is converted and nothing else."
-_HEARS = (
-    "The bundles hear: an engine that is opened with an `audio_backend` takes sounds of up to 30 seconds as parts of a "
-    "message, 16,000 samples a second; their audio tower is in float32. They do not see. A sound takes as many places "
-    "of a prompt as it is long, and is not filled up as transformers' processor does."
-)
+_SENSES = {
+    "vision": "The bundles see: an engine that is opened with a `vision_backend` takes pictures as parts of a message; "
+    "their vision tower is in float32. Give a picture in the size that the encoder takes: LiteRT-LM resizes by another "
+    "method than transformers' processor.",
+    "audio": "The bundles hear: an engine that is opened with an `audio_backend` takes sounds of up to 30 seconds as "
+    "parts of a message, 16,000 samples a second; their audio tower is in float32. A sound takes as many places of a "
+    "prompt as it is long, and is not filled up as transformers' processor does.",
+}
+_LACKS = {"vision": "They do not see.", "audio": "They do not hear."}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,7 +197,7 @@ def text(
         "commit": f", source commit `{build.commit}`," if build.commit else "",
         "tools": ", ".join(f"{tool} {version}" for tool, version in sorted(build.tools.items())),
         "command": _command(subject),
-        "parts": _HEARS if "audio" in subject.towers else _TEXT,
+        "parts": _parts(subject.towers),
         "left_out": _left_out(subject),
         "licence_name": licence.name,
         "licence_link": licence.link,
@@ -248,6 +252,11 @@ def _pinned(model: Subject | Base) -> str:
     if not model.on_hub:
         return f"`{model.model}` (contents `{model.revision[:12]}`)"
     return f"[{model.model}](https://huggingface.co/{model.model}) at commit `{model.revision}`"
+
+
+def _parts(towers: Sequence[str]) -> str:
+    """What the bundles take beside text."""
+    return " ".join(_SENSES[tower] if tower in towers else _LACKS[tower] for tower in _SENSES) if towers else _TEXT
 
 
 def _left_out(subject: Subject) -> str:

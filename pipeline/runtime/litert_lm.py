@@ -9,11 +9,11 @@ from __future__ import annotations
 import base64
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import litert_lm
 
@@ -25,6 +25,8 @@ from pipeline.runtime.thoughts import Channel
 
 Message: TypeAlias = "Mapping[str, object]"
 """`role` (system, user, assistant or tool) and `content`; `tool_calls` of an assistant's."""
+Kind: TypeAlias = Literal["image", "audio"]
+"""What a message may hold beside text, as the runtime calls it."""
 NO_CACHE = ":nocache"
 """Weights that XNNPACK has repacked stay in memory; by default the runtime writes them to a file beside the bundle."""
 # The one sampler there is (TOP_P), held to a single candidate.
@@ -59,7 +61,7 @@ class LmRuntime:
         path: the `.litertlm` file.
         threads: how many threads run the kernels (default: `parallel.threads`).
         cache: a folder for repacked weights, so that the next start is quicker; without it nothing is written.
-        hears: whether its ears are loaded too.
+        senses: the kinds of media whose towers are loaded too: `image`, `audio`.
 
     Raises:
         UsageError: there is no such file.
@@ -67,7 +69,7 @@ class LmRuntime:
     """
 
     def __init__(
-        self, path: Path, *, threads: int | None = None, cache: Path | None = None, hears: bool = False
+        self, path: Path, *, threads: int | None = None, cache: Path | None = None, senses: Collection[Kind] = ()
     ) -> None:
         if not path.is_file():
             raise UsageError(f"{path} does not exist", cause="there is no bundle yet", remedy="run `make bundle`")
@@ -75,7 +77,7 @@ class LmRuntime:
             cache.mkdir(parents=True, exist_ok=True)  # the runtime fails without a word if the folder is not there
         self._path = path
         started = time.perf_counter()
-        self._engine = _open(path, threads or parallel.threads(), str(cache or NO_CACHE), hears=hears)
+        self._engine = _open(path, threads or parallel.threads(), str(cache or NO_CACHE), senses)
         self.load_seconds = time.perf_counter() - started
         self.start: int | None = self._engine.bos_token_id
         self.stop: tuple[tuple[int, ...], ...] = tuple(tuple(ids) for ids in self._engine.eos_token_ids)
@@ -163,14 +165,14 @@ class LmRuntime:
             ) from error
         return answers
 
-    def hear(self, messages: Sequence[Message], count: int, *, greedy: bool = False) -> HeardSession:
-        """A context of `messages`, in which there are sounds, and its answer of at most `count` tokens, as `session`.
+    def sense(self, messages: Sequence[Message], count: int, *, greedy: bool = False) -> SensingSession:
+        """A context of `messages`, in which there are media, and its answer of at most `count` tokens, as `session`.
 
-        Sounds go in by the runtime's own conversations alone.
+        Media go in by the runtime's own conversations alone.
         """
         options = _greedy() if greedy else {}
         conversation = self._engine.create_conversation(messages=messages[:-1], max_output_tokens=count, **options)
-        return HeardSession(conversation, messages[-1])
+        return SensingSession(conversation, messages[-1])
 
     def greedy(self, prompt: str, count: int) -> Continuation:
         """At most `count` tokens after `prompt`, each the most likely one, until a stop token."""
@@ -297,13 +299,13 @@ def _speed(info: litert_lm.BenchmarkInfo) -> Speed:
     )
 
 
-class HeardSession:
-    """A context with sounds in it, whose answer comes out once."""
+class SensingSession:
+    """A context with pictures and sounds in it, whose answer comes out once."""
 
     def __init__(self, conversation: litert_lm.Conversation, message: Message) -> None:
         self._conversation, self._message = conversation, message
 
-    def __enter__(self) -> HeardSession:
+    def __enter__(self) -> SensingSession:
         return self
 
     def __exit__(self, *_error: object) -> None:
@@ -324,8 +326,8 @@ class HeardSession:
                 yield "".join(part.get("text", "") for part in said["content"])
         except RuntimeError as error:
             raise UsageError(
-                f"the bundle can't take a message with these sounds: {error}",
-                cause="sounds, text and answers are longer than the bundle's KV cache",
+                f"the bundle can't take a message with these pictures or sounds: {error}",
+                cause="pictures, sounds, text and answers are longer than the bundle's KV cache",
                 remedy="give less, or begin anew",
             ) from error
         except GeneratorExit:  # nobody reads on
@@ -341,9 +343,17 @@ class HeardSession:
         return _speed(self._conversation.get_benchmark_info())
 
 
-def spoken(text: str, sounds: Sequence[bytes]) -> list[Message]:
-    """The content of a message: `sounds` (WAV files), and what is said about them."""
-    parts: list[Message] = [{"type": "audio", "blob": base64.b64encode(sound).decode()} for sound in sounds]
+@dataclass(frozen=True, kw_only=True)
+class Medium:
+    """A picture or a sound as a file's bytes, of a kind that the runtime reads."""
+
+    kind: Kind
+    data: bytes
+
+
+def content(text: str, media: Sequence[Medium]) -> list[Message]:
+    """The content of a message: `media`, and what is said about them."""
+    parts: list[Message] = [{"type": each.kind, "blob": base64.b64encode(each.data).decode()} for each in media]
     return [*parts, {"type": "text", "text": _checked(text)}]
 
 
@@ -369,8 +379,8 @@ class Dialogue:
         self._runtime, self._count, self._greedy = runtime, count, greedy
         self._thoughts, self._aside = thoughts, aside
         self._messages: list[Message] = []
-        self._session: Session | HeardSession | None = None
-        self._hears = False  # whether anything so far is a sound
+        self._session: Session | SensingSession | None = None
+        self._senses = False  # whether there is a picture or a sound so far
 
     def __enter__(self) -> Dialogue:
         return self
@@ -381,11 +391,11 @@ class Dialogue:
     def reset(self) -> None:
         """Forget everything."""
         self._messages.clear()
-        self._hears = False
+        self._senses = False
         self._close()
 
-    def answer(self, text: str, sounds: Sequence[bytes] = ()) -> Iterator[str]:
-        """The model's answer to `sounds` (WAV files) and `text`, piece by piece.
+    def answer(self, text: str, media: Sequence[Medium] = ()) -> Iterator[str]:
+        """The model's answer to `media` and `text`, piece by piece.
 
         It joins the conversation once it has been read to its end.
 
@@ -394,9 +404,9 @@ class Dialogue:
         Raises:
             UsageError: the conversation does not fit into the KV cache.
         """
-        messages = [*self._messages, {"role": "user", "content": spoken(text, sounds) if sounds else text}]
+        messages = [*self._messages, {"role": "user", "content": content(text, media) if media else text}]
         self._close()
-        self._session = self._open(messages, hears=self._hears or bool(sounds))
+        self._session = self._open(messages, senses=self._senses or bool(media))
         pieces = []
         thought = False
         for thinking, piece in self._told_apart(self._session.decode()):
@@ -408,12 +418,12 @@ class Dialogue:
                 yield piece
             thought = thinking
         self._messages = [*messages, {"role": "assistant", "content": "".join(pieces)}]
-        self._hears |= bool(sounds)
+        self._senses |= bool(media)
 
-    def _open(self, messages: Sequence[Message], *, hears: bool) -> Session | HeardSession:
+    def _open(self, messages: Sequence[Message], *, senses: bool) -> Session | SensingSession:
         """A context of `messages`, before the answer."""
-        if hears:
-            return self._runtime.hear(messages, self._count, greedy=self._greedy)
+        if senses:
+            return self._runtime.sense(messages, self._count, greedy=self._greedy)
         session = self._runtime.session(self._count, greedy=self._greedy)
         session.prefill(self._runtime.render(messages))
         return session
@@ -447,7 +457,7 @@ def _checked(text: str) -> str:
     return text
 
 
-def _open(path: Path, threads: int, cache: str, *, hears: bool) -> litert_lm.Engine:
+def _open(path: Path, threads: int, cache: str, senses: Collection[Kind]) -> litert_lm.Engine:
     """The engine for `path`, quietly; if it can't be had, the same attempt again to hear why."""
 
     def attempt() -> litert_lm.Engine:
@@ -455,7 +465,8 @@ def _open(path: Path, threads: int, cache: str, *, hears: bool) -> litert_lm.Eng
             str(path),
             backend=litert_lm.Backend.CPU(thread_count=threads),
             cache_dir=cache,
-            audio_backend=litert_lm.Backend.CPU(thread_count=threads) if hears else None,
+            vision_backend=litert_lm.Backend.CPU(thread_count=threads) if "image" in senses else None,
+            audio_backend=litert_lm.Backend.CPU(thread_count=threads) if "audio" in senses else None,
             enable_benchmark=True,  # counts and times tokens; changes nothing else
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,71 +12,85 @@ from types import FrameType
 
 from pipeline.core import log
 from pipeline.core.errors import UsageError
-from pipeline.runtime.litert_lm import Dialogue, Speed
+from pipeline.runtime.litert_lm import Dialogue, Kind, Medium, Speed
+from pipeline.runtime.picture import Sight
 from pipeline.runtime.sound import Hearing
 
 _HELP = "/reset begins a new conversation, /quit or Ctrl-D leaves, Ctrl-C stops an answer"
-_HEARS = "/audio FILE plays a WAV file to the model with what is said next, "
+_MEDIA: Mapping[str, tuple[Kind, str]] = {
+    "/image": ("image", "/image FILE shows a picture to the model with what is said next, "),
+    "/audio": ("audio", "/audio FILE plays a WAV file to the model with what is said next, "),
+}
 
 
 @dataclass(frozen=True)
-class Ears:
-    """How the bundle hears, if it does."""
+class Senses:
+    """How the bundle sees and hears, as far as it does."""
 
-    hearing: Hearing | None
+    sight: Sight | None = None
+    hearing: Hearing | None = None
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """What it takes beside text."""
+        there: dict[Kind, object] = {"image": self.sight, "audio": self.hearing}
+        return tuple(kind for kind, sense in there.items() if sense)
 
     @property
     def help(self) -> str:
         """What may be typed."""
-        return (_HEARS if self.hearing else "") + _HELP
+        return "".join(said for kind, said in _MEDIA.values() if kind in self.kinds) + _HELP
 
-    def read(self, file: Path) -> bytes:
-        """The sound in `file`.
+    def read(self, kind: Kind, file: Path) -> Medium:
+        """The picture or sound in `file`.
 
         Raises:
-            UsageError: the bundle does not hear, or the file is no sound that it can hear.
+            UsageError: the bundle does not see or hear, or the file is nothing that it can see or hear.
         """
-        if not self.hearing:
+        sense = self.sight if kind == "image" else self.hearing
+        if not sense:
+            verb, tower = ("see", "vision") if kind == "image" else ("hear", "audio")
             raise UsageError(
-                "this bundle does not hear",
-                cause="it was built without the model's audio tower, or the model has none",
-                remedy="build it with TOWERS=audio",
+                f"this bundle does not {verb}",
+                cause=f"it was built without the model's {tower} tower, or the model has none",
+                remedy=f"build it with TOWERS={tower}",
             )
-        return self.hearing.read(file)
+        return Medium(kind=kind, data=sense.read(file))
 
 
-def talk(dialogue: Dialogue, ears: Ears, sounds: Sequence[bytes] = ()) -> None:
-    """Read, answer, repeat, until the input ends or `/quit`; `sounds` go with what is said first."""
+def talk(dialogue: Dialogue, senses: Senses, media: Sequence[Medium] = ()) -> None:
+    """Read, answer, repeat, until the input ends or `/quit`; `media` go with what is said first."""
     with suppress(ImportError):
         import readline  # noqa: F401  # gives input() history and editing
-    log.line(ears.help)
+    log.line(senses.help)
     turns: list[Speed] = []
-    played = [*sounds]
+    given = [*media]
     for text in _inputs():
+        command = text.partition(" ")[0]
         if text == "/reset":
             dialogue.reset()
-            played.clear()
+            given.clear()
             log.line("a new conversation")
-        elif text.split(maxsplit=1)[:1] == ["/audio"]:
-            played += _played(ears, text.removeprefix("/audio").strip())
+        elif command in _MEDIA:
+            given += _taken(senses, _MEDIA[command][0], text.removeprefix(command).strip())
         elif text.startswith("/"):
-            log.line(f"unknown command {text}: {ears.help}")
+            log.line(f"unknown command {text}: {senses.help}")
         elif text:
-            turns += _try_turn(dialogue, text, played)
-            played.clear()
+            turns += _try_turn(dialogue, text, given)
+            given.clear()
     report(_total(turns))
 
 
-def _played(ears: Ears, name: str) -> list[bytes]:
-    """The sound in the file called `name`, or none, and why."""
+def _taken(senses: Senses, kind: Kind, name: str) -> list[Medium]:
+    """The picture or sound in the file called `name`, or none, and why."""
     try:
-        sound = ears.read(Path(name).expanduser())
+        medium = senses.read(kind, Path(name).expanduser())
     except UsageError as error:
         for line in error.lines():
             log.line(line)
         return []
     log.line(f"{name} goes with what you say next")
-    return [sound]
+    return [medium]
 
 
 def _inputs() -> Iterator[str]:
@@ -94,10 +108,10 @@ def _inputs() -> Iterator[str]:
         yield text
 
 
-def _try_turn(dialogue: Dialogue, text: str, sounds: Sequence[bytes]) -> list[Speed]:
+def _try_turn(dialogue: Dialogue, text: str, media: Sequence[Medium]) -> list[Speed]:
     """One turn; what a person can mend, such as a full context, does not end the conversation."""
     try:
-        turn(dialogue, text, sounds)
+        turn(dialogue, text, media)
     except UsageError as error:
         error.remedy = f"/reset, or {error.remedy}" if error.remedy else "/reset"
         for line in error.lines():
@@ -107,10 +121,10 @@ def _try_turn(dialogue: Dialogue, text: str, sounds: Sequence[bytes]) -> list[Sp
     return [speed] if speed else []
 
 
-def turn(dialogue: Dialogue, text: str, sounds: Sequence[bytes] = ()) -> None:
-    """Stream the answer to `text` and `sounds`."""
+def turn(dialogue: Dialogue, text: str, media: Sequence[Medium] = ()) -> None:
+    """Stream the answer to `text` and `media`."""
     with _on_interrupt(dialogue.cancel):
-        for piece in dialogue.answer(text, sounds):
+        for piece in dialogue.answer(text, media):
             log.answer(piece)
         log.answer("\n")
 

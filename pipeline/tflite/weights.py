@@ -61,7 +61,7 @@ def in_order(kernel: Blocks, shape: tuple[int, ...]) -> Blocks:
     torch has [outputs, inputs, height, width], over time alone without a height. TFLite has [outputs, height, width,
     inputs], and where each channel goes by itself (`shape` says) [1, height, width, channels].
     """
-    if len(kernel.shape) < 3 or kernel.shape == shape:
+    if len(kernel.shape) < 3:  # a kernel of 3 x 3 over three channels has the same shape in both
         return kernel
     if shape[0] == kernel.shape[0]:
         return Blocks(shape, kernel.dtype, lambda *part: np.moveaxis(kernel.rows(*part), 1, -1))

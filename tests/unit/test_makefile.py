@@ -139,8 +139,28 @@ def test_towers_are_made_for_bundles_where_they_are_asked_for(tmp_path: Path) ->
     rows = re.findall(r"-m pipeline\.(\w+)(.*)", make("-n", "verify", *settings, "TOWERS=audio"))
     told = {name for name, options in rows if "--towers audio" in options}
     assert told == {"plan", "fetch", "template", "golden", "towers", "bundle", "verify"}
-    done = subprocess.run(["make", "-n", "TOWERS=vision"], cwd=PROJECT, capture_output=True, text=True)
-    assert (done.returncode, "TOWERS=vision is unknown: none or audio" in done.stderr) == (2, True)
+    done = subprocess.run(["make", "-n", "TOWERS=ears"], cwd=PROJECT, capture_output=True, text=True)
+    assert (done.returncode, "TOWERS=ears is unknown: none, vision, audio" in done.stderr) == (2, True)
+
+
+def test_eyes_bring_what_their_reference_needs(tmp_path: Path) -> None:
+    settings = (f"ARTIFACTS={tmp_path}", "GRAPHS=bundle")
+    plain, sees = make("-n", "golden", *settings), make("-n", "golden", *settings, "TOWERS=vision,audio")
+    there = (PROJECT / ".venv-vision" / ".ready").exists()
+    assert there or sees.index("locks/vision.txt") < sees.index("-m pipeline.golden")
+    assert "--towers vision,audio" in sees
+    assert "locks/vision.txt" not in plain
+
+
+def test_a_picture_is_said_as_image_where_that_is_no_container(tmp_path: Path) -> None:
+    settings = ("-n", f"ARTIFACTS={tmp_path}", "GRAPHS=bundle", "TOWERS=vision")
+    told = make("run", *settings, "IMAGE=a photo's.png")
+    assert f"--image '{PROJECT}/a photo'\\''s.png'" in told
+    assert "--image" not in make("run", *settings)
+    assert "--image" not in make("chat", *settings, "IMAGE=name")
+    boxed = make("run", *settings, "IN=docker", "IMAGE=name@sha256:0", "PICTURE=/x/photo.png")
+    assert "--image '/x/photo.png'" in boxed
+    assert "/x/photo.png:/x/photo.png:ro" in boxed
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,7 @@ NAMES = (
     "rival",
     "peft",
     "qat",
+    "vision",
 )
 WORKFLOWS = sorted((PROJECT / ".github" / "workflows").glob("*.yml"))
 PIN = re.compile(r"^([A-Za-z0-9_.-]+)==([^\s\\;]+)")

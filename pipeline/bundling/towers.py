@@ -1,4 +1,4 @@
-"""What the sections of a bundle that hears must be to each other, of which LiteRT-LM checks next to nothing.
+"""What the sections of a bundle that sees or hears must be to each other, of which LiteRT-LM checks next to nothing.
 
 With an adapter that is missing or of another width, or with sizes that do not fit, it gives wrong words and no error
 (0.18.1).
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from pipeline.bundling.metadata import Sound
+from pipeline.bundling.metadata import Metadata, Picture, Sound
 from pipeline.core.errors import BundleError
 from pipeline.tflite.graph import Graph, text
 
@@ -17,12 +17,26 @@ Shapes = Mapping[str, tuple[str, tuple[int, ...]]]
 """Tensors of a signature by name: element type and shape."""
 
 
-def check(models: Mapping[str, Path], sound: Sound) -> None:
-    """Hold the sections of the audio tower against each other, the decoder and `sound`.
+def check(models: Mapping[str, Path], metadata: Metadata) -> None:
+    """Hold the sections of towers against each other, the decoder and the metadata.
 
     Raises:
         BundleError: they don't fit; says where.
     """
+    faults = {
+        "vision": _of_eyes(models, metadata.picture) if metadata.picture else [],
+        "audio": _of_ears(models, metadata.sound) if metadata.sound else [],
+    }
+    for tower, own in faults.items():
+        if found := next(filter(None, own), ""):
+            raise BundleError(
+                f"the sections of the {tower} tower don't fit: {found}",
+                cause="they are of another model, or of another build",
+                remedy="run `make bundle` again with this MODEL_ID and TOWERS=",
+            )
+
+
+def _of_ears(models: Mapping[str, Path], sound: Sound) -> list[str]:
     taken, made = _ports(models["audio_encoder"])
     features, mask = _tensor(made, "features", "audio_encoder"), _tensor(made, "mask", "audio_encoder")
     rows = features[1][1] if len(features[1]) == 3 else 0
@@ -38,12 +52,7 @@ def check(models: Mapping[str, Path], sound: Sound) -> None:
     taken, made = _ports(models["end_of_audio"])
     faults.append(_differs("end_of_audio takes", taken, {}))
     faults.append(_differs("end_of_audio gives", made, {"eoa_embedding": ("FLOAT32", (1, 1, width))}))
-    if found := next(filter(None, faults), ""):
-        raise BundleError(
-            f"the sections of the audio tower don't fit: {found}",
-            cause="they are of another model, or of another build",
-            remedy="run `make bundle` again with this MODEL_ID and TOWERS=",
-        )
+    return faults
 
 
 def _heard(sound: Sound) -> Shapes:
@@ -51,6 +60,24 @@ def _heard(sound: Sound) -> Shapes:
         "mask": ("BOOL", (1, 1, sound.frames)),
         "src_inputs": ("FLOAT32", (1, sound.frames, sound.frame)),
     }
+
+
+def _of_eyes(models: Mapping[str, Path], picture: Picture) -> list[str]:
+    width = _width(models["decoder"])
+    taken, made = _ports(models["vision_encoder"])
+    features = _tensor(made, "features", "vision_encoder")
+    seen = {"images": ("FLOAT32", (1, picture.size, picture.size, 3))}
+    rows = features[1][1] if len(features[1]) == 3 else 0
+    faults = [
+        _differs("vision_encoder takes", taken, seen),
+        "" if rows == picture.tokens else f"vision_encoder makes {features[1]}, not {picture.tokens} soft tokens",
+    ]
+    taken, made = _ports(models["vision_adapter"])
+    faults.append(_differs("vision_adapter takes", taken, {"soft_tokens": features}))
+    # The runtime makes a place of every row, and puts nothing behind a picture: its end is the last row.
+    rows += 1
+    faults.append(_differs("vision_adapter gives", made, {"mm_embedding": ("FLOAT32", (1, rows, width))}))
+    return faults
 
 
 def _ports(file: Path) -> tuple[Shapes, Shapes]:
@@ -87,7 +114,9 @@ def _width(decoder: Path) -> int:
     ports = {text(port.name): view.shape(int(port.tensorIndex)) for port in view.ports()}
     if "embeddings" not in ports:
         raise BundleError(
-            "the decoder takes token ids, so no sound can go into it", remedy="leave TOWERS= out", file=decoder
+            "the decoder takes token ids, so nothing seen or heard can go into it",
+            remedy="leave TOWERS= out",
+            file=decoder,
         )
     return ports["embeddings"][-1]
 

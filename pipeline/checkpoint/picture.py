@@ -1,0 +1,57 @@
+"""How a checkpoint's processor sees: the size of its pictures, and what becomes of their pixels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.core.errors import FetchError
+
+Float32 = npt.NDArray[np.float32]
+_BILINEAR = 2
+_WHOLE = 255.0
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Look:
+    """Pictures of `size` x `size` pixels, of which the model takes 0 … 1 · `factor` + `shift`, float32 [3]."""
+
+    size: int
+    factor: Float32
+    shift: Float32
+
+    @property
+    def changes(self) -> bool:
+        """Whether the model takes other values than 0 … 1."""
+        return bool((self.factor != 1.0).any() or self.shift.any())
+
+
+def open_look(checkpoint: Path) -> Look:
+    """How the processor in the folder `checkpoint` sees, by transformers' `SiglipImageProcessor`.
+
+    Raises:
+        FetchError: it does what the bundle can't.
+    """
+    from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+    told = SiglipImageProcessorPil.from_pretrained(checkpoint, local_files_only=True)
+    size = dict(told.size or {})
+    if size.keys() != {"height", "width"} or size["height"] != size["width"] or not told.do_resize:
+        raise FetchError(f"the image processor in {checkpoint} does not make squares: {size}")
+    if int(told.resample) != _BILINEAR:
+        raise FetchError(
+            f"the image processor in {checkpoint} has resample {int(told.resample)}, expected {_BILINEAR} (bilinear)"
+        )
+    if getattr(told, "do_center_crop", None) or getattr(told, "do_pad", None):
+        raise FetchError(f"the image processor in {checkpoint} crops or pads, which pictures here are not")
+    scale = np.float64(told.rescale_factor * _WHOLE if told.do_rescale else _WHOLE)
+    mean, deviation = (
+        np.broadcast_to(np.asarray(part if told.do_normalize else plain, np.float64), 3)
+        for part, plain in ((told.image_mean, 0.0), (told.image_std, 1.0))
+    )
+    # The factor of 1 / 255 is rounded: what is next to one means one.
+    factor = np.where(np.isclose(scale / deviation, 1.0, rtol=1e-7), 1.0, scale / deviation)
+    return Look(size=size["height"], factor=factor.astype(np.float32), shift=(-mean / deviation).astype(np.float32))

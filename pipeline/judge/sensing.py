@@ -1,0 +1,148 @@
+"""What all towers are held against: soft tokens of pictures or sounds, and greedy text about them in LiteRT-LM."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
+
+from pipeline.core import log, manifest, parallel
+from pipeline.core.recipe import Gate
+from pipeline.judge import gates
+from pipeline.judge.gates import REFERENCE, Check, Measurement
+from pipeline.judge.parity import TIE
+from pipeline.runtime import litert
+from pipeline.runtime.interface import Runner
+from pipeline.runtime.litert_lm import Kind as Kind
+from pipeline.runtime.litert_lm import LmRuntime, Medium, content
+
+Floats = NDArray[np.float32]
+QUESTIONS = ("What is the sea?", "What do you hear?", "Tell me about the river.", "Who are you?", "ⵎⴰ ⵢⴰⴷ?")
+"""What is asked about them."""
+_SHOWN = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """The reference's greedy text after a message of `media`, kind and name, and a `question`.
+
+    `prompt_tokens` with the places of the media; per token of the answer the lead in logits.
+    """
+
+    media: tuple[tuple[Kind, str], ...]
+    question: str
+    prompt_tokens: int
+    tokens: list[int]
+    text: str
+    margins: list[float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """What golden stored of a tower: soft tokens [n, H] by the name of a picture or sound, and the answers."""
+
+    soft: Mapping[str, Floats]
+    answers: Sequence[Answer]
+
+    def store(self, folder: Path, tower: str) -> None:
+        """Write it into golden's `folder`."""
+        save_file(dict(self.soft), folder / f"{tower}.safetensors")
+        rows = [asdict(row) for row in self.answers]
+        text = json.dumps(rows, ensure_ascii=False, indent=1) + "\n"
+        manifest.write_atomically(folder / f"{tower}.json", text)
+
+    @classmethod
+    def stored(cls, folder: Path, tower: str) -> Reference:
+        """What is in golden's `folder`."""
+        rows = json.loads((folder / f"{tower}.json").read_text(encoding="utf-8"))
+        answers = [Answer(**{**row, "media": tuple(map(tuple, row["media"]))}) for row in rows]
+        return cls(soft=load_file(folder / f"{tower}.safetensors"), answers=answers)
+
+
+def runner(file: Path, scratch: Path | None) -> Runner:
+    """A section with XNNPACK, whose weights are repacked into `scratch`; without a folder in the built-in kernels."""
+    threads = parallel.threads()
+    if scratch is None:
+        return litert.litert(file, xnnpack=False, threads=threads).get_signature_runner()
+    return litert.MappedModel(file, scratch / f"{file.name}.packed", threads).get_signature_runner(file.stem)
+
+
+def judge_soft(
+    tower: str,
+    reference: Mapping[str, Floats],
+    built_in: Collection[str],
+    opened: Callable[[bool], Callable[[str], Floats]],
+    gate: Gate | None,
+) -> list[Check]:
+    """The sections of a tower against Hugging Face: the soft tokens of the worst picture or sound.
+
+    Args:
+        tower: what its sections are called in checks.
+        reference: what Hugging Face makes of each, by name.
+        built_in: those that run in the built-in kernels too, which take ten times as long.
+        opened: with XNNPACK or without, what makes soft tokens [n, H] by name.
+        gate: the limits.
+    """
+    worst = {True: (0.0, ""), False: (0.0, "")}
+    counts = 0
+    with log.progress(f"soft tokens, {tower}", len(reference) + len(built_in), "inputs") as bar:
+        for xnnpack, names in ((True, tuple(reference)), (False, built_in)):
+            sense = opened(xnnpack)
+            for name in names:
+                got, wanted = sense(name), reference[name]
+                counts += len(got) != len(wanted)
+                error = nmse(got, wanted) if len(got) == len(wanted) else np.inf
+                worst[xnnpack] = max(worst[xnnpack], (error, name))
+                bar.advance()
+    figures = [
+        Measurement(
+            metric="nmse",
+            name=f"worst NMSE of soft tokens, {'XNNPACK' if xnnpack else 'built-in kernels'}",
+            value=float(error),
+            against=REFERENCE,
+            detail=f"{len(reference) if xnnpack else len(built_in)} inputs; worst: {name}",
+        )
+        for xnnpack, (error, name) in worst.items()
+    ]
+    held = gates.must_hold(tower, "inputs with another number of soft tokens", counts, len(reference))
+    return [*gates.judge(tower, gate, figures), held]
+
+
+def nmse(got: Floats, wanted: Floats) -> float:
+    """The normalised mean square error."""
+    wide = wanted.astype(np.float64)
+    return float(((got - wide) ** 2).sum() / (wide**2).sum())
+
+
+def judge_words(
+    bundle: Path, given: Callable[[Kind, str], Medium], answers: Sequence[Answer], scratch: Path, tower: str
+) -> Check:
+    """Greedy text about pictures and sounds, in LiteRT-LM; `given` are they, by kind and name."""
+    different: list[str] = []
+    ties = 0
+    kinds = {kind for row in answers for kind, _ in row.media}
+    with (
+        tempfile.TemporaryDirectory(dir=scratch) as cache,
+        LmRuntime(bundle, cache=Path(cache), senses=kinds) as runtime,
+        log.progress(f"greedy text, {tower}", len(answers), "prompts") as bar,
+    ):
+        for row in answers:
+            media = [given(kind, name) for kind, name in row.media]
+            message = {"role": "user", "content": content(row.question, media)}
+            with runtime.sense([message], len(row.tokens), greedy=True) as session:
+                text = "".join(session.decode())
+            if text != row.text:
+                tie = min(row.margins) < TIE
+                ties += tie
+                different += [] if tie else [f"{row.media[0][1]}: {text[:30]!r}, not {row.text[:30]!r}"]
+            bar.advance()
+    detail = f"{len(answers)} prompts, {sum(len(row.tokens) for row in answers)} tokens; {ties} part at a tie"
+    detail += f"; e.g. {'; '.join(different[:_SHOWN])}" if different else ""
+    name = f"greedy texts in LiteRT-LM that differ, {tower}"
+    return gates.must_hold(f"bundle-{bundle.stem}", name, len(different), len(answers), detail)

@@ -1,0 +1,123 @@
+"""What Hugging Face says of pictures and sounds: greedy text after prompts in which they stand.
+
+Its classes run unchanged: the towers' embedders, and the text model that `model.py` has loaded. Only what joins them
+is here, as `Gemma3nModel.forward` does. One thing is otherwise than in `Gemma3nProcessor`: a sound takes as many places
+as it has soft tokens, as in LiteRT-LM, and is not filled up to 188.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.models.gemma3n.modeling_gemma3n import Gemma3nMultimodalEmbedder
+
+from pipeline.checkpoint.names import tower_name
+from pipeline.checkpoint.reader import open_checkpoint
+from pipeline.core import log
+from pipeline.judge.sensing import QUESTIONS, Answer, Kind
+from pipeline.reference import streaming
+from pipeline.reference.model import Floats, HuggingFace
+
+Heard = Sequence[tuple[Kind, str, Floats]]
+"""What stands in a message: kind, name and soft tokens [n, H] of each."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sense:
+    """How one kind of medium stands in a prompt.
+
+    The ids of the tokens before and behind it and of its places; the `embedder` of a tower's own tokens, whose ids are
+    from `first` to before `last`.
+    """
+
+    start: int
+    end: int
+    place: int
+    embedder: Any
+    first: int
+    last: int
+
+
+def weights(checkpoint: Path, part: str) -> dict[str, streaming.Weight]:
+    """Those of a part of the whole model, such as `audio_tower`, by their names in it."""
+    stored = {tower_name(name): tensor for name, tensor in streaming.stored(open_checkpoint(checkpoint))}
+    prefix = f"{part}."
+    return {name.removeprefix(prefix): weight for name, weight in stored.items() if name.startswith(prefix)}
+
+
+def embedder(checkpoint: Path, config: Any, text: Any, part: str) -> Any:
+    """Hugging Face's embedder of a tower, its matrices read as they are needed."""
+    with torch.device("meta"):
+        made = Gemma3nMultimodalEmbedder(config, text)
+    return streaming.load_part(made, weights(checkpoint, part))
+
+
+def answer(reference: HuggingFace, senses: Mapping[Kind, Sense], question: str, media: Heard, count: int) -> Answer:
+    """At most `count` greedy tokens after a message of `media` and a `question`."""
+    content = [*({"type": kind} for kind, _, _ in media), {"type": "text", "text": question}]
+    text = reference.as_prompt([{"role": "user", "content": content}])  # type: ignore[dict-item]
+    for kind, sense in senses.items():
+        start, end, place = (
+            str(reference.tokenizer.backend_tokenizer.id_to_token(token))
+            for token in (sense.start, sense.end, sense.place)
+        )
+        pieces = text.split(place)
+        own = [soft for each, _, soft in media if each == kind]
+        for index, soft in enumerate(own, 1):
+            pieces[index] = f"\n\n{start}{place * len(soft)}{end}\n\n{pieces[index]}"
+        text = "".join(pieces)
+    ids = torch.tensor([reference.begin(text)])
+    return Answer(
+        media=tuple((kind, name) for kind, name, _ in media),
+        question=question,
+        **_greedy(reference, ids, _embedded(reference, senses, ids, media), count),
+    )
+
+
+def _embedded(reference: HuggingFace, senses: Mapping[Kind, Sense], ids: torch.Tensor, media: Heard) -> torch.Tensor:
+    """The prompt's embeddings [1, S, H]: of text, of the towers' own tokens, and of media."""
+    with torch.inference_mode():
+        embedded: torch.Tensor = reference.model.model.embed_tokens(ids)
+        for kind, sense in senses.items():
+            own = (ids >= sense.first) & (ids < sense.last)
+            if own.any():
+                embedded[own] = sense.embedder(input_ids=ids[own][None])[0]
+            if soft := [torch.from_numpy(rows) for each, _, rows in media if each == kind]:
+                embedded[ids == sense.place] = torch.cat(soft)
+    return embedded
+
+
+def _greedy(reference: HuggingFace, ids: torch.Tensor, embedded: torch.Tensor, count: int) -> dict[str, Any]:
+    """Text and margins of what follows; the first call takes embeddings, those after it tokens."""
+    added: list[int] = []
+    margins: list[float] = []
+    with torch.inference_mode():
+        per_layer = reference.model.model.get_per_layer_inputs(ids)
+        output = reference.model(inputs_embeds=embedded, per_layer_inputs=per_layer, use_cache=True, logits_to_keep=1)
+        while True:
+            first, second = torch.topk(output.logits[0, -1].double(), 2)[0].tolist()
+            margins.append(first - second)
+            added.append(int(output.logits[0, -1].argmax()))
+            if added[-1] in reference.stop or len(added) == count:
+                break
+            output = reference.model(
+                input_ids=torch.tensor([added[-1:]]), cache=output.cache, use_cache=True, logits_to_keep=1
+            )
+    text = reference.tokenizer.decode(added, skip_special_tokens=True)
+    return {"prompt_tokens": ids.shape[1], "tokens": added, "text": text, "margins": margins}
+
+
+def answers(
+    reference: HuggingFace, senses: Mapping[Kind, Sense], messages: Iterator[Heard], prompts: int, count: int
+) -> list[Answer]:
+    """Greedy text of so many prompts: what is in each message, and a question."""
+    made = []
+    with log.progress("greedy text about pictures and sounds", prompts * count, "tokens") as bar:
+        for index, media in zip(range(prompts), messages, strict=False):
+            made.append(answer(reference, senses, QUESTIONS[index % len(QUESTIONS)], media, count))
+            bar.advance(count)
+    return made

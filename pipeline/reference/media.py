@@ -1,0 +1,38 @@
+"""Stage golden's part about pictures and sounds."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline.core.recipe import Bundle
+from pipeline.judge.pictures import write
+from pipeline.judge.sensing import Kind, Reference
+from pipeline.judge.sounds import sounds
+from pipeline.reference import hearing, seeing
+from pipeline.reference.answers import Sense, answers
+from pipeline.reference.model import HuggingFace
+
+
+def make(checkpoint: Path, reference: HuggingFace, towers: Sequence[str], bundle: Bundle, folder: Path) -> None:
+    """Compute and store what the reference sees and hears, and says of it, for as many prompts as bundles are held to.
+
+    Raises:
+        UsageError: timm, of which the vision tower is, is not installed.
+    """
+    senses: dict[Kind, Sense] = {}
+    seen = {}
+    if "vision" in towers:
+        with tempfile.TemporaryDirectory(dir=folder) as pictures:
+            seen = seeing.look(checkpoint, write(Path(pictures)), folder)
+    if "audio" in towers:
+        ears = hearing.Ears.load(checkpoint)
+        senses["audio"], heard = ears.sense, hearing.listen(ears, sounds())
+        told = answers(reference, senses, hearing.messages(heard), bundle.prompts, bundle.continuation)
+        Reference(soft=heard, answers=told).store(folder, "audio")
+    if seen:
+        played = hearing.messages(heard) if "audio" in towers else None
+        senses["image"] = seeing.Eyes.load(checkpoint).sense
+        told = answers(reference, senses, seeing.messages(seen, played), bundle.prompts, bundle.continuation)
+        Reference(soft=seen, answers=told).store(folder, "vision")

@@ -1,0 +1,90 @@
+"""What Hugging Face sees: soft tokens of pictures, by `eyes.py` in a process of its own, which has timm."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from safetensors.numpy import load_file
+from transformers import AutoConfig
+
+from pipeline.core import process
+from pipeline.core.errors import PipelineError, UsageError
+from pipeline.core.recipe import PROJECT
+from pipeline.reference.answers import Heard, Sense, embedder
+from pipeline.reference.model import Floats
+
+BESIDE = PROJECT / ".venv-vision"
+"""Where timm and torchvision lie: beside the environment, in which transformers would go other ways with them."""
+_PACKAGE = "timm"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eyes:
+    """What a checkpoint's eyes are to a prompt."""
+
+    checkpoint: Path
+    config: Any
+    embedder: Any
+
+    @classmethod
+    def load(cls, checkpoint: Path) -> Eyes:
+        """Those of a checkpoint."""
+        config = AutoConfig.from_pretrained(checkpoint, local_files_only=True)
+        own = embedder(checkpoint, config.vision_config, config.text_config, "embed_vision")
+        return cls(checkpoint=checkpoint, config=config, embedder=own)
+
+    @property
+    def sense(self) -> Sense:
+        """How pictures stand in a prompt."""
+        tokens, own = self.config, self.config.vision_config
+        return Sense(
+            start=tokens.boi_token_id,
+            end=tokens.eoi_token_id,
+            place=tokens.image_token_id,
+            embedder=self.embedder,
+            first=own.vocab_offset,
+            last=own.vocab_offset + own.vocab_size,
+        )
+
+
+def look(checkpoint: Path, files: Mapping[str, Path], scratch: Path) -> dict[str, Floats]:
+    """The vectors [257, H] of each picture in `files`, by its name: its soft tokens, and that of its end.
+
+    Raises:
+        UsageError: timm is not installed.
+        PipelineError: the process fails, and has said why.
+    """
+    if not (BESIDE / _PACKAGE).is_dir() and not find_spec(_PACKAGE):
+        raise UsageError(
+            "the reference's vision tower needs timm, which is not installed here",
+            remedy="`make … TOWERS=vision` installs it; by hand: pip install --no-deps --require-hashes "
+            f"--target {BESIDE.name} -r locks/vision.txt",
+        )
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
+        out = Path(folder) / "seen.safetensors"
+        path = os.pathsep.join(filter(None, (str(BESIDE), str(PROJECT), os.environ.get("PYTHONPATH", ""))))
+        command = [sys.executable, "-m", "pipeline.reference.eyes", str(checkpoint), str(out)]
+        if process.run([*command, *map(str, files.values())], env={**os.environ, "PYTHONPATH": path}):
+            raise PipelineError(
+                "transformers' vision tower fails on this checkpoint", cause="the lines above are what it said"
+            )
+        return load_file(out)
+
+
+def messages(seen: Mapping[str, Floats], heard: Iterator[Heard] | None) -> Iterator[Heard]:
+    """What is in each message that is asked about: a picture; in every eighth two, and a sound if the model `heard`."""
+    names = sorted(seen)
+    index = 0
+    while True:
+        taken = [names[(index * 7) % len(names)], *([names[(index * 5 + 3) % len(names)]] if index % 8 == 1 else [])]
+        # Without its last vector, which is a token of its own.
+        media: Heard = [("image", name, seen[name][:-1]) for name in dict.fromkeys(taken)]
+        yield [*media, *(next(heard)[:1] if heard and index % 8 == 1 else [])]
+        index += 1

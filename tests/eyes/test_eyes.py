@@ -1,0 +1,469 @@
+"""Models that see: the vision tower against Hugging Face, its sections in a bundle, and what LiteRT-LM answers."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import ears
+import numpy as np
+import probe
+import pytest
+import torch
+import whole
+from line import Line, small_recipe
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch.nn import functional
+
+from pipeline import bundle, fetch, fp32, golden, graph, towers, verify
+from pipeline.bundling import litertlm
+from pipeline.bundling import towers as fit
+from pipeline.bundling.metadata import Metadata, of_checkpoint
+from pipeline.checkpoint.chat import open_tokenizer, render
+from pipeline.checkpoint.picture import open_look
+from pipeline.checkpoint.reader import open_checkpoint
+from pipeline.core import facts, manifest
+from pipeline.core.errors import BundleError, FetchError, UsageError
+from pipeline.core.recipe import PROJECT, Gate, load
+from pipeline.judge import media, seeing
+from pipeline.judge.pictures import pictures, write
+from pipeline.judge.sensing import Reference, judge_words, nmse
+from pipeline.models import gemma3n_vision as vision
+from pipeline.models.gemma3n_vision import VisionConfig
+from pipeline.reference.seeing import Eyes
+from pipeline.runtime.litert_lm import LmRuntime, Medium, content
+from pipeline.runtime.picture import Sight
+from pipeline.runtime.sound import Hearing
+from pipeline.tflite.graph import Graph
+
+TAKE = ("--towers", "vision,audio", "--graphs", "bundle")
+SEES, HEARS = Sight(size=whole.SIZE), Hearing(rate=16_000, frame=512, hop=160)
+END = 2016
+
+
+@pytest.fixture(scope="module")
+def line(tmp_path_factory: pytest.TempPathFactory) -> Line:
+    """The shipped model with eyes and ears, as far as an fp32 bundle and what the reference says of it."""
+    folder = tmp_path_factory.mktemp("sees")
+    wider = {'precisions = ["fp32", "int8"]': 'precisions = ["fp32"]'}
+    recipe = small_recipe(folder / "small.toml", **wider)
+    recipe.write_text(recipe.read_text().replace("cache_length = 512", "cache_length = 1024"))
+    made = Line(artifacts=folder / "artifacts", recipe=recipe, model=whole.write_model(folder / "eyes"))
+    for stage in (fetch.STAGE, golden.STAGE, graph.STAGE, towers.STAGE, fp32.STAGE, bundle.STAGE):
+        assert made.run(stage, *TAKE) == 0
+    return made
+
+
+def bundle_of(line: Line) -> Path:
+    return line.root / "bundle" / "fp32.litertlm"
+
+
+def told(line: Line) -> Reference:
+    return Reference.stored(line.root / "golden", "vision")
+
+
+def test_sections_see_what_hugging_face_sees(line: Line, tmp_path: Path) -> None:
+    gate = load(line.recipe).gates[seeing.TOWER]
+    checks = seeing.judge_tower(line.root / "towers", SEES, told(line), gate, tmp_path)
+    assert all(check.passed for check in checks), [check.sentence() for check in checks]
+    assert all((check.value or 0.0) < 1e-10 for check in checks)
+    assert len(told(line).soft) >= 20
+    assert all(rows.shape == (257, 128) for rows in told(line).soft.values())
+
+
+@pytest.mark.parametrize("tower", ["vision", "audio"])
+def test_the_runtime_says_what_hugging_face_says(tower: str, line: Line, tmp_path: Path) -> None:
+    """About pictures, sounds, and two pictures with a sound."""
+    reference = Reference.stored(line.root / "golden", tower)
+    with media.given(SEES, HEARS, tmp_path) as given:
+        words = judge_words(bundle_of(line), given, reference.answers, tmp_path, tower)
+        others = [dataclasses.replace(row, text=row.text + "!") for row in reference.answers]
+        assert not judge_words(bundle_of(line), given, others, tmp_path, tower).passed
+    assert words.passed, words.detail
+    kinds = {tuple(kind for kind, _ in row.media) for row in reference.answers}
+    assert tower == "audio" or ("image", "image", "audio") in kinds
+    assert len({row.text for row in reference.answers}) > 1, "else anything would do"
+
+
+def test_verify_judges_eyes_and_ears(line: Line) -> None:
+    assert line.run(verify.STAGE, *TAKE) == 0
+    report = json.loads((line.root / "verify" / "report.json").read_text())
+    judged = json.dumps(report)
+    for name in ("vision-fp32", "audio-fp32", "that differ, vision", "that differ, audio"):
+        assert name in judged
+
+
+def test_what_the_bundle_says_of_itself(line: Line) -> None:
+    made = bundle_of(line)
+    assert (litertlm.sees(made), litertlm.hears(made)) == (SEES, HEARS)
+    held = manifest.read(line.root / "bundle").part("fp32", facts.Bundle)
+    assert (held.sees, held.hears) == (facts.Sees(size=SEES.size), facts.Hears(**vars(HEARS)))
+    taken = manifest.read(line.root / "fetch").told(facts.Fetch)
+    assert [tower.tower for tower in taken.towers] == ["vision", "audio"]
+    assert not taken.left_out
+
+
+def test_every_tensor_of_the_true_tower_has_its_place() -> None:
+    """548 of timm's own `mobilenetv5_300m_enc` (1.0.31), 294 million parameters, and six of the embedder."""
+    shapes = vision.tensors(VisionConfig.from_config({"vision_config": {}}))
+    own = [shape for name, shape in shapes.items() if name.startswith("vision_tower.")]
+    assert (len(own), len(shapes)) == (548, 552)
+    assert sum(int(np.prod(shape)) for shape in own) == 294_126_912
+
+
+# Defects put back: each is seen.
+
+
+def changed(file: Path, change: Callable[[Graph], None], out: Path) -> Path:
+    made = Graph.read(file)
+    change(made)
+    made.write(out)
+    return out
+
+
+def sections(line: Line) -> dict[str, Path]:
+    text = {name: line.root / "fp32" / f"{name}.tflite" for name in ("decoder", "embedder", "per_layer_embedder")}
+    return text | {file.stem: file for file in (line.root / "towers").glob("*.tflite")}
+
+
+def described(line: Line) -> Metadata:
+    return of_checkpoint(line.root / "fetch" / "checkpoint", 400, "vision,audio").metadata
+
+
+def test_an_end_row_of_the_text_table_is_red(line: Line, tmp_path: Path) -> None:
+    """litert-torch 0.10.0 takes that one, which is another vector and no error."""
+    text = load_file(line.model / "model.safetensors")["model.language_model.embed_tokens.weight"].float()
+    right = told(line).soft["noise"][-1]
+    assert nmse(text[END].numpy() * 128**0.5, right) > 0.1
+    others = {name: np.concatenate([rows[:-1], text[END : END + 1].numpy()]) for name, rows in told(line).soft.items()}
+    stock = dataclasses.replace(told(line), soft=others)
+    checks = seeing.judge_tower(line.root / "towers", SEES, stock, Gate(nmse=1e-6), tmp_path)
+    assert not checks[0].passed
+    reference = Eyes.load(line.root / "fetch" / "checkpoint")
+    with torch.inference_mode():
+        assert nmse(reference.embedder(input_ids=torch.tensor([[END]]))[0, 0].numpy(), right) == 0.0
+
+
+def test_soft_tokens_moved_by_one_are_red(line: Line, tmp_path: Path) -> None:
+    moved = {name: np.roll(rows, 1, axis=0) for name, rows in told(line).soft.items()}
+    shifted = dataclasses.replace(told(line), soft=moved)
+    assert not seeing.judge_tower(line.root / "towers", SEES, shifted, Gate(nmse=1e-6), tmp_path)[0].passed
+
+
+@pytest.mark.parametrize(
+    ("name", "defect"),
+    [
+        ("channel order", lambda image: image[..., ::-1].copy()),
+        ("mean and scale", lambda image: image * 2 - 1),
+        ("bytes", lambda image: image * np.float32(255)),
+        ("lying", lambda image: image.swapaxes(1, 2).copy()),
+    ],
+)
+def test_other_pixels_are_red(name: str, defect: Callable[[Any], Any], line: Line, tmp_path: Path) -> None:
+    file = write(tmp_path)["face"]
+    encoder, adapter = (
+        seeing.runner(line.root / "towers" / f"vision_{part}.tflite", tmp_path) for part in ("encoder", "adapter")
+    )
+    features = encoder(images=defect(SEES.given(file)))["features"]
+    assert nmse(adapter(soft_tokens=features)["mm_embedding"][0], told(line).soft["face"]) > 1e-4, name
+
+
+def test_pillows_own_resize_is_red(line: Line, tmp_path: Path) -> None:
+    """And so is the runtime's, which is farther away: why `make run` resizes by itself."""
+    file = write(tmp_path)["photograph, large"]
+    eyes = seeing.Eyes(line.root / "towers", SEES, tmp_path)
+    with Image.open(file) as picture:
+        other = picture.convert("RGB").resize((SEES.size, SEES.size), Image.Resampling.BILINEAR)
+    other.save(tmp_path / "other.png")
+    wanted = told(line).soft["photograph, large"]
+    assert nmse(eyes.see(tmp_path / "other.png"), wanted) > 1e-8 > nmse(eyes.see(file), wanted)
+
+
+@pytest.mark.parametrize("tensor", ["layer_scale.gamma", "conv_stem.conv.weight", "attn.key.norm.weight"])
+def test_a_dropped_or_lying_weight_is_red(tensor: str, line: Line, tmp_path: Path) -> None:
+    """A layer scale of ones, kernels of 3 x 3 over three channels as torch has them, whose shape is TFLite's too."""
+    config, look = open_checkpoint(line.root / "fetch" / "checkpoint").config, open_look(line.model)
+    stored = {name.removeprefix("model."): value for name, value in load_file(line.model / "model.safetensors").items()}
+    encoder = vision.VisionEncoder(VisionConfig.from_config(config), look).eval()
+    adapter = vision.VisionAdapter(VisionConfig.from_config(config), np.zeros(128, np.float32)).eval()
+    pixels = torch.from_numpy(SEES.given(write(tmp_path)["face"]))
+
+    def seen(*spoilt: str) -> Any:
+        for module in (encoder, adapter):
+            values = {}
+            for name, own in module.state_dict().items():
+                value = stored[name]
+                if spoilt and name.endswith(spoilt):
+                    value = torch.ones_like(value) if value.ndim == 1 else value.transpose(1, 3)
+                elif value.ndim == 4:
+                    value = value.permute(0, 2, 3, 1) if own.shape[0] == value.shape[0] else value.permute(1, 2, 3, 0)
+                values[name] = value.reshape(own.shape) if spoilt and name.endswith(spoilt) else value
+            module.load_state_dict(values)
+        with torch.inference_mode():
+            return adapter(encoder(pixels)["features"])["mm_embedding"][0, :256].numpy()
+
+    wanted = told(line).soft["face"][:256]
+    assert nmse(seen(), wanted) < 1e-10
+    assert nmse(seen(tensor), wanted) > 1e-6
+
+
+def narrower(made: Graph) -> None:
+    for tensor in made.main.tensors:
+        if list(tensor.shape)[-1:] == [128]:
+            tensor.shape = [*list(tensor.shape)[:-1], 64]
+
+
+def without_the_end(made: Graph) -> None:
+    made.main.tensors[int(made.main.outputs[0])].shape = [1, 256, 128]
+
+
+@pytest.mark.parametrize("defect", [narrower, without_the_end])
+def test_another_adapter_is_refused(defect: Callable[[Graph], None], line: Line, tmp_path: Path) -> None:
+    """LiteRT-LM answers with wrong words, and exit code 0."""
+    models = sections(line)
+    models["vision_adapter"] = changed(models["vision_adapter"], defect, tmp_path / "vision_adapter.tflite")
+    with pytest.raises(BundleError, match="vision_adapter gives"):
+        fit.check(models, described(line))
+    fit.check(sections(line), described(line))
+
+
+def test_another_size_in_the_metadata_is_refused(line: Line) -> None:
+    picture = described(line).picture
+    assert picture
+    for change, said in (({"size": 224}, "vision_encoder takes"), ({"tokens": 64}, "vision_encoder makes")):
+        other = dataclasses.replace(described(line), picture=dataclasses.replace(picture, **change))
+        with pytest.raises(BundleError, match=said):
+            fit.check(sections(line), other)
+
+
+def test_a_missing_adapter_is_refused(line: Line, tmp_path: Path) -> None:
+    models = {name: file for name, file in sections(line).items() if name != "vision_adapter"}
+    with pytest.raises(BundleError, match="vision_adapter, which is missing"):
+        litertlm.write(described(line), "{}", models, tmp_path / "x.litertlm")
+
+
+# What can't be converted is refused in a sentence.
+
+
+def copied(line: Line, tmp_path: Path, **config: object) -> Line:
+    model = tmp_path / "eyes"
+    shutil.copytree(line.model, model)
+    file = model / "config.json"
+    table = json.loads(file.read_text())
+    file.write_text(json.dumps(table | {"vision_config": {**table["vision_config"], **config}}))
+    return Line(artifacts=tmp_path / "artifacts", recipe=line.recipe, model=model)
+
+
+def test_a_tower_that_is_not_whole_is_refused_by_name(
+    line: Line, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = copied(line, tmp_path)
+    tensors = load_file(broken.model / "model.safetensors")
+    part = "vision_tower.timm_model.msfa.norm.weight"
+    del tensors[f"model.{part}"]
+    save_file(tensors, broken.model / "model.safetensors", {"format": "pt"})
+    assert broken.run(fetch.STAGE, *TAKE) == 3
+    assert f"vision tower that its config.json describes: 1 tensor is missing: {part}" in capsys.readouterr().err
+    assert broken.run(fetch.STAGE, "--towers", "audio", "--graphs", "bundle") == 0, "its ears are whole"
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"architecture": "resnet50"}, "vision_config.architecture is resnet50"),
+        ({"model_args": {"drop_rate": 0.1}}, "model_args has drop_rate"),
+        ({"model_args": {"block_args": whole.SMALL["block_args"][:3]}}, "not four stages"),
+        ({"model_args": {"block_args": [[{"block_type": "ir", "out_chs": 8, "stride": 2}]]}}, "can't do the block"),
+    ],
+)
+def test_another_tower_is_refused(
+    config: dict[str, Any], said: str, line: Line, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert copied(line, tmp_path, **config).run(fetch.STAGE, *TAKE) == 3
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"resample": 3}, "has resample 3"),
+        ({"size": {"height": 256, "width": 512}}, "does not make squares"),
+        ({"do_resize": False}, "does not make squares"),
+    ],
+)
+def test_another_processor_is_refused(settings: dict[str, Any], said: str, line: Line, tmp_path: Path) -> None:
+    file = tmp_path / "preprocessor_config.json"
+    file.write_text(json.dumps(json.loads((line.model / file.name).read_text()) | settings))
+    with pytest.raises(FetchError, match=said):
+        open_look(tmp_path)
+    with pytest.raises(FetchError, match="takes n x 256"):
+        VisionConfig.from_config({}).check(224)
+
+
+def test_a_processor_that_normalises_is_in_the_graph(line: Line, tmp_path: Path) -> None:
+    file = tmp_path / "preprocessor_config.json"
+    normal = {"do_normalize": True, "image_mean": [0.5, 0.4, 0.3], "image_std": [0.5, 0.25, 0.2]}
+    file.write_text(json.dumps(json.loads((line.model / file.name).read_text()) | normal))
+    look, plain = open_look(tmp_path), open_look(line.model)
+    assert not plain.changes
+    assert look.changes
+    assert np.allclose(0.7 * look.factor + look.shift, (0.7 - np.array([0.5, 0.4, 0.3])) / np.array([0.5, 0.25, 0.2]))
+
+
+# Pictures on their way to the runtime.
+
+
+@pytest.mark.parametrize("shape", [(700, 1000), (3, 5), (1, 1), (257, 255), (1201, 256), (2000, 31)])
+def test_pictures_are_resized_to_the_bit_as_torch_does(shape: tuple[int, int]) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    batch = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    for size in (256, 768):
+        wanted = functional.interpolate(batch, size=(size, size), mode="bilinear", antialias=True)
+        assert (Sight(size=size).fitted(pixels) == wanted[0].permute(1, 2, 0).numpy()).all()
+
+
+def test_files_that_are_no_pictures_are_refused(tmp_path: Path) -> None:
+    whole_file = pictures()["photograph"]
+    for name, data in (("text", b"no picture"), ("empty", b""), ("cut", whole_file[: len(whole_file) // 2])):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(UsageError, match="is no picture"):
+            SEES.read(tmp_path / name)
+    with pytest.raises(UsageError, match="does not exist"):
+        SEES.read(tmp_path / "nowhere.png")
+    with pytest.raises(UsageError, match="is no picture|does not exist"):
+        SEES.read(tmp_path)
+    Image.new("1", (12_000, 12_000)).save(tmp_path / "large.png")
+    with pytest.raises(UsageError, match=r"too large: 12000 x 12000 pixels"):
+        SEES.read(tmp_path / "large.png")
+
+
+def test_make_run_shows_a_file(line: Line, tmp_path: Path) -> None:
+    photo = tmp_path / "it's a photo.png"
+    photo.write_bytes(pictures()["photograph"])
+    command = [sys.executable, "-m", "pipeline.chat", str(bundle_of(line)), "--max-tokens", "12"]
+
+    def said(*words: str, typed: str = "") -> tuple[int, str, str]:
+        done = subprocess.run([*command, *words], cwd=PROJECT, input=typed, capture_output=True, text=True, timeout=120)
+        return done.returncode, done.stdout, done.stderr
+
+    code, answer, _ = said("--prompt", "What is the sea?", "--image", str(photo))
+    assert code == 0
+    assert answer.strip()
+    code, typed, help_ = said(typed=f"/image {photo}\nWhat is the sea?\n")
+    assert (code, typed) == (0, answer), "shown at the terminal it is the same picture"
+    assert "goes with what you say next" in help_
+    (tmp_path / "no.png").write_text("no picture")
+    code, answer, help_ = said("--prompt", "x", "--image", str(tmp_path / "no.png"))
+    assert (code, answer) == (2, "")
+    assert "is no picture" in help_
+
+
+def test_without_timm_golden_says_how_to_get_it(
+    line: Line, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from pipeline.reference import seeing as reference
+
+    monkeypatch.setattr(reference, "BESIDE", tmp_path / "nowhere")
+    with pytest.raises(UsageError, match="needs timm"):
+        reference.look(line.model, write(tmp_path), tmp_path)
+
+
+def test_a_model_that_only_hears_does_not_see(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    blind = Line(
+        artifacts=tmp_path / "artifacts",
+        recipe=small_recipe(tmp_path / "s.toml"),
+        model=ears.write_model(tmp_path / "ears"),
+    )
+    assert blind.run(fetch.STAGE, *TAKE) == 2
+    assert "the model has no vision tower that can be converted" in capsys.readouterr().err
+
+
+# What the runtime hands to the decoder, read back by a probe.
+
+
+class Read:
+    """LiteRT-LM with the probe of a line, and how long prompts are that it reads."""
+
+    def __init__(self, line: Line, keeps: str, folder: Path) -> None:
+        checkpoint = line.root / "fetch" / "checkpoint"
+        self.tokenizer, self.bundle = open_tokenizer(checkpoint), folder / f"{keeps}.litertlm"
+        self.start = self.ids("image", 1).index(2017)
+        assert self.start == self.ids("audio", 1).index(ears.SOUND)
+        self.spelt = [*probe.write(line.root, self.start, keeps, self.bundle)]
+        self.runtime = LmRuntime(self.bundle, senses=["image", "audio"])
+
+    def ids(self, kind: str, places: int) -> list[int]:
+        """The prompt as Hugging Face's processor lays it out, with so many soft tokens."""
+        begin, soft, end = (
+            self.tokenizer.backend_tokenizer.id_to_token(token)
+            for token in ((2014, 2017, END) if kind == "image" else (ears.BEGIN, ears.SOUND, ears.END))
+        )
+        text = render(self.tokenizer, [{"role": "user", "content": [{"type": kind}, ASKED]}], prompt=True)
+        laid = text.replace(soft, f"\n\n{begin}{soft * places}{end}\n\n")
+        return list(self.tokenizer(laid, add_special_tokens=False)["input_ids"])
+
+    def back(self, medium: Medium, wanted: np.ndarray, values: int) -> tuple[np.ndarray, np.ndarray]:
+        """What was read of a medium's vectors [n, H], and what is `wanted` there."""
+        message = {"role": "user", "content": content(ASKED["text"], [medium])}
+        last = len(self.ids(medium.kind, len(wanted) - (medium.kind == "image"))) - 1
+        with self.runtime.sense([message], 4 * values + 3, greedy=True) as session:
+            text = "".join(session.decode())
+        places, found = probe.read(text, self.spelt, last)
+        there = places[:, 0] < len(wanted)
+        assert there.sum() >= 4
+        return found[there], wanted[places[there, 0], places[there, 1]]
+
+
+ASKED = {"type": "text", "text": "What is this?"}
+
+
+@pytest.fixture(scope="module")
+def reader(line: Line, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Read]:
+    made = Read(line, "soft", tmp_path_factory.mktemp("probe"))
+    yield made
+    made.runtime.close()
+
+
+def test_the_runtime_hands_over_what_hugging_face_embeds(line: Line, reader: Read, tmp_path: Path) -> None:
+    """Pictures with their end, and sounds of all lengths; a resolution of 2e-11 is the probe's own."""
+    seen = {"image": told(line).soft, "audio": Reference.stored(line.root / "golden", "audio").soft}
+    lengths = {len(rows) for rows in seen["audio"].values()}
+    assert len(lengths) >= 12
+    worst = dict.fromkeys(seen, 0.0)
+    with media.given(SEES, HEARS, tmp_path) as given:
+        for kind, soft in seen.items():
+            for name, rows in soft.items():
+                worst[kind] = max(worst[kind], nmse(*reader.back(given(kind, name), rows, 60)))
+    assert worst["image"] < 1e-10, worst
+    assert worst["audio"] < 2e-9, worst
+
+
+def test_the_probe_sees_another_picture(line: Line, reader: Read, tmp_path: Path) -> None:
+    with media.given(SEES, HEARS, tmp_path) as given:
+        assert nmse(*reader.back(given("image", "face, dark"), told(line).soft["face"], 60)) > 1e-3
+
+
+def test_the_runtime_resizes_otherwise(line: Line, reader: Read, tmp_path: Path) -> None:
+    """Why `make run` does it: without, the runtime's own pixels are others. A test that fails says it has changed."""
+    whole_file = Medium(kind="image", data=pictures()["photograph, large"])
+    assert nmse(*reader.back(whole_file, told(line).soft["photograph, large"], 60)) > 1e-7
+
+
+def test_per_layer_inputs_at_pictures_and_sounds_are_those_of_token_zero(line: Line, tmp_path: Path) -> None:
+    other = Read(line, "per layer", tmp_path)
+    stored = load_file(line.model / "model.safetensors")["model.language_model.embed_tokens_per_layer.weight"]
+    row = stored[0].float().numpy() * 16**0.5
+    with media.given(SEES, HEARS, tmp_path) as given:
+        for kind, name in (("image", "face"), ("audio", "speech, 3.3 s")):
+            tower = "vision" if kind == "image" else "audio"
+            rows = len(Reference.stored(line.root / "golden", tower).soft[name])
+            got, wanted = other.back(given(kind, name), np.tile(row, (rows, 1)), 60)
+            assert np.abs(got - wanted).max() < 1e-5
+    other.runtime.close()

@@ -1,0 +1,112 @@
+"""The shipped model with eyes and ears: its text model, and small towers of random weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ears
+import torch
+from safetensors.torch import load_file, save_file
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+from pipeline.models import gemma3n_vision as vision
+
+TOKENS = {2014: "<start_of_image>", 2016: "<end_of_image>", 2017: "<image_soft_token>"}
+SIZE = 256
+"""Pixels a side: of each place of the last stage but one one soft token is made, where 768 make one of nine."""
+
+
+def _block(kind: str, out: int, stride: int = 1, **more: object) -> dict[str, object]:
+    plain = {"block_type": kind, "out_chs": out, "stride": stride, "act_layer": None, "noskip": False}
+    if kind == "mqa":
+        return {**plain, "dw_kernel_size": 3, **more}
+    if kind == "er":
+        return {
+            **plain,
+            "exp_kernel_size": 3,
+            "pw_kernel_size": 1,
+            "exp_ratio": 4.0,
+            "force_in_chs": 0,
+            "se_ratio": 0.0,
+        }
+    ends = {"dw_kernel_size_start": 0, "dw_kernel_size_mid": 0, "dw_kernel_size_end": 0, "exp_ratio": 4.0}
+    return {**plain, **ends, "se_ratio": 0.0, **more}
+
+
+SMALL: Mapping[str, Any] = {
+    "channel_multiplier": 0.125,
+    "block_args": [
+        [_block("er", 128, 2), _block("er", 128)],
+        [
+            _block("uir", 256, 2, dw_kernel_size_start=3, dw_kernel_size_mid=5, exp_ratio=6.0),
+            _block("uir", 256, dw_kernel_size_start=5),
+        ],
+        [
+            _block("uir", 640, 2, dw_kernel_size_start=5, dw_kernel_size_mid=5, exp_ratio=6.0),
+            _block("mqa", 640, num_heads=12, key_dim=16, value_dim=16, kv_stride=2),
+            _block("uir", 640, exp_ratio=2.0),
+        ],
+        [
+            _block("uir", 1280, 2, dw_kernel_size_start=5, dw_kernel_size_mid=5, exp_ratio=6.0),
+            _block("mqa", 1280, num_heads=4, key_dim=24, value_dim=24, kv_stride=1),
+            _block("uir", 1280, exp_ratio=2.0),
+        ],
+    ],
+}
+"""Settings of timm that make a tower of every kind of block, which converts in seconds."""
+
+
+def tower(config: Mapping[str, Any], seed: int = 0) -> dict[str, torch.Tensor]:
+    """Random weights of tower and embedder by the names of a whole checkpoint, none as timm begins it."""
+    draw = torch.Generator().manual_seed(seed)
+    made = {}
+    for name, shape in vision.tensors(vision.VisionConfig.from_config(config)).items():
+        noise = torch.randn(shape, generator=draw)
+        if len(shape) > 1:
+            value = noise * noise[0].numel() ** -0.5
+        elif name.endswith("gamma"):
+            value = 0.3 + 0.1 * noise  # timm begins with 1e-5, which hides the block
+        else:
+            value = 0.2 * noise if name.endswith("bias") else 1 + 0.2 * noise
+        made[f"model.{name}"] = value
+    return made
+
+
+def write_model(folder: Path, settings: Mapping[str, Any] | None = SMALL, size: int = SIZE) -> Path:
+    """A checkpoint of Gemma 3n's whole model in `folder`; `settings` are the vision tower's, none: the true one's."""
+    ears.write_model(folder)
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    eyes = {"model_type": "gemma3n_vision", "vocab_offset": 2016, "vocab_size": 16, "hidden_size": 2048}
+    config["vision_config"] = eyes | ({"model_args": settings} if settings else {})
+    file.write_text(json.dumps(config))
+    whole = load_file(folder / "model.safetensors") | tower(config)
+    save_file(whole, folder / "model.safetensors", {"format": "pt"})
+    _add_processor(folder, size)
+    _name_tokens(folder)
+    template = folder / "chat_template.jinja"
+    text = template.read_text()
+    seen = "{%- if item['type'] == 'image' -%}{{- '<image_soft_token>' -}}{%- elif item['type'] == 'audio' -%}"
+    assert "{%- if item['type'] == 'audio' -%}" in text
+    template.write_text(text.replace("{%- if item['type'] == 'audio' -%}", seen))
+    return folder
+
+
+def _add_processor(folder: Path, size: int) -> None:
+    """Into the file that holds the audio processor's settings, as Gemma 3n's repositories have it."""
+    file = folder / "preprocessor_config.json"
+    heard = json.loads(file.read_text())
+    sized = {"height": size, "width": size}
+    SiglipImageProcessorPil(size=sized, resample=2, do_normalize=False).save_pretrained(folder)
+    file.write_text(json.dumps(heard | json.loads(file.read_text()) | {"image_processor_type": "SiglipImageProcessor"}))
+
+
+def _name_tokens(folder: Path) -> None:
+    file = folder / "tokenizer.json"
+    table = json.loads(file.read_text(encoding="utf-8"))
+    for token in table["added_tokens"]:
+        token["content"] = TOKENS.get(token["id"], token["content"])
+    file.write_text(json.dumps(table, ensure_ascii=False), encoding="utf-8")
