@@ -71,6 +71,7 @@ export async function breaking(url, path) {
 /** A tab with what its console said that should not be there. */
 export async function tab(context) {
   const page = await context.newPage();
+  page.setDefaultTimeout(180_000); // a machine that does other things as well
   const errors = [];
   page.on("console", (message) => {
     if (message.type() === "error") errors.push(message.text());
