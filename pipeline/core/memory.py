@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -68,6 +70,14 @@ def _reclaimable(folder: Path, prefix: str) -> int:
 def of_reference(parameters: int) -> int:
     """Bytes that Hugging Face's model of so many parameters takes in float32, and working with it."""
     return 4 * parameters + _WORKING
+
+
+def give_back() -> None:
+    """Return to the system what is no longer used: objects in circles, and what the allocator keeps of them."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's; others keep less, or give it back by themselves
+    if trim:
+        trim(0)
 
 
 def must_stream(parameters: int) -> bool:

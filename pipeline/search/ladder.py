@@ -10,7 +10,6 @@ maps what it packs.
 
 from __future__ import annotations
 
-import gc
 import math
 import shutil
 from collections.abc import Callable, Sequence
@@ -24,7 +23,7 @@ import numpy as np
 
 from pipeline.checkpoint import chat
 from pipeline.checkpoint.reader import Checkpoint
-from pipeline.core import facts, log, parallel
+from pipeline.core import facts, log, memory, parallel
 from pipeline.core.errors import UsageError
 from pipeline.core.recipe import STEP, Gate, Graphs, Int8, Recipe, StepLimits
 from pipeline.core.toml import Pattern
@@ -279,7 +278,7 @@ class Text:
             if len(self.known) == len(self.lots):
                 # The reference goes, before a file is run: of a large model, which has one lot, each takes a gigabyte.
                 self.hidden = None
-                gc.collect()
+                memory.give_back()
         return self.known[lot]
 
     def score(self, file: Path, lot: int) -> screening.Sample:
@@ -309,7 +308,11 @@ def score(file: Path, rows: Tokens, positions: Positions, hidden: Floats, head: 
         hidden: the reference's hidden states there, [n, H].
         head: of the reference.
     """
-    model = MappedModel(file, file.with_suffix(".packed"), parallel.threads())
+    packed = file.with_suffix(".packed")
+    if not packed.is_file():
+        # Opened once for that: XNNPACK's room to lay out the largest matrix, half a gigabyte, goes when it is closed.
+        MappedModel(file, packed, parallel.threads())
+    model = MappedModel(file, packed, parallel.threads())
     run, parts, each = model.get_signature_runner(SIGNATURE), list[screening.Sample](), len(positions) // len(rows)
     targets, step = rows[positions.window, positions.length], max(1, screening.LOGITS // (head.vocabulary * each))
     for start in range(0, len(rows), step):
