@@ -162,6 +162,15 @@ def _lower_update(context: LoweringContext, x: ir.Value, part: ir.Value, start: 
     )
 
 
+@registry.lower(torch.ops.pipeline.gather.default)
+def _lower_gather(context: LoweringContext, x: ir.Value, index: ir.Value, axis: int) -> ir.Value:
+    integer = ir.IntegerType.get_signless(32)
+    attributes = {"axis": ir.IntegerAttr.get(integer, axis), "batch_dims": ir.IntegerAttr.get(integer, 0)}
+    return _lowerings._ir_operation(
+        "tfl.gather", lowering_utils.node_meta_to_ir_types(context.node), [x, index], attributes
+    )
+
+
 def _module_path(node: torch.fx.Node) -> str:
     """What a node's tensors are called: the path of its module, e.g. `layers.0.mlp.gate_proj`.
 

@@ -123,6 +123,20 @@ def _(x: Tensor, part: Tensor, start: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 
+@torch.library.custom_op("pipeline::gather", mutates_args=())
+def gather(x: Tensor, index: Tensor, axis: int) -> Tensor:
+    """The places `index`, int32 [n], of `x` along `axis`.
+
+    As one GATHER: PyTorch's `index_select` becomes GATHER_ND, which GPUs do not run (LiteRT.js 2.5.3).
+    """
+    return x.index_select(axis, index)
+
+
+@gather.register_fake
+def _(x: Tensor, index: Tensor, axis: int) -> Tensor:
+    return x.new_empty([*x.shape[:axis], index.shape[0], *x.shape[axis + 1 :]])
+
+
 def _place(x: Tensor, start: Tensor, size: Sequence[int]) -> tuple[slice[int, int, None], ...]:
     begins = [max(0, min(int(at), whole - part)) for at, whole, part in zip(start, x.shape, size, strict=True)]
     # As DYNAMIC_UPDATE_SLICE does: what would not fit is moved back, and no error tells.

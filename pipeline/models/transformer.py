@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from pipeline.checkpoint.names import EMBEDDING, text_name
 from pipeline.export.export import Inputs, Outputs
-from pipeline.export.operators import Linear, fold, linear, matmul, normalise, unfold, update
+from pipeline.export.operators import Linear, fold, gather, linear, matmul, normalise, unfold, update
 from pipeline.export.repeat import State
 from pipeline.models import Tower
 
@@ -298,13 +298,14 @@ class CacheAttention:
             return update(cache, new.permute(order), self._place(self.begin, axis))
         # What goes round stands in front, as it will there, and the others follow as they will at `begin`. By GATHER:
         # GPUs run no SLICE that begins where a tensor says (LiteRT.js 2.5.3).
-        turned = new.index_select(1, self.turned).permute(order)
+        turned = gather(new, self.turned, 1).permute(order)
         goes = self.goes.reshape([self.tokens if i == axis else 1 for i in range(4)])
         stays = 1.0 - goes  # products, since the kernel of SELECT_V2 takes ten times as long
-        behind = cache.index_select(axis, self.there) * goes + turned * stays
+        behind = gather(cache, self.there, axis) * goes + turned * stays
         written = update(cache, behind, self._place(self.begin, axis))
         front = written.narrow(axis, 0, self.tokens) * stays + turned * goes
-        return update(written, front, self._place(self.zero, axis))
+        # No constant, though always 0: of those GPUs make nothing either.
+        return update(written, front, self._place(torch.minimum(self.first, self.zero), axis))
 
     def _place(self, at: Tensor, axis: int) -> Tensor:
         """Where a part of a cache begins: `at` along `axis`, int32 [4]."""
@@ -320,7 +321,7 @@ class CacheAttention:
         if self.ring < self.length:
             last = self.first + (self.tokens - 1)
             position = torch.maximum(last - torch.remainder(last - position, self.ring), position)
-            mask = mask.index_select(3, position)
+            mask = gather(mask, position, 3)
         distance = input_pos[:, None] - position[None]
         assert self.config.sliding_window is not None
         far = torch.gt(distance, torch.tensor(self.config.sliding_window - 1, dtype=torch.int32))

@@ -21,7 +21,7 @@ from litert_torch.backend.debuginfo import _build
 
 from pipeline.core.recipe import PROJECT
 from pipeline.export import decompose, export, lowering
-from pipeline.export.operators import Embedding, Linear, matmul, normalise, update
+from pipeline.export.operators import Embedding, Linear, gather, matmul, normalise, update
 from pipeline.runtime.litert import litert
 from pipeline.tflite.graph import Graph
 
@@ -102,7 +102,7 @@ def test_a_cache_is_written_and_read_where_pytorch_does(tmp_path: Path) -> None:
     class Cache(torch.nn.Module):
         def forward(self, x: torch.Tensor, part: torch.Tensor, start: torch.Tensor) -> dict[str, torch.Tensor]:
             zero, index = torch.zeros(1, dtype=torch.int32), torch.arange(0, 9, dtype=torch.int32)
-            turned = x.index_select(1, torch.remainder(index - start, 9))
+            turned = gather(x, torch.remainder(index - start, 9), 1)
             return {"written": update(x, part, torch.cat([zero, start, zero])), "turned": turned}
 
     module = Cache().eval()
