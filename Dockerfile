@@ -37,7 +37,7 @@ RUN --mount=type=bind,source=locks,target=/locks \
        --quiet --no-deps --target /app/.venv-vision --requirement /locks/vision.txt \
     && site=/opt/venv/lib/python3.11/site-packages \
     && find "${site}/torch/bin" -type f ! -name torch_shm_manager -delete \
-    && rm -rf "${site}"/torch/include "${site}"/torch/test "${site}"/torchao/*.so "${site}"/pip* /opt/venv/bin/pip* \
+    && rm -rf "${site}"/torch/include "${site}"/torch/test "${site}"/tornado/test "${site}"/torchao/*.so "${site}"/pip* /opt/venv/bin/pip* \
     && find "${site}" -type d \( -name tests -o -name __pycache__ \) -prune -exec rm -rf {} + \
     && find "${site}" -type f -regex '.*\.\(a\|c\|cc\|cpp\|cuh\|h\|hpp\|pxd\|pyi\|pyx\)' -delete \
     && python3.11 /tools/strip_libraries.py "${site}"

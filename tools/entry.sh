@@ -13,7 +13,10 @@ artifacts=${ARTIFACTS:-/artifacts}
 command=(make "$@")
 case ${1:-} in
     python) command=("$@") ;;
-    scheduler) command=(python -m dask scheduler --no-dashboard "${@:2}") ;;
+    scheduler) # needs no folder of anybody's, but one for scratch: /dev/shm can be written to on a read-only root too
+        command=(python -m dask scheduler --no-dashboard "${@:2}")
+        export TMPDIR=/dev/shm
+        ;;
     worker) # a model's memory is planned for, and so is each thread
         command=(python -m dask worker --nthreads 1 --memory-limit 0 --no-dashboard "${@:2}")
         export PYTHONPATH=$PWD OMP_WAIT_POLICY=PASSIVE
