@@ -11,10 +11,10 @@ test("a Space answers with LiteRT-LM's words, and shows the report", async () =>
   const { page, errors } = await opened(browser, server.url);
   const { question, text } = expected.words[1];
   assert.equal(await ask(page, question), text);
+  assert.deepEqual(errors, []);
   await page.click("#facts a");
   await page.waitForURL("**/report.html");
   assert.match(await page.textContent("h1"), /tiny-gemma3n/);
-  assert.deepEqual(errors, []);
   await browser.close();
   server.close();
 });
