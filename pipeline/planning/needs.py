@@ -41,6 +41,8 @@ _IMPORTS = 4.0
 """Seconds until torch and transformers are there."""
 _READ = 1.5e9
 """Parameters per second that golden lays out in float32 when it streams, and that a decoder reads per token."""
+_PASS = 1024
+"""Tokens of a pass of the reference over text."""
 _CALL = 5e-3
 """Seconds that PyTorch takes for a layer whatever its size: small models are bound by that, token by token."""
 _STEP_READ = 1.5e10
@@ -155,6 +157,8 @@ def golden(model: Model) -> Need:
             steps += bundle.decode
             tokens += 2 * model.conversation
     parameters = model.facts.parameters
+    # Streamed, weights are laid out for every pass over the text; read they are at each step in either way.
+    passes = steps + model.streamed * tokens / _PASS
     return Need(
         what="Hugging Face in fp32, " + ("streamed" if model.streamed else "loaded"),
         size=4 * kept * model.table[1],
@@ -162,7 +166,7 @@ def golden(model: Model) -> Need:
         work=Work(
             calls=_IMPORTS + steps * _CALL * sizes.layers(model.shapes),
             products=2 * (_read_by_tokens(model) * tokens + _in_towers(model, _LENGTHS)) / _FLOPS,
-            copies=steps * model.multiplied / _READ,
+            copies=passes * model.multiplied / _READ,
         ),
     )
 
@@ -304,12 +308,13 @@ def bundle(model: Model) -> Need:
     """The sections in one file each, large ones divided; the tokenizer is loaded, which takes many times its bytes."""
     size = sum(model.size(precision, sections=True) + model.towers for precision in model.bundles)
     what = " ".join(f"{precision}.litertlm" for precision in model.bundles)
+    divided = [_divided(model, precision) for precision in model.bundles]
     return Need(
         what=what,
         size=size,
         memory=0.19 * _GIB + _TOKENIZERS * model.tokenizer,
-        work=Work(calls=3.0 + model.tokenizer / _TOKENIZER_READ) + _written(size),
-        scratch=max((_divided(model, precision) for precision in model.bundles), default=0),
+        work=Work(calls=3.0 + model.tokenizer / _TOKENIZER_READ) + _written(size + sum(divided)),
+        scratch=max(divided, default=0),
     )
 
 
