@@ -165,7 +165,7 @@ def _(x: Tensor, weight: Tensor, stride: Sequence[int], padded: bool = False) ->
 def convolve_apart(x: Tensor, weight: Tensor, stride: Sequence[int], padded: bool = False) -> Tensor:
     """Each channel of `x` [B, H, W, C] by itself with its own of `weight` [1, h, w, C]; `padded` as `convolve`."""
     kernel, channels = weight.permute(3, 0, 1, 2), x.shape[-1]
-    moved = functional.conv2d(_channels_first(x, weight, stride, padded), kernel, None, list(stride), groups=channels)
+    moved = functional.conv2d(_channels_first(x, weight, stride, padded), kernel, None, list(stride), 0, 1, channels)
     return moved.permute(0, 2, 3, 1).contiguous()
 
 

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from transformers import AutoConfig
 
 from pipeline.core import process
-from pipeline.core.errors import PipelineError, UsageError
+from pipeline.core.errors import UsageError, VerificationError
 from pipeline.core.recipe import PROJECT
 from pipeline.reference.answers import Heard, Sense, embedder
 from pipeline.reference.model import Floats
@@ -59,7 +59,7 @@ def look(checkpoint: Path, files: Mapping[str, Path], scratch: Path) -> dict[str
 
     Raises:
         UsageError: timm is not installed.
-        PipelineError: the process fails, and has said why.
+        VerificationError: the process fails, and has said why.
     """
     if not (BESIDE / _PACKAGE).is_dir() and not find_spec(_PACKAGE):
         raise UsageError(
@@ -72,7 +72,7 @@ def look(checkpoint: Path, files: Mapping[str, Path], scratch: Path) -> dict[str
         path = os.pathsep.join(filter(None, (str(BESIDE), str(PROJECT), os.environ.get("PYTHONPATH", ""))))
         command = [sys.executable, "-m", "pipeline.reference.eyes", str(checkpoint), str(out)]
         if process.run([*command, *map(str, files.values())], env={**os.environ, "PYTHONPATH": path}):
-            raise PipelineError(
+            raise VerificationError(
                 "transformers' vision tower fails on this checkpoint", cause="the lines above are what it said"
             )
         return load_file(out)

@@ -39,7 +39,7 @@ def test_litert_and_litert_lm_run_in_as_many_threads_as_are_asked_for(
 
     monkeypatch.setenv("OMP_NUM_THREADS", str(wanted))
     monkeypatch.setattr(interpreter, "Interpreter", opening)
-    monkeypatch.setattr(litert_lm, "_open", lambda _path, threads, _cache, **_more: opening(threads=threads))
+    monkeypatch.setattr(litert_lm, "_open", lambda _path, threads, *_more: opening(threads=threads))
     for name in ("decoder.tflite", "x.litertlm"):
         (tmp_path / name).touch()
     ways = {
