@@ -8,8 +8,9 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Mapping
-from contextlib import nullcontext
 from pathlib import Path
+
+from threadpoolctl import threadpool_limits
 
 from pipeline.bundling import tables
 from pipeline.checkpoint.reader import Checkpoint, open_checkpoint
@@ -30,7 +31,7 @@ def work(context: Context) -> Outcome:
     contents: dict[str, Contents] = {}
     room = context.folder if len(graphs) > 1 else None
     hessians = gptq.Hessians(context.root / "moments", room) if "moments" in context.upstream else None
-    with hessians or nullcontext():
+    with hessians or threadpool_limits(1, "blas"):  # rows are made in a thread per core already
         for name, file in graphs.items():
             shapes = context.recipe.step.signatures if name == STEP else {}
             contents[name] = _write(checkpoint, file, context.folder / name, settings, hessians, shapes)

@@ -7,9 +7,10 @@ side.
 from __future__ import annotations
 
 import sys
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+from threadpoolctl import threadpool_limits
 
 from pipeline.bundling import tables
 from pipeline.checkpoint import chat
@@ -54,7 +55,7 @@ def work(context: Context) -> Outcome:
     facts, step = Precision(graphs=context.graphs, scheme=scheme), context.folder / STEP
     room = context.folder if not asked and (section.climbs or len(graphs) > 1) else None
     hessians = gptq.Hessians(context.root / "moments", room) if "moments" in context.upstream else None
-    with hessians or nullcontext():
+    with hessians or threadpool_limits(1, "blas"):  # rows are made in a thread per core already
         if scheme == "dynamic" and not asked:
             section, facts = _choose(context, facts, ladder.Maker(checkpoint, graphs.get(STEP), step, hessians))
         if STEP in graphs and scheme != "dynamic":
