@@ -333,16 +333,13 @@ REPORTS = ("verify", "evaluate", "tune")
 
 
 def prepare_all(session: nox.Session, root: Path, folder: Path) -> None:
-    """What `quick` leaves out: the pages of evaluate and tune, and a model that WebGPU runs as a whole."""
+    """What `quick` leaves out: the pages of evaluate and tune."""
     rows = (ROOT / "examples/tiny-gemma3n/corpus/chat-verification.jsonl").read_text(encoding="utf-8").splitlines()[:6]
     task = [{"prompt": said["user"], "reference": said["model"]} for said in map(json.loads, rows)]
     (folder / "task.jsonl").write_text("\n".join(map(json.dumps, task)), encoding="utf-8")
     session.run("make", "evaluate", f"TASK={folder / 'task.jsonl'}", external=True)
     if not (root / "tune" / "report.json").is_file():
         session.run("make", "tune", "MINUTES=1", external=True)
-    unwindowed = folder / "unwindowed"
-    python(session, "-m", "tools.browser", "examples/tiny-gemma3n", str(unwindowed), "--unwindow")
-    session.run("make", "int8", f"MODEL_ID={unwindowed}", "GRAPHS=bundle", f"ARTIFACTS={folder}/made", external=True)
 
 
 def in_chromium(session: nox.Session) -> dict[str, str]:

@@ -3,7 +3,6 @@
 python -m tools.browser artifacts/tiny-gemma3n FOLDER                    (nox -s browser)
 python -m tools.browser artifacts/tiny-gemma3n FOLDER --quick            (`nox -s browser -- quick`)
 python -m tools.browser artifacts/tiny-gemma3n FOLDER --record VERSION   (`nox -s browser -- record`)
-python -m tools.browser CHECKPOINT FOLDER --unwindow                     (for the above)
 """
 
 from __future__ import annotations
@@ -21,8 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.bundling.web import require_libraries
-from pipeline.core.recipe import PROJECT, STEP
-from pipeline.judge import recorded
+from pipeline.core.recipe import DECODER, PROJECT, STEP
 from pipeline.judge.metrics import compare
 from pipeline.quantize import fixed
 from pipeline.report import tuning, verification
@@ -30,6 +28,7 @@ from pipeline.runtime.interface import Array
 from pipeline.runtime.litert import FixedStep, processor
 from pipeline.runtime.litert_lm import LmRuntime
 from pipeline.runtime.sections import Conversation, Sections
+from pipeline.tflite.graph import Graph
 from tools import tables
 from tools.tables import Column, Measured, Row, Table, Value
 
@@ -37,8 +36,8 @@ CORPUS = PROJECT / "examples" / "tiny-gemma3n" / "corpus"
 PREFILLED, DECODED = (3, 20, 100, 200), 24
 """Tokens in the cache by prefill, in one call and in two, before the judged positions; and how many of those."""
 PROMPTS, ANSWER = 8, 48
-UNWINDOWED = "made/unwindowed"
-"""The artefacts of the model without windows, below the folder of all that is written."""
+PART = "part.tflite"
+"""The decoder of which WebGPU runs a part alone."""
 DRAWS, ALIKE = 4, 1e-5
 """Runs with another last bit; logits that differ by no more are those of kernels that rounded each activation alike."""
 FIXED, SHAPE, TEXTS = "serving_1x128", (1, 128), 24
@@ -122,22 +121,18 @@ def fixed_shape(step: Path, texts: Sequence[Sequence[int]], folder: Path) -> dic
     return {"file": file.name, "cases": rows}
 
 
-def unwindow(checkpoint: Path, folder: Path) -> None:
-    """A copy of a checkpoint whose layers all see everything: LiteRT.js runs it on WebGPU as a whole (2.5.3)."""
-    shutil.copytree(checkpoint, folder, dirs_exist_ok=True)
-    file = folder / "config.json"
-    config = json.loads(file.read_text(encoding="utf-8"))
-    config["layer_types"] = ["full_attention"] * len(config["layer_types"])
-    file.write_text(json.dumps(config), encoding="utf-8")
-
-
-def unwindowed(folder: Path, ids: Sequence[int]) -> dict[str, object]:
-    """What the page is to have of that model's sections in `folder`, and its logits after the recorded places."""
-    sections = Sections(folder)
-    said = recorded.record(sections, ids[: recorded.needed(sections)])
-    case = Case(said["ids"], said["prefilled"])
-    rows = logits(sections, case).tolist()
-    return {"folder": str(folder), "recorded": said, "logits": {"ids": case.ids, "from": case.prefilled, "rows": rows}}
+def in_part(decoder: Path, out: Path) -> str:
+    """The decoder with an operator that LiteRT.js 2.5.3 has not for WebGPU: GATHER_ND, which gives the mask as is."""
+    graph = Graph.read(decoder)
+    for view in graph.views():
+        mask = next(int(port.tensorIndex) for port in view.ports() if str(port.name) == "mask")
+        taken = view.add_tensor("mask;taken", "FLOAT32", view.shape(mask))
+        first = view.add_constant(np.zeros((1, 1), np.int32), "mask;first")
+        for operator in view.operators():
+            operator.inputs = [taken if tensor == mask else tensor for tensor in operator.inputs]
+        view.main.operators = [view.operator("GATHER_ND", [mask, first], [taken]), *view.operators()]
+    graph.write(out)
+    return str(out)
 
 
 def _plan(count: int, prefills: Sequence[int]) -> Iterator[int]:
@@ -153,14 +148,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("root", type=Path, help="the model's artefact folder, with int8 and bundle finished")
     parser.add_argument("out", type=Path, help="the folder for expected.json and the three pages")
     parser.add_argument("--quick", action="store_true", help="of stages page and verify alone")
-    parser.add_argument(
-        "--unwindow", action="store_true", help="write a copy of the checkpoint ROOT, no layer with a window"
-    )
     parser.add_argument("--record", metavar="VERSION", help="of Chromium: keep what it measured in bench/browser.json")
     arguments = parser.parse_args(argv)
-    if arguments.unwindow:
-        unwindow(arguments.root, arguments.out)
-        return
     if arguments.record:
         measured = json.loads((arguments.out / "measured.json").read_text(encoding="utf-8"))
         tables.write_all({"browser": table(measured, arguments.record)})
@@ -196,7 +185,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         **{name: fixed_shape(arguments.root / name / STEP, texts, arguments.out) for name in ("fp32", "int8")},
     }
     if not arguments.quick:
-        said["unwindowed"] = unwindowed(arguments.out / UNWINDOWED / "int8", [start, *tokens])
+        said["part"] = in_part(arguments.root / "int8" / DECODER, arguments.out / PART)
     (arguments.out / "expected.json").write_text(json.dumps(said), encoding="utf-8")
     pages: dict[str, Callable[[Any], str]] = {"verify": verification.render}
     if not arguments.quick:
@@ -234,10 +223,10 @@ def table(measured: Mapping[str, Any], chromium: str) -> Table:
         title="The page in a browser, shipped model",
         about="Logits against the LiteRT interpreter's with XNNPACK, alike where they differ by 1e-5 at most; with "
         "another last bit: that interpreter's own, each number of the embeddings times 1 ± 6e-8, the farthest of "
-        f"{DRAWS} draws. WebGPU is Chromium's in software; without windows: the shipped model with full attention in "
-        "all layers, against its own interpreter. Prompts and greedy answers against LiteRT-LM's: all that were tried "
-        "are alike. The page is told without model and runtime, as it lies in the folder; from a click on Send, the "
-        "model kept but not loaded, to the first token: median of 5. No serious finding of axe, no console error.",
+        f"{DRAWS} draws. WebGPU is Chromium's in software. Prompts and greedy answers against LiteRT-LM's: all that "
+        "were tried are alike. The page is told without model and runtime, as it lies in the folder; from a click on "
+        "Send, the model kept but not loaded, to the first token: median of 5. No serious finding of axe, no console "
+        "error.",
         place=10,
         columns={
             "positions": Column(digits=".0f"),
@@ -261,8 +250,7 @@ def table(measured: Mapping[str, Any], chromium: str) -> Table:
             Row(name="Chromium, int8 sections", values={**logits(measured["logits_int8"]), **said}),
             Row(name=f"Chromium, fp32 step graph, `{FIXED}`", values=logits(measured["fixed_fp32"])),
             Row(name=f"Chromium, int8 step graph, `{FIXED}`", values=logits(measured["fixed_int8"])),
-            Row(name="Chromium, WebGPU for a part, int8 sections", values=logits(measured["webgpu_part"])),
-            Row(name="Chromium, WebGPU, int8 without windows", values=logits(measured["webgpu_whole"])),
+            Row(name="Chromium, WebGPU, int8 sections", values=logits(measured["webgpu"])),
             Row(name="interpreter, int8 sections, another last bit", values=logits(farthest(measured["unsettled"]))),
             Row(name="interpreter, int8 sections, built-in kernels", values=logits(measured["kernels"])),
         ),
