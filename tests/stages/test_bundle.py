@@ -78,8 +78,9 @@ def test_the_manifest_says_what_the_runtime_finds(built: Line) -> None:
     held: Any = manifest.read(built.root / "bundle").facts["int8"]
     recipe = load_recipe(built.recipe)
     assert held["max_tokens"] == recipe.bundle.max_tokens == 512 - 31
-    # Keys and values of five layers, which the other three share: 512 positions of two heads of 32 float32 each.
-    assert held["cache_bytes"] == 2 * 5 * 512 * 2 * 32 * 4
+    # Keys and values of five layers, which the other three share, two heads of 32 float32 each: 512 positions, of the
+    # four that slide their window of 16 and the longest prefill.
+    assert held["cache_bytes"] == 2 * (512 + 4 * (16 + 32)) * 2 * 32 * 4
     with LmRuntime(built.root / "bundle" / "int8.litertlm", threads=2) as runtime:
         assert runtime.start == held["start_token"] and runtime.stop == tuple((t,) for t in held["stop_tokens"])
 
