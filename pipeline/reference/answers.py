@@ -41,6 +41,12 @@ class Sense:
     first: int
     last: int
 
+    @classmethod
+    def of(cls, own: Any, embedder: Any, *, start: int, end: int, place: int) -> Sense:
+        """That of the tower whose configuration is `own`, which says where its tokens stand."""
+        first, last = own.vocab_offset, own.vocab_offset + own.vocab_size
+        return cls(start=start, end=end, place=place, embedder=embedder, first=first, last=last)
+
 
 def weights(checkpoint: Path, part: str) -> dict[str, streaming.Weight]:
     """Those of a part of the whole model, such as `audio_tower`, by their names in it."""

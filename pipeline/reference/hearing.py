@@ -46,15 +46,9 @@ class Ears:
     @property
     def sense(self) -> Sense:
         """How sounds stand in a prompt."""
-        tokens, own = self.config, self.config.audio_config
-        return Sense(
-            start=tokens.boa_token_id,
-            end=tokens.eoa_token_id,
-            place=tokens.audio_token_id,
-            embedder=self.embedder,
-            first=own.vocab_offset,
-            last=own.vocab_offset + own.vocab_size,
-        )
+        said, own = self.config, self.config.audio_config
+        places = {"start": said.boa_token_id, "end": said.eoa_token_id, "place": said.audio_token_id}
+        return Sense.of(own, self.embedder, **places)
 
     def soft_tokens(self, sound: Samples) -> Floats:
         """[n, H] of a sound."""

@@ -43,15 +43,9 @@ class Eyes:
     @property
     def sense(self) -> Sense:
         """How pictures stand in a prompt."""
-        tokens, own = self.config, self.config.vision_config
-        return Sense(
-            start=tokens.boi_token_id,
-            end=tokens.eoi_token_id,
-            place=tokens.image_token_id,
-            embedder=self.embedder,
-            first=own.vocab_offset,
-            last=own.vocab_offset + own.vocab_size,
-        )
+        said, own = self.config, self.config.vision_config
+        places = {"start": said.boi_token_id, "end": said.eoi_token_id, "place": said.image_token_id}
+        return Sense.of(own, self.embedder, **places)
 
 
 def look(checkpoint: Path, files: Mapping[str, Path], scratch: Path) -> dict[str, Floats]:
