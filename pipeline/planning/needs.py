@@ -357,8 +357,8 @@ def publish(model: Model) -> Need:
 def page(model: Model) -> Need:
     """Links to the int8 sections, what they say at a few places, the tokenizer, the page with its runtime's builds."""
     size = model.size("int8", sections=True)
-    work = Work(calls=5 + 2 * size / _HASH)
-    taken = 0.6 * _GIB + 3 * model.cache
+    work = Work(calls=2 + 2 * size / _HASH)
+    taken = 0.19 * _GIB + _TOKENIZERS * model.tokenizer + 3 * model.cache
     scratch = model.files[DECODER].bytes("int8")  # weights as XNNPACK lays them out
     return Need(what="a page that runs int8", size=40 << 20, memory=taken, work=work, scratch=scratch)
 
