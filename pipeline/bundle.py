@@ -10,6 +10,7 @@ from pipeline.bundling import contents, litertlm
 from pipeline.bundling.metadata import activation_type, of_checkpoint, tokenizer_json
 from pipeline.core import log
 from pipeline.core.facts import Bundle, Hears, Precision, Sees
+from pipeline.core.graph import tower_precision
 from pipeline.core.recipe import SECTION_LIMIT
 from pipeline.core.stage import Context, Outcome, Stage, main
 from pipeline.quantize import readback
@@ -32,12 +33,11 @@ def work(context: Context) -> Outcome:
         described.metadata, activation_type=activation_type(made_int8.largest_activation if made_int8 else None)
     )
     tokenizer_text = tokenizer_json(described.tokenizer, described.vocabulary)
-    towers = context.upstream.get("towers")  # of one precision, whatever the bundle's
-    sensed = {Path(record.path).stem: context.root / record.path for record in towers.outputs} if towers else {}
-    text = [name for name in metadata.sections if name not in sensed]
     bundles: dict[str, Bundle] = {}
     for precision in context.recipe.bundle.built:
         made, out = context.upstream[precision], context.folder / f"{precision}.litertlm"
+        sensed = _sensed(context, precision)
+        text = [name for name in metadata.sections if name not in sensed]
         models = {name: context.root / made.output(f"{name}.tflite").path for name in text}
         stored, weight_bytes = readback.stored_weights(models.values())
         limit = context.recipe.bundle.section_limit
@@ -61,6 +61,13 @@ def work(context: Context) -> Outcome:
         )
         log.step(f"{out.name}: {log.human_bytes(out.stat().st_size)}")
     return Outcome(facts=bundles)
+
+
+def _sensed(context: Context, precision: str) -> dict[str, Path]:
+    """The sections of the towers in a bundle of some precision, by name."""
+    towers, own = context.upstream.get("towers"), f"towers/{tower_precision(precision)}/"
+    records = towers.outputs if towers else ()
+    return {Path(one.path).stem: context.root / one.path for one in records if one.path.startswith(own)}
 
 
 STAGE = Stage(name="bundle", summary="Pack the sections into LiteRT-LM bundles.", work=work)

@@ -218,6 +218,19 @@ class Precision:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Tower:
+    """Stage towers, by tower and precision (`vision-int8`): sizes of its sections by name, elements and bytes.
+
+    `stored` are elements of matrices and kernels of the checkpoint, `weight_bytes` what they take, scales included.
+    """
+
+    precision: str
+    sizes: Mapping[str, int]
+    stored: int
+    weight_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Section:
     """A section of a bundle: `kind` as litert-lm-peek names it, `offset` and `size` in bytes.
 
@@ -251,7 +264,7 @@ class Sees:
 class Bundle:
     """Stage bundle, by precision. `stored`: elements of matrices and tables, `weight_bytes`: what they take.
 
-    Those of the text model: towers, if it `hears` or `sees`, are in float32 whatever the precision.
+    Those of the text model: of its towers, if it `hears` or `sees`, stage towers tells.
     `cache_bytes` is what the cache takes while the bundle runs.
     """
 

@@ -23,6 +23,11 @@ def towers_in(said: Towers) -> tuple[str, ...]:
     return tuple(tower for tower in ("vision", "audio") if tower in said.split(","))
 
 
+def tower_precision(bundle: str) -> str:
+    """The precision of the towers in a bundle of some precision: with 4 bits nobody has tried them."""
+    return "int8" if bundle == "int4" else bundle
+
+
 @dataclass(frozen=True, kw_only=True)
 class Choice:
     """What decides which stages there are: the recipe, the graphs, the step graphs to judge (None: the recipe's).
@@ -39,6 +44,12 @@ class Choice:
     def bundles(self) -> tuple[str, ...]:
         """Precisions that become bundles."""
         return self.recipe.bundle.built if self.graphs != "step" else ()
+
+    @property
+    def tower_precisions(self) -> tuple[str, ...]:
+        """Those that towers are made in: of every bundle, and float16 where the text model's files are."""
+        half = ("fp16",) if self.graphs == "all" else ()
+        return tuple(dict.fromkeys((*map(tower_precision, self.bundles), *half)))
 
     @property
     def alternative(self) -> str:

@@ -209,6 +209,17 @@ class Int4:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Towers:
+    """How towers are made in fewer bits (quantize/senses.py).
+
+    `keep_float16` are regular expressions over the names of weights in the checkpoint
+    (`vision_tower.timm_model.conv_stem.conv.weight`) that are float16 where others are int8.
+    """
+
+    keep_float16: tuple[toml.Pattern, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Gate:
     """Limits for one variant; a limit that is absent is not judged.
 
@@ -217,10 +228,12 @@ class Gate:
     file's perplexity over that of what it is held against: text that gets likelier is as much of a change;
     `script_kld_ratio` a bundle's mean KLD on text in each of `corpus.scripts` over that on text in Latin;
     `size_ratio` bytes over the bytes of the fp32 file; `size_per_parameter` bytes per parameter; `bytes_per_weight`
-    bytes of a bundle's weights and scales per stored weight; `integer_share` share of multiply-adds in integer kernels.
+    bytes of a bundle's weights and scales per stored weight; `integer_share` share of multiply-adds in integer kernels;
+    `snr` the least signal-to-noise ratio of a tower's soft tokens over its inputs, against Hugging Face, in decibels.
     """
 
     nmse: float | None = None
+    snr: float | None = None
     kld: float | None = None
     top1: float | None = None
     perplexity_ratio_min: float | None = None
@@ -247,6 +260,7 @@ class Recipe:
     gates: Mapping[str, Gate]
     sha256: str
     int4: Int4 | None = None
+    towers: Towers = Towers()
 
     def activations(self, precision: str) -> str:
         """How the step graph of `precision` makes its activations integer; empty for one that does not."""

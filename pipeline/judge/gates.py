@@ -96,7 +96,7 @@ class Measurement:
 
 
 # All other metrics are distances, sizes or times, of which less is better.
-_AT_LEAST = frozenset({"top1", "perplexity_ratio_min", "integer_share"})
+_AT_LEAST = frozenset({"snr", "top1", "perplexity_ratio_min", "integer_share"})
 
 
 def gate_name(variant: str, scheme: str | None) -> str:

@@ -2,34 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from pipeline.core.recipe import Gate
-from pipeline.judge.gates import Check
+from pipeline.judge.gates import Check, Measurement
 from pipeline.judge.sensing import Floats, Reference, judge_soft, runner
 from pipeline.judge.sounds import sounds
 from pipeline.runtime.sound import Hearing, Samples
 
-TOWER = "audio-fp32"
-"""What the sections of the tower are called in checks, and their limits in the recipe."""
 _BUILT_IN = ("silence", "the shortest", "speech, 1.88 s")
 _Heard = Callable[[str], Floats]
 
 
 def judge_tower(
-    sections: Path, hearing: Hearing, reference: Reference, gate: Gate | None, scratch: Path
+    name: str,
+    sections: Path,
+    hearing: Hearing,
+    reference: Reference,
+    gate: Gate | None,
+    scratch: Path,
+    figures: Sequence[Measurement] = (),
 ) -> list[Check]:
-    """The sections of the tower in the folder `sections`; `scratch` is where repacked weights may lie."""
+    """As `seeing.judge_tower`."""
     given = sounds()
 
     def opened(xnnpack: bool) -> _Heard:
         ears = Ears(sections, hearing, scratch if xnnpack else None)
-        return lambda name: ears.hear(given[name])
+        return lambda each: ears.hear(given[each])
 
-    return judge_soft(TOWER, {name: reference.soft[name] for name in given}, _BUILT_IN, opened, gate)
+    soft = {each: reference.soft[each] for each in given}
+    return judge_soft(name, soft, _BUILT_IN, opened, gate, figures)
 
 
 class Ears:

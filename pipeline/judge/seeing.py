@@ -3,32 +3,42 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from pipeline.core.recipe import Gate
-from pipeline.judge.gates import Check
+from pipeline.judge.gates import Check, Measurement
 from pipeline.judge.pictures import write
 from pipeline.judge.sensing import Floats, Reference, judge_soft, runner
 from pipeline.runtime.picture import Sight
 
-TOWER = "vision-fp32"
-"""What the sections of the tower are called in checks, and their limits in the recipe."""
 _BUILT_IN = ("photograph", "noise")
 
 
-def judge_tower(sections: Path, sight: Sight, reference: Reference, gate: Gate | None, scratch: Path) -> list[Check]:
-    """The sections of the tower in the folder `sections`; `scratch` is where pictures and repacked weights may lie."""
+def judge_tower(
+    name: str,
+    sections: Path,
+    sight: Sight,
+    reference: Reference,
+    gate: Gate | None,
+    scratch: Path,
+    figures: Sequence[Measurement] = (),
+) -> list[Check]:
+    """The sections in the folder `sections`, which checks call `name`, as `judge_soft`.
+
+    `scratch` is where pictures and repacked weights may lie.
+    """
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         files = write(Path(folder))
 
         def opened(xnnpack: bool) -> Callable[[str], Floats]:
             eyes = Eyes(sections, sight, scratch if xnnpack else None)
-            return lambda name: eyes.see(files[name])
+            return lambda each: eyes.see(files[each])
 
-        return judge_soft(TOWER, {name: reference.soft[name] for name in files}, _BUILT_IN, opened, gate)
+        soft = {each: reference.soft[each] for each in files}
+        return judge_soft(name, soft, _BUILT_IN, opened, gate, figures)
 
 
 class Eyes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -79,15 +80,17 @@ def judge_soft(
     built_in: Collection[str],
     opened: Callable[[bool], Callable[[str], Floats]],
     gate: Gate | None,
+    figures: Sequence[Measurement] = (),
 ) -> list[Check]:
     """The sections of a tower against Hugging Face: the soft tokens of the worst picture or sound.
 
     Args:
-        tower: what its sections are called in checks.
+        tower: what its sections are called in checks, and their limits in the recipe: `vision-int8`.
         reference: what Hugging Face makes of each, by name.
         built_in: those that run in the built-in kernels too, which take ten times as long.
         opened: with XNNPACK or without, what makes soft tokens [n, H] by name.
         gate: the limits.
+        figures: what else is known of the sections.
     """
     worst = {True: (0.0, ""), False: (0.0, "")}
     counts = 0
@@ -100,18 +103,25 @@ def judge_soft(
                 error = nmse(got, wanted) if len(got) == len(wanted) else np.inf
                 worst[xnnpack] = max(worst[xnnpack], (error, name))
                 bar.advance()
-    figures = [
-        Measurement(
-            metric="nmse",
-            name=f"worst NMSE of soft tokens, {'XNNPACK' if xnnpack else 'built-in kernels'}",
-            value=float(error),
-            against=REFERENCE,
-            detail=f"{len(reference) if xnnpack else len(built_in)} inputs; worst: {name}",
-        )
-        for xnnpack, (error, name) in worst.items()
-    ]
+    for xnnpack, (error, name) in worst.items():
+        kernels = "XNNPACK" if xnnpack else "built-in kernels"
+        detail = f"{len(reference) if xnnpack else len(built_in)} inputs; worst: {name}"
+        figures = [
+            *figures,
+            _soft("nmse", f"worst NMSE of soft tokens, {kernels}", float(error), detail),
+            _soft("snr", f"least SNR of soft tokens, {kernels}, dB", decibels(float(error)), detail),
+        ]
     held = gates.must_hold(tower, "inputs with another number of soft tokens", counts, len(reference))
     return [*gates.judge(tower, gate, figures), held]
+
+
+def _soft(metric: str, name: str, value: float, detail: str) -> Measurement:
+    return Measurement(metric=metric, name=name, value=value, against=REFERENCE, detail=detail)
+
+
+def decibels(error: float) -> float:
+    """The signal-to-noise ratio of a normalised mean square error."""
+    return -10 * math.log10(error) if error else math.inf
 
 
 def nmse(got: Floats, wanted: Floats) -> float:

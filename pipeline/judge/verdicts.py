@@ -12,13 +12,13 @@ from pipeline.cluster import pool
 from pipeline.cluster.pool import Shards
 from pipeline.core import log, parallel
 from pipeline.core.errors import UsageError
-from pipeline.core.facts import Bundle, Fetch, Golden, Precision
-from pipeline.core.graph import towers_in
+from pipeline.core.facts import Bundle, Fetch, Golden, Precision, Tower
+from pipeline.core.graph import tower_precision, towers_in
 from pipeline.core.manifest import FileRecord
 from pipeline.core.recipe import BASELINE, STEP
 from pipeline.core.stage import Context
 from pipeline.judge import bundles, gates, hearing, kv_cache, media, seeing, sqnr, steps
-from pipeline.judge.gates import Check
+from pipeline.judge.gates import Check, Measurement
 from pipeline.judge.kv_cache import Trace
 from pipeline.judge.reference import Reference
 from pipeline.judge.sensing import Reference as Senses
@@ -147,35 +147,62 @@ def _ask_bundles(
     asked = [(subject, bundles.ask(subject, setting)) for subject in subjects]
 
     def finish() -> list[bundles.Verdict]:
-        verdicts: list[bundles.Verdict] = []
+        verdicts, known = list[bundles.Verdict](), dict[str, list[Check]]()
         with tempfile.TemporaryDirectory(dir=context.folder) as scratch:
             for subject, verdict in asked:
                 log.step(f"judging {subject.name} ({log.human_bytes(subject.record.size)})")
                 found = verdict()
-                sensed = _sensed(context, subject, first=not verdicts, scratch=Path(scratch))
+                sensed = _sensed(context, subject, known, Path(scratch))
                 verdicts.append(replace(found, checks=[*found.checks, *sensed]))
         return verdicts
 
     return finish
 
 
-def _sensed(context: Context, subject: bundles.Subject, *, first: bool, scratch: Path) -> list[Check]:
-    """The checks on a bundle's towers, if it has any: on the sections, which all share, and on the fp32 one's words."""
+def _sensed(context: Context, subject: bundles.Subject, known: dict[str, list[Check]], scratch: Path) -> list[Check]:
+    """The checks on a bundle's towers, if it has any: on their sections, and of the fp32 one on words.
+
+    `known` are those on sections that another bundle has too. Towers in float16 are in no bundle, and go with fp32's.
+    """
     held = context.upstream["bundle"].part(subject.precision, Bundle)
     sight = Sight(**vars(held.sees)) if held.sees else None
     ears = Hearing(**vars(held.hears)) if held.hears else None
-    sections, checks = context.root / "towers", list[Check]()
+    first, checks = subject.precision == BASELINE, list[Check]()
     with media.given(sight, ears, scratch) as given:
         for tower in towers_in(context.towers):
             told = Senses.stored(context.root / "golden", tower)
-            gate = context.recipe.gates.get(f"{tower}-{BASELINE}")
-            if first and tower == "vision" and sight:
-                checks += seeing.judge_tower(sections, sight, told, gate, scratch)
-            if first and tower == "audio" and ears:
-                checks += hearing.judge_tower(sections, ears, told, gate, scratch)
-            if subject.precision == BASELINE:
+            for name, made in _of_tower(context, tower):
+                if made.precision == tower_precision(subject.precision) or (first and made.precision == "fp16"):
+                    if name not in known:
+                        known[name] = _judge_tower(context, name, made, sight, ears, told, scratch)
+                    checks += known[name]
+            if first:
                 checks.append(judge_words(subject.path, given, told.answers, scratch, tower))
     return checks
+
+
+def _of_tower(context: Context, tower: str) -> list[tuple[str, Tower]]:
+    """What stage towers made of one, by name in checks."""
+    made = context.upstream["towers"]
+    return [(name, made.part(name, Tower)) for name in made.facts if name.startswith(f"{tower}-")]
+
+
+def _judge_tower(
+    context: Context,
+    name: str,
+    made: Tower,
+    sight: Sight | None,
+    ears: Hearing | None,
+    told: Senses,
+    scratch: Path,
+) -> list[Check]:
+    """The checks on the sections of a tower in one precision."""
+    sections, gate = context.root / "towers" / made.precision, context.recipe.gates.get(name)
+    size = Measurement(metric="bytes_per_weight", name="bytes per weight", value=made.weight_bytes / made.stored)
+    if name.startswith("vision") and sight:
+        return seeing.judge_tower(name, sections, sight, told, gate, scratch, [size])
+    assert ears
+    return hearing.judge_tower(name, sections, ears, told, gate, scratch, [size])
 
 
 def _bundle(context: Context, precision: str) -> bundles.Subject:

@@ -1,4 +1,4 @@
-"""From a checkpoint to the sections of its towers, in float32, weights read as they are written."""
+"""From a checkpoint to the sections of its towers: graphs without matrices, and weights, read as they are written."""
 
 from __future__ import annotations
 
@@ -25,41 +25,54 @@ _TRACED, _BLOCK = 4.0, 2.0
 """Seconds of exporting an encoder, and per block of its own."""
 
 
-def write(tower: str, checkpoint: Checkpoint, folder: Path) -> None:
-    """Write the sections of `tower`, `audio` or `vision`, into `folder`."""
-    names = lay_out_tower(
-        checkpoint.tensors, tower_of(architecture_of(checkpoint), tower).tensors, tower, str(checkpoint.folder)
-    )
-    {"audio": _write_audio, "vision": _write_vision}[tower](checkpoint, names, folder)
+def export_tower(tower: str, checkpoint: Checkpoint, folder: Path) -> list[Path]:
+    """Write the sections of `tower`, `audio` or `vision`, into `folder`, their weights still to be attached."""
+    make = {"audio": _export_audio, "vision": _export_vision}[tower]
+    return make(checkpoint, _names(tower, checkpoint), folder)
 
 
-def _write_audio(checkpoint: Checkpoint, names: Mapping[str, str], folder: Path) -> None:
+def with_weights(tower: str, checkpoint: Checkpoint, file: Path) -> Graph:
+    """A section that `export_tower` wrote, with the checkpoint's weights in float32, read when it is written."""
+    graph = Graph.read(file)
+    weights.attach(graph, checkpoint, _names(tower, checkpoint))
+    return graph
+
+
+def _names(tower: str, checkpoint: Checkpoint) -> Mapping[str, str]:
+    """The names of the tower's tensors in the checkpoint."""
+    shapes = tower_of(architecture_of(checkpoint), tower).tensors
+    return lay_out_tower(checkpoint.tensors, shapes, tower, str(checkpoint.folder))
+
+
+def _export_audio(checkpoint: Checkpoint, names: Mapping[str, str], folder: Path) -> list[Path]:
     config, front = AudioConfig.from_config(checkpoint.config), open_front(checkpoint.folder)
-    encoder, adapter, end = (folder / f"{name}.tflite" for name in gemma3n_audio.SECTIONS)
+    encoder, adapter, end = files = [folder / f"{name}.tflite" for name in gemma3n_audio.SECTIONS]
     frames, rows = (1, config.frames), (1, config.soft_tokens)
     heard = {"src_inputs": torch.zeros(*frames, front.frame), "mask": torch.ones(1, *frames, dtype=torch.bool)}
     features = {"features": torch.zeros(*rows, config.hidden_size), "mask": torch.ones(rows, dtype=torch.bool)}
     expected = _TRACED + _BLOCK * config.conf_num_hidden_layers
     with log.waiting("exporting the audio encoder", expected):
-        _write(checkpoint, names, lambda: AudioEncoder(config, front), heard, encoder)
-    _write(checkpoint, names, lambda: AudioAdapter(config), features, adapter)
+        _export(checkpoint, names, lambda: AudioEncoder(config, front), heard, encoder)
+    _export(checkpoint, names, lambda: AudioAdapter(config), features, adapter)
     row = end_row(checkpoint, names, "embed_audio", config.eoa_token_id - config.vocab_offset, config.rms_norm_eps)
     _write_vector(row, end)
+    return files
 
 
-def _write_vision(checkpoint: Checkpoint, names: Mapping[str, str], folder: Path) -> None:
+def _export_vision(checkpoint: Checkpoint, names: Mapping[str, str], folder: Path) -> list[Path]:
     config, look = VisionConfig.from_config(checkpoint.config), open_look(checkpoint.folder)
     config.check(look.size)
-    encoder, adapter = (folder / f"{name}.tflite" for name in gemma3n_vision.SECTIONS)
+    encoder, adapter = files = [folder / f"{name}.tflite" for name in gemma3n_vision.SECTIONS]
     pixels = {"images": torch.zeros(1, look.size, look.size, 3)}
     features = {"soft_tokens": torch.zeros(1, config.soft_tokens, config.hidden_size)}
     with log.waiting("exporting the vision encoder", _TRACED + sum(map(len, config.stages))):
-        _write(checkpoint, names, lambda: VisionEncoder(config, look), pixels, encoder)
+        _export(checkpoint, names, lambda: VisionEncoder(config, look), pixels, encoder)
     row = end_row(checkpoint, names, "embed_vision", config.eoi_token_id - config.vocab_offset, config.rms_norm_eps)
-    _write(checkpoint, names, lambda: VisionAdapter(config, row), features, adapter)
+    _export(checkpoint, names, lambda: VisionAdapter(config, row), features, adapter)
+    return files
 
 
-def _write(
+def _export(
     checkpoint: Checkpoint, names: Mapping[str, str], make: Callable[[], nn.Module], inputs: Inputs, file: Path
 ) -> None:
     """A section with one signature, called like its file."""
@@ -70,12 +83,6 @@ def _write(
     with torch.device("meta"):
         module = make()
     export([Signature(file.stem, module, vector, inputs)], file)
-    graph = Graph.read(file)
-    weights.attach(graph, checkpoint, names)
-    graph.prune()
-    part = file.with_name(f"{file.name}.part")  # the graph is still read from `file`
-    graph.write(part)
-    part.replace(file)
 
 
 def end_row(checkpoint: Checkpoint, names: Mapping[str, str], embedder: str, token: int, eps: float) -> Float32:

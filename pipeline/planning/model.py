@@ -15,7 +15,7 @@ from pipeline.checkpoint.source import Source
 from pipeline.core import log, memory
 from pipeline.core.errors import PublishError
 from pipeline.core.facts import Checkpoint
-from pipeline.core.graph import Choice, Towers
+from pipeline.core.graph import Choice, Towers, tower_precision
 from pipeline.core.recipe import STEP, Graphs, Recipe
 from pipeline.judge import kv_cache
 from pipeline.models import architecture_for, expected, sizes, terms
@@ -25,6 +25,9 @@ from pipeline.release.licence import Claim, claimed, resolve
 
 _MAPPED = 2 << 30
 """Bytes of a section from which on iOS refuses to map it into an app without an entitlement (LiteRT-LM's #2545)."""
+
+_TOWER_BYTES = {"fp32": 4.0, "fp16": 2.0, "int8": 1.06}
+"""Bytes that a tower takes per parameter."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,10 +67,10 @@ class Model:
         taken = ",".join(tower.tower for tower in self.facts.towers) or "none"
         return Choice(recipe=self.recipe, graphs=self.graphs, towers=cast(Towers, taken))
 
-    @property
-    def towers(self) -> int:
-        """Bytes of the towers' sections, which every bundle holds in float32."""
-        return 0 if self.graphs == "step" else sum(4 * tower.parameters for tower in self.facts.towers)
+    def towers(self, precision: str) -> int:
+        """Bytes of the towers' sections in a bundle of some precision."""
+        taken = () if self.graphs == "step" else self.facts.towers
+        return round(_TOWER_BYTES[tower_precision(precision)] * sum(tower.parameters for tower in taken))
 
     @property
     def bundles(self) -> Sequence[str]:

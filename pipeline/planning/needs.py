@@ -227,14 +227,14 @@ def graph(model: Model) -> Need:
 
 def towers(model: Model) -> Need:
     """Export of the towers, then as the other files; each section is run once, in kernels that are not quick."""
-    work = Work(calls=3 + _TOWER * len(model.facts.towers), products=3 * 2 * _in_towers(model) / _FLOPS) + _written(
-        1.5 * model.towers
-    )
+    precisions = model.choice.tower_precisions
+    size, runs = sum(map(model.towers, precisions)), len(precisions)
+    work = Work(calls=3 + _TOWER * len(model.facts.towers), products=3 * 2 * runs * _in_towers(model) / _FLOPS)
     return Need(
         what=" ".join(f"{one.tower}_encoder {one.tower}_adapter" for one in model.facts.towers),
-        size=model.towers,
+        size=size,
         memory=0.75 * _GIB,
-        work=work,
+        work=work + _written(size + runs * model.towers(BASELINE) / 2),  # each is read in the checkpoint's 16 bits
     )
 
 
@@ -306,7 +306,7 @@ def _static(model: Model) -> Need:
 
 def bundle(model: Model) -> Need:
     """The sections in one file each, large ones divided; the tokenizer is loaded, which takes many times its bytes."""
-    size = sum(model.size(precision, sections=True) + model.towers for precision in model.bundles)
+    size = sum(model.size(precision, sections=True) + model.towers(precision) for precision in model.bundles)
     what = " ".join(f"{precision}.litertlm" for precision in model.bundles)
     divided = [_divided(model, precision) for precision in model.bundles]
     return Need(
@@ -342,8 +342,9 @@ def verify(model: Model) -> Need:
     if model.graphs != "bundle":
         taken += 0.35 * _GIB + 4 * model.multiplied  # XNNPACK packs a step graph's weights into memory
     logits = 4 * judged * model.table[0] * len(decoders)
-    work += Work(products=2 * _in_towers(model) * (_RUNS + settings.prompts) / _FLOPS)
-    scratch = max(decoders, default=0) + logits + model.towers
+    runs = _RUNS * len(model.choice.tower_precisions) + settings.prompts
+    work += Work(products=2 * _in_towers(model) * runs / _FLOPS)
+    scratch = max(decoders, default=0) + logits + model.towers(BASELINE)
     return Need(what="report.html", size=1 << 20, memory=taken, work=work, scratch=scratch)
 
 

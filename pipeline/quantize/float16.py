@@ -6,6 +6,8 @@ and says nothing. See `rows.py` for why the graph is rewritten here.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -20,17 +22,21 @@ LOOKUP_VERSION, DEQUANTIZE_VERSION = 4, 3
 _LARGEST_HALF = 65504.0
 
 
-def make_half(graph: Graph) -> None:
-    """Tables and matrices in float16; arithmetic stays float32.
+Chosen = Callable[[Graph, int], bool]
+"""Whether a constant, seen in a graph by its tensor, is one of those that are meant."""
+
+
+def make_half(graph: Graph, chosen: Chosen = lambda *_: True) -> None:
+    """Tables and matrices in float16, those that are `chosen`; arithmetic stays float32.
 
     Raises:
         QuantiseError: a weight is too large for float16.
     """
     for view in graph.views():
-        _halve_weights(view)
+        _halve_weights(view, chosen)
 
 
-def _halve_weights(graph: Graph) -> None:
+def _halve_weights(graph: Graph, chosen: Chosen) -> None:
     widened: dict[int, int] = {}
 
     def change(operator: Operator) -> list[Operator]:
@@ -40,7 +46,7 @@ def _halve_weights(graph: Graph) -> None:
         for place, tensor in enumerate(int(i) for i in operator.inputs):
             # Vectors are a thousandth of a file and set the scale of everything behind them: they stay float32.
             matrix = graph.is_constant(tensor) and len(graph.shape(tensor)) >= 2
-            if not matrix or graph.type_of(tensor) not in ("FLOAT32", "FLOAT16"):
+            if not matrix or not chosen(graph, tensor) or graph.type_of(tensor) not in ("FLOAT32", "FLOAT16"):
                 continue
             # One DEQUANTIZE for all that read the matrix: XNNPACK folds it into each, the plain kernels run it once.
             if tensor not in widened:

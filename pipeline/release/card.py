@@ -82,12 +82,13 @@ class Check:
 
 _TEXT = "Text only: of a model that also sees or hears, the language part is converted and nothing else."
 _SENSES = {
-    "vision": "The bundles see: an engine that is opened with a `vision_backend` takes pictures as parts of a message; "
-    "their vision tower is in float32. Give a picture in the size that the encoder takes: LiteRT-LM resizes by another "
-    "method than transformers' processor.",
+    "vision": "The bundles see: an engine that is opened with a `vision_backend` takes pictures as parts of a message. "
+    "Their vision tower is in float32 beside a text model in float32, else in 8 bits. Give a picture in the size that "
+    "the encoder takes: LiteRT-LM resizes by another method than transformers' processor.",
     "audio": "The bundles hear: an engine that is opened with an `audio_backend` takes sounds of up to 30 seconds as "
-    "parts of a message, 16,000 samples a second; their audio tower is in float32. A sound takes as many places of a "
-    "prompt as it is long, and is not filled up as transformers' processor does.",
+    "parts of a message, 16,000 samples a second. Their audio tower is in float32 beside a text model in float32, else "
+    "in 8 bits. A sound takes as many places of a prompt as it is long, and is not filled up as transformers' "
+    "processor does.",
 }
 _LACKS = {"vision": "They do not see.", "audio": "They do not hear."}
 

@@ -27,6 +27,8 @@ class Options(Protocol):
     asymmetricQuantizeInputs: bool
     adjX: bool
     adjY: bool
+    strideH: int
+    strideW: int
 
 
 class Operator(Protocol):

@@ -108,7 +108,7 @@ def write(root: Path, start: int, keeps: str, out: Path) -> dict[str, int]:
     decoder = out.with_suffix(".tflite")
     converter.convert(lightweight_conversion=True).export(str(decoder))  # type: ignore[attr-defined]
     tables = ("embedder", "per_layer_embedder") if keeps == "per layer" else ("embedder",)
-    towers = {file.stem: file for file in sorted((root / "towers").glob("*.tflite"))}
+    towers = {file.stem: file for file in sorted((root / "towers" / "fp32").glob("*.tflite"))}
     models = {"decoder": decoder, **{name: root / "fp32" / f"{name}.tflite" for name in tables}, **towers}
     metadata = dataclasses.replace(described.metadata, sections=tuple(models))
     litertlm.write(metadata, tokenizer_json(described.tokenizer, described.vocabulary), models, out)

@@ -22,7 +22,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
-from pipeline import bundle, fetch, fp32, golden, graph, towers, verify
+from pipeline import bundle, fetch, fp32, golden, graph, int8, towers, verify
 from pipeline.bundling import litertlm
 from pipeline.bundling import towers as fit
 from pipeline.bundling.metadata import Metadata, of_checkpoint
@@ -31,32 +31,35 @@ from pipeline.checkpoint.picture import open_look
 from pipeline.checkpoint.reader import open_checkpoint
 from pipeline.core import facts, manifest
 from pipeline.core.errors import BundleError, FetchError, UsageError
-from pipeline.core.recipe import PROJECT, Gate, load
-from pipeline.judge import media, seeing
+from pipeline.core.recipe import PROJECT, Gate, Towers, load
+from pipeline.core.stage import DEFAULT_RECIPE
+from pipeline.judge import hearing, media, seeing
+from pipeline.judge.gates import Check, Measurement
 from pipeline.judge.pictures import pictures, write
 from pipeline.judge.sensing import Reference, judge_words, nmse
 from pipeline.models import gemma3n_vision as vision
 from pipeline.models.gemma3n_vision import VisionConfig
+from pipeline.quantize import rows, senses
 from pipeline.reference.seeing import Eyes
 from pipeline.runtime.litert_lm import LmRuntime, Medium, content
 from pipeline.runtime.picture import Sight
 from pipeline.runtime.sound import Hearing
-from pipeline.tflite.graph import Graph
+from pipeline.tflite.graph import Graph, Origin
 
 TAKE = ("--towers", "vision,audio", "--graphs", "bundle")
 SEES, HEARS = Sight(size=whole.SIZE), Hearing(rate=16_000, frame=512, hop=160)
 END = 2016
+KINDS = ("vision", "audio")
 
 
 @pytest.fixture(scope="module")
 def line(tmp_path_factory: pytest.TempPathFactory) -> Line:
-    """The shipped model with eyes and ears, as far as an fp32 bundle and what the reference says of it."""
+    """The shipped model with eyes and ears, as far as bundles and what the reference says of it."""
     folder = tmp_path_factory.mktemp("sees")
-    wider = {'precisions = ["fp32", "int8"]': 'precisions = ["fp32"]'}
-    recipe = small_recipe(folder / "small.toml", **wider)
+    recipe = small_recipe(folder / "small.toml", **{"ladder = true": "ladder = false"})
     recipe.write_text(recipe.read_text().replace("cache_length = 512", "cache_length = 1024"))
     made = Line(artifacts=folder / "artifacts", recipe=recipe, model=whole.write_model(folder / "eyes"))
-    for stage in (fetch.STAGE, golden.STAGE, graph.STAGE, towers.STAGE, fp32.STAGE, bundle.STAGE):
+    for stage in (fetch.STAGE, golden.STAGE, graph.STAGE, towers.STAGE, fp32.STAGE, int8.STAGE, bundle.STAGE):
         assert made.run(stage, *TAKE) == 0
     return made
 
@@ -70,15 +73,15 @@ def told(line: Line) -> Reference:
 
 
 def test_sections_see_what_hugging_face_sees(line: Line, tmp_path: Path) -> None:
-    gate = load(line.recipe).gates[seeing.TOWER]
-    checks = seeing.judge_tower(line.root / "towers", SEES, told(line), gate, tmp_path)
+    gate = load(line.recipe).gates["vision-fp32"]
+    checks = seeing.judge_tower("vision-fp32", line.root / "towers" / "fp32", SEES, told(line), gate, tmp_path)
     assert all(check.passed for check in checks), [check.sentence() for check in checks]
     assert all((check.value or 0.0) < 1e-10 for check in checks)
     assert len(told(line).soft) >= 20
     assert all(rows.shape == (257, 128) for rows in told(line).soft.values())
 
 
-@pytest.mark.parametrize("tower", ["vision", "audio"])
+@pytest.mark.parametrize("tower", KINDS)
 def test_the_runtime_says_what_hugging_face_says(tower: str, line: Line, tmp_path: Path) -> None:
     """About pictures, sounds, and two pictures with a sound."""
     reference = Reference.stored(line.root / "golden", tower)
@@ -96,7 +99,11 @@ def test_verify_judges_eyes_and_ears(line: Line) -> None:
     assert line.run(verify.STAGE, *TAKE) == 0
     report = json.loads((line.root / "verify" / "report.json").read_text())
     judged = json.dumps(report)
-    for name in ("vision-fp32", "audio-fp32", "that differ, vision", "that differ, audio"):
+    told = ("fp32", "int8")
+    for name in (
+        *(f"{tower}-{each}" for tower in KINDS for each in told),
+        *(f"that differ, {tower}" for tower in KINDS),
+    ):
         assert name in judged
 
 
@@ -130,7 +137,7 @@ def changed(file: Path, change: Callable[[Graph], None], out: Path) -> Path:
 
 def sections(line: Line) -> dict[str, Path]:
     text = {name: line.root / "fp32" / f"{name}.tflite" for name in ("decoder", "embedder", "per_layer_embedder")}
-    return text | {file.stem: file for file in (line.root / "towers").glob("*.tflite")}
+    return text | {file.stem: file for file in (line.root / "towers" / "fp32").glob("*.tflite")}
 
 
 def described(line: Line) -> Metadata:
@@ -144,7 +151,7 @@ def test_an_end_row_of_the_text_table_is_red(line: Line, tmp_path: Path) -> None
     assert nmse(text[END].numpy() * 128**0.5, right) > 0.1
     others = {name: np.concatenate([rows[:-1], text[END : END + 1].numpy()]) for name, rows in told(line).soft.items()}
     stock = dataclasses.replace(told(line), soft=others)
-    checks = seeing.judge_tower(line.root / "towers", SEES, stock, Gate(nmse=1e-6), tmp_path)
+    checks = seeing.judge_tower("vision-fp32", line.root / "towers" / "fp32", SEES, stock, Gate(nmse=1e-6), tmp_path)
     assert not checks[0].passed
     reference = Eyes.load(line.root / "fetch" / "checkpoint")
     with torch.inference_mode():
@@ -154,7 +161,9 @@ def test_an_end_row_of_the_text_table_is_red(line: Line, tmp_path: Path) -> None
 def test_soft_tokens_moved_by_one_are_red(line: Line, tmp_path: Path) -> None:
     moved = {name: np.roll(rows, 1, axis=0) for name, rows in told(line).soft.items()}
     shifted = dataclasses.replace(told(line), soft=moved)
-    assert not seeing.judge_tower(line.root / "towers", SEES, shifted, Gate(nmse=1e-6), tmp_path)[0].passed
+    assert not seeing.judge_tower(
+        "vision-fp32", line.root / "towers" / "fp32", SEES, shifted, Gate(nmse=1e-6), tmp_path
+    )[0].passed
 
 
 @pytest.mark.parametrize(
@@ -169,7 +178,8 @@ def test_soft_tokens_moved_by_one_are_red(line: Line, tmp_path: Path) -> None:
 def test_other_pixels_are_red(name: str, defect: Callable[[Any], Any], line: Line, tmp_path: Path) -> None:
     file = write(tmp_path)["face"]
     encoder, adapter = (
-        seeing.runner(line.root / "towers" / f"vision_{part}.tflite", tmp_path) for part in ("encoder", "adapter")
+        seeing.runner(line.root / "towers" / "fp32" / f"vision_{part}.tflite", tmp_path)
+        for part in ("encoder", "adapter")
     )
     features = encoder(images=defect(SEES.given(file)))["features"]
     assert nmse(adapter(soft_tokens=features)["mm_embedding"][0], told(line).soft["face"]) > 1e-4, name
@@ -178,7 +188,7 @@ def test_other_pixels_are_red(name: str, defect: Callable[[Any], Any], line: Lin
 def test_pillows_own_resize_is_red(line: Line, tmp_path: Path) -> None:
     """And so is the runtime's, which is farther away: why `make run` resizes by itself."""
     file = write(tmp_path)["photograph, large"]
-    eyes = seeing.Eyes(line.root / "towers", SEES, tmp_path)
+    eyes = seeing.Eyes(line.root / "towers" / "fp32", SEES, tmp_path)
     with Image.open(file) as picture:
         other = picture.convert("RGB").resize((SEES.size, SEES.size), Image.Resampling.BILINEAR)
     other.save(tmp_path / "other.png")
@@ -247,6 +257,94 @@ def test_a_missing_adapter_is_refused(line: Line, tmp_path: Path) -> None:
     models = {name: file for name, file in sections(line).items() if name != "vision_adapter"}
     with pytest.raises(BundleError, match="vision_adapter, which is missing"):
         litertlm.write(described(line), "{}", models, tmp_path / "x.litertlm")
+
+
+# Towers in fewer bits.
+
+
+def narrowed(
+    line: Line, tower: str, precision: str, folder: Path, keep: tuple[str, ...], spoil: Callable[[Graph], None]
+) -> list[Check]:
+    """The checks on a tower in fewer bits, `spoil`ed before it is written, by the recipe's limits."""
+    count = size = 0
+    for file in (line.root / "towers" / "fp32").glob(f"{tower}_*.tflite"):
+        made = Graph.read(file)
+        for tensor, entry in enumerate(made.main.tensors):
+            if made.is_constant(tensor) and made.name(tensor).endswith(".weight"):
+                made.origins[int(entry.buffer)] = Origin(made.name(tensor))
+        senses.narrow(made, precision, Towers(keep_float16=keep))
+        spoil(made)
+        made.prune()
+        held = senses.weights(made)
+        count, size = count + held[0], size + held[1]
+        made.write(folder / file.name)
+    name, gate = f"{tower}-{precision}", load(line.recipe).gates[f"{tower}-{precision}"]
+    soft = Reference.stored(line.root / "golden", tower)
+    figures = [Measurement(metric="bytes_per_weight", name="bytes per weight", value=size / count)]
+    if tower == "vision":
+        return seeing.judge_tower(name, folder, SEES, soft, gate, folder, figures)
+    return hearing.judge_tower(name, folder, HEARS, soft, gate, folder, figures)
+
+
+def scales_moved(made: Graph) -> None:
+    """Each output by the scale of the next."""
+    for tensor, entry in enumerate(made.main.tensors):
+        if scales := made.scales(tensor):
+            entry.quantization.scale = np.roll(scales.scale, 1)
+
+
+def spectrogram_in_int8(made: Graph) -> None:
+    for operator in made.operators():
+        weight = int(operator.inputs[1]) if len(operator.inputs) > 1 else -1
+        if made.code(operator) == "FULLY_CONNECTED" and made.is_constant(weight) and made.type_of(weight) == "FLOAT32":
+            made.set_constant(weight, *rows.quantise_rows(made.blocks(weight)))
+            made.opcode("FULLY_CONNECTED", rows.LINEAR_VERSION)
+
+
+EARLY = load(PROJECT / DEFAULT_RECIPE).towers.keep_float16
+AS_IT_IS: Callable[[Graph], None] = lambda _: None  # noqa: E731
+
+
+@pytest.mark.parametrize(
+    ("tower", "precision", "keep", "spoil", "holds"),
+    [
+        ("vision", "fp16", (), AS_IT_IS, True),
+        ("audio", "fp16", (), AS_IT_IS, True),
+        ("vision", "int8", EARLY, AS_IT_IS, True),
+        ("vision", "int8", (), AS_IT_IS, False),
+        ("vision", "int8", (".",), AS_IT_IS, False),
+        ("vision", "int8", EARLY, scales_moved, False),
+        ("audio", "int8", (), AS_IT_IS, True),
+        ("audio", "int8", (), spectrogram_in_int8, False),
+    ],
+)
+def test_towers_in_fewer_bits_keep_their_limits_unless_spoilt(
+    tower: str,
+    precision: str,
+    keep: tuple[str, ...],
+    spoil: Callable[[Graph], None],
+    holds: bool,
+    line: Line,
+    tmp_path: Path,
+) -> None:
+    checks = narrowed(line, tower, precision, tmp_path, keep, spoil)
+    assert all(check.passed for check in checks) == holds, [check.sentence() for check in checks]
+
+
+@pytest.mark.parametrize("tower", KINDS)
+def test_the_stage_and_the_bundle_hold_them(tower: str, line: Line, tmp_path: Path) -> None:
+    told = manifest.read(line.root / "towers")
+    assert {*told.facts} == {f"{each}-{precision}" for each in KINDS for precision in ("fp32", "int8")}
+    whole_, few = (told.part(f"{tower}-{precision}", facts.Tower) for precision in ("fp32", "int8"))
+    assert few.stored == whole_.stored
+    assert few.weight_bytes <= 0.28 * whole_.weight_bytes == 0.28 * 4 * whole_.stored
+    made = manifest.read(line.root / "bundle")
+    sizes = {
+        precision: {part.model_type: part.size for part in made.part(precision, facts.Bundle).sections}
+        for precision in ("fp32", "int8")
+    }
+    kind = f"tf_lite_{tower}_{'encoder' if tower == 'vision' else 'encoder_hw'}"
+    assert sizes["int8"][kind] == few.sizes[f"{tower}_encoder"] < sizes["fp32"][kind]
 
 
 # What can't be converted is refused in a sentence.

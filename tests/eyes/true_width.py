@@ -32,13 +32,13 @@ def test_the_true_tower_is_hugging_faces(tmp_path: Path) -> None:
     for stage in ("fetch", "towers"):  # in processes of their own, without the weights that were drawn here
         subprocess.run([sys.executable, "-m", f"pipeline.{stage}", *common], cwd=PROJECT, check=True)
     took = json.loads((line.root / "towers" / "run.json").read_text())
-    sizes = {file.name: file.stat().st_size for file in (line.root / "towers").glob("*.tflite")}
+    sizes = {file.name: file.stat().st_size for file in (line.root / "towers" / "fp32").glob("*.tflite")}
     print({name: took[name] for name in ("seconds", "processor_seconds", "peak_anonymous", "peak_resident")}, sizes)
     files = write(tmp_path)
     chosen = {name: files[name] for name in [*files][: int(os.environ.get("PICTURES", len(files)))]}
     wanted = seeing.look(line.root / "fetch" / "checkpoint", chosen, tmp_path)
     for scratch in (tmp_path, None):  # with XNNPACK, and one in the built-in kernels
-        eyes = Eyes(line.root / "towers", Sight(size=768), scratch)
+        eyes = Eyes(line.root / "towers" / "fp32", Sight(size=768), scratch)
         errors = {name: nmse(eyes.see(chosen[name]), wanted[name]) for name in [*chosen][: None if scratch else 1]}
         print(errors)
         assert max(errors.values()) < 1e-10

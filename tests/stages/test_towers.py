@@ -117,8 +117,8 @@ def test_the_modules_hear_what_hugging_face_hears(
 
 def test_sections_and_runtime_say_what_hugging_face_says(line: Line, tmp_path: Path) -> None:
     told = Reference.stored(line.root / "golden", "audio")
-    gate = load(line.recipe).gates[hearing.TOWER]
-    checks = hearing.judge_tower(line.root / "towers", HEARS, told, gate, tmp_path)
+    gate = load(line.recipe).gates["audio-fp32"]
+    checks = hearing.judge_tower("audio-fp32", line.root / "towers" / "fp32", HEARS, told, gate, tmp_path)
     assert all(check.passed for check in checks), [check.sentence() for check in checks]
     assert all((check.value or 0.0) < 1e-8 for check in checks)
     made = line.root / "bundle" / "fp32.litertlm"
@@ -133,10 +133,10 @@ def test_another_tower_and_other_words_are_red(line: Line, tmp_path: Path) -> No
     told = Reference.stored(line.root / "golden", "audio")
     moved = {name: np.roll(rows, 1, axis=0) if len(rows) > 1 else rows + 1 for name, rows in told.soft.items()}
     shifted = dataclasses.replace(told, soft=moved)
-    checks = hearing.judge_tower(line.root / "towers", HEARS, shifted, Gate(nmse=1e-6), tmp_path)
+    checks = hearing.judge_tower("audio-fp32", line.root / "towers" / "fp32", HEARS, shifted, Gate(nmse=1e-6), tmp_path)
     assert not checks[0].passed
     shorter = dataclasses.replace(told, soft={name: rows[:-1] for name, rows in told.soft.items()})
-    checks = hearing.judge_tower(line.root / "towers", HEARS, shorter, Gate(nmse=1e-6), tmp_path)
+    checks = hearing.judge_tower("audio-fp32", line.root / "towers" / "fp32", HEARS, shorter, Gate(nmse=1e-6), tmp_path)
     assert not checks[-1].passed
     others = [dataclasses.replace(row, text=row.text + "!") for row in told.answers]
     assert differ(line, dataclasses.replace(told, answers=others), tmp_path)
@@ -167,7 +167,7 @@ def test_ears_with_a_defect_are_red(defect: str, line: Line, monkeypatch: pytest
 
 def test_the_vector_behind_a_sound_is_of_the_towers_own_table(line: Line) -> None:
     """litert-torch 0.10.0 takes the text model's, which is another vector and no error."""
-    own = Graph.read(line.root / "towers" / "end_of_audio.tflite")
+    own = Graph.read(line.root / "towers" / "fp32" / "end_of_audio.tflite")
     (row,) = [own.constant(int(tensor)) for tensor in own.main.operators[0].inputs if own.shape(int(tensor))[-1] > 1]
     reference = Ears.load(line.root / "fetch" / "checkpoint")
     with torch.inference_mode():
@@ -297,7 +297,7 @@ def test_a_missing_adapter_is_refused(line: Line, tmp_path: Path) -> None:
 
 def sections(line: Line) -> dict[str, Path]:
     text = {name: line.root / "fp32" / f"{name}.tflite" for name in ("decoder", "embedder", "per_layer_embedder")}
-    return text | {name: line.root / "towers" / f"{name}.tflite" for name in audio.SECTIONS}
+    return text | {name: line.root / "towers" / "fp32" / f"{name}.tflite" for name in audio.SECTIONS}
 
 
 def described(line: Line) -> Metadata:

@@ -57,7 +57,7 @@ def parent_of(table: Any, place: Place) -> Any:
 def is_optional(place: Place) -> bool:
     return (
         place in (("int8", "keep_float"), ("int8", "ladder"), ("bundle", "optional"))
-        or place[0] == "int4"
+        or place[0] in ("int4", "towers")
         or (place[0] == "gates" and len(place) > 1)
     )
 
@@ -408,7 +408,7 @@ def test_any_mixture_of_edits_is_refused_or_loads(tmp_path: Path, data: st.DataO
     except UsageError as error:
         assert error.remedy
     else:
-        assert set(table) | {"int4"} == set(GOOD)  # a recipe need not have that section
+        assert set(table) | {"int4", "towers"} == set(GOOD)  # a recipe need not have these sections
         assert loaded.gates and loaded.shapes.batch
 
 
