@@ -31,9 +31,10 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from pipeline.core import log, manifest, parallel, versions
+from pipeline.core.host import processor
 from pipeline.core.recipe import PROJECT
 from pipeline.models.gemma3n import ARCHITECTURE
-from pipeline.runtime.litert import StepModel, processor
+from pipeline.runtime.litert import StepModel
 from tools import bench_prefill, bench_stages, bench_stock, figures, tables, turns
 from tools.real_models import REAL_MODELS
 

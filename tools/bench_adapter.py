@@ -25,9 +25,9 @@ import torch
 from safetensors.torch import save_file
 
 from pipeline.core import log, parallel
+from pipeline.core.host import processor
 from pipeline.core.recipe import PROJECT
 from pipeline.models import architecture_for
-from pipeline.runtime.litert import processor
 from tools import tables, watched
 from tools.bench_stages import GIB
 from tools.make_random_checkpoint import GEOMETRIES, make

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core import log, parallel
-from pipeline.runtime.litert import processor
+from pipeline.core.host import processor
 from tools import watched
 
 WORD = " a"

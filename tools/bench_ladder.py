@@ -22,6 +22,7 @@ from pathlib import Path
 
 from pipeline.checkpoint.reader import open_checkpoint
 from pipeline.core import log, parallel
+from pipeline.core.host import processor
 from pipeline.core.recipe import PROJECT, STEP, Recipe, chosen, load
 from pipeline.core.stage import DEFAULT_MODEL
 from pipeline.judge import corpus, gates
@@ -29,7 +30,6 @@ from pipeline.judge.metrics import Estimate
 from pipeline.models import build
 from pipeline.quantize import gptq
 from pipeline.reference.model import HuggingFace
-from pipeline.runtime.litert import processor
 from pipeline.search import ladder
 from tools import stress, tables
 from tools.tables import Column, Measured, Row, Table, Value

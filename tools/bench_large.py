@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core import log, parallel, versions
+from pipeline.core.host import processor
 from pipeline.core.recipe import of_type
 from pipeline.planning import speed
-from pipeline.runtime.litert import processor
 from tools import bench_stages, figures, plan_fit, tables
 from tools.bench_stages import GIB, together
 from tools.make_random_checkpoint import GEOMETRIES, make

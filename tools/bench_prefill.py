@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core import log, parallel
-from pipeline.runtime.litert import processor
+from pipeline.core.host import processor
 from tools import bench_bundle, bench_stages, figures, tables, watched
 from tools.bench_bundle import medians, prompt
 from tools.bench_stock import UNJUDGED

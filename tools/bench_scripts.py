@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.core import log, parallel
+from pipeline.core.host import processor
 from pipeline.core.recipe import PROJECT, STEP
 from pipeline.core.stage import DEFAULT_MODEL
 from pipeline.judge import corpus, metrics, screening, scripts
@@ -30,7 +31,6 @@ from pipeline.judge.corpus import Positions, Tokens
 from pipeline.judge.metrics import Estimate
 from pipeline.judge.reference import Floats, Head
 from pipeline.reference.model import HuggingFace
-from pipeline.runtime.litert import processor
 from pipeline.search import ladder
 from tools import tables
 from tools.tables import Column, Measured, Row, Table, Value

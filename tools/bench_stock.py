@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pipeline.core import log, manifest, parallel
+from pipeline.core.host import processor
 from pipeline.core.recipe import PROJECT, load
-from pipeline.runtime.litert import processor
 from tools import bench_bundle, bench_stages, figures, tables
 from tools.real_models import REAL_MODELS
 

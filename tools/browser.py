@@ -20,12 +20,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.bundling.web import require_libraries
+from pipeline.core.host import processor
 from pipeline.core.recipe import DECODER, PROJECT, STEP
 from pipeline.judge.metrics import compare
 from pipeline.quantize import fixed
 from pipeline.report import tuning, verification
 from pipeline.runtime.interface import Array
-from pipeline.runtime.litert import FixedStep, processor
+from pipeline.runtime.litert import FixedStep
 from pipeline.runtime.litert_lm import LmRuntime
 from pipeline.runtime.sections import Conversation, Sections
 from pipeline.tflite.graph import Graph

@@ -20,8 +20,8 @@ from typing import Any
 
 from pipeline.bundling.web import require_libraries
 from pipeline.core import parallel
+from pipeline.core.host import processor
 from pipeline.judge import recorded
-from pipeline.runtime.litert import processor
 from pipeline.runtime.litert_lm import LmRuntime
 from pipeline.runtime.sections import Sections
 from tools import tables

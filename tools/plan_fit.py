@@ -23,11 +23,11 @@ from pathlib import Path
 from pipeline.core import log, manifest, parallel
 from pipeline.core.facts import Golden
 from pipeline.core.graph import model_name
+from pipeline.core.host import processor
 from pipeline.core.recipe import load
 from pipeline.planning import speed
 from pipeline.planning.model import Model, look
 from pipeline.planning.needs import FITTED, MODELLED, NEEDS, factors
-from pipeline.runtime.litert import processor
 from tools import tables
 from tools.tables import Column, Measured, Row, Table, Value
 

@@ -28,11 +28,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.core import log, parallel
+from pipeline.core.host import processor
 from pipeline.core.recipe import PROJECT, RECIPES, load
 from pipeline.judge import metrics
 from pipeline.judge.metrics import Summary
 from pipeline.judge.reference import Head, Reference
-from pipeline.runtime.litert import processor
 from pipeline.runtime.sections import Conversation, Sections
 from tools import figures, tables
 from tools.bench_bundle import WORD, Work, measure_apart, medians

@@ -25,8 +25,8 @@ from hashlib import sha256
 from pathlib import Path
 
 from pipeline.core import log, parallel
+from pipeline.core.host import processor
 from pipeline.core.recipe import PROJECT
-from pipeline.runtime.litert import processor
 from tools import make_random_checkpoint, tables
 from tools.bench_large import CHANGES
 from tools.make_random_checkpoint import GEOMETRIES

@@ -15,6 +15,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 
+from pipeline.core import host
+
 _BUFFER = 8 << 20
 """Bytes that are written at a time."""
 _BUFFERS = 4
@@ -34,11 +36,7 @@ class DirectFile:
         Raises:
             OSError: as `open`.
         """
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
-        try:
-            self._descriptor = os.open(file, flags | os.O_DIRECT, 0o666)
-        except OSError:
-            self._descriptor = os.open(file, flags, 0o666)
+        self._descriptor = host.open_direct(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         self._digest = hashlib.sha256()
         self._hasher, self._writer = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
         # Of pages: what Python's own memory begins at is no multiple of anything.

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from contextvars import Context, ContextVar, copy_context
 from typing import TypeVar
 
+from pipeline.core import host
 from pipeline.core.errors import UsageError
 
 Part = TypeVar("Part")
@@ -41,8 +42,7 @@ def threads(default: int | None = None) -> int:
     if (limit := _limit.get()) is not None:
         return limit
     wanted = os.environ.get("OMP_NUM_THREADS", "")
-    # sched_getaffinity and not cpu_count: in a container or under taskset there are fewer.
-    return int(wanted) if wanted.isdecimal() and int(wanted) else default or len(os.sched_getaffinity(0))
+    return int(wanted) if wanted.isdecimal() and int(wanted) else default or host.cores()
 
 
 def local_workers(cluster: str) -> int | None:

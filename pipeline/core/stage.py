@@ -18,7 +18,6 @@ import os
 import platform
 import shutil
 import signal
-import sys
 import threading
 import time
 import traceback
@@ -28,7 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from pipeline.core import graph, log, manifest, process, records, versions
+from pipeline.core import graph, host, log, manifest, process, records, versions
 from pipeline.core.errors import PipelineError, ResourceError
 from pipeline.core.graph import Towers
 from pipeline.core.manifest import Fact, Manifest, Source
@@ -359,10 +358,9 @@ class Usage:
 
     def sample(self) -> None:
         """Read the memory in use now."""
-        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
-        sizes = {row.split(":")[0]: int(row.split()[1]) * 1024 for row in status.splitlines() if row.endswith("kB")}
-        self.peak_resident = max(self.peak_resident, sizes.get("VmRSS", 0))
-        self.peak_anonymous = max(self.peak_anonymous, sizes.get("RssAnon", 0))
+        resident, anonymous = host.memory_held()
+        self.peak_resident = max(self.peak_resident, resident)
+        self.peak_anonymous = max(self.peak_anonymous, anonymous)
 
     def facts(self) -> dict[str, manifest.Fact]:
         """What goes to `run.json`; sizes in bytes."""
@@ -390,15 +388,13 @@ def _measure() -> Iterator[Usage]:
         while not stop.wait(0.1):
             usage.sample()
 
-    watcher = threading.Thread(target=watch, daemon=True) if sys.platform == "linux" else None
-    if watcher:
-        usage.sample()
-        watcher.start()
+    watcher = threading.Thread(target=watch, daemon=True)
+    usage.sample()
+    watcher.start()
     try:
         yield usage
     finally:
         stop.set()
-        if watcher:
-            watcher.join()
+        watcher.join()
         usage.seconds = time.monotonic() - usage.started
         usage.processor_seconds = sum(os.times()[:4])

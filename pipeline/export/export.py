@@ -8,7 +8,6 @@ constants from the start.
 
 from __future__ import annotations
 
-import mmap
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,15 +20,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
+from pipeline.core import host
 from pipeline.core.errors import ExportError
 from pipeline.tflite.graph import Graph, text
 from pipeline.tflite.weights import PREFIX
 
 if TYPE_CHECKING:
     from torch.export import Dim
-
-_NO_RESERVE = 0x4000
-"""MAP_NORESERVE of Linux, which Python's mmap names from 3.13 on."""
 
 Vector = Callable[[str], Tensor]
 Dimensions = Mapping[str, Mapping[int, tuple[str, int, int]]]
@@ -155,9 +152,7 @@ def _example(shape: torch.Size) -> Tensor:
 
     It takes no memory, and none is set aside for it: a table of 9 GB is refused on a smaller machine otherwise.
     """
-    # MAP_NORESERVE: else the kernel refuses what is larger than its memory, although no page of it is ever touched.
-    room = mmap.mmap(-1, 4 * shape.numel(), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE)
-    return torch.frombuffer(room, dtype=torch.float32).view(shape)
+    return torch.frombuffer(host.unreserved(4 * shape.numel()), dtype=torch.float32).view(shape)
 
 
 def _add(converter: Converter, signature: Signature) -> Converter:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.core import manifest, parallel
-from pipeline.runtime.litert import processor
+from pipeline.core.host import processor
 
 FILE = ".speed.json"
 """Beside the models' artefact folders: of a machine it is measured once."""

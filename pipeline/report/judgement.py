@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import cast
 
-from pipeline.core import log, manifest, parallel, versions
+from pipeline.core import host, log, manifest, parallel, versions
 from pipeline.core.errors import VerificationError
 from pipeline.core.facts import Bundle, Fetch, Golden
 from pipeline.core.judgement import Report
@@ -109,7 +109,7 @@ def write_report(context: Context, judgement: Mapping[str, object], verdicts: Se
         "sequences": sequences,
         "machine": {
             "system": platform.platform(),
-            "processor": litert.processor(),
+            "processor": host.processor(),
             "cores": os.cpu_count(),
             "threads": parallel.threads(),
         },

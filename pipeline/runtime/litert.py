@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import math
 import os
-import platform
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -194,14 +193,6 @@ def standard_error(target: int) -> Iterator[None]:
     finally:
         os.dup2(saved, 2)
         os.close(saved)
-
-
-def processor() -> str:
-    """The processor's name, from the kernel."""
-    file = Path("/proc/cpuinfo")
-    rows = file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []
-    names = [row.partition(":")[2].strip() for row in rows if row.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 class StepModel:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import time
 from dataclasses import asdict
 
-from pipeline.core import parallel, versions
+from pipeline.core import host, parallel, versions
 from pipeline.core.recipe import Recipe
-from pipeline.runtime import litert
 from pipeline.search import halving
 from pipeline.search.candidates import Candidate
 from pipeline.search.groups import Group
@@ -27,7 +26,7 @@ def report(study: Study, recipe: Recipe, model: str, minutes: float) -> dict[str
         "section": study.space.section,
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "tools": versions.installed(),
-        "processor": litert.processor(),
+        "processor": host.processor(),
         "threads": parallel.threads(),
         "minutes": minutes,
         "seconds": round(bench.clock.seconds - bench.clock.left()),

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import re
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -67,7 +67,7 @@ def test_threads_are_counted_in_one_place() -> None:
     files = sorted((PROJECT / "pipeline").rglob("*.py"))
     found = {file.relative_to(PROJECT / "pipeline").as_posix(): counters(file.read_text("utf-8")) for file in files}
     assert {name: calls for name, calls in found.items() if calls} == {
-        "core/parallel.py": ["os.sched_getaffinity"],
+        "core/host.py": ["os.sched_getaffinity", "os.cpu_count"],
         "core/stage.py": ["os.cpu_count"],
         "report/judgement.py": ["os.cpu_count"],
     }
@@ -91,5 +91,5 @@ def test_blas_has_one_thread_while_rows_are_rounded_and_as_many_as_before_afterw
 
 def test_one_thread_per_core_if_nobody_says(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(parallel, "os", SimpleNamespace(environ={}, sched_getaffinity=lambda _process: set(range(12))))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _process: set(range(12)))
     assert parallel.threads() == 12

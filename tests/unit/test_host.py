@@ -1,0 +1,54 @@
+"""What only Linux has is asked for in one file, which has a plain way for elsewhere."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from pathlib import Path
+
+import pytest
+
+from pipeline.core import host, memory
+from pipeline.core.recipe import PROJECT
+
+LINUX_ONLY = re.compile(
+    r"/proc/|/sys/|\bcgroup|O_DIRECT|NO_?RESERVE|malloc_trim|prctl|sched_|fadvise|fallocate|memfd|sys\.platform|\bCDLL\("
+)
+
+
+def test_one_file_knows_what_linux_is() -> None:
+    files = (PROJECT / "pipeline").rglob("*.py")
+    found = [file.name for file in files if LINUX_ONLY.search(file.read_text(encoding="utf-8"))]
+    assert found == ["host.py"]
+
+
+@pytest.fixture
+def elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "LINUX", False)
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.delattr(os, "O_DIRECT")
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_elsewhere_all_cores_and_the_whole_machine_s_memory_count() -> None:
+    assert host.cores() == os.cpu_count()
+    assert memory.available() == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert host.processor() == platform.machine()
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_elsewhere_the_most_that_was_resident_stands_for_what_is_held() -> None:
+    resident, anonymous = host.memory_held()
+    assert resident == anonymous > 10 << 20
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_elsewhere_files_are_written_through_the_page_cache_and_room_is_room(tmp_path: Path) -> None:
+    descriptor = host.open_direct(tmp_path / "file", os.O_WRONLY | os.O_CREAT)
+    assert os.write(descriptor, b"odd") == 3  # not a multiple of what a direct write must be
+    os.close(descriptor)
+    room = host.unreserved(1 << 20)
+    room[-1:] = b"x"
+    assert len(room) == 1 << 20
+    host.trim()
