@@ -418,12 +418,23 @@ def image(session: nox.Session) -> None:
 
     An engine is started, and ended again, where none runs.
     """
+    judge_image(session, "cpu")
+
+
+@nox.session(venv_backend="none", default=False)
+def image_cuda(session: nox.Session) -> None:
+    """The same of the image with CUDA's torch, whose main job runs on the CPU: 30 GB of disk while it runs."""
+    judge_image(session, "cuda")
+
+
+def judge_image(session: nox.Session, lock: str) -> None:
+    """The image of a lock, and its files against the host's."""
     results = ROOT / "artifacts" / "in-container"
     shutil.rmtree(results, ignore_errors=True)
     # Not verify and publish: their papers name versions, and the container's Python may be another 3.11.
     session.run("make", "golden", "fp16", "int8-static", "bundle", external=True)
     python(session, "-m", "tools.planned", "--judge", "memory")
-    python(session, "-m", "tools.bench_image", str(results))
+    python(session, "-m", "tools.bench_image", str(results), "--lock", lock)
     compare_models(session, ROOT / "artifacts", results)
     shutil.rmtree(results)
 

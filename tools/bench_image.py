@@ -1,9 +1,9 @@
 """Build the image, run the main job in it, try its entry point, look into its layers; `bench/` gets a table of it.
 
-    python -m tools.bench_image RESULTS
+    python -m tools.bench_image RESULTS [--lock cuda]
 
-`nox -s image` runs it and compares RESULTS with the host's. An engine is started where none runs. The exit code is 1 if
-the image is larger than it may be or holds what it must not.
+`nox -s image` runs it and compares RESULTS with the host's, `nox -s image_cuda` that with CUDA's torch, on the CPU. An
+engine is started where none runs. The exit code is 1 if the image is larger than it may be or holds what it must not.
 """
 
 from __future__ import annotations
@@ -26,9 +26,8 @@ from pipeline.core import log, stage
 from pipeline.core.recipe import PROJECT
 from tools import engine, figures, image_scan, tables
 
-IMAGE = "hf-to-litert"
-LARGEST = 2.0e9
-"""Bytes that the CPU image may have, as the engine counts them."""
+LARGEST = {"cpu": 2.0e9, "cuda": 8.0e9}
+"""Bytes that the image of a lock may have, as the engine counts them."""
 SOON = 8
 """Seconds; after ten, `docker stop` kills."""
 SAME = ("outputs", "facts", "source", "tools")
@@ -50,19 +49,21 @@ def timed(env: Mapping[str, str], *command: str) -> float:
 
 def measure(env: Mapping[str, str], results: Path) -> dict[str, float | str]:
     """Build the image and run the main job in it, offline and read-only: seconds, and bytes of the image."""
-    build = timed(env, "make", "image", f"IMAGE={IMAGE}")
-    job = timed(env, *in_image("all", mounted=results))
-    inspect = ("docker", "image", "inspect", "--format", "{{.Size}}", IMAGE)
+    build = timed(env, "make", "image")
+    job = timed(env, *in_image(env, "all", mounted=results))
+    inspect = ("docker", "image", "inspect", "--format", "{{.Size}}", env["IMAGE"])
     size = int(subprocess.run(inspect, env=env, stdout=subprocess.PIPE, check=True).stdout)
     log.line(f"image: built in {build:.0f} s, main job in {job:.0f} s, {log.human_bytes(size)}")
     cores = os.cpu_count() or 1
     return {"date": time.strftime("%Y-%m-%d"), "cores": cores, "build": build, "job": job, "size": size}
 
 
-def in_image(*words: str, mounted: Path | None = None, options: Sequence[str] = ()) -> list[str]:
-    """The command that runs `words` in the image, without a network and on a read-only root."""
+def in_image(
+    env: Mapping[str, str], *words: str, mounted: Path | None = None, options: Sequence[str] = ()
+) -> list[str]:
+    """The command that runs `words` in the image that `env` names, without a network and on a read-only root."""
     mount = ("-v", f"{mounted}:/artifacts") if mounted else ()
-    return ["docker", "run", "--rm", "--network=none", "--read-only", *mount, *options, IMAGE, *words]
+    return ["docker", "run", "--rm", "--network=none", "--read-only", *mount, *options, env["IMAGE"], *words]
 
 
 def entry_faults(env: Mapping[str, str], results: Path) -> Iterator[str]:
@@ -73,7 +74,7 @@ def entry_faults(env: Mapping[str, str], results: Path) -> Iterator[str]:
         yield f"{others[0]} does not belong to user {owner}, as the mounted folder does"
 
     def said(*words: str, **run: Any) -> tuple[int, str]:
-        command = in_image(*words, **run)
+        command = in_image(env, *words, **run)
         done = subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         return done.returncode, done.stdout
 
@@ -106,8 +107,8 @@ def entry_faults(env: Mapping[str, str], results: Path) -> Iterator[str]:
 
 def signal_faults(env: Mapping[str, str], sent: str) -> Iterator[str]:
     """What is wrong with how the image ends at a signal, which the engine sends to its first process alone."""
-    name = f"{IMAGE}-{secrets.token_hex(4)}"
-    command = in_image("python", "-c", "import time; print(flush=True); time.sleep(60)", options=("--name", name))
+    name = f"signalled-{secrets.token_hex(4)}"
+    command = in_image(env, "python", "-c", "import time; print(flush=True); time.sleep(60)", options=("--name", name))
     with subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.readline()
@@ -123,16 +124,16 @@ def cluster_faults(env: Mapping[str, str]) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    names = [f"{IMAGE}-{role}-{secrets.token_hex(4)}" for role in ("scheduler", "worker")]
+    names = [f"{role}-{secrets.token_hex(4)}" for role in ("scheduler", "worker")]
     with tempfile.TemporaryDirectory() as scratch:
         mounted = ("--network=host", "--read-only", "-v", f"{scratch}:/artifacts")
         host, port = address.split(":")
         words = (["scheduler", "--host", host, "--port", port], ["worker", f"tcp://{address}"])
         try:
             for name, command in zip(names, words, strict=True):
-                start = ["docker", "run", "--detach", "--rm", "--name", name, *mounted, IMAGE, *command]
+                start = ["docker", "run", "--detach", "--rm", "--name", name, *mounted, env["IMAGE"], *command]
                 subprocess.run(start, env=env, stdout=subprocess.DEVNULL, check=True)
-            asked = ["docker", "run", "--rm", *mounted, IMAGE, "golden", f"CLUSTER=tcp://{address}"]
+            asked = ["docker", "run", "--rm", *mounted, env["IMAGE"], "golden", f"CLUSTER=tcp://{address}"]
             done = subprocess.run(asked, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         finally:
             subprocess.run(["docker", "kill", *names], env=env, capture_output=True)
@@ -143,7 +144,7 @@ def cluster_faults(env: Mapping[str, str]) -> Iterator[str]:
 def ways_differ(env: Mapping[str, str], results: Path) -> Iterator[str]:
     """What a stage by `make IN=docker` made otherwise than the main job did."""
     with tempfile.TemporaryDirectory() as scratch:
-        timed(env, "make", "fetch", "IN=docker", f"IMAGE={IMAGE}", f"ARTIFACTS={scratch}")
+        timed(env, "make", "fetch", "IN=docker", f"ARTIFACTS={scratch}")
         papers = [folder / "tiny-gemma3n" / "fetch" / "manifest.json" for folder in (Path(scratch), results)]
         one, other = (json.loads(file.read_text(encoding="utf-8")) for file in papers)
     yield from (f"its {key} in fetch is not `make IN=docker`'s" for key in SAME if one[key] != other[key])
@@ -155,6 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure and look; 1 if the image may not be so."""
     parser = argparse.ArgumentParser(prog="python -m tools.bench_image", description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("results", type=Path, help="where the main job in the image puts its files")
+    parser.add_argument("--lock", choices=[*LARGEST], default="cpu", help="which torch it has (default: %(default)s)")
     arguments = parser.parse_args(argv)
     secret = f"build secret {secrets.token_hex(16)}"
     with tempfile.NamedTemporaryFile("w", suffix=".crt") as certificates:
@@ -166,15 +168,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.results.mkdir(parents=True)
         if os.geteuid() == 0:
             os.chown(arguments.results, OWNER, OWNER)
-        with engine.engine() as env:
+        with engine.engine() as started:
+            env = engine.with_flags(started, [f"--build-arg=LOCK={arguments.lock}"])
+            env["IMAGE"] = "hf-to-litert" if arguments.lock == "cpu" else f"hf-to-litert-{arguments.lock}"
             found = measure(env, arguments.results.absolute())
             faults = [*entry_faults(env, arguments.results), *ways_differ(env, arguments.results)]
             faults += cluster_faults(env)
-            faults += image_scan.scan(IMAGE, secret, env)
-    tables.write_all(figures.image(found))
-    faults += [f"it is larger than {log.human_bytes(LARGEST)}"] if float(found["size"]) > LARGEST else []
+            faults += image_scan.scan(env["IMAGE"], secret, env)
+    made = figures.image(found, arguments.lock)
+    tables.write_all({name: tables.joined(tables.read(tables.BENCH / f"{name}.json"), made[name]) for name in made})
+    largest = LARGEST[arguments.lock]
+    faults += [f"it is larger than {log.human_bytes(largest)}"] if float(found["size"]) > largest else []
     for fault in faults:
-        log.line(f"error: {IMAGE}: {fault}")
+        log.line(f"error: {arguments.lock} image: {fault}")
     return int(bool(faults))
 
 

@@ -141,10 +141,13 @@ def test_rows_that_were_not_measured_again_stay_with_how_they_were() -> None:
     assert [(row.measured or found.measured).date for row in found.rows] == ["2026-11-24", "2026-11-29", "2026-11-29"]
 
 
-def test_the_image_is_one_row() -> None:
+def test_an_image_is_one_row() -> None:
     found = {"date": "2026-11-29", "cores": 2, "build": 41.2, "job": 420.0, "size": 1.99e9}
     (table,) = figures.image(found).values()
     assert tables.markdown(table)[2] == "| CPU image | 1.99 GB | 41 s | 7.0 min |"
+    (both,) = (tables.joined(table, other) for other in figures.image({**found, "size": 6.5e9}, "cuda").values())
+    assert tables.markdown(both)[2:] == ["| CPU image | 1.99 GB | 41 s | 7.0 min |", "| CUDA image | 6.50 GB | – | – |"]
+    assert ["image_cuda" in way for way in tables.origins(both)] == [False, True]
 
 
 def score(value: float) -> dict[str, float]:
