@@ -4,12 +4,15 @@
 FOLDER becomes the root of a system as such a release's base image has it, with what README asks for (its own Python
 with venv, make) and git, and a clone of the project in /project. Each TARGET is a `make` in it, with nothing of this
 machine but its network, its certificates and pip's trust in them. The clone stays, to be looked at.
+
+All of it runs in namespaces of its own: ended by a signal, it leaves no process and no mount.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -27,17 +30,16 @@ NEEDED = "python3,python3-venv,make,git,ca-certificates"
 """README's, and git for the clone."""
 KEPT = ("PIP_CERT", "PIP_DEFAULT_TIMEOUT", "OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")
 """What of this machine's environment is about its network and its processor, which the system below shares."""
-MOUNTS = """mount --rbind /dev "$0/dev"
-mount --rbind /sys "$0/sys"
-mount -t proc proc "$0/proc"
-exec chroot "$0" "$@"
-"""
+ALONE = "FRESH_HOST_ALONE"
+"""Set where this runs in namespaces of its own."""
 
 
 def main(words: Sequence[str]) -> int:
     """Make the system and run each target; the exit code of the first that fails."""
     if len(words) < 3 or words[0] not in SUITES:
         sys.exit(__doc__)
+    if ALONE not in os.environ:
+        return alone([sys.executable, __file__, *words])
     name, folder, targets = words[0], Path(words[1]).absolute(), words[2:]
     engine.install({engine.DEBOOTSTRAP: "mmdebstrap"})
     install(name, folder)
@@ -48,6 +50,13 @@ def main(words: Sequence[str]) -> int:
         if code:
             return code
     return 0
+
+
+def alone(command: Sequence[str]) -> int:
+    """Run `command` in namespaces of its own: what it mounts and starts ends with it, and it with this process."""
+    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
+    namespaces = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    return subprocess.run([*namespaces, *command], env={**os.environ, ALONE: "yes"}).returncode
 
 
 def install(name: str, folder: Path) -> None:
@@ -64,6 +73,8 @@ def install(name: str, folder: Path) -> None:
     if engine.CERTIFICATES.is_file():
         shutil.copyfile(engine.CERTIFICATES, folder / engine.CERTIFICATES.relative_to("/"))
     engine.run("git", "clone", "--quiet", "--no-hardlinks", PROJECT, folder / "project")
+    for shared in ("dev", "sys", "proc"):
+        engine.run("mount", "--rbind", f"/{shared}", folder / shared)
 
 
 def strap(suite: str, folder: Path, variant: str, packages: str, *where: str) -> None:
@@ -75,12 +86,11 @@ def strap(suite: str, folder: Path, variant: str, packages: str, *where: str) ->
 
 
 def inside(folder: Path, *command: str) -> subprocess.CompletedProcess[bytes]:
-    """Run `command` in the system below `folder`, in a process tree that ends with it."""
+    """Run `command` in the system below `folder`."""
     kept = [f"{name}={os.environ[name]}" for name in KEPT if name in os.environ]
     path = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
     clean = ["env", "-i", path, "HOME=/root", "LANG=C.UTF-8", *kept]
-    alone = ["unshare", "--mount", "--pid", "--fork", "--kill-child"]
-    return subprocess.run([*alone, "sh", "-ec", MOUNTS, str(folder), *clean, *command], stdin=subprocess.DEVNULL)
+    return subprocess.run(["chroot", str(folder), *clean, *command], stdin=subprocess.DEVNULL)
 
 
 if __name__ == "__main__":
