@@ -42,7 +42,7 @@ RUN --mount=type=bind,source=locks,target=/locks \
     && find "${site}" -type f -regex '.*\.\(a\|c\|cc\|cpp\|cuh\|h\|hpp\|pxd\|pyi\|pyx\)' -delete \
     && python3.11 /tools/strip_libraries.py "${site}"
 
-COPY locks/cpu.txt locks/cuda.txt /app/locks/
+COPY locks/cpu.txt locks/cuda.txt locks/macos.txt /app/locks/
 COPY examples /app/examples
 COPY pipeline /app/pipeline
 COPY LICENSE README.md Makefile /app/

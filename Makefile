@@ -42,13 +42,14 @@ THREADS ?=#: threads of the stages (default: one per core; one per worker of CLU
 CLUSTER ?=#: whose workers compute golden, verify, evaluate and tune: a Dask scheduler (tcp://host:8786), or local:N processes on this machine
 SERVE ?=#: yes: `make page` also shows the page on this machine, until Ctrl-C
 IN ?=#: docker: run the stages in the project's container (inside it, image)
-LOCK ?= $(if $(TORCH_INDEX),cpu,auto)#: cpu, cuda or auto: which torch `.venv` gets (auto: cpu if pip finds it, else PyPI's CUDA build)
+LOCK ?= $(if $(TORCH_INDEX),cpu,auto)#: cpu, cuda, macos or auto: which torch `.venv` gets (auto: macos there; else cpu if pip finds it, else PyPI's CUDA build)
 TORCH_INDEX ?=#: package index with torch's CPU build, e.g. https://download.pytorch.org/whl/cpu
 PYTHON ?=#: the Python, 3.11 to 3.13, that makes `.venv` (default: the first of python3.11, 3.12, 3.13 and python3 that is one)
 IMAGE ?= hf-to-litert#: name of the container image; one with a digest (name@sha256:…) is pulled, not built
 IMAGE_FLAGS ?=#: more options of `docker build`, e.g. --build-arg LOCK=cuda
 NETWORK ?= bridge#: container network of what downloads or uploads
 
+$(if $(filter 3.%,$(MAKE_VERSION)),$(error GNU make 4 is needed, this is $(MAKE_VERSION): on macOS, brew install make, then say gmake))
 # What a user sets is a name and no text of Make, which would run $(shell …) in a folder's name, also under -n.
 define NEWLINE
 
@@ -201,7 +202,7 @@ help: ## list targets and settings
 
 # The lock that .venv was made from stands in the first line of .ready.
 INSTALLED := $(shell sed -n '1s/^lock //p' .venv/.ready 2>/dev/null)
-.venv/.ready: locks/cpu.txt locks/cuda.txt locks/dev.txt tools/setup.sh $(if $(filter auto $(INSTALLED),$(LOCK)),,CHANGED)
+.venv/.ready: locks/cpu.txt locks/cuda.txt locks/macos.txt locks/dev.txt tools/setup.sh $(if $(filter auto $(INSTALLED),$(LOCK)),,CHANGED)
 	@PYTHON=$(PYTHON) TORCH_INDEX=$(call QUOTE,$(TORCH_INDEX)) tools/setup.sh .venv $(call QUOTE,$(LOCK))
 
 # Beside what set-up installs: the same versions of what both have; what the reference sees by in a folder of its own.

@@ -21,9 +21,12 @@ ROOT = Path(__file__).parent
 BIN = ROOT / ".venv" / "bin"
 BESIDE = ("peft", "qat", "vision")
 """Locks of what lies in a folder beside `.venv`, without what that has."""
+LINUX, MACOS, MACOS_14 = "x86_64-manylinux_2_28", "aarch64-apple-darwin", {"MACOSX_DEPLOYMENT_TARGET": "14.0"}
+"""What locks are for, as uv calls it, and what uv is told by the environment: torch's wheels are for macOS 14."""
 LOCKS = (
     "cpu",
     "cuda",
+    "macos",
     "dev",
     "cluster",
     "uv",
@@ -541,11 +544,12 @@ def lock(session: nox.Session) -> None:
     source = ("--find-links", links) if links else ("--index", TORCH_INDEX, "--index-strategy", "unsafe-best-match")
     for name in session.posargs or LOCKS:
         command = [str(BIN / "uv"), "pip", "compile", "--quiet", "--upgrade", "--generate-hashes"]
-        command += ["--python-version", "3.11", "--python-platform", "x86_64-manylinux_2_28", "--only-binary", ":all:"]
+        command += ["--python-version", "3.11", "--python-platform", MACOS if name == "macos" else LINUX]
+        command += ["--only-binary", ":all:"]
         command += ["--no-emit-find-links", "--no-emit-index-url", *(source if name in ("cpu", "stock") else ())]
         command += ["--no-deps"] if name in BESIDE else []
         command += [f"locks/{name}.in", "--output-file", f"locks/{name}.txt"]
-        session.run(*command, external=True, env={"UV_CUSTOM_COMPILE_COMMAND": "nox -s lock"})
+        session.run(*command, external=True, env={"UV_CUSTOM_COMPILE_COMMAND": "nox -s lock", **MACOS_14})
     session.notify("lock_check", session.posargs)
 
 
@@ -553,6 +557,9 @@ def lock(session: nox.Session) -> None:
 def lock_check(session: nox.Session) -> None:
     """Prove the locks: pip installs each into a fresh environment, hashes required, and finds nothing in conflict."""
     for name in session.posargs or LOCKS:
+        if name == "macos":
+            elsewhere(session, name)
+            continue
         with tempfile.TemporaryDirectory() as scratch:
             session.run("python", "-m", "venv", scratch)
             fresh = f"{scratch}/bin/python"
@@ -563,3 +570,16 @@ def lock_check(session: nox.Session) -> None:
             index = ("--extra-index-url", os.environ["TORCH_INDEX"]) if os.environ.get("TORCH_INDEX") else ()
             session.run(fresh, "-m", "pip", "install", *options, *index, *requirements, external=True)
             session.run(fresh, "-m", "pip", "check", external=True)
+
+
+def elsewhere(session: nox.Session, name: str) -> None:
+    """Prove a lock for a host that this is not: for each Python it is whole, says uv, and pip gets every wheel."""
+    locks = [part for lock in (name, "dev", "cluster") for part in ("-r", f"locks/{lock}.txt")]
+    options = ("--quiet", "--require-hashes", "--only-binary=:all:")
+    with tempfile.TemporaryDirectory() as scratch:
+        for version in ("3.11", "3.12", "3.13"):
+            told = (*options, "--python-version", version, *locks)
+            whole = ("install", "--dry-run", "--no-cache", "--python-platform", MACOS, "--target", scratch)
+            session.run(str(BIN / "uv"), "pip", *whole, *told, external=True, env=MACOS_14)
+            wheels = ("download", "--no-deps", "--platform", "macosx_14_0_arm64", "--dest", scratch)
+            session.run("python", "-m", "pip", *wheels, *told)

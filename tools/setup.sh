@@ -3,17 +3,21 @@
 #
 # cpu     torch built for CPUs, from where pip is told to look: its own configuration, or TORCH_INDEX (a package index)
 # cuda    PyPI's build of torch, which brings the CUDA libraries and runs on CPUs as well
-# auto    cpu if pip finds that build, else cuda
+# macos   PyPI's build of torch for macOS on arm64
+# auto    on macOS macos; else cpu if pip finds that build, else cuda
 # others  alone: beside the right to publish, or to sign, whatever is installed could run
 #
 # PYTHON names the interpreter (default: the first that fits of python3.11, python3.12, python3.13, python3; the locks are
 # the same for all). FOLDER/.ready is written last; it holds what was installed.
+#
+# macOS has bash 3.2: no index from the end, no empty array under `set -u`.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 folder=$1
 lock=$2
 python=''
+machine=$(uname -sm)
 
 die() { # what, cause, remedy: as pipeline.core.errors prints them
     printf 'error: %s\n  cause: %s\n  do:    %s\n' "$1" "$2" "$3" >&2
@@ -21,10 +25,17 @@ die() { # what, cause, remedy: as pipeline.core.errors prints them
 }
 
 check_machine() {
-    [[ "$(uname -sm)" == "Linux x86_64" ]] || die \
-        "the locked environment is for Linux on x86-64, this is $(uname -sm)" \
-        "litert-converter has wheels for few platforms and the locks name one" \
-        "use a container: put IN=docker behind make (make IN=docker int8)"
+    case "$machine $lock" in
+        "Linux x86_64 macos" | "Darwin arm64 cpu" | "Darwin arm64 cuda") die \
+            "locks/$lock.txt is not for this machine, $machine" \
+            "torch is another file on Linux than on macOS" \
+            "leave LOCK= and TORCH_INDEX= out: make setup" ;;
+        "Linux x86_64 "* | "Darwin arm64 "*) ;;
+        *) die \
+            "the locked environments are for Linux on x86-64 and macOS on arm64, this is $machine" \
+            "litert-converter has wheels for few platforms" \
+            "use a container: put IN=docker behind make (make IN=docker int8)" ;;
+    esac
 }
 
 find_python() { # the first that the locks are for and that can make environments
@@ -51,16 +62,20 @@ for_311() { # PyTorch's index has CPU builds for the others too; their hashes ar
 
 locks() { # the files that the environment of a lock is made from: tests and linters belong to those with torch
     echo "locks/$1.txt"
-    [[ "$1" != cpu && "$1" != cuda ]] || echo locks/dev.txt
+    case $1 in cpu | cuda | macos) echo locks/dev.txt ;; esac
 }
 
 fingerprint() { # of what would be installed
     printf 'lock %s\n' "$1"
-    locks "$1" | xargs sha256sum
+    if command -v sha256sum >/dev/null; then locks "$1" | xargs sha256sum; else locks "$1" | xargs shasum -a 256; fi
 }
 
 find_lock() { # which lock `auto` means here
     local torch
+    if [[ "$machine" == Darwin* ]]; then
+        echo macos
+        return
+    fi
     if ! for_311; then
         echo "setup: torch's CPU build is locked for Python 3.11 alone, so PyPI's build of it is installed: it runs on CPUs too, but is 6 GB." >&2
         echo cuda
@@ -79,9 +94,9 @@ find_lock() { # which lock `auto` means here
 as_pip_does() { # uv reads nothing of pip's configuration: where to look (hashes guard what comes from there), whom to trust
     local setting value word words
     while IFS='=' read -r setting value; do
-        value=${value:1:-1} # out of its quotes
+        value=${value:1:${#value}-2} # out of its quotes
         read -ra words <<<"${value//\\n/ }"
-        for word in "${words[@]}"; do
+        for word in ${words[@]+"${words[@]}"}; do
             case $setting in
                 *.index-url) export UV_DEFAULT_INDEX=$word ;;
                 *.extra-index-url) where+=(--extra-index-url "$word") ;;
@@ -95,12 +110,12 @@ as_pip_does() { # uv reads nothing of pip's configuration: where to look (hashes
 by_uv() { # its cache goes with the scratch: what it has unpacked once, it never hashes again
     local scratch=$1 where=()
     as_pip_does
-    "$scratch/bin/uv" pip install --python "$folder/bin/python" --cache-dir "$scratch/cache" --compile-bytecode "${quiet[@]}" \
-        --require-hashes --only-binary=:all: --index-strategy=unsafe-best-match "${where[@]}" "${@:2}"
+    "$scratch/bin/uv" pip install --python "$folder/bin/python" --cache-dir "$scratch/cache" --compile-bytecode ${quiet[@]+"${quiet[@]}"} \
+        --require-hashes --only-binary=:all: --index-strategy=unsafe-best-match ${where[@]+"${where[@]}"} "${@:2}"
 }
 
 by_pip() {
-    "$folder/bin/pip" install --require-hashes --only-binary=:all: --disable-pip-version-check --no-input "${quiet[@]}" "$@" || die \
+    "$folder/bin/pip" install --require-hashes --only-binary=:all: --disable-pip-version-check --no-input ${quiet[@]+"${quiet[@]}"} "$@" || die \
         "pip could not install locks/$lock.txt" \
         "no network to the package index, a full disk, or an index that lacks a locked file (the lines above say which)" \
         "run the same command again: nothing half-made is used$([[ $lock != cpu ]] || echo '; or make setup LOCK=cuda')"

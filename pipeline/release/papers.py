@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
+from pipeline.core import host
 from pipeline.core.facts import Fetch, Ladder, Precision
 from pipeline.core.manifest import dump_json
 from pipeline.core.recipe import PROJECT
@@ -39,8 +41,14 @@ def _bill(context: Context, files: Mapping[str, str], terms: str) -> str:
     held = {record.path.removeprefix("fetch/checkpoint/"): record.sha256 for record in fetched.outputs}
     base = sbom.Model(name=fetched.model, version=fetched.revision, files=held, licence=fetched.told(Fetch).licence)
     made = sbom.Model(name=context.root.name, version=context.recipe.sha256, files=files, licence=terms)
-    lock = PROJECT / "locks" / ("cpu.txt" if tools.get("torch", "+cpu").endswith("+cpu") else "cuda.txt")
+    lock = _lock_of(tools.get("torch", "+cpu"))
     return sbom.text(base, made, sbom.packages(lock) if lock.is_file() else [])
+
+
+def _lock_of(torch: str) -> Path:
+    """The lock that has this version of torch, of this host."""
+    built = "cpu" if torch.endswith("+cpu") else "cuda" if host.LINUX else "macos"
+    return PROJECT / "locks" / f"{built}.txt"
 
 
 def _parameters(context: Context, override: str) -> dict[str, str]:
@@ -66,5 +74,5 @@ def _climbed(context: Context) -> Ladder | None:
 
 def _locks() -> dict[str, str]:
     """The locks that environments and image are made from."""
-    names = [f"locks/{name}.txt" for name in ("cpu", "cuda")]
+    names = [f"locks/{name}.txt" for name in ("cpu", "cuda", "macos")]
     return {name: hashlib.sha256((PROJECT / name).read_bytes()).hexdigest() for name in names}

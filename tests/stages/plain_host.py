@@ -1,4 +1,4 @@
-"""`plain_host.py MODULE,… WORD…`: modules of the pipeline as on a host that has nothing of what only Linux has.
+"""`-m plain_host STAGE,… WORD…`: stages as on a host that has nothing of what only Linux has.
 
 What the pipeline asks for all the same is an error: a call that is gone, a refused flag, a file of /proc or /sys
 that its code opens. Libraries may open them; they have ways of their own elsewhere.
@@ -7,14 +7,15 @@ that its code opens. Libraries may open them; they have ways of their own elsewh
 from __future__ import annotations
 
 import ctypes
+import importlib
 import mmap
 import os
-import runpy
 import sys
-from pathlib import Path
 from types import FrameType
 
-PROJECT = Path(__file__).resolve().parents[2]
+from pipeline.core import host, stage
+from pipeline.core.recipe import PROJECT
+
 OURS = f"{PROJECT}/pipeline/"
 NO_RESERVE = 0x4000
 
@@ -49,21 +50,14 @@ def allocator(*_words: object, **_options: object) -> object:
 
 def main() -> None:
     """Take away, then run."""
-    sys.path[:0] = [str(PROJECT)]
-    from pipeline.core import host  # noqa: PLC0415 - this module alone knows where it runs
-
     host.LINUX = False
     host.mmap.mmap = Mapping  # type: ignore[misc]
     host.ctypes = type("ctypes", (), {**vars(ctypes), "CDLL": staticmethod(allocator)})  # type: ignore[assignment]
     del os.sched_getaffinity, os.O_DIRECT
     sys.addaudithook(refuse)
-    sys.argv = sys.argv[1:]
-    for module in sys.argv[0].split(","):
-        try:
-            runpy.run_module(module, run_name="__main__")
-        except SystemExit as ended:
-            if ended.code:
-                raise
+    for name in sys.argv[1].split(","):
+        if code := stage.main(importlib.import_module(name).STAGE, sys.argv[2:]):
+            sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -501,10 +501,14 @@ def test_make_says_what_to_do_without_python_and_helps_all_the_same(tmp_path: Pa
     assert helped.returncode == 0 and "MODEL_ID" in helped.stdout
 
 
-def setup(folder: Path, lock: str, pythons: dict[str, str], **settings: str) -> tuple[int, str]:
+def setup(
+    folder: Path, lock: str, pythons: dict[str, str], machine: str = "Linux x86_64", **settings: str
+) -> tuple[int, str]:
     """Run set-up where only `pythons` are: name → what it fails, of `version`, `venv`, `3.11`. It ends at venv."""
-    for name in ("bash", "sed", "rm", "env", "dirname", "uname", "basename"):
+    for name in ("bash", "sed", "rm", "env", "dirname", "basename"):
         (folder / name).symlink_to(shutil.which(name) or name)
+    (folder / "uname").write_text(f'#!{folder}/bash\necho "{machine}"\n')
+    (folder / "uname").chmod(0o755)
     for name, lacks in pythons.items():
         (folder / name).write_text(
             f"""#!{folder}/bash
@@ -553,6 +557,27 @@ def test_setup_says_what_to_do_without_a_python_that_fits(
 ) -> None:
     code, said = setup(tmp_path, lock, pythons, **settings)
     assert code == 2 and reason in said, said
+
+
+@pytest.mark.parametrize(
+    ("machine", "lock", "reason"),
+    [
+        ("Darwin arm64", "cpu", "locks/cpu.txt is not for this machine, Darwin arm64"),
+        ("Darwin arm64", "cuda", "locks/cuda.txt is not for this machine"),
+        ("Linux x86_64", "macos", "locks/macos.txt is not for this machine, Linux x86_64"),
+        ("Darwin x86_64", "auto", "for Linux on x86-64 and macOS on arm64, this is Darwin x86_64"),
+        ("Linux aarch64", "auto", "put IN=docker behind make"),
+    ],
+)
+def test_setup_refuses_a_lock_of_another_machine(tmp_path: Path, machine: str, lock: str, reason: str) -> None:
+    code, said = setup(tmp_path, lock, {"python3.11": ""}, machine)
+    assert code == 2 and reason in said, said
+
+
+def test_an_old_make_is_refused_by_name() -> None:
+    """macOS's own, 3.81, would stop at a line that says nothing of it."""
+    done = subprocess.run(["make", "MAKE_VERSION=3.81", "help"], cwd=PROJECT, capture_output=True, text=True)
+    assert done.returncode == 2 and "GNU make 4 is needed, this is 3.81" in done.stderr
 
 
 def test_a_finished_folder_is_signed_where_it_lies(finished: tuple[str, ...], tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,6 +22,7 @@ LOCKS = PROJECT / "locks"
 NAMES = (
     "cpu",
     "cuda",
+    "macos",
     "dev",
     "cluster",
     "uv",
@@ -142,10 +145,11 @@ global.timeout='180'
 """
 
 
-def set_up(folder: Path, lock: str, uv: int) -> tuple[str, str, str]:
+def set_up(folder: Path, lock: str, uv: int, machine: str = "Linux x86_64") -> tuple[str, str, str]:
     """Run `tools/setup.sh` with a Python whose pip records what it is asked for, and so does the uv that pip installs.
 
     What was said, what uv was asked for, and what pip was; nothing where it was not asked. uv ends with the code `uv`.
+    On macOS, set-up has the programs that are there.
     """
     python, told = folder / "python", {name: folder / name for name in ("uv", "pip", "settings")}
     told["settings"].write_text(PIP_SAYS.strip() + "\n")
@@ -171,14 +175,63 @@ else
 fi
 """
     )
-    for file in (python, folder / "fake-uv"):
+    (folder / "uname").write_text(f'#!/bin/sh\necho "{machine}"\n')
+    for file in (python, folder / "fake-uv", folder / "uname"):
         file.chmod(0o755)
+    path = os.environ["PATH"]
+    if machine.startswith("Darwin"):
+        path = str(tools_of_macos(folder / "macos"))
     for file in (told["uv"], told["pip"]):
         file.unlink(missing_ok=True)
-    command, environment = [PROJECT / "tools" / "setup.sh", folder / "env", lock], {**os.environ, "PYTHON": str(python)}
+    command = [PROJECT / "tools" / "setup.sh", folder / "env", lock]
+    environment = {**os.environ, "PYTHON": str(python), "PATH": f"{folder}:{path}"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stderr, *(told[name].read_text() if told[name].exists() else "" for name in ("uv", "pip"))
+
+
+def tools_of_macos(folder: Path) -> Path:
+    """The programs that set-up calls, by the names that macOS has."""
+    folder.mkdir(exist_ok=True)
+    names = {"shasum": "sha256sum", **{name: name for name in MACOS_HAS}}
+    for name, ours in names.items():
+        text = f'#!/bin/sh\n{"shift 2; " if name == "shasum" else ""}exec {shutil.which(ours)} "$@"\n'
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    return folder
+
+
+MACOS_HAS = [
+    "bash",
+    "sh",
+    "env",
+    "dirname",
+    "basename",
+    "sed",
+    "grep",
+    "xargs",
+    "cat",
+    "rm",
+    "cp",
+    "mkdir",
+    "chmod",
+    "sort",
+]
+
+
+@pytest.mark.parametrize("asked_for", ["auto", "macos"])
+def test_on_macos_set_up_installs_its_lock(tmp_path: Path, asked_for: str) -> None:
+    said, uv, _ = set_up(tmp_path, asked_for, 0, "Darwin arm64")
+    assert re.findall(r"-r (\S+)", uv) == ["locks/macos.txt", "locks/dev.txt"], said
+    ready = (tmp_path / "env" / ".ready").read_text()
+    digest = hashlib.sha256((LOCKS / "macos.txt").read_bytes()).hexdigest()
+    assert ready.startswith(f"lock macos\n{digest}  locks/macos.txt\n")
+
+
+def test_macos_gets_the_versions_of_linux_without_what_nvidia_s_gpus_need() -> None:
+    here, there = pins("cuda"), pins("macos")
+    assert there.items() <= here.items()
+    assert all(re.match("nvidia-|cuda-|triton$", name) for name in here.keys() - there.keys())
 
 
 @pytest.mark.parametrize("uv", [0, 2])

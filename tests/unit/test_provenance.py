@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.core import host
 from pipeline.core.errors import IntegrityError, PublishError
 from pipeline.release import papers, provenance
 
@@ -120,13 +121,24 @@ def test_tensors_get_the_published_names_or_verify_has_to_run_again(tmp_path: Pa
             provenance.tensors(file, names)
 
 
+@pytest.mark.parametrize(
+    ("torch", "linux", "lock"), [("2.13.0+cpu", True, "cpu"), ("2.13.0", True, "cuda"), ("2.13.0", False, "macos")]
+)
+def test_the_bill_is_of_the_lock_that_has_the_torch_that_was_seen(
+    monkeypatch: pytest.MonkeyPatch, torch: str, linux: bool, lock: str
+) -> None:
+    monkeypatch.setattr(host, "LINUX", linux)
+    file = papers._lock_of(torch)
+    assert file.stem == lock and f"\ntorch=={torch} " in file.read_text(encoding="utf-8")
+
+
 def test_the_locks_of_the_environment_are_named_and_no_other_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "locks").mkdir()
-    for name in ("cpu", "cuda", "client", "dev"):
+    for name in ("cpu", "cuda", "macos", "client", "dev"):
         (tmp_path / "locks" / f"{name}.txt").write_text(name)
     monkeypatch.setattr(papers, "PROJECT", tmp_path)
     assert papers._locks() == {
-        f"locks/{name}.txt": hashlib.sha256(name.encode()).hexdigest() for name in ("cpu", "cuda")
+        f"locks/{name}.txt": hashlib.sha256(name.encode()).hexdigest() for name in ("cpu", "cuda", "macos")
     }

@@ -24,7 +24,7 @@ MADE = Model(
     files={"m_int8.tflite": "e" * 64, "m_fp32.tflite": "f" * 64},
     licence="gemma",
 )
-LOCKS = [PROJECT / "locks" / f"{name}.txt" for name in ("cpu", "cuda")]
+LOCKS = [PROJECT / "locks" / f"{name}.txt" for name in ("cpu", "cuda", "macos")]
 
 
 def bill(base: Model = HUB, lock: Path = LOCKS[0]) -> dict[str, Any]:
