@@ -26,8 +26,8 @@ def test_one_file_knows_what_linux_is() -> None:
 @pytest.fixture
 def elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host, "LINUX", False)
-    monkeypatch.delattr(os, "sched_getaffinity")
-    monkeypatch.delattr(os, "O_DIRECT")
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.delattr(os, "O_DIRECT", raising=False)
 
 
 @pytest.mark.usefixtures("elsewhere")
