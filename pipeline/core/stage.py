@@ -188,6 +188,7 @@ def _report_unexpected(error: Exception) -> int:
 
 
 def _run(stage: Stage, common: Common, options: Options) -> None:
+    host.one_arena()
     before = source()
     root, recipe = common.root, load_recipe(common.recipe_file)
     choice = graph.Choice(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import platform
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from pipeline.core import host, memory
 from pipeline.core.recipe import PROJECT
 
 LINUX_ONLY = re.compile(
-    r"/proc/|/sys/|\bcgroup|O_DIRECT|NO_?RESERVE|malloc_trim|prctl|sched_|fadvise|fallocate|memfd|sys\.platform|\bCDLL\("
+    r"/proc/|/sys/|\bcgroup|O_DIRECT|NO_?RESERVE|malloc_trim|mallopt|prctl|sched_|fadvise|fallocate|memfd|sys\.platform|\bCDLL\("
 )
 
 
@@ -52,3 +54,39 @@ def test_elsewhere_files_are_written_through_the_page_cache_and_room_is_room(tmp
     room[-1:] = b"x"
     assert len(room) == 1 << 20
     host.trim()
+
+
+ARENAS = """
+import ctypes, sys
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+
+from pipeline.core import host
+
+if sys.argv[1:]:
+    host.one_arena()
+library, together = ctypes.CDLL(None), Barrier(4)
+library.malloc.restype = ctypes.c_void_p
+
+
+def take(_: int) -> None:
+    together.wait()
+    for _ in range(1000):
+        library.malloc(1000)
+
+
+with ThreadPoolExecutor(4) as pool:
+    list(pool.map(take, range(4)))
+library.malloc_info(0, ctypes.c_void_p.in_dll(library, "stdout"))
+library.fflush(None)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc gives threads arenas of their own")
+def test_threads_share_the_allocators_room() -> None:
+    def arenas(*asked: str) -> int:
+        ran = subprocess.run([sys.executable, "-c", ARENAS, *asked], capture_output=True, text=True, check=True)
+        return ran.stdout.count("<heap nr=")
+
+    assert arenas() > 1
+    assert arenas("one") == 1
