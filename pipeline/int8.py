@@ -99,7 +99,7 @@ def _read(context: Context, checkpoint: Checkpoint) -> tuple[ladder.Text, float]
 
     reference = model.HuggingFace.load(checkpoint.folder, "cpu", streamed=True)
     read = ladder.Text.of(_text(context), context.recipe.corpus.window, reference, checkpoint, parameters)
-    return read, activations.largest(reference, read.windows)
+    return read, activations.largest(reference, read.begin)
 
 
 def _samples(context: Context) -> list[litert.Tokens]:

@@ -31,6 +31,9 @@ from pipeline.quantize.hessian_sums import HessianSums
 from pipeline.reference import activations
 from pipeline.reference.model import HuggingFace
 
+_WATCHED = 2
+"""Windows."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options(options.Options):
@@ -54,7 +57,8 @@ def work(context: Context) -> Outcome:
         window=recipe.corpus.window,
         limit=recipe.corpus.hessian_windows,
     )
-    largest = activations.largest(reference, windows)
+    first = windows[:_WATCHED]
+    largest = activations.largest(reference, lambda: reference.hidden(first, np.ones_like(first)))
     sums = HessianSums(context.folder)
     sums.observe(reference.model.model)
     # BLAS's threads would wait in the way of torch's.

@@ -32,6 +32,7 @@ from pipeline.judge.metrics import Estimate
 from pipeline.judge.reference import Floats, Head
 from pipeline.reference.model import HuggingFace
 from pipeline.search import ladder
+from pipeline.tflite.graph import Graph
 from tools import tables
 from tools.tables import Column, Measured, Row, Table, Value
 
@@ -109,7 +110,8 @@ def judged(file: Path, samples: Mapping[str, Sample], head: Head, cap: float | N
 
 def _score(file: Path, given: Sample, head: Head, cap: float | None, folder: Path) -> screening.Sample:
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        few = ladder.at_positions(file, Path(scratch) / "few.tflite", _WINDOW, given.count, 1 / cap if cap else 1.0)
+        out, factor = Path(scratch) / "few.tflite", 1 / cap if cap else 1.0
+        few = ladder.at_positions(Graph.read(file), out, _WINDOW, given.count, factor)
         return ladder.score(few, given.windows, given.positions, given.hidden, head)
 
 

@@ -1,31 +1,28 @@
 """The largest activation of a model, as the reference computes it: what a runtime in float16 would have to hold.
 
 A GPU computes in float16 unless a bundle says otherwise. Gemma 3's residual stream goes beyond what that holds, and
-what overflows is no text any more.
+what overflows is no text any more. It is the first tokens of a text that have the largest, whatever the text, so a few
+windows tell.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
-import numpy as np
 import torch
 from torch import nn
 
-from pipeline.reference.model import HuggingFace, Tokens
-
-_WINDOWS = 2
-"""It is the first tokens of a text that have the largest, whatever the text."""
+from pipeline.reference.model import HuggingFace
 
 
-def largest(reference: HuggingFace, windows: Tokens) -> float:
-    """The largest magnitude that a module of a decoder layer reads or gives, on the first of windows [N, L] of text."""
-    windows = windows[:_WINDOWS]
+def largest(reference: HuggingFace, read: Callable[[], object]) -> float:
+    """The largest magnitude that a module of a decoder layer of the `reference` reads or gives while `read` runs it."""
     seen = [0.0]
     modules = {module: None for layer in reference.model.model.layers for module in layer.modules()}
     hooks = [module.register_forward_hook(partial(_look, seen)) for module in modules]
     try:
-        reference.hidden(windows, np.ones_like(windows))
+        read()
     finally:
         for hook in hooks:
             hook.remove()

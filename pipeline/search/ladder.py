@@ -25,7 +25,7 @@ from pipeline.checkpoint import chat
 from pipeline.checkpoint.reader import Checkpoint
 from pipeline.core import facts, log, memory, parallel
 from pipeline.core.errors import UsageError
-from pipeline.core.recipe import STEP, Gate, Graphs, Int8, Recipe, StepLimits
+from pipeline.core.recipe import Gate, Graphs, Int8, Recipe, StepLimits
 from pipeline.core.toml import Pattern
 from pipeline.judge import corpus, metrics, screening
 from pipeline.judge.corpus import Positions, Tokens
@@ -197,10 +197,15 @@ def named(given: Int8, name: str) -> Int8:
 def write(checkpoint: Checkpoint, source: Path, file: Path, section: Int8, hessians: gptq.Hessians | None) -> None:
     """Write `file`: the exported graph `source` with the checkpoint's weights, made as the section says."""
     log.step(f"{file.name}: int8 weights, dynamic")
+    filled(checkpoint, source, section, hessians).write(file)
+
+
+def filled(checkpoint: Checkpoint, source: Path, section: Int8, hessians: gptq.Hessians | None) -> Graph:
+    """What `write` writes."""
     graph = build.with_weights(checkpoint, source)
     int8.make_int8(graph, section, hessians)
     graph.prune()
-    graph.write(file)
+    return graph
 
 
 @dataclass(frozen=True)
@@ -213,18 +218,24 @@ class Maker:
     hessians: gptq.Hessians | None
 
     def make(self, section: Int8, scratch: Path, window: int, cap: float | None) -> Path:
-        """The graph of chosen positions of a rung, in the folder `scratch`; beside it the step graph that it is of.
+        """The graph of chosen positions of a rung, in the folder `scratch`; it is of `step`, where one is wanted.
 
-        That is `step` itself where one is wanted, else one of a graph that is exported for the ladder alone, once, to
-        the folder that holds `scratch`.
+        Else it is of a graph that is exported for the ladder alone, once, to the folder that holds `scratch`.
         """
-        source, file = self.source or scratch.parent / "exported.tflite", self.step if self.source else scratch / STEP
-        if not source.is_file():
-            build.export_step(self.checkpoint, StepLimits(max_batch=8, max_sequence=max(128, window)), source)
-        write(self.checkpoint, source, file, section, self.hessians)
-        return at_positions(
-            file, scratch / "at-positions.tflite", window, screening.judged_in(window), 1 / cap if cap else 1.0
-        )
+        if self.source:
+            write(self.checkpoint, self.source, self.step, section, self.hessians)
+            graph = Graph.read(self.step)
+        else:
+            log.step("int8 weights, dynamic, for the ladder")
+            graph = filled(self.checkpoint, self._exported(scratch.parent, window), section, self.hessians)
+        file, count = scratch / "at-positions.tflite", screening.judged_in(window)
+        return at_positions(graph, file, window, count, 1 / cap if cap else 1.0)
+
+    def _exported(self, folder: Path, window: int) -> Path:
+        file = folder / "exported.tflite"
+        if not file.is_file():
+            build.export_step(self.checkpoint, StepLimits(max_batch=8, max_sequence=max(128, window)), file)
+        return file
 
 
 @dataclass(kw_only=True)
@@ -232,7 +243,8 @@ class Text:
     """Calibration text that rungs are judged on: windows [N, L], how many are in each lot, and what is expected.
 
     Windows are spread evenly over the text, and those of each lot over these. `hidden` gives the reference's final
-    states [N, L, H] of some of them, until all lots are known; `head` makes logits of these.
+    states [N, L, H] of some of them, until all lots are known; `head` makes logits of these. `begun` are those that
+    `begin` has let it give.
     """
 
     windows: Tokens
@@ -240,6 +252,7 @@ class Text:
     hidden: Callable[[Tokens], Floats] | None
     head: Head
     known: dict[int, tuple[Positions, Floats]] = field(default_factory=dict)
+    begun: Floats | None = None
 
     @classmethod
     def of(cls, text: Path, window: int, reference: Reference, checkpoint: Checkpoint, parameters: int) -> Text:
@@ -263,17 +276,27 @@ class Text:
         """The windows of a lot; a text that is short has fewer."""
         return self.windows[lot :: len(self.lots)]
 
+    def begin(self) -> None:
+        """Let the reference read the first windows, which `expected` then has: somebody wants to watch."""
+        assert self.hidden
+        self.begun = self.hidden(self._parts(0)[0])
+
+    def _parts(self, lot: int) -> list[Tokens]:
+        """The windows of a lot that the reference reads together."""
+        rows = self.rows(lot)
+        few = max(1, _STATES // (self.head.weight.shape[1] * rows.shape[1]))
+        return [rows[start : start + few] for start in range(0, len(rows), few)]
+
     def expected(self, lot: int) -> tuple[Positions, Floats]:
         """The judged positions of a lot, and the reference's hidden states [n, H] there."""
         rows = self.rows(lot)
         if lot not in self.known:
             count, window = rows.shape
             spread = corpus.spread_positions(count, window, count * screening.judged_in(window))
-            # Of the states only those of judged positions are kept.
-            few = max(1, _STATES // (self.head.weight.shape[1] * window))
-            parts = (rows[start : start + few] for start in range(0, count, few))
+            begun = [] if lot or self.begun is None else [self.begun]
             assert self.hidden
-            states = np.concatenate([self.hidden(part) for part in parts])
+            # Of the states only those of judged positions are kept.
+            states = np.concatenate([*begun, *map(self.hidden, self._parts(lot)[len(begun) :])])
             self.known[lot] = spread, states[spread.window, spread.length - 1]
             if len(self.known) == len(self.lots):
                 # The reference goes, before a file is run: of a large model, which has one lot, each takes a gigabyte.
@@ -330,21 +353,20 @@ def _logits(run: MappedRunner, ids: Tokens, positions: Tokens) -> Floats:
     return logits
 
 
-def at_positions(file: Path, out: Path, window: int, count: int, factor: float) -> Path:
-    """Write the step graph in `file` as one that gives the logits of `count` positions of one row, [count, V].
+def at_positions(graph: Graph, out: Path, window: int, count: int, factor: float) -> Path:
+    """Write a step `graph`, and leave it, as one that gives the logits of `count` positions of one row, [count, V].
 
     What stands behind the product that picks the last position takes rows, one for each text; here these are
     positions, which a third input `positions` [count] names, from 0. So the file that is judged is the file that was
     written, but for that product, and the head is applied where it is asked for alone.
 
     Args:
-        file: a step graph, in any precision.
+        graph: a step graph, in any precision.
         out: where the graph goes.
         window: tokens.
         count: positions.
         factor: what the product multiplies hidden states with: `Head.factor` in models/transformer.py.
     """
-    graph = Graph.read(file)
     picking = [operator for operator in graph.operators() if graph.code(operator) == "BATCH_MATMUL"][-1]
     hidden, picked = int(picking.inputs[1]), int(picking.outputs[0])
 

@@ -16,6 +16,8 @@ from pipeline.core.recipe import PROJECT, RECIPES, Gate, Int8, load
 from pipeline.core.stage import DEFAULT_MODEL
 from pipeline.core.toml import Pattern
 from pipeline.judge import metrics, screening
+from pipeline.judge.corpus import Tokens
+from pipeline.judge.reference import Floats, Head
 from pipeline.quantize import hessians
 from pipeline.search import ladder
 from pipeline.search.ladder import Limit
@@ -173,3 +175,20 @@ def test_what_stage_moments_read_is_judged_by_its_own_states(tmp_path: Path) -> 
     for lot in range(len(text.lots)):
         positions, states = text.expected(lot)
         assert np.array_equal(states[:, 0], text.rows(lot)[positions.window, positions.length - 1])
+
+
+def test_windows_that_were_watched_are_not_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    windows, read = np.arange(16 * 4, dtype=np.int32).reshape(16, 4), list[int]()
+    monkeypatch.setattr(ladder, "_STATES", 5 * 4 * 2)
+
+    def hidden(ids: Tokens) -> Floats:
+        read.append(len(ids))
+        return np.repeat(ids[..., None], 2, axis=2).astype(np.float32)
+
+    head = Head(weight=np.zeros((8, 2), np.float32), cap=None)
+    begun = ladder.Text(windows=windows, lots=(16,), hidden=hidden, head=head)
+    begun.begin()
+    assert read == [5]
+    positions, states = begun.expected(0)
+    assert read == [5, 5, 5, 1]
+    assert np.array_equal(states[:, 0], windows[positions.window, positions.length - 1])
