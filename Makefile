@@ -8,15 +8,15 @@ BASE ?=#: of a LoRA adapter as MODEL_ID: owner/name, owner/name@commit or a fold
 TEMPLATE ?=#: a chat template (.jinja) in place of the checkpoint's own
 RECIPE ?=#: what to build and how good it must be (default: the shipped recipe for the checkpoint's model type)
 GRAPHS ?=#: step, bundle or all: the step graph, the bundle's sections, or both (default: the recipe's)
-TOWERS ?=#: none, vision, audio or vision,audio: what the bundles of a model that sees or hears take beside text (default: none)
+TOWERS ?=#: none, vision, audio or vision,audio: what bundles take beside text (default: the towers that the checkpoint has and that can be converted)
 ARTIFACTS ?= artifacts#: where results go
 CALIBRATION ?=#: your own text (.txt or .jsonl) that int8 and int4 are rounded by
 RUNG ?=#: the rung of int8's ladder that an earlier build's manifest names, to repeat that build elsewhere
 VARIANTS ?=#: the step graphs that verify judges (default: fp32 fp16 int8, the recipe's int4, the int8 it leaves out)
 EVAL ?=#: your own text (.txt or .jsonl, chat conversations too) to judge on, for the recipe's
 PROMPT ?= Hello#: what `make run` asks
-PICTURE ?= $(if $(IN)$(filter file,$(origin IMAGE)),,$(if $(filter run,$(GOALS)),$(IMAGE)))#: a picture that `make run` asks about (TOWERS=vision); IMAGE= too, but with IN=docker
-AUDIO ?=#: a WAV file that `make run` asks about (TOWERS=audio)
+PICTURE ?= $(if $(IN)$(filter file,$(origin IMAGE)),,$(if $(filter run,$(GOALS)),$(IMAGE)))#: a picture that `make run` asks about; IMAGE= too, but with IN=docker
+AUDIO ?=#: a WAV file that `make run` asks about
 PRECISION ?= int8#: the bundle that `make chat` and `make run` talk to
 TASK ?=#: prompts with references (.jsonl) that `make evaluate` lets the bundles and the original answer
 MINUTES ?= 30#: how long `make tune` may search
@@ -87,7 +87,7 @@ $(if $(THREADS),$(eval export OMP_NUM_THREADS := $(THREADS)))
 # --- where stages run -------------------------------------------------------------------------------------------------
 # The Python that runs stages, what must be there first, and how: in a container by pipeline/core/container.py.
 PY := $(if $(filter image,$(IN)),,.venv/bin/)python
-READY := $(if $(filter docker,$(IN)),$(if $(findstring @,$(IMAGE)),,image),$(if $(IN),,.venv/.ready $(if $(CLUSTER),.venv/.cluster) $(if $(findstring vision,$(TOWERS)),.venv-vision/.ready)))
+READY = $(if $(filter docker,$(IN)),$(if $(findstring @,$(IMAGE)),,image),$(if $(IN),,.venv/.ready $(if $(CLUSTER),.venv/.cluster) $(if $(findstring vision,$(TOWERS)),.venv-vision/.ready)))
 RUN = $(if $(IN),$(if $(filter docker,$(IN)),@echo "$(1) (in $(IMAGE))" && )$(IN_CONTAINER.$(1)) python,$(PY))
 
 # --- the rules of the stages --------------------------------------------------------------------------------------------
@@ -207,12 +207,12 @@ INSTALLED := $(shell sed -n '1s/^lock //p' .venv/.ready 2>/dev/null)
 
 # Beside what set-up installs: the same versions of what both have; what the reference sees by in a folder of its own.
 BESIDE = @.venv/bin/python -m pip install --require-hashes --only-binary=:all: --no-deps --disable-pip-version-check --quiet $(1) -r $< || \
-	{ echo "error: pip could not install $<: see above, and say the same again"; exit 2; }
+	{ echo "error: pip could not install $<: see above, and say the same again$(2)"; exit 2; }
 .venv/.cluster: locks/cluster.txt .venv/.ready
-	$(call BESIDE,)
+	$(call BESIDE,,)
 	@touch $@
 .venv-vision/.ready: locks/vision.txt .venv/.ready
-	$(call BESIDE,--upgrade --target $(@D))
+	$(call BESIDE,--upgrade --target $(@D),; or leave eyes out: TOWERS=audio or TOWERS=none)
 	@touch $@
 
 .venv-sign/.ready: locks/sign.txt tools/setup.sh

@@ -81,7 +81,8 @@ def _merge(context: Context, asked: Asked, chosen: Plan, target: Path) -> Outcom
         raise FetchError(
             f"the adapter changes {listed(made.changes.left_out, 3)}, outside the text model",
             cause="adapters are merged into the text model alone, so its towers would be the base's",
-            remedy="merge it with peft: `model.merge_and_unload().save_pretrained(FOLDER)`, then MODEL_ID=FOLDER",
+            remedy="merge it with peft: `model.merge_and_unload().save_pretrained(FOLDER)`, then MODEL_ID=FOLDER; or "
+            "say TOWERS=none",
         )
     judged = _plan_again(context, target, asked).facts
     log.step(made.changes.text(own.model, base.model))

@@ -1,19 +1,21 @@
 """identify: of which type a checkpoint on the Hub is, which chooses its recipe; of an adapter its base.
 
-Make runs it before all else where MODEL_ID is not here and nobody says RECIPE= (pipeline/core/rules.py). A few
-kilobytes are read: which commit there is, and its config.json.
+Make runs it before all else where MODEL_ID is not here and nobody says RECIPE= (pipeline/core/rules.py). Little is
+read: which commit there is, its config.json, and of a model that sees or hears the names of its tensors.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from typing import get_args
 
-from pipeline.checkpoint.reader import CONFIG
-from pipeline.core import log, options
+from pipeline.checkpoint.reader import CONFIG, INDEX, SINGLE, read_tensors
+from pipeline.checkpoint.source import Source
+from pipeline.core import log, options, senses
 from pipeline.core.manifest import dump_json, write_atomically
-from pipeline.core.recipe import IDENTIFIED, named_in
+from pipeline.core.recipe import IDENTIFIED, Tower, named_in
 from pipeline.core.stage import Common, guard
 from pipeline.release import origin
 
@@ -27,18 +29,27 @@ class Options(Common):
 
 
 def work(given: Options) -> None:
-    """Write down the model type.
+    """Write down the model type, and the towers that there are.
 
     Raises:
         FetchError, UsageError: as `origin.ask`.
-        IntegrityError: its config.json is no JSON.
+        IntegrityError: its config.json is no JSON, or its weights are not what their headers say.
     """
     asked = origin.ask(given.model_id, given.revision, given.base)
-    model_type, note = asked.source.json(CONFIG).get("model_type"), given.root / IDENTIFIED
+    config, note = asked.source.json(CONFIG), given.root / IDENTIFIED
+    found: dict[str, object] = {"model_type": config.get("model_type")}
+    if senses.described(config):
+        found["towers"] = [*senses.among(_tensors(asked.source), get_args(Tower))]
     note.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(note, dump_json({"model_type": model_type}))
+    write_atomically(note, dump_json(found))
     if recipe := named_in(note):  # without one, the plan that comes next says which types there are
-        log.step(f"of type {model_type}: recipe {recipe.stem}")
+        log.step(f"of type {found['model_type']}: recipe {recipe.stem}")
+
+
+def _tensors(source: Source) -> Collection[str]:
+    """The names of all tensors; none of what fetch will refuse for having no weights that are read here."""
+    weights = {SINGLE, INDEX} & source.sizes.keys()
+    return read_tensors(source.sizes.keys(), source.sizes, source.read, source.where) if weights else ()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

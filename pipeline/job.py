@@ -70,7 +70,9 @@ def work(given: Options) -> None:
     log.line(f"job · {given.model_id} · {machine.said(chosen)}; {log.human_seconds(want.seconds)} on two cores")
     job = jobs.Job(
         image=given.image,
-        command=_command(given, given.revision or "main" if given.watch else commit),
+        command=_command(
+            given, given.revision or "main" if given.watch else commit, left_out=bool(model.facts.left_out)
+        ),
         flavor=chosen.name,
         timeout=f"{ceil(2 * want.seconds / 3600 + 0.5)}h",
         name=model_name(given.model_id),
@@ -98,10 +100,10 @@ def _check(given: Options) -> None:
         )
 
 
-def _command(given: Options, revision: str) -> list[str]:
+def _command(given: Options, revision: str, *, left_out: bool) -> list[str]:
     """The words of the container; settings without a value are left out."""
     words = {"MODEL_ID": given.model_id, "REVISION": revision, "GRAPHS": given.graphs, "DEVICE": given.device}
-    words["TOWERS"] = ",".join(towers_in(given.towers))
+    words["TOWERS"] = ",".join(towers_in(given.towers)) or ("none" if left_out else "")
     words["RECIPE"] = str(given.recipe_file.resolve().relative_to(PROJECT))
     # Nothing is mounted under /tmp.
     words |= {"HF_REPO": given.repository, "TAG": given.tag, "CONFIRM": "yes", "ARTIFACTS": "/tmp"}

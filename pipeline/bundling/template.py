@@ -259,7 +259,7 @@ def _with_medium(source: str, renderer: Renderer, kind: str, place: str) -> list
         raise BundleError(
             f"the chat template has no {place} where a message has {what}",
             cause="it is that of a text model, or drops what it does not know",
-            remedy="give the whole model's template with TEMPLATE=file.jinja, or leave TOWERS= out",
+            remedy="give the whole model's template with TEMPLATE=file.jinja, or say TOWERS=none",
         )
     return cases
 

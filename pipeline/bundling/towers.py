@@ -115,7 +115,7 @@ def _width(decoder: Path) -> int:
     if "embeddings" not in ports:
         raise BundleError(
             "the decoder takes token ids, so nothing seen or heard can go into it",
-            remedy="leave TOWERS= out",
+            remedy="say TOWERS=none",
             file=decoder,
         )
     return ports["embeddings"][-1]

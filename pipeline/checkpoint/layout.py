@@ -22,13 +22,14 @@ class Needed:
 
     `shapes` of its tensors by canonical name, were the head tied; the `canonical` name of a stored tensor, None if it
     is knowingly not used; whether config.json `ties` the head to the embedding. `towers` are the parts beside the text
-    model that are taken too, name → shapes of its tensors by name.
+    model that are taken too, name → shapes of its tensors by name; `converts`: whether any of this family could be.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
     canonical: Canonical
     ties: bool = True
     towers: Mapping[str, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)
+    converts: bool = False
 
     def used_as(self, name: str) -> str | None:
         """The canonical name of a stored tensor, whatever wraps the model; None for one that is not used."""
@@ -105,7 +106,7 @@ def lay_out_tower(
         raise FetchError(
             f"{where} does not hold the {tower} tower that its {CONFIG} describes: {'; '.join(filter(None, faults))}",
             cause="the fine-tune was saved without it, or a tool dropped or renamed tensors",
-            remedy="leave TOWERS= out, or put the base model's tower into the checkpoint",
+            remedy="say TOWERS=none, or the other tower's name, or put the base model's tower into the checkpoint",
         )
     return first
 

@@ -83,7 +83,7 @@ def plan(source: Source, expected: Expected) -> Plan:
         sound.check(names, where)
     taken = {stored for names_of in towers.values() for stored in names_of.values()}
     left_out = names_.towers(name for name in tensors if needed.used_as(name) is None and name not in taken)
-    _say_what_is_odd(source, tensors, config, left_out)
+    _say_what_is_odd(source, tensors, config, left_out, needed)
     weights = headers.files(tensors.values())
     index = [] if SINGLE in names else [INDEX]
     small = sorted(name for name in names if _WANTED.fullmatch(name) or (towers and name in sound.PREPROCESSOR))
@@ -191,12 +191,18 @@ def _explained(
 
 
 def _say_what_is_odd(
-    source: Source, tensors: Mapping[str, TensorInfo], config: Mapping[str, object], left_out: Mapping[str, int]
+    source: Source,
+    tensors: Mapping[str, TensorInfo],
+    config: Mapping[str, object],
+    left_out: Mapping[str, int],
+    needed: Needed,
 ) -> None:
     """What is taken all the same, or left out: in words."""
     if left_out:
         parts = ", ".join(f"{count} of {part}" for part, count in left_out.items())
-        log.step(f"text only: tensors left out: {parts}")
+        kind = "" if needed.towers else "text only: "
+        why = "" if needed.converts else "; towers of this family can't be converted yet"
+        log.step(f"{kind}tensors left out: {parts}{why}")
     given = [tensor for tensor in tensors.values() if tensor.dtype == packed.INT4]
     if given:
         log.step(f"{len(given)} matrices are 4-bit integers already: int4 files take them as they are")

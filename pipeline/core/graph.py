@@ -124,7 +124,7 @@ def _towers(choice: Choice) -> tuple[str, ...]:
     if not towers_in(choice.towers) or choice.graphs == "step":
         raise UsageError(
             "there are no towers to make",
-            cause="GRAPHS=step builds no bundle" if choice.graphs == "step" else "TOWERS= names none",
+            cause="GRAPHS=step builds no bundle" if choice.graphs == "step" else "the model has none, or TOWERS=none",
             remedy="say TOWERS=vision,audio, or one of them, and GRAPHS=bundle or all",
         )
     return ("fetch",)

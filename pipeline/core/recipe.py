@@ -28,6 +28,7 @@ BASELINE = "fp32"
 """The precision that shows what the conversion costs, and that what others cost is held against."""
 BundlePrecision = Literal["fp32", "int8", "int4"]
 Padding = Literal["none", "left", "right"]
+Tower = Literal["vision", "audio"]
 SECTION_LIMIT = 2 << 30
 """Bytes of a bundle's section beyond which iPhones can't map it without an entitlement."""
 
@@ -210,12 +211,13 @@ class Int4:
 
 @dataclass(frozen=True, kw_only=True)
 class Towers:
-    """How towers are made in fewer bits (quantize/senses.py).
+    """Which towers are `taken` where a checkpoint has them and TOWERS= says nothing, and how they are made.
 
-    `keep_float16` are regular expressions over the names of weights in the checkpoint
-    (`vision_tower.timm_model.conv_stem.conv.weight`) that are float16 where others are int8.
+    In fewer bits (quantize/senses.py): `keep_float16` are regular expressions over the names of weights in the
+    checkpoint (`vision_tower.timm_model.conv_stem.conv.weight`) that are float16 where others are int8.
     """
 
+    taken: tuple[Tower, ...] = ()
     keep_float16: tuple[toml.Pattern, ...] = ()
 
 

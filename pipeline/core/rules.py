@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import json
 import os
 import shlex
 import sys
@@ -24,7 +25,7 @@ from functools import cache
 from pathlib import Path
 from typing import cast, get_args
 
-from pipeline.core import container, parallel
+from pipeline.core import container, parallel, senses
 from pipeline.core.errors import PipelineError, UsageError
 from pipeline.core.graph import STAGES, STEPS, Choice, Towers, behind, makeable, model_name, model_root, refuse_within
 from pipeline.core.manifest import NAME, write_atomically
@@ -246,6 +247,7 @@ def rules(request: Request) -> str:
         f"ROOT := {root}",
         f"FILES_MADE := {' '.join([*steps, *(f'{root}/bundle/{name}.litertlm' for name in choice.bundles)])}",
         f"WHERE := {_quoted(request.where)}",
+        f"override TOWERS := {request.settings['towers']}",  # found, where nobody said it
         f"CALIBRATED := {_quoted(_option(request, 'calibration'))}",
         f"TEXTS := {_quoted(texts)}",
         *(_containers(request) if request.said["IN"] else ()),
@@ -429,7 +431,7 @@ def ask(said: Mapping[str, str]) -> Request:
     _plain("the folder of the results", str(request.root), _SPECIAL + "=")  # `a=b: c` is a variable for Make
     for folder in request.folders:
         refuse_within(request.root, folder)
-    return request if said["RECIPE"] else _with_recipe(request, said)
+    return _with_towers(_with_recipe(request, said), said)
 
 
 def _choice(file: Path, graphs: str, variants: tuple[str, ...] | None, towers: str) -> Choice:
@@ -439,18 +441,41 @@ def _choice(file: Path, graphs: str, variants: tuple[str, ...] | None, towers: s
 
 
 def _with_recipe(request: Request, said: Mapping[str, str]) -> Request:
-    """`request` with the shipped recipe for the checkpoint's type; if that is not known yet, it `looks` first."""
+    """`request` with the shipped recipe for the checkpoint's type; if that is not known yet, it `looks` first.
+
+    With a recipe of one's own it looks for the towers alone, where that recipe takes any.
+    """
     asked = request.root / ".inputs" / "asked"
     asked.parent.mkdir(parents=True, exist_ok=True)
     _rewrite(asked, shlex.join(request.asked) + "\n")
-    known = _known(request, asked)
-    file = (named_in(known) if known else None) or DEFAULT
-    asks = not known and not {*request.goals} <= _WITHOUT_RECIPE
+    known, own = _known(request, asked), Path(said["RECIPE"]) if said["RECIPE"] else None
+    file = own or (named_in(known) if known else None) or DEFAULT
+    settled = bool(own) and (bool(said["TOWERS"]) or not request.choice.recipe.towers.taken)
+    asks = not known and not settled and not {*request.goals} <= _WITHOUT_RECIPE
     shows = asks and bool({*"nqt"} & {*said.get("FLAGS", "")})  # Make would look all the same
     if shows:
-        sys.stderr.write(f"warning: what type {request.model_id} is of is not known yet: shown as for {file.stem}\n")
+        kind = f"what type {request.model_id} is of is not known yet: shown as for {file.stem}"
+        kind = f"whether {request.model_id} sees or hears is not known yet: shown as for text" if own else kind
+        sys.stderr.write(f"warning: {kind}\n")
     choice = _choice(file, said["GRAPHS"], request.choice.variants, said["TOWERS"])
     return replace(request, recipe=_shown(file), choice=choice, looks=asks and not shows)
+
+
+def _with_towers(request: Request, said: Mapping[str, str]) -> Request:
+    """`request` with the towers that its recipe takes and the checkpoint has, where TOWERS= says nothing."""
+    taken = request.choice.recipe.towers.taken
+    known = None if said["TOWERS"] or not taken else _known(request, request.root / ".inputs" / "asked")
+    found: tuple[str, ...] = ()
+    if known and known.name == CONFIG:
+        found = senses.of_folder(known.parent, taken)
+    elif known:
+        named = json.loads(known.read_text(encoding="utf-8")).get("towers", ())
+        found = tuple(tower for tower in taken if tower in named)
+    if not found:
+        return request
+    towers = ",".join(found)
+    choice = replace(request.choice, towers=cast(Towers, towers))
+    return replace(request, choice=choice, settings={**request.settings, "towers": towers})
 
 
 def _known(request: Request, asked: Path) -> Path | None:

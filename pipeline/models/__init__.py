@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
 from pipeline.checkpoint.layout import Needed
@@ -194,14 +194,14 @@ def tower_of(architecture: Architecture, name: str) -> Tower:
     """
     with _understood(
         cause="what it says of a tower was edited, or another tool wrote it",
-        remedy="get it from the checkpoint's author anew, or leave TOWERS= out",
+        remedy="get it from the checkpoint's author anew, or say TOWERS=none",
     ):
         known = architecture.towers()
     if name not in known:
         raise UsageError(
             f"the model has no {name} tower that can be converted",
             cause="it is a text model, or of a family whose towers are not done yet",
-            remedy="leave TOWERS= out, or take Gemma 3n's model for conditional generation",
+            remedy="leave TOWERS= out: the towers that there are come by themselves",
         )
     return known[name]
 
@@ -229,4 +229,4 @@ def expected(recipe: Recipe, towers: Towers, config: Mapping[str, object]) -> Ne
             cause="such a layer reads its window alone of a static cache; of one that grows it would read all",
             remedy='say cache = "static" there',
         )
-    return needed(architecture, towers)
+    return replace(needed(architecture, towers), converts=bool(recipe.towers.taken))

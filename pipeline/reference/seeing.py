@@ -58,8 +58,8 @@ def look(checkpoint: Path, files: Mapping[str, Path], scratch: Path) -> dict[str
     if not (BESIDE / _PACKAGE).is_dir() and not find_spec(_PACKAGE):
         raise UsageError(
             "the reference's vision tower needs timm, which is not installed here",
-            remedy="`make … TOWERS=vision` installs it; by hand: pip install --no-deps --require-hashes "
-            f"--target {BESIDE.name} -r locks/vision.txt",
+            remedy="`make` installs it; by hand: pip install --no-deps --require-hashes "
+            f"--target {BESIDE.name} -r locks/vision.txt; or say TOWERS=audio, or none",
         )
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         out = Path(folder) / "seen.safetensors"

@@ -130,6 +130,11 @@ class Subject:
         return "/" in self.model
 
     @property
+    def taken(self) -> str:
+        """What TOWERS= has to say so that these files come out; nothing where there is none."""
+        return ",".join(self.towers) or ("none" if self.left_out else "")
+
+    @property
     def name(self) -> str:
         """The last part of the id."""
         return self.model.rsplit("/", 1)[-1]
@@ -369,7 +374,7 @@ def _command(subject: Subject) -> str:
             f"{subject.base.model}@{subject.base.revision}" if subject.base.on_hub else "path/to/" + subject.base.model
         )
         base = f" BASE={said}"
-    towers = f" TOWERS={','.join(subject.towers)}" if subject.towers else ""
+    towers = f" TOWERS={subject.taken}" if subject.taken else ""
     if subject.on_hub:
         return f"make publish MODEL_ID={subject.model} REVISION={subject.revision}{base}{towers}"
     return f"make publish MODEL_ID=path/to/{subject.model}{base}{towers}"

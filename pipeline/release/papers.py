@@ -13,7 +13,7 @@ from pipeline.core.recipe import PROJECT
 from pipeline.core.stage import Context
 from pipeline.release import folder, preflight, provenance, sbom
 from pipeline.release.card import Product
-from pipeline.release.subject import base_of
+from pipeline.release.subject import base_of, subject_of
 
 MEASURED = (*preflight.REPORTS, provenance.NAME)
 """Files that hold timings, or cover such: they differ from build to build."""
@@ -61,7 +61,7 @@ def _parameters(context: Context, override: str) -> dict[str, str]:
         **({"BASE": f"{base.model}@{base.revision}"} if (base := base_of(told)) else {}),
         "RECIPE": context.recipe.name,
         "GRAPHS": context.graphs,
-        **({"TOWERS": ",".join(tower.tower for tower in told.towers)} if told.towers else {}),
+        **({"TOWERS": taken} if (taken := subject_of(fetched).taken) else {}),
         **({"RUNG": climbed.rung} if (climbed := _climbed(context)) else {}),
         **({"LICENCE_OVERRIDE": override} if override else {}),
     }

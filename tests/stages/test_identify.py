@@ -88,6 +88,27 @@ def test_a_model_on_the_hub_gets_the_recipe_of_its_type_in_one_go(
     assert not make.ran and not make.asked, "what was fetched says it too"
 
 
+def test_the_towers_of_a_model_on_the_hub_are_found_by_its_tensors(server: HubServer, make: Make) -> None:
+    """Also with a recipe of one's own; TOWERS= settles it, and nobody looks."""
+    config = {"model_type": "gemma3n", "vision_config": {}, "audio_config": {"hidden_size": 64}}
+    header = json.dumps(
+        {
+            f"model.{part}.x.weight": {"dtype": "BF16", "shape": [1], "data_offsets": [2 * i, 2 * i + 2]}
+            for i, part in enumerate(("audio_tower", "embed_vision", "language_model"))
+        }
+    ).encode()
+    weights = len(header).to_bytes(8, "little") + header + bytes(6)
+    server.add(QWEN, {"config.json": json.dumps(config).encode(), "model.safetensors": weights})
+    own = "RECIPE=pipeline/recipes/gemma3n.toml"
+    make(own, "TOWERS=none", READY)
+    assert not make.asked
+    make(own, READY)
+    assert make.asked
+    shown = make("-n", own, "bundle", "GRAPHS=bundle")
+    assert "--towers audio" in shown and not make.asked and "towers" in make.ran
+    assert "--towers audio" in make("-n", "bundle", "GRAPHS=bundle")
+
+
 def test_make_bundle_makes_a_bundle_of_a_model_on_the_hub_from_nothing(
     server: HubServer, make: Make, qwen: dict[str, bytes]
 ) -> None:

@@ -207,9 +207,14 @@ def test_without_its_processor_a_model_is_refused(
     assert "has no preprocessor_config.json" in capsys.readouterr().err
 
 
-def test_towers_are_taken_when_they_are_asked_for(line: Line, tmp_path: Path) -> None:
+def test_towers_are_taken_when_they_are_asked_for(
+    line: Line, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     plain = dataclasses.replace(line, artifacts=tmp_path)
     assert plain.run(fetch.STAGE, "--graphs", "bundle") == 0
+    said = capsys.readouterr().err
+    assert "text only: tensors left out" in said
+    assert "can't be converted yet" not in said, "but they could"
     left, taken = (manifest.read(each.root / "fetch").told(facts.Fetch) for each in (plain, line))
     assert {part.part for part in left.left_out} == {"audio_tower", "embed_audio"}
     assert not left.towers

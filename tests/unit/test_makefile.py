@@ -143,6 +143,38 @@ def test_towers_are_made_for_bundles_where_they_are_asked_for(tmp_path: Path) ->
     assert (done.returncode, "TOWERS=ears is unknown: none, vision, audio" in done.stderr) == (2, True)
 
 
+@pytest.mark.parametrize("sharded", [True, False])
+def test_towers_that_a_checkpoint_has_are_taken_unless_somebody_says_none(sharded: bool, tmp_path: Path) -> None:
+    """By its tensors, and with what their reference needs; a text model, or a family without, has none."""
+
+    def towers(folder: str, *said: str) -> tuple[str, bool]:
+        shown = make("-n", "golden", "GRAPHS=bundle", f"ARTIFACTS={tmp_path / 'a'}", f"MODEL_ID={folder}", *said)
+        told = set(re.findall(r"-m pipeline.golden.*--towers (\S+)", shown))
+        there = (PROJECT / ".venv-vision" / ".ready").exists()
+        return ",".join(told), there or "locks/vision.txt" in shown
+
+    def model(name: str, model_type: str, *parts: str) -> str:
+        folder = tmp_path / name
+        folder.mkdir()
+        config = {"model_type": model_type, "vision_config": {"x": 1}, "audio_config": {"x": 1}}
+        (folder / "config.json").write_text(json.dumps(config))
+        names = {f"model.{part}.x.weight": "model-1.safetensors" for part in ("language_model", *parts)}
+        if sharded:
+            (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+        else:
+            header = json.dumps(names).encode()
+            (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+        return str(folder)
+
+    both = model("both", "gemma3n", "audio_tower", "embed_audio", "vision_tower", "embed_vision")
+    assert towers(both) == ("vision,audio", True)
+    assert towers(both, "TOWERS=none")[0] == "none"
+    assert towers(both, "TOWERS=audio")[0] == "audio"
+    assert towers(model("ears", "gemma3n", "audio_tower", "embed_audio"))[0] == "audio"
+    assert towers(model("text", "gemma3n", "embed_vision"))[0] == ""
+    assert towers(model("other", "gemma3", "vision_tower"))[0] == ""
+
+
 def test_eyes_bring_what_their_reference_needs(tmp_path: Path) -> None:
     settings = (f"ARTIFACTS={tmp_path}", "GRAPHS=bundle")
     plain, sees = make("-n", "golden", *settings), make("-n", "golden", *settings, "TOWERS=vision,audio")
