@@ -63,6 +63,7 @@ def work(given: Options) -> None:
     recipe, hub = load(given.recipe_file), Hub(waits=())  # asked again after a cut, a job might run twice
     model = look(given.model_id, given.revision, "", recipe, given.graphs or recipe.graphs, given.towers)
     commit = Hub().resolve(given.model_id, given.revision).revision
+    revision = given.revision or "main" if given.watch else commit
     want, api = machine.asked(model), HfApi(endpoint=hub.endpoint)
 
     refused = partial(jobs.refused, hub, given.repository)
@@ -70,9 +71,7 @@ def work(given: Options) -> None:
     log.line(f"job · {given.model_id} · {machine.said(chosen)}; {log.human_seconds(want.seconds)} on two cores")
     job = jobs.Job(
         image=given.image,
-        command=_command(
-            given, given.revision or "main" if given.watch else commit, left_out=bool(model.facts.left_out)
-        ),
+        command=_command(given, revision, left_out=bool(model.facts.left_out)),
         flavor=chosen.name,
         timeout=f"{ceil(2 * want.seconds / 3600 + 0.5)}h",
         name=model_name(given.model_id),
