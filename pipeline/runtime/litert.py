@@ -73,12 +73,19 @@ class MappedModel:
         from ai_edge_litert.options import CpuOptions, Options
 
         cpu = CpuOptions(num_threads=threads, xnnpack_weight_cache_path=str(weights))
+
+        def opened() -> CompiledModel:
+            options, place = Options(cpu_options=cpu), _environment()
+            model: CompiledModel = compiled_model.CompiledModel.from_file(str(path), environment=place, options=options)
+            return model
+
         try:
             with _quiet():
-                options = Options(cpu_options=cpu)
-                self._model: CompiledModel = compiled_model.CompiledModel.from_file(
-                    str(path), environment=_environment(), options=options
-                )
+                if not weights.is_file():
+                    # For that file alone: XNNPACK's room to lay out the largest matrix, of a large model half a
+                    # gigabyte, goes when the model is closed.
+                    opened()
+                self._model = opened()
         except RuntimeError as error:
             raise IntegrityError(f"{path} can't be loaded: {error}", file=path) from error
 
@@ -92,11 +99,7 @@ class MappedModel:
 
     def room(self, signature: str, name: str) -> TensorBuffer:
         """A buffer of zeros for an input; a run can write the output of this name and shape into it as well."""
-        detail = self._model.get_input_tensor_details(signature)[name]
-        buffer = self._model.create_input_buffer_by_name(signature, name)
-        # A fresh buffer holds whatever was in memory, and a cache must begin as the runtime's does.
-        buffer.write(np.zeros(detail["shape"], np.dtype(detail["dtype"])))
-        return buffer
+        return _room(self._model, signature, name)
 
 
 class MappedRunner:
@@ -147,10 +150,12 @@ class MappedRunner:
         self._inputs = self._model.get_input_tensor_details(self._signature)
 
     def _buffer(self, way: Literal["input", "output"], name: str) -> TensorBuffer:
-        model = self._model
-        make = model.create_input_buffer_by_name if way == "input" else model.create_output_buffer_by_name
         if (way, name) not in self._buffers:
-            self._buffers[way, name] = make(self._signature, name)
+            self._buffers[way, name] = (
+                _room(self._model, self._signature, name)
+                if way == "input"
+                else self._model.create_output_buffer_by_name(self._signature, name)
+            )
         return self._buffers[way, name]
 
     def _filled(self, name: str, value: Array) -> TensorBuffer:
@@ -162,6 +167,17 @@ class MappedRunner:
         detail = (self._inputs if self._shares(name) else self._outputs)[name]
         values = buffer.read(math.prod(detail["shape"]), np.dtype(detail["dtype"]))
         return values.reshape(detail["shape"])
+
+
+def _room(model: CompiledModel, signature: str, name: str) -> TensorBuffer:
+    """A buffer of zeros for an input."""
+    detail = model.get_input_tensor_details(signature)[name]
+    buffer = model.create_input_buffer_by_name(signature, name)
+    # A fresh buffer holds whatever was in memory, and a cache must begin as the runtime's does. The first that is
+    # written makes an environment of its own, which tells of accelerators as well.
+    with _quiet():
+        buffer.write(np.zeros(detail["shape"], np.dtype(detail["dtype"])))
+    return buffer
 
 
 @cache

@@ -331,11 +331,7 @@ def score(file: Path, rows: Tokens, positions: Positions, hidden: Floats, head: 
         hidden: the reference's hidden states there, [n, H].
         head: of the reference.
     """
-    packed = file.with_suffix(".packed")
-    if not packed.is_file():
-        # Opened once for that: XNNPACK's room to lay out the largest matrix, half a gigabyte, goes when it is closed.
-        MappedModel(file, packed, parallel.threads())
-    model = MappedModel(file, packed, parallel.threads())
+    model = MappedModel(file, file.with_suffix(".packed"), parallel.threads())
     run, parts, each = model.get_signature_runner(SIGNATURE), list[screening.Sample](), len(positions) // len(rows)
     targets, step = rows[positions.window, positions.length], max(1, screening.LOGITS // (head.vocabulary * each))
     for start in range(0, len(rows), step):

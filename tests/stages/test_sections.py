@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -46,3 +48,16 @@ def test_what_is_no_decoder_is_refused(tmp_path: Path) -> None:
     (tmp_path / DECODER).write_bytes(b"nothing")
     with pytest.raises(IntegrityError, match=r"decoder\.tflite can't be loaded"):
         Sections(tmp_path, weights=tmp_path / "weights")
+
+
+def test_native_code_says_nothing_while_a_file_runs(
+    built: Line, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    script = (
+        "import sys, numpy; from pathlib import Path; from pipeline.runtime.litert import MappedModel\n"
+        "run = MappedModel(Path(sys.argv[1]), Path(sys.argv[2]), 1).get_signature_runner('decode')\n"
+        "run(**{name: numpy.zeros(put['shape'], put['dtype']) for name, put in run.get_input_details().items()})"
+    )
+    decoder = str(built.root / "fp32" / "decoder.tflite")
+    subprocess.run([sys.executable, "-c", script, decoder, str(tmp_path / "packed")], check=True)
+    assert not capfd.readouterr().err
