@@ -28,7 +28,7 @@ from pipeline.report import tuning, verification
 from pipeline.runtime.interface import Array
 from pipeline.runtime.litert import FixedStep
 from pipeline.runtime.litert_lm import LmRuntime
-from pipeline.runtime.sections import Conversation, Sections
+from pipeline.runtime.sections import Conversation, Sections, Token
 from pipeline.tflite.graph import Graph
 from tools import tables
 from tools.tables import Column, Measured, Row, Table, Value
@@ -78,7 +78,7 @@ class Unsettled(Sections):
         super().__init__(folder)
         self._random = np.random.default_rng(seed)
 
-    def _embed(self, tokens: Sequence[int], shapes: dict[str, tuple[int, ...]]) -> dict[str, Array]:
+    def _embed(self, tokens: Sequence[Token], shapes: dict[str, tuple[int, ...]]) -> dict[str, Array]:
         given = super()._embed(tokens, shapes)
         return {
             name: (rows * (1 + 2**-24 * self._random.uniform(-1, 1, rows.shape))).astype(np.float32)

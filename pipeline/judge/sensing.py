@@ -27,18 +27,19 @@ Floats = NDArray[np.float32]
 QUESTIONS = ("What is the sea?", "What do you hear?", "Tell me about the river.", "Who are you?", "ⵎⴰ ⵢⴰⴷ?")
 """What is asked about them."""
 _SHOWN = 3
+_STATES = "before the tokens of answer "
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
     """The reference's greedy text after a message of `media`, kind and name, and a `question`.
 
-    `prompt_tokens` with the places of the media; per token of the answer the lead in logits.
+    The ids of the `prompt`, −1 where a vector of a medium stands; per token of the answer the lead in logits.
     """
 
     media: tuple[tuple[Kind, str], ...]
     question: str
-    prompt_tokens: int
+    prompt: list[int]
     tokens: list[int]
     text: str
     margins: list[float]
@@ -46,14 +47,19 @@ class Answer:
 
 @dataclass(frozen=True, kw_only=True)
 class Reference:
-    """What golden stored of a tower: soft tokens [n, H] by the name of a picture or sound, and the answers."""
+    """What golden stored of a tower: soft tokens [n, H] by the name of a picture or sound, and the answers.
+
+    Of each of these the final hidden states [n, H] before its tokens, with the reference's own cache.
+    """
 
     soft: Mapping[str, Floats]
     answers: Sequence[Answer]
+    states: Sequence[Floats]
 
     def store(self, folder: Path, tower: str) -> None:
         """Write it into golden's `folder`."""
-        save_file(dict(self.soft), folder / f"{tower}.safetensors")
+        states = {f"{_STATES}{index:03}": rows for index, rows in enumerate(self.states)}
+        save_file({**self.soft, **states}, folder / f"{tower}.safetensors")
         rows = [asdict(row) for row in self.answers]
         text = json.dumps(rows, ensure_ascii=False, indent=1) + "\n"
         manifest.write_atomically(folder / f"{tower}.json", text)
@@ -63,7 +69,9 @@ class Reference:
         """What is in golden's `folder`."""
         rows = json.loads((folder / f"{tower}.json").read_text(encoding="utf-8"))
         answers = [Answer(**{**row, "media": tuple(map(tuple, row["media"]))}) for row in rows]
-        return cls(soft=load_file(folder / f"{tower}.safetensors"), answers=answers)
+        stored = load_file(folder / f"{tower}.safetensors")
+        states = [stored.pop(name) for name in sorted(stored) if name.startswith(_STATES)]
+        return cls(soft=stored, answers=answers, states=states)
 
 
 def runner(file: Path, scratch: Path | None) -> Runner:

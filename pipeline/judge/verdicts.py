@@ -17,10 +17,10 @@ from pipeline.core.graph import tower_precision, towers_in
 from pipeline.core.manifest import FileRecord
 from pipeline.core.recipe import BASELINE, STEP
 from pipeline.core.stage import Context
-from pipeline.judge import bundles, gates, hearing, kv_cache, media, seeing, sqnr, steps
+from pipeline.judge import bundles, gates, hearing, kv_cache, media, mixed, seeing, sqnr, steps
 from pipeline.judge.gates import Check, Measurement
 from pipeline.judge.kv_cache import Trace
-from pipeline.judge.reference import Reference
+from pipeline.judge.reference import Head, Reference
 from pipeline.judge.sensing import Reference as Senses
 from pipeline.judge.sensing import judge_words
 from pipeline.judge.shards import Asked, Place
@@ -28,6 +28,7 @@ from pipeline.judge.step_runs import JudgedPositions
 from pipeline.judge.steps import Setting, Subject, Verdict
 from pipeline.runtime.litert_lm import Message
 from pipeline.runtime.picture import Sight
+from pipeline.runtime.sections import Sections
 from pipeline.runtime.sound import Hearing
 
 _PER_BATCH = 8
@@ -152,15 +153,17 @@ def _ask_bundles(
             for subject, verdict in asked:
                 log.step(f"judging {subject.name} ({log.human_bytes(subject.record.size)})")
                 found = verdict()
-                sensed = _sensed(context, subject, known, Path(scratch))
+                sensed = _sensed(context, subject, known, reference.head, Path(scratch))
                 verdicts.append(replace(found, checks=[*found.checks, *sensed]))
         return verdicts
 
     return finish
 
 
-def _sensed(context: Context, subject: bundles.Subject, known: dict[str, list[Check]], scratch: Path) -> list[Check]:
-    """The checks on a bundle's towers, if it has any: on their sections, and of the fp32 one on words.
+def _sensed(
+    context: Context, subject: bundles.Subject, known: dict[str, list[Check]], head: Head, scratch: Path
+) -> list[Check]:
+    """The checks on a bundle's towers, if it has any: on their sections, and of the fp32 one on logits and words.
 
     `known` are those on sections that another bundle has too. Towers in float16 are in no bundle, and go with fp32's.
     """
@@ -177,6 +180,7 @@ def _sensed(context: Context, subject: bundles.Subject, known: dict[str, list[Ch
                         known[name] = _judge_tower(context, name, made, sight, ears, told, scratch)
                     checks += known[name]
             if first:
+                checks += _judge_logits(context, tower, sight, ears, told, head, scratch)
                 checks.append(judge_words(subject.path, given, told.answers, scratch, tower))
     return checks
 
@@ -203,6 +207,23 @@ def _judge_tower(
         return seeing.judge_tower(name, sections, sight, told, gate, scratch, [size])
     assert ears
     return hearing.judge_tower(name, sections, ears, told, gate, scratch, [size])
+
+
+def _judge_logits(
+    context: Context,
+    tower: str,
+    sight: Sight | None,
+    ears: Hearing | None,
+    told: Senses,
+    head: Head,
+    scratch: Path,
+) -> list[Check]:
+    """The checks on what follows pictures or sounds, in float32 and through the cache."""
+    name, recipe = f"{tower}-{BASELINE}", context.recipe
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
+        made = mixed.vectors(context.root / "towers" / BASELINE, sight, ears, Path(folder))
+        sections = Sections(context.root / BASELINE, weights=Path(folder) / "decoder")
+        return mixed.judge_logits(name, sections, made, told, head, max(recipe.bundle.prefill), recipe.gates.get(name))
 
 
 def _bundle(context: Context, precision: str) -> bundles.Subject:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers.models.gemma3n.modeling_gemma3n import Gemma3nMultimodalEmbedder
 
@@ -62,8 +63,10 @@ def embedder(checkpoint: Path, config: Any, text: Any, part: str) -> Any:
     return streaming.load_part(made, weights(checkpoint, part))
 
 
-def answer(reference: HuggingFace, senses: Mapping[Kind, Sense], question: str, media: Heard, count: int) -> Answer:
-    """At most `count` greedy tokens after a message of `media` and a `question`."""
+def answer(
+    reference: HuggingFace, senses: Mapping[Kind, Sense], question: str, media: Heard, count: int
+) -> tuple[Answer, Floats]:
+    """At most `count` greedy tokens after a message of `media` and a `question`, and the states [n, H] before each."""
     content = [*({"type": kind} for kind, _, _ in media), {"type": "text", "text": question}]
     text = reference.as_prompt([{"role": "user", "content": content}])  # type: ignore[dict-item]
     for kind, sense in senses.items():
@@ -77,11 +80,16 @@ def answer(reference: HuggingFace, senses: Mapping[Kind, Sense], question: str, 
             pieces[index] = f"\n\n{start}{place * len(soft)}{end}\n\n{pieces[index]}"
         text = "".join(pieces)
     ids = torch.tensor([reference.begin(text)])
+    said, states = _greedy(reference, ids, _embedded(reference, senses, ids, media), count)
+    vectors = torch.zeros_like(ids, dtype=torch.bool)
+    for sense in senses.values():
+        vectors |= (ids >= sense.first) & (ids < sense.last)
     return Answer(
         media=tuple((kind, name) for kind, name, _ in media),
         question=question,
-        **_greedy(reference, ids, _embedded(reference, senses, ids, media), count),
-    )
+        prompt=ids.masked_fill(vectors, -1)[0].tolist(),
+        **said,
+    ), states
 
 
 def _embedded(reference: HuggingFace, senses: Mapping[Kind, Sense], ids: torch.Tensor, media: Heard) -> torch.Tensor:
@@ -97,10 +105,15 @@ def _embedded(reference: HuggingFace, senses: Mapping[Kind, Sense], ids: torch.T
     return embedded
 
 
-def _greedy(reference: HuggingFace, ids: torch.Tensor, embedded: torch.Tensor, count: int) -> dict[str, Any]:
-    """Text and margins of what follows; the first call takes embeddings, those after it tokens."""
+def _greedy(
+    reference: HuggingFace, ids: torch.Tensor, embedded: torch.Tensor, count: int
+) -> tuple[dict[str, Any], Floats]:
+    """Text and margins of what follows, and what the head read; the first call takes embeddings, the others tokens."""
     added: list[int] = []
     margins: list[float] = []
+    states: list[Floats] = []
+    head: Any = reference.model.lm_head
+    heard = head.register_forward_pre_hook(lambda _, read: states.append(read[0][0, -1].float().numpy().copy()))
     with torch.inference_mode():
         per_layer = reference.model.model.get_per_layer_inputs(ids)
         output = reference.model(inputs_embeds=embedded, per_layer_inputs=per_layer, use_cache=True, logits_to_keep=1)
@@ -113,17 +126,18 @@ def _greedy(reference: HuggingFace, ids: torch.Tensor, embedded: torch.Tensor, c
             output = reference.model(
                 input_ids=torch.tensor([added[-1:]]), cache=output.cache, use_cache=True, logits_to_keep=1
             )
+    heard.remove()
     text = reference.tokenizer.decode(added, skip_special_tokens=True)
-    return {"prompt_tokens": ids.shape[1], "tokens": added, "text": text, "margins": margins}
+    return {"tokens": added, "text": text, "margins": margins}, np.stack(states)
 
 
 def answers(
     reference: HuggingFace, senses: Mapping[Kind, Sense], messages: Iterator[Heard], prompts: int, count: int
-) -> list[Answer]:
-    """Greedy text of so many prompts: what is in each message, and a question."""
+) -> tuple[list[Answer], list[Floats]]:
+    """Greedy text of so many prompts: what is in each message, and a question; and the states before its tokens."""
     made = []
     with log.progress("greedy text about pictures and sounds", prompts * count, "tokens") as bar:
         for index, media in zip(range(prompts), messages, strict=False):
             made.append(answer(reference, senses, QUESTIONS[index % len(QUESTIONS)], media, count))
             bar.advance(count)
-    return made
+    return [each for each, _ in made], [states for _, states in made]

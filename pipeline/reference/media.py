@@ -29,10 +29,10 @@ def make(checkpoint: Path, reference: HuggingFace, towers: Sequence[str], bundle
     if "audio" in towers:
         ears = hearing.Ears.load(checkpoint)
         senses["audio"], heard = ears.sense, hearing.listen(ears, sounds())
-        told = answers(reference, senses, hearing.messages(heard), bundle.prompts, bundle.continuation)
-        Reference(soft=heard, answers=told).store(folder, "audio")
+        told, states = answers(reference, senses, hearing.messages(heard), bundle.prompts, bundle.continuation)
+        Reference(soft=heard, answers=told, states=states).store(folder, "audio")
     if seen:
         played = hearing.messages(heard) if "audio" in towers else None
         senses["image"] = seeing.Eyes.load(checkpoint).sense
-        told = answers(reference, senses, seeing.messages(seen, played), bundle.prompts, bundle.continuation)
-        Reference(soft=seen, answers=told).store(folder, "vision")
+        told, states = answers(reference, senses, seeing.messages(seen, played), bundle.prompts, bundle.continuation)
+        Reference(soft=seen, answers=told, states=states).store(folder, "vision")

@@ -19,6 +19,8 @@ from pipeline.runtime.litert import MappedModel, litert
 
 Cache = dict[str, Value]
 """A conversation's cache by input name: arrays, or LiteRT's buffers where the decoder is a `MappedModel`."""
+Token = int | NDArray[np.float32]
+"""A token's id, or the vector that stands for what is none, as a part of a picture: [H]."""
 DECODER, EMBEDDER, PER_LAYER = recipe.DECODER, "embedder.tflite", "per_layer_embedder.tflite"
 _REPACKED = 3e8
 """Bytes per second, roughly, at which XNNPACK lays out weights anew when a file is opened."""
@@ -43,7 +45,7 @@ class Conversation:
         """Start again at position 0 with the cache as it is: what it holds must not matter."""
         self.position = 0
 
-    def prefill(self, tokens: Sequence[int]) -> None:
+    def prefill(self, tokens: Sequence[Token]) -> None:
         """Put `tokens` into the cache, in one call of the shortest prefill signature that holds them.
 
         A cache that grows is as long as what it holds, rounded up; what it held stays.
@@ -53,12 +55,12 @@ class Conversation:
         """
         self._run(self.sections.signature_for(len(tokens)), tokens)
 
-    def decode(self, token: int) -> NDArray[np.float32]:
+    def decode(self, token: Token) -> NDArray[np.float32]:
         """Put `token` into the cache and return the logits [V] of what follows it."""
         logits: NDArray[np.float32] = _array(self._run("decode", [token])["logits"])[0, 0]
         return logits
 
-    def _run(self, signature: str, tokens: Sequence[int]) -> dict[str, Value]:
+    def _run(self, signature: str, tokens: Sequence[Token]) -> dict[str, Value]:
         self.cache = self.sections.grown(self.cache, self.position + len(tokens))
         outputs = self.sections.run(signature, tokens, self.position, self.cache)
         self.cache |= {name: value for name, value in outputs.items() if name.startswith("kv_cache_")}
@@ -162,7 +164,7 @@ class Sections:
         name = next(iter(cache))
         return int(_array(cache[name]).shape[_axis(name)])
 
-    def run(self, signature: str, tokens: Sequence[int], position: int, cache: Cache) -> dict[str, Value]:
+    def run(self, signature: str, tokens: Sequence[Token], position: int, cache: Cache) -> dict[str, Value]:
         """Run `tokens` at `position` … with `cache`, padded as LiteRT-LM pads: position 0, all masked, all zero.
 
         The new cache is a part of what is returned; LiteRT's buffers are written in place, and given again.
@@ -198,7 +200,7 @@ class Sections:
         }
         return {**kept, "input_pos": (tokens,), "mask": (1, 1, tokens, positions)}
 
-    def _embed(self, tokens: Sequence[int], shapes: dict[str, tuple[int, ...]]) -> dict[str, Array]:
+    def _embed(self, tokens: Sequence[Token], shapes: dict[str, tuple[int, ...]]) -> dict[str, Array]:
         if "tokens" in shapes:
             ids = np.zeros(shapes["tokens"], np.int32)
             ids[0, : len(tokens)] = tokens
@@ -207,7 +209,12 @@ class Sections:
         for name, embedder in self._embedders.items():
             inputs[name] = np.zeros(shapes[name], np.float32)
             for row, token in enumerate(tokens):
-                inputs[name][0, row] = _array(embedder(token_ids=np.array([[token]], np.int32))["embeddings"])[0, 0]
+                if isinstance(token, np.ndarray) and name == "embeddings":
+                    inputs[name][0, row] = token
+                    continue
+                # Of what is no token the runtime takes token 0's per-layer inputs, as the models do.
+                ids = np.array([[0 if isinstance(token, np.ndarray) else token]], np.int32)
+                inputs[name][0, row] = _array(embedder(token_ids=ids)["embeddings"])[0, 0]
         return inputs
 
 

@@ -7,7 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +33,10 @@ from pipeline.core import facts, manifest
 from pipeline.core.errors import BundleError, FetchError, UsageError
 from pipeline.core.recipe import PROJECT, Gate, Towers, load
 from pipeline.core.stage import DEFAULT_RECIPE
-from pipeline.judge import hearing, media, seeing
+from pipeline.judge import hearing, media, mixed, seeing
 from pipeline.judge.gates import Check, Measurement
 from pipeline.judge.pictures import pictures, write
+from pipeline.judge.reference import Head
 from pipeline.judge.sensing import Reference, judge_words, nmse
 from pipeline.models import gemma3n_vision as vision
 from pipeline.models.gemma3n_vision import VisionConfig
@@ -43,6 +44,7 @@ from pipeline.quantize import rows, senses
 from pipeline.reference.seeing import Eyes
 from pipeline.runtime.litert_lm import LmRuntime, Medium, content
 from pipeline.runtime.picture import Sight
+from pipeline.runtime.sections import Sections, Token
 from pipeline.runtime.sound import Hearing
 from pipeline.tflite.graph import Graph, Origin
 
@@ -100,11 +102,43 @@ def test_verify_judges_eyes_and_ears(line: Line) -> None:
     report = json.loads((line.root / "verify" / "report.json").read_text())
     judged = json.dumps(report)
     told = ("fp32", "int8")
+    assert judged.count('"worst logits NMSE through the cache"') >= 2
     for name in (
         *(f"{tower}-{each}" for tower in KINDS for each in told),
         *(f"that differ, {tower}" for tower in KINDS),
     ):
         assert name in judged
+
+
+class OtherToken(Sections):
+    """Sections that take another token's per-layer inputs where a medium stands."""
+
+    def _embed(self, tokens: Sequence[Token], shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+        others = super()._embed([5 if isinstance(token, np.ndarray) else token for token in tokens], shapes)
+        return super()._embed(tokens, shapes) | {"per_layer_embeddings": others["per_layer_embeddings"]}
+
+
+@pytest.mark.parametrize("defect", ["", "moved", "without its end", "per layer"])
+def test_logits_behind_pictures_and_a_sound_are_hugging_faces(defect: str, line: Line, tmp_path: Path) -> None:
+    """Through the sections and the cache; soft tokens moved by one, no end, other per-layer inputs are red."""
+    made = mixed.vectors(line.root / "towers" / "fp32", SEES, HEARS, tmp_path)
+    spoil = {"moved": lambda rows: np.roll(rows, 1, axis=0), "without its end": lambda rows: rows * (rows != rows[-1])}
+    reference = told(line)
+    few = dataclasses.replace(reference, answers=reference.answers[:2], states=reference.states[:2])
+    assert len(few.answers[1].media) == 3
+    cap = manifest.read(line.root / "golden").told(facts.Golden).final_logit_softcapping
+    checks = mixed.judge_logits(
+        "vision-fp32",
+        (OtherToken if defect == "per layer" else Sections)(line.root / "fp32"),
+        lambda kind, name: spoil.get(defect, lambda rows: rows)(made(kind, name)),
+        few,
+        Head.of_checkpoint(line.root / "fetch" / "checkpoint", cap),
+        32,
+        Gate(nmse=1e-6),
+    )
+    print(checks[0].sentence())
+    assert all(check.passed for check in checks) != bool(defect), [check.sentence() for check in checks]
+    assert defect or (checks[0].value or 1.0) < 1e-9
 
 
 def test_what_the_bundle_says_of_itself(line: Line) -> None:
