@@ -36,6 +36,8 @@ def work(context: Context) -> Outcome:
     bundles: dict[str, Bundle] = {}
     for precision in context.recipe.bundle.built:
         made, out = context.upstream[precision], context.folder / f"{precision}.litertlm"
+        if not made.outputs:  # optional, and its stage has said why there is none
+            continue
         sensed = _sensed(context, precision)
         text = [name for name in metadata.sections if name not in sensed]
         models = {name: context.root / made.output(f"{name}.tflite").path for name in text}

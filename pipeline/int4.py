@@ -1,6 +1,7 @@
 """int4: the graphs and tables with 4-bit weights, and 8-bit ones where the recipe says so; activations are dynamic.
 
-Only made for a recipe that has an `[int4]` section, and only when it is asked for.
+Only made for a recipe that has an `[int4]` section, when it is asked for or the recipe bundles it. Where it is optional
+there and can't be made of a model, as where too few weights can have 4 bits, it is left out and the build goes on.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from threadpoolctl import threadpool_limits
 from pipeline.bundling import tables
 from pipeline.checkpoint.reader import Checkpoint, open_checkpoint
 from pipeline.core import log
+from pipeline.core.errors import QuantiseError
 from pipeline.core.facts import Contents, Precision
 from pipeline.core.recipe import DECODER, STEP, Int4
 from pipeline.core.stage import Context, Outcome, Stage, main
@@ -23,7 +25,20 @@ from pipeline.quantize import fixed, given, gptq, int4, readback, rows
 
 
 def work(context: Context) -> Outcome:
-    """Fill the graphs, write the tables, and look into what was written."""
+    """Fill the graphs, write the tables, and look into what was written; leave nothing of what can't be made."""
+    try:
+        return Outcome(facts=_made(context))
+    except QuantiseError as error:
+        if "int4" not in context.recipe.bundle.optional:
+            raise
+        reason = str(error).replace(f"{context.folder}/", "")  # a manifest is the same wherever it is made
+        log.warn(f"int4 is left out: {reason}")
+        for file in context.folder.iterdir():
+            file.unlink()
+        return Outcome(facts=Precision(graphs=context.graphs, left_out=reason))
+
+
+def _made(context: Context) -> Precision:
     settings = context.recipe.int4
     assert settings is not None  # core/graph.py refuses
     checkpoint = open_checkpoint(context.root / "fetch" / "checkpoint")
@@ -38,7 +53,7 @@ def work(context: Context) -> Outcome:
     if DECODER in graphs:
         tables.write_tables(checkpoint, "int4", context.folder, _kept(settings))
     step, decoder = contents.get(STEP), contents.get(DECODER)
-    return Outcome(facts=Precision(graphs=context.graphs, step=step, decoder=decoder))
+    return Precision(graphs=context.graphs, step=step, decoder=decoder)
 
 
 def _kept(settings: Int4) -> tables.Choice:

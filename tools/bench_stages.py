@@ -25,8 +25,8 @@ from tools import watched
 
 GIB = 1 << 30
 RECIPES = PROJECT / "pipeline" / "recipes"
-INT8_ALONE = {'precisions = ["fp32", "int8"]': 'precisions = ["int8"]'}
-"""The change to a recipe that leaves the fp32 bundle out."""
+INT8_ALONE = {'precisions = ["fp32", "int8"]': 'precisions = ["int8"]', 'optional = ["int4"]': "optional = []"}
+"""The change to a recipe that leaves the fp32 and the int4 bundle out."""
 
 
 def measure(

@@ -204,10 +204,12 @@ class Ladder:
 class Precision:
     """Stages fp16, int8 and int4; the calibration is a static scheme's, the ladder int8's.
 
-    `largest_activation` is what the reference had on some calibration text, where the ladder reads any.
+    `largest_activation` is what the reference had on some calibration text, where the ladder reads any. `left_out` says
+    why there are no files of an optional precision.
     """
 
     graphs: Graphs
+    left_out: str = ""
     scheme: Scheme | None = None
     calibration_samples: int | None = None
     calibration_tokens: int | None = None

@@ -94,6 +94,12 @@ class Context:
     upstream: Mapping[str, Manifest]
     known: manifest.Known
 
+    @property
+    def bundled(self) -> tuple[str, ...]:
+        """The precisions that there is a bundle of: an optional one may have been left out."""
+        made = self.upstream["bundle"].facts if "bundle" in self.upstream else {}
+        return tuple(name for name in self.recipe.bundle.built if name in made)
+
     def chosen(self, kind: type[Chosen]) -> Chosen:
         """The options, which are those of the stage itself."""
         assert isinstance(self.options, kind)

@@ -144,7 +144,7 @@ def _ask_bundles(
         stop=set(golden.stop),
         scripts=recipe.corpus.scripts,
     )
-    subjects = [_bundle(context, name) for name in sorted(recipe.bundle.built, key=lambda name: name != BASELINE)]
+    subjects = [_bundle(context, name) for name in sorted(context.bundled, key=lambda name: name != BASELINE)]
     asked = [(subject, bundles.ask(subject, setting)) for subject in subjects]
 
     def finish() -> list[bundles.Verdict]:
@@ -244,7 +244,7 @@ def _bundle(context: Context, precision: str) -> bundles.Subject:
 def judged_files(context: Context, variants: Sequence[str]) -> dict[str, Path]:
     """Every judged file, the step graphs of `variants` first, by its path in the model's folder."""
     step_files = [f"{name}/{STEP}" for name in variants] if context.graphs != "bundle" else []
-    bundled = context.recipe.bundle.built if context.graphs != "step" else ()
+    bundled = context.bundled if context.graphs != "step" else ()
     return {path: context.root / path for path in (*step_files, *(f"bundle/{name}.litertlm" for name in bundled))}
 
 

@@ -90,6 +90,10 @@ _SENSES = {
     "in 8 bits. A sound takes as many places of a prompt as it is long, and is not filled up as transformers' "
     "processor does.",
 }
+_FOUR_BITS = (
+    "The int4 files are for phones that the int8 ones are too large for: most weights have 4 bits, which loses more, "
+    "as the figures below say, against limits of their own. Try your own task before you ship one."
+)
 _LACKS = {"vision": "They do not see.", "audio": "They do not hear."}
 
 
@@ -275,7 +279,12 @@ def _left_out(subject: Subject) -> str:
 def _files(products: Sequence[Product]) -> str:
     """The table of files."""
     rows = [(f"`{item.file}`", item.precision, log.human_bytes(item.size)) for item in products]
-    return _table(("file", "what", "size"), rows)
+    said = f"\n\n{_FOUR_BITS}" if any(map(_is_int4, products)) else ""
+    return _table(("file", "what", "size"), rows) + said
+
+
+def _is_int4(product: Product) -> bool:
+    return product.precision.startswith("int4")
 
 
 def _phone(products: Sequence[Product], tools: Mapping[str, str]) -> str:
@@ -306,14 +315,14 @@ def _phone(products: Sequence[Product], tools: Mapping[str, str]) -> str:
 
 
 def _usage(products: Sequence[Product], build: Build) -> Iterator[str]:
-    """How to run each kind of file that there is, shown on the smallest of it."""
+    """How to run each kind of file that there is, shown on the smallest of it that loses little."""
     for kind, template in _USAGE.items():
         files = [item for item in products if item.file.endswith(kind)]
         if files:
             yield (
                 Template(template.read_text(encoding="utf-8"))
                 .substitute(
-                    example=min(files, key=lambda item: item.size).file,
+                    example=min(files, key=lambda item: (_is_int4(item), item.size)).file,
                     max_batch=build.max_batch,
                     max_sequence=build.max_sequence,
                     fixed=_fixed(build.fixed),

@@ -21,7 +21,7 @@ def products_of(context: Context) -> list[Product]:
     """Bundles of the recipe's precisions, and step graphs in three and in int4 if the recipe names it, as wanted."""
     found: list[Product] = []
     if context.graphs != "step":
-        found += [_bundle(context, precision) for precision in context.recipe.bundle.built]
+        found += [_bundle(context, precision) for precision in context.bundled]
     if context.graphs != "bundle":
         named = [name for name in PRECISIONS if name != "int4" or name in context.recipe.bundle.precisions]
         found += [_step(context, precision) for precision in named]
@@ -39,7 +39,7 @@ def _missed(context: Context) -> set[str]:
 
 
 def _has_int4(context: Context) -> bool:
-    return "int4" in context.recipe.bundle.built and "bundle-int4" not in _missed(context)
+    return "int4" in context.bundled and "bundle-int4" not in _missed(context)
 
 
 def _bundle(context: Context, precision: str) -> Product:
@@ -124,7 +124,7 @@ def build_of(context: Context) -> Build:
     """How the files were made: recipe, commit and tools, and the changes in words."""
     judged, recipe = context.upstream["verify"], context.recipe
     bundles = context.upstream.get("bundle")
-    held = [bundles.part(name, Bundle).remarks for name in recipe.bundle.built] if bundles else []
+    held = [bundles.part(name, Bundle).remarks for name in context.bundled] if bundles else []
     return Build(
         recipe=recipe.name,
         recipe_sha256=recipe.sha256,

@@ -116,7 +116,7 @@ def test_make_bundle_makes_a_bundle_of_a_model_on_the_hub_from_nothing(
     server.add(QWEN, qwen)
     make("bundle", "GRAPHS=bundle")
     assert (make.ran[0], make.ran[-1]) == ("fetch", "bundle")
-    assert sorted(make.ran[1:-1]) == ["fp32", "graph", "int8", "moments"]
+    assert sorted(make.ran[1:-1]) == ["fp32", "graph", "int4", "int8", "moments"]
     assert make.recipes == {"plain"}
     for precision in ("fp32", "int8"):
         assert (make.root / "bundle" / f"{precision}.litertlm").is_file()

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from line import Line, small_recipe
+from line import OPTIONAL, Line, small_recipe
 from small_graph import bytes_by_type
 from threadpoolctl import threadpool_info, threadpool_limits
 
 from pipeline import bundle, int4, int8, publish, verify
 from pipeline.bundling import contents
 from pipeline.core import manifest
-from pipeline.core.errors import UsageError, VerificationError
+from pipeline.core.errors import QuantiseError, UsageError, VerificationError
 from pipeline.core.recipe import STEP
 from pipeline.models import build
 from pipeline.tflite.graph import Graph
@@ -23,6 +23,8 @@ from pipeline.tflite.graph import Graph
 SHORT = {"max_sequence = 2048": "max_sequence = 16"}
 """What verify times goes no further than this; test_verify looks at its times."""
 NAMED = SHORT | {'precisions = ["fp32", "int8"]': 'precisions = ["fp32", "int8", "int4"]'}
+SHIPPED = dict.fromkeys(OPTIONAL, next(iter(OPTIONAL)))
+"""What the tests' recipe leaves out of the shipped one."""
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +102,7 @@ def test_it_is_judged_and_published_where_the_recipe_names_it(line: Line) -> Non
     sizes = [found["bundles"][f"bundle-{name}"]["size"] for name in ("int4", "int8")]
     assert sizes[0] < 0.9 * sizes[1]
     assert line.run(publish.STAGE) == 0
+    assert "The int4 files are for phones" in (line.root / "publish" / "README.md").read_text(encoding="utf-8")
     published = {file.name for file in (line.root / "publish").iterdir()}
     assert {f"{line.root.name}_int4.tflite", f"{line.root.name}_int4.litertlm"} <= published
 
@@ -117,11 +120,7 @@ def test_an_optional_bundle_that_misses_its_limits_is_left_out(
     line: Line, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     copy = line.copy(tmp_path / "artifacts", "fetch", "golden", "fp32", "int8", "int4", "bundle")
-    changes = {
-        'precisions = ["fp32", "int8"]': 'precisions = ["fp32", "int8"]\noptional = ["int4"]',
-        "kld = 0.06": "kld = 1e-05",
-    }
-    strict = small_recipe(tmp_path / "r.toml", **SHORT, **changes)
+    strict = small_recipe(tmp_path / "r.toml", **SHORT, **SHIPPED, **{"kld = 0.06": "kld = 1e-05"})
     assert copy.run(verify.STAGE, "--graphs", "bundle", recipe=strict) == 0
     found = judgement(copy)
     assert found["passed"] and {check["variant"] for check in found["checks"]} == {"bundle-fp32", "bundle-int8"}
@@ -134,6 +133,28 @@ def test_an_optional_bundle_that_misses_its_limits_is_left_out(
         f"{copy.root.name}_{name}.litertlm" for name in ("fp32", "int8")
     }
     assert "int4" not in (published / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_model_of_which_too_little_can_have_four_bits_goes_without(
+    built: Line, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It stopped the build, for a product that the recipe calls optional."""
+    keep = {'keep_int8 = ["altup", "per_layer_model_projection"]': 'keep_int8 = ["."]'}
+    line = built.copy(tmp_path / "artifacts", "fetch", "golden", "graph", "fp32", "int8")
+    asked = replace(line, recipe=small_recipe(tmp_path / "asked.toml", **NAMED, **keep))
+    assert asked.run(int4.STAGE, "--graphs", "bundle") == QuantiseError.exit_code
+    assert "of its weights have 4 bits" in capsys.readouterr().err
+    line = replace(line, recipe=small_recipe(tmp_path / "r.toml", **SHORT, **keep, **SHIPPED))
+    assert line.run(int4.STAGE, "--graphs", "bundle") == 0
+    made, said = manifest.read(line.root / "int4"), capsys.readouterr().err
+    reason = made.facts["left_out"]
+    assert isinstance(reason, str) and reason.startswith("decoder.tflite is not a int4 file: only ")
+    assert f"int4 is left out: {reason}" in said
+    assert not made.outputs and {file.name for file in (line.root / "int4").iterdir()} == {"manifest.json", "run.json"}
+    for stage in (bundle.STAGE, verify.STAGE, publish.STAGE):
+        assert line.run(stage, "--graphs", "bundle") == 0
+    assert judgement(line)["bundles"].keys() == {"bundle-fp32", "bundle-int8"}
+    assert len([*(line.root / "publish").glob("*.litertlm")]) == 2
 
 
 def test_a_recipe_without_the_section_makes_none(

@@ -16,7 +16,7 @@ from pipeline.core.graph import model_name
 from pipeline.core.recipe import PROJECT, load
 
 MAKEFILE = (PROJECT / "Makefile").read_text(encoding="utf-8")
-STAGES = ("fetch", "golden", "graph", "fp32", "fp16", "int8", "int8-static", "bundle", "verify", "publish")
+STAGES = ("fetch", "golden", "graph", "fp32", "fp16", "int8", "int4", "int8-static", "bundle", "verify", "publish")
 
 
 def make(*arguments: str) -> str:
@@ -81,15 +81,16 @@ def test_one_precision_alone_builds_only_what_it_needs(tmp_path: Path) -> None:
         assert planned(name, f"ARTIFACTS={tmp_path}") == ["fetch", "graph", name]
 
 
-def test_int4_is_made_judged_and_bundled_only_where_the_recipe_names_it(tmp_path: Path) -> None:
-    recipe = tmp_path / "recipe.toml"
-    text = (PROJECT / "pipeline" / "recipes" / "gemma3.toml").read_text()
+def test_int4_is_bundled_and_its_step_graph_judged_only_where_the_recipe_demands_it(tmp_path: Path) -> None:
+    shipped, recipe = PROJECT / "pipeline" / "recipes" / "gemma3.toml", tmp_path / "recipe.toml"
+    text = shipped.read_text().replace('optional = ["int4"]', "optional = []")
     recipe.write_text(text.replace('precisions = ["fp32", "int8"]', 'precisions = ["fp32", "int8", "int4"]'))
-    settings = (f"ARTIFACTS={tmp_path}", f"RECIPE={recipe}")
-    order = planned(*settings)
-    assert order.index("graph") < order.index("int4") < min(order.index("bundle"), order.index("verify"))
-    assert "--variants fp32 fp16 int8 int4 int8-static" in make("-n", *settings)
-    assert "int4" not in planned(*settings, "GRAPHS=step", f"RECIPE={PROJECT / 'pipeline' / 'recipes' / 'gemma3.toml'}")
+    for own, variants in ((shipped, "fp32 fp16 int8 int8-static"), (recipe, "fp32 fp16 int8 int4 int8-static")):
+        settings = (f"ARTIFACTS={tmp_path}", f"RECIPE={own}")
+        order = planned(*settings)
+        assert order.index("graph") < order.index("int4") < min(order.index("bundle"), order.index("verify"))
+        assert f"--variants {variants}" in make("-n", *settings)
+    assert "int4" not in planned(f"ARTIFACTS={tmp_path}", f"RECIPE={shipped}", "GRAPHS=step")
 
 
 def test_what_will_be_run_is_planned_first(tmp_path: Path) -> None:
@@ -119,7 +120,7 @@ def test_graphs_leave_out_what_others_need(tmp_path: Path) -> None:
     recipe = (f"RECIPE={PROJECT / 'pipeline' / 'recipes' / 'gemma3n.toml'}", f"ARTIFACTS={tmp_path}")
     without = {"fp16", "int8-static"}
     assert set(STAGES) - set(planned(*recipe, "GRAPHS=bundle")) == without
-    assert set(STAGES) - set(planned(*recipe, "GRAPHS=step")) == {"bundle"}
+    assert set(STAGES) - set(planned(*recipe, "GRAPHS=step")) == {"bundle", "int4"}
     plan = make("-n", *recipe, "GRAPHS=bundle")
     runs = re.findall(r"-m pipeline\.(\w+)(.*)", plan)
     assert {name for name, options in runs if "--graphs bundle" not in options} == {"fetch", "template"}
