@@ -7,7 +7,8 @@ goes to `bench/raw/bench.json`:
 
 * a random Gemma 3n with the layers of E2B: per stage seconds and peak memory, and the latency of int8 against fp32;
 * Gemma 3 270M as an int8 bundle in LiteRT-LM, beside the stock exporter's of the same checkpoint, cache and prefill;
-  and its time to the first token with other prefill signatures, as `python -m tools.bench_prefill` alone;
+  its time to the first token with other prefill signatures, as `python -m tools.bench_prefill` alone, and how near its
+  decoding is to what memory gives, as `python -m tools.bench_decode`;
 * processor time of a build of the shipped model, beside that of an earlier commit, as `python -m tools.turns` alone.
 
 What is compared is timed in turns in one run, so ratios mean something on a noisy machine. Checkpoint and stock
@@ -35,7 +36,7 @@ from pipeline.core.host import processor
 from pipeline.core.recipe import PROJECT
 from pipeline.models.gemma3n import ARCHITECTURE
 from pipeline.runtime.litert import StepModel
-from tools import bench_prefill, bench_stages, bench_stock, figures, tables, turns
+from tools import bench_decode, bench_prefill, bench_stages, bench_stock, figures, tables, turns
 from tools.real_models import REAL_MODELS
 
 STEP_STAGES = ("fetch", "graph", "fp32", "int8")
@@ -133,10 +134,12 @@ def run(folder: Path, layers: int, rounds: int, bundle_rounds: int) -> dict[str,
     """All parts, in the empty folder `folder`."""
     wide, checkpoint = measure_steps(folder, layers, rounds), gemma3_checkpoint(folder)
     (prefills := folder / "prefills").mkdir()
+    (decoding := folder / "decoding").mkdir()
     return {
         **wide,
         "bundle": bench_stock.measure("gemma3", checkpoint, folder, bundle_rounds) if checkpoint else None,
         "prefill": bench_prefill.measure("gemma3", checkpoint, prefills) if checkpoint else None,
+        "decode": bench_decode.measure("gemma3", checkpoint, decoding) if checkpoint else None,
         "machine": {"cpu": processor(), "threads": parallel.threads()},
         "versions": versions.installed(),
         "date": time.strftime("%Y-%m-%d"),
@@ -165,5 +168,6 @@ if __name__ == "__main__":
     tables.write_all(figures.wide(results))
     if results["prefill"]:
         tables.write_all(figures.prefill(results["prefill"], results["command"]))
+        tables.write_all(figures.decode(results["decode"], results["command"]))
     turns.report(turns.BEFORE, turns.TARGETS)
     log.line(f"written: {arguments.out / 'bench.json'} and tables in bench/; now `python -m tools.figures`")

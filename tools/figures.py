@@ -316,6 +316,45 @@ def prefill(found: Mapping[str, Any], command: str) -> dict[str, Table]:
     return {"prefill": table}
 
 
+def decode(found: Mapping[str, Any], command: str) -> dict[str, Table]:
+    """What decoding reads, and what the machine's memory gives, by precision and context."""
+    gigabytes, share = Column(unit="GB/s", digits=".1f"), Column(digits=".2f")
+    columns = {
+        "weights": Column(unit="MB", digits=".1f"),
+        "cache": Column(unit="MB", digits=".1f"),
+        "decode": BUNDLE_COLUMNS["decode"][2],
+        "memory gives": gigabytes,
+        "weights read": gigabytes,
+        "weights / memory": share,
+        "weights and cache / memory": share,
+    }
+    rows, names = [], {key: f"{row['precision']}, {row['context']:,} tokens" for key, row in found["rows"].items()}
+    for key, row in found["rows"].items():
+        rate, given = row["decode_tokens_per_s"], row["bandwidth"]
+        read = [rate * row["weights"], rate * (row["weights"] + row["cache"])]
+        numbers = [row["weights"] / 1e6, row["cache"] / 1e6, rate, given / 1e9, read[0] / 1e9]
+        rows.append(Row(name=names[key], values=_values(columns, [*numbers, *(each / given for each in read)])))
+    base = next(key for key, row in found["rows"].items() if row["precision"] == "int8")
+    others = [key for key, row in found["rows"].items() if key != base and row["precision"] != "fp32"]
+    table = Table(
+        title=f"{REAL_MODELS[found['model']].title}: decoding beside what memory gives",
+        about=f"LiteRT-LM, {found['decoded']} tokens in and as many out, with a cache for so many; a token reads all "
+        f"weights and all of the cache. Memory: what {found['threads']} threads read, measured before each; medians of "
+        f"{found['rounds']} {'round' if found['rounds'] == 1 else 'rounds in turns'}.",
+        place=6,
+        columns=columns,
+        measured=Measured(
+            date=found["date"],
+            command=f"`{command}`",
+            machine=f"{found['threads']} threads ({found['cpu']}), load {found['load_average']:.0f} at the start",
+            versions=f"LiteRT-LM {found['runtime']}",
+        ),
+        rows=tuple(rows),
+        ratios=tuple((names[key], names[base]) for key in others),
+    )
+    return {"decode": table}
+
+
 RIVALS = {"ours": "this project, int8", "llama.cpp": "llama.cpp, Q8_0"}
 
 

@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from tools import bench_prefill, bench_stock, figures, tables
+from tools import bench_decode, bench_prefill, bench_stock, figures, tables
 
 ABOUT = {"machine": {"cpu": "AMD EPYC", "threads": 2}, "date": "2026-11-29"}
 
@@ -99,6 +99,33 @@ def test_prefill_ladders_have_the_time_of_each_prompt_over_the_first_ladders() -
         "| [32, 128, 512] / [128] | 0.50 | 0.50 | 0.50 | 0.50 | 1.00 | 1.00 | 1.00 |",
     ]
     assert "load 3 at the start" in tables.origins(table)[0]
+
+
+def test_decoding_stands_beside_what_memory_gives() -> None:
+    def row(precision: str, context: int, weights: int, rate: float) -> dict[str, object]:
+        told = {"precision": precision, "context": context, "weights": weights, "cache": 50e6}
+        return told | {"decode_tokens_per_s": rate, "bandwidth": 20e9}
+
+    found = {
+        **{"model": "gemma3", "decoded": 64, "rounds": 3, "threads": 2, "cpu": "AMD EPYC"},
+        **{"load_average": 2.6, "runtime": "0.18.1", "date": "2026-11-30"},
+        "rows": {
+            "fp32, 4096": row("fp32", 4096, 10**9, 10),
+            "int8, 4096": row("int8", 4096, 250 * 10**6, 40),
+            "int8, 32768": row("int8", 32768, 250 * 10**6, 30),
+        },
+    }
+    (table,) = figures.decode(found, "make bench").values()
+    assert tables.markdown(table)[2:5] == [
+        "| fp32, 4,096 tokens | 1000.0 MB | 50.0 MB | 10.0 tok/s | 20.0 GB/s | 10.0 GB/s | 0.50 | 0.53 |",
+        "| int8, 4,096 tokens | 250.0 MB | 50.0 MB | 40.0 tok/s | 20.0 GB/s | 10.0 GB/s | 0.50 | 0.60 |",
+        "| int8, 32,768 tokens | 250.0 MB | 50.0 MB | 30.0 tok/s | 20.0 GB/s | 7.5 GB/s | 0.38 | 0.45 |",
+    ]
+    assert tables.markdown(table)[5].startswith("| int8, 32,768 tokens / int8, 4,096 tokens | 1.00 | 1.00 | 0.75 |")
+
+
+def test_memory_gives_something() -> None:
+    assert 1e8 < bench_decode.bandwidth(1) < 1e13
 
 
 @pytest.mark.parametrize(
