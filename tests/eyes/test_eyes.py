@@ -58,7 +58,9 @@ KINDS = ("vision", "audio")
 def line(tmp_path_factory: pytest.TempPathFactory) -> Line:
     """The shipped model with eyes and ears, as far as bundles and what the reference says of it."""
     folder = tmp_path_factory.mktemp("sees")
-    recipe = small_recipe(folder / "small.toml", **{"ladder = true": "ladder = false"})
+    # Of a tower with few blocks the third stage is too much to keep.
+    kept = {r", 'timm_model\.blocks\.2\.[0-8]\.']": "]", "ladder = true": "ladder = false"}
+    recipe = small_recipe(folder / "small.toml", **kept)
     recipe.write_text(recipe.read_text().replace("cache_length = 512", "cache_length = 1024"))
     made = Line(artifacts=folder / "artifacts", recipe=recipe, model=whole.write_model(folder / "eyes"))
     for stage in (fetch.STAGE, golden.STAGE, graph.STAGE, towers.STAGE, fp32.STAGE, int8.STAGE, bundle.STAGE):
@@ -335,7 +337,7 @@ def spectrogram_in_int8(made: Graph) -> None:
             made.opcode("FULLY_CONNECTED", rows.LINEAR_VERSION)
 
 
-EARLY = load(PROJECT / DEFAULT_RECIPE).towers.keep_float16
+EARLY = load(PROJECT / DEFAULT_RECIPE).towers.keep_float16[:2]
 AS_IT_IS: Callable[[Graph], None] = lambda _: None  # noqa: E731
 
 
