@@ -5,7 +5,7 @@ FOLDER becomes the root of a system as such a release's base image has it, with 
 with venv, make) and git, and a clone of the project in /project. Each TARGET is a `make` in it, with nothing of this
 machine but its network, its certificates and pip's trust in them. The clone stays, to be looked at.
 
-All of it runs in namespaces of its own: ended by a signal, it leaves no process and no mount.
+All of it runs in namespaces of its own: however it ends, it leaves no process and no mount.
 """
 
 from __future__ import annotations
@@ -54,8 +54,19 @@ def main(words: Sequence[str]) -> int:
 
 def alone(command: Sequence[str]) -> int:
     """Run `command` in namespaces of its own: what it mounts and starts ends with it, and it with this process."""
-    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
-    namespaces = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    # At once, at whatever place it is: the kernel ends what is below.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    namespaces = [
+        "setpriv",
+        "--pdeathsig",
+        "KILL",
+        "unshare",
+        "--mount",
+        "--pid",
+        "--fork",
+        "--kill-child",
+        "--mount-proc",
+    ]
     return subprocess.run([*namespaces, *command], env={**os.environ, ALONE: "yes"}).returncode
 
 
