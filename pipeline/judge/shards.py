@@ -21,7 +21,7 @@ from threadpoolctl import threadpool_limits
 from pipeline.checkpoint import chat
 from pipeline.cluster.pool import Shards
 from pipeline.cluster.worker import KEPT, let_go
-from pipeline.core import log, parallel, records
+from pipeline.core import log, memory, parallel, records
 from pipeline.judge import kv_cache, metrics, parity
 from pipeline.judge.kv_cache import Logits, Schedule, Trace
 from pipeline.judge.metrics import Scores
@@ -139,10 +139,10 @@ def _open(place: Place, precision: str) -> Sections:
 
 
 def unload() -> None:
-    """Close the sections."""
+    """Close the sections, and give back what they took: LiteRT-LM, which comes next, takes as much."""
     while _open_now:
-        _, (_, scratch) = _open_now.popitem()
-        scratch.cleanup()
+        _open_now.popitem()[1][1].cleanup()  # and no name that holds the sections
+        memory.give_back()
 
 
 let_go.append(unload)
