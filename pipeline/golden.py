@@ -51,11 +51,11 @@ def work(context: Context) -> Outcome:
     recipe, checkpoint, chosen = context.recipe, context.root / "fetch" / "checkpoint", context.chosen(Options)
     text = chosen.eval or PROJECT / recipe.corpus.verification
     openings = corpus.read_documents(text, corpus.first_content)  # before the model is loaded, which takes minutes
-    fetched = context.upstream["fetch"]
-    parameters, device = fetched.told(facts.Fetch).parameters, choose_device(chosen.device)
+    parameters = context.upstream["fetch"].told(facts.Fetch).parameters
+    device = choose_device(chosen.device, parameters)
     streamed = golden.is_streamed(chosen.weights, device, parameters * pool.copies(chosen.cluster))
     model = Model(str(checkpoint.absolute()), device, streamed)
-    with pool.opened(chosen.cluster, context.root, "golden", fetched.outputs, "reference") as shards:
+    with pool.opened(chosen.cluster, context.root, "golden", context.upstream["fetch"].outputs, "reference") as shards:
         asked = golden.ask(model, shards, parameters)
         reference = asked.reference
         documents = corpus.read_documents(text, reference.render)

@@ -167,6 +167,16 @@ def test_weights_that_do_not_fit_are_streamed(monkeypatch: pytest.MonkeyPatch) -
         is_streamed("streamed", "cuda", 1)
 
 
+def test_a_model_larger_than_the_gpu_s_memory_is_for_the_cpu(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (8 << 30, 24 << 30))
+    assert choose_device("auto", 1_000_000_000) == "cuda" and not capfd.readouterr().err
+    assert choose_device("cuda", 4_000_000_000) == "cpu"
+    assert "17.6 GB for the reference, 8.6 GB are free; the CPU computes" in capfd.readouterr().err
+
+
 def changed_checkpoint(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> Path:
     """The shipped checkpoint with `change` made to its tensors."""
     shutil.copytree(SHIPPED, folder, ignore=shutil.ignore_patterns("corpus"))
