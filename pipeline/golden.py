@@ -75,7 +75,7 @@ def work(context: Context) -> Outcome:
         cases = None if context.graphs == "bundle" else golden.make_shapes(asked, recipe.shapes, grid)
         floors = {"threads": golden.threads_floor(asked, few), "bfloat16": golden.bfloat16_floor(asked, few)}
         if traced and towers_in(context.towers):
-            media.make(checkpoint, reference, towers_in(context.towers), recipe.bundle, context.folder)
+            media.make(checkpoint, reference, towers_in(context.towers), recipe.bundle, parameters, context.folder)
         bos, pad, stop, cap = reference.bos, reference.pad, reference.stop, reference.cap
         del asked, reference  # their memory is for the same model in another precision, which is asked last
         sample = golden.Sample(few, states()[:_SAMPLE_WINDOWS], Head.of_checkpoint(checkpoint, cap))

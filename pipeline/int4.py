@@ -16,7 +16,7 @@ from threadpoolctl import threadpool_limits
 from pipeline.bundling import tables
 from pipeline.checkpoint.reader import Checkpoint, open_checkpoint
 from pipeline.core import log
-from pipeline.core.errors import QuantiseError
+from pipeline.core.errors import TooFewBitsError
 from pipeline.core.facts import Contents, Precision
 from pipeline.core.recipe import DECODER, STEP, Int4
 from pipeline.core.stage import Context, Outcome, Stage, main
@@ -28,7 +28,7 @@ def work(context: Context) -> Outcome:
     """Fill the graphs, write the tables, and look into what was written; leave nothing of what can't be made."""
     try:
         return Outcome(facts=_made(context))
-    except QuantiseError as error:
+    except TooFewBitsError as error:
         if "int4" not in context.recipe.bundle.optional:
             raise
         reason = str(error).replace(f"{context.folder}/", "")  # a manifest is the same wherever it is made

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipeline.core import errors, graph, log, manifest, options, process, rerun, versions
+from pipeline.core import errors, facts, graph, log, manifest, options, process, rerun, versions
 from pipeline.core.errors import UsageError
 from pipeline.core.recipe import PROJECT
 from pipeline.core.recipe import load as load_recipe
@@ -47,6 +47,8 @@ def work(given: Options) -> None:
     root, recipe = given.root, given.recipe_file
     again = graph.model_root(given.again or given.artifacts / "reproduced", given.model_id)
     finished = {name: manifest.read(root / name) for name in rerun.STAGES if (root / name / manifest.NAME).is_file()}
+    if "fetch" in finished and not finished["fetch"].told(facts.Fetch).towers:
+        finished.pop("towers", None)  # of an earlier build, with towers
     versions.require_same(finished, load_recipe(recipe).sha256, root)
     _clear(again)
     again.mkdir(parents=True)

@@ -246,7 +246,7 @@ def _texts(tokenizer: Tokenizer, **tokens: int) -> list[str]:
         raise BundleError(
             f"the tokenizer lacks a token that config.json has for a tower ({named})",
             cause="it is the text model's",
-            remedy="put the tokenizer of the whole model into the checkpoint",
+            remedy="put the tokenizer of the whole model into the checkpoint, or say TOWERS=none",
         )
     return [*map(str, texts)]
 

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.core.errors import FetchError
+from pipeline.core.senses import WITHOUT
 
 Float32 = npt.NDArray[np.float32]
 _BILINEAR = 2
@@ -40,13 +41,16 @@ def open_look(checkpoint: Path) -> Look:
     told = SiglipImageProcessorPil.from_pretrained(checkpoint, local_files_only=True)
     size = dict(told.size or {})
     if size.keys() != {"height", "width"} or size["height"] != size["width"] or not told.do_resize:
-        raise FetchError(f"the image processor in {checkpoint} does not make squares: {size}")
+        raise FetchError(f"the image processor in {checkpoint} does not make squares: {size}", remedy=WITHOUT)
     if int(told.resample) != _BILINEAR:
         raise FetchError(
-            f"the image processor in {checkpoint} has resample {int(told.resample)}, expected {_BILINEAR} (bilinear)"
+            f"the image processor in {checkpoint} has resample {int(told.resample)}, expected {_BILINEAR} (bilinear)",
+            remedy=WITHOUT,
         )
     if getattr(told, "do_center_crop", None) or getattr(told, "do_pad", None):
-        raise FetchError(f"the image processor in {checkpoint} crops or pads, which pictures here are not")
+        raise FetchError(
+            f"the image processor in {checkpoint} crops or pads, which pictures here are not", remedy=WITHOUT
+        )
     scale = np.float64(told.rescale_factor * _WHOLE if told.do_rescale else _WHOLE)
     mean, deviation = (
         np.broadcast_to(np.asarray(part if told.do_normalize else plain, np.float64), 3)

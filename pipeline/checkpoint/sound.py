@@ -46,7 +46,8 @@ def check(names: Collection[str], where: str) -> None:
         raise FetchError(
             f"{where} has no {PREPROCESSOR[0]}, which says what becomes of sounds and pictures",
             cause="the model was saved without its processor",
-            remedy="save it beside the model: `AutoProcessor.from_pretrained(BASE).save_pretrained(FOLDER)`",
+            remedy="save it beside the model: `AutoProcessor.from_pretrained(BASE).save_pretrained(FOLDER)`, or "
+            "say TOWERS=none",
         )
 
 
@@ -62,7 +63,7 @@ def open_front(checkpoint: Path) -> Front:
     if told.dither or not (told.preemphasis_htk_flavor or not told.preemphasis):
         raise FetchError(
             f"the audio processor in {checkpoint} has dither or a pre-emphasis across frames",
-            remedy="use the settings that the model was trained with: dither 0, preemphasis_htk_flavor true",
+            remedy="use the settings of the training: dither 0, preemphasis_htk_flavor true, or TOWERS=none",
         )
     size, length = told.frame_length, told.fft_length
     # y₀ = (1 − a) x₀, yᵢ = xᵢ − a xᵢ₋₁, then the window, then the transform of a frame with zeros behind.

@@ -70,6 +70,10 @@ class QuantiseError(PipelineError):
     exit_code = 6
 
 
+class TooFewBitsError(QuantiseError):
+    """Too few of a model's weights can have 4 bits."""
+
+
 class BundleError(PipelineError):
     """The on-device bundle could not be made."""
 

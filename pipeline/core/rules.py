@@ -463,7 +463,7 @@ def _with_recipe(request: Request, said: Mapping[str, str]) -> Request:
 
 def _with_towers(request: Request, said: Mapping[str, str]) -> Request:
     """`request` with the towers that its recipe takes and the checkpoint has, where TOWERS= says nothing."""
-    taken = request.choice.recipe.towers.taken
+    taken = request.choice.recipe.towers.taken if request.choice.graphs != "step" else ()
     known = None if said["TOWERS"] or not taken else _known(request, request.root / ".inputs" / "asked")
     found: tuple[str, ...] = ()
     if known and known.name == CONFIG:

@@ -7,6 +7,8 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
+WITHOUT = "say TOWERS=none to build the model without"
+"""What can be done about a tower that can't be converted."""
 _TOWER = re.compile(r"(?:^|\.)(vision|audio)_tower\.")
 _DESCRIBED = ("vision_config", "audio_config")
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -30,7 +32,7 @@ def of_folder(folder: Path, taken: Collection[str]) -> tuple[str, ...]:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         return among(_stored(folder), taken) if described(config) else ()
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return ()
 
 

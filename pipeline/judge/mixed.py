@@ -21,7 +21,7 @@ from pipeline.runtime.picture import Sight
 from pipeline.runtime.sections import Conversation, Sections
 from pipeline.runtime.sound import Hearing
 
-_PROMPTS = 4
+PROMPTS = 4
 """Prompts whose answers are judged, the second of them with two pictures and a sound; all of them would take long."""
 Vectors = Callable[[Kind, str], Floats]
 """What stands in a prompt for a picture or sound, by kind and name: soft tokens and its end, [n + 1, H]."""
@@ -59,7 +59,7 @@ def judge_logits(
         longest: tokens of the longest prefill.
         gate: the tower's limits.
     """
-    rows, scores = list(zip(told.answers, told.states, strict=True))[:_PROMPTS], []
+    rows, scores = list(zip(told.answers, told.states, strict=True))[:PROMPTS], []
     with log.progress(f"logits, {tower}", sum(len(row.tokens) for row, _ in rows), "tokens") as bar:
         for row, states in rows:
             logits = []

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 from pipeline.core import log, manifest, parallel
-from pipeline.core.recipe import Gate
+from pipeline.core.recipe import Bundle, Gate
 from pipeline.judge import gates
 from pipeline.judge.gates import REFERENCE, Check, Measurement
 from pipeline.judge.parity import TIE
@@ -27,6 +27,8 @@ Floats = NDArray[np.float32]
 QUESTIONS = ("What is the sea?", "What do you hear?", "Tell me about the river.", "Who are you?", "ⵎⴰ ⵢⴰⴷ?")
 """What is asked about them."""
 _SHOWN = 3
+_LARGE, _FEW = 10**9, (2, 64)
+"""Parameters from which on a model is asked fewer prompts, for fewer tokens: each may read all weights anew."""
 _STATES = "before the tokens of answer "
 
 
@@ -74,12 +76,20 @@ class Reference:
         return cls(soft=stored, answers=answers, states=states)
 
 
+def asked(bundle: Bundle, parameters: int) -> tuple[int, int]:
+    """How many prompts about a tower's media a model of so many parameters answers, and the most tokens of each."""
+    most = bundle.prompts, bundle.continuation
+    return most if parameters < _LARGE else (min(most[0], _FEW[0]), min(most[1], _FEW[1]))
+
+
 def runner(file: Path, scratch: Path | None) -> Runner:
     """A section with XNNPACK, whose weights are repacked into `scratch`; without a folder in the built-in kernels."""
     threads = parallel.threads()
     if scratch is None:
         return litert.litert(file, xnnpack=False, threads=threads).get_signature_runner()
-    return litert.MappedModel(file, scratch / f"{file.name}.packed", threads).get_signature_runner(file.stem)
+    # By the folder too, which is the precision's: LiteRT takes repacked weights that lie there, whatever they are of.
+    packed = scratch / f"{file.parent.name}-{file.name}.packed"
+    return litert.MappedModel(file, packed, threads).get_signature_runner(file.stem)
 
 
 def judge_soft(
@@ -109,7 +119,7 @@ def judge_soft(
                 got, wanted = sense(name), reference[name]
                 counts += len(got) != len(wanted)
                 error = nmse(got, wanted) if len(got) == len(wanted) else np.inf
-                worst[xnnpack] = max(worst[xnnpack], (error, name))
+                worst[xnnpack] = max(worst[xnnpack], (error, name), key=lambda each: (math.isnan(each[0]), each[0]))
                 bar.advance()
     for xnnpack, (error, name) in worst.items():
         kernels = "XNNPACK" if xnnpack else "built-in kernels"

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from pipeline.core.graph import makeable, needs
 from pipeline.core.recipe import BASELINE, DECODER, SECTION_LIMIT, STEP
-from pipeline.judge import corpus, screening
+from pipeline.judge import corpus, mixed, screening, sensing
 from pipeline.models import sizes
 from pipeline.planning.model import Model
 from pipeline.planning.speed import REFERENCE, Speed
@@ -156,6 +156,7 @@ def golden(model: Model) -> Need:
         if BASELINE in bundle.precisions:  # the reference's own cache is that bundle's measure
             steps += bundle.decode
             tokens += 2 * model.conversation
+        steps += len(model.facts.towers) * math.prod(sensing.asked(bundle, model.facts.parameters))
     parameters = model.facts.parameters
     # Streamed, weights are laid out for every pass over the text; read they are at each step in either way.
     passes = steps + model.streamed * tokens / _PASS
@@ -332,6 +333,10 @@ def verify(model: Model) -> Need:
     decoders = [model.files[DECODER].bytes(precision) for precision in model.bundles]
     decoded = judged + settings.prompts * settings.continuation
     work = Work(calls=_IMPORTS + 2 * sum(decoders) / _HASH, copies=sum(decoders) * decoded / _STEP_READ)
+    if BASELINE in model.bundles:  # logits and words about pictures and sounds
+        prompts, tokens = sensing.asked(settings, model.facts.parameters)
+        heard = len(model.facts.towers) * (prompts + min(prompts, mixed.PROMPTS)) * tokens
+        work += Work(copies=heard * model.files[DECODER].bytes(BASELINE) / _STEP_READ)
     for precision in model.bundles:
         flops = _FLOPS if precision == "fp32" else _INTEGER_FLOPS
         work += Work(calls=2.0, products=3 * 2 * model.multiplied * model.conversation / flops)

@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 
 from pipeline.core import log
-from pipeline.core.errors import PipelineError, QuantiseError
+from pipeline.core.errors import PipelineError, QuantiseError, TooFewBitsError
 from pipeline.core.facts import Contents
 from pipeline.core.recipe import Scheme
 from pipeline.runtime.interface import Array, Detail, Interpreter
@@ -283,6 +283,7 @@ def check(contents: ReadBack, target: Target, file: Path, *, floats: bool = Fals
     `floats` the recipe leaves what it will in float32: then 4 bits alone are asked for.
 
     Raises:
+        TooFewBitsError: too few weights have 4 bits, and that is all.
         QuantiseError: too few weights have the type, a table is of another, or too few products are integer.
     """
     wanted = {"fp16": ("FLOAT16",), "int4": _NARROW}.get(target, ("INT8",))
@@ -294,8 +295,9 @@ def check(contents: ReadBack, target: Target, file: Path, *, floats: bool = Fals
     if share < _LEAST_WEIGHTS and not floats:
         types = ", ".join(f"{value:.1%} {kind.lower()}" for kind, value in sorted(contents.shares.items()))
         wrong.append(f"its weights are {types}")
+    few = f"only {contents.shares.get('INT4', 0.0):.1%} of its weights have 4 bits"
     if target == "int4" and contents.shares.get("INT4", 0.0) < _LEAST_FOUR_BITS:
-        wrong.append(f"only {contents.shares.get('INT4', 0.0):.1%} of its weights have 4 bits")
+        wrong.append(few)
     # A table is half of a small model and no product, so shares of products would not show it.
     if set(contents.tables) - {*wanted} and not floats:
         wrong.append(f"its embedding tables are {', '.join(sorted({t.lower() for t in contents.tables}))}")
@@ -303,7 +305,8 @@ def check(contents: ReadBack, target: Target, file: Path, *, floats: bool = Fals
     if target != "fp16" and linear < _LEAST_INTEGER and not floats:
         wrong.append(f"only {linear:.1%} of the multiply-adds with its weights are integer")
     if wrong:
-        raise QuantiseError(
+        kind = TooFewBitsError if wrong == [few] else QuantiseError
+        raise kind(
             f"{file} is not a {target} file: {'; '.join(wrong)}",
             cause="the graph has weights or products that the quantiser does not know, or the recipe keeps too much",
             remedy="compare its operators with those in pipeline/quantize/rows.py",

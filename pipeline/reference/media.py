@@ -8,15 +8,17 @@ from pathlib import Path
 
 from pipeline.core.recipe import Bundle
 from pipeline.judge.pictures import write
-from pipeline.judge.sensing import Kind, Reference
+from pipeline.judge.sensing import Kind, Reference, asked
 from pipeline.judge.sounds import sounds
 from pipeline.reference import hearing, seeing
 from pipeline.reference.answers import Sense, answers
 from pipeline.reference.model import HuggingFace
 
 
-def make(checkpoint: Path, reference: HuggingFace, towers: Sequence[str], bundle: Bundle, folder: Path) -> None:
-    """Compute and store what the reference sees and hears, and says of it, for as many prompts as bundles are held to.
+def make(
+    checkpoint: Path, reference: HuggingFace, towers: Sequence[str], bundle: Bundle, parameters: int, folder: Path
+) -> None:
+    """Compute and store what the reference, of so many parameters, sees and hears, and says of it.
 
     Raises:
         UsageError: timm, of which the vision tower is, is not installed.
@@ -29,10 +31,10 @@ def make(checkpoint: Path, reference: HuggingFace, towers: Sequence[str], bundle
     if "audio" in towers:
         ears = hearing.Ears.load(checkpoint)
         senses["audio"], heard = ears.sense, hearing.listen(ears, sounds())
-        told, states = answers(reference, senses, hearing.messages(heard), bundle.prompts, bundle.continuation)
+        told, states = answers(reference, senses, hearing.messages(heard), *asked(bundle, parameters))
         Reference(soft=heard, answers=told, states=states).store(folder, "audio")
     if seen:
         played = hearing.messages(heard) if "audio" in towers else None
         senses["image"] = seeing.Eyes.load(checkpoint).sense
-        told, states = answers(reference, senses, seeing.messages(seen, played), bundle.prompts, bundle.continuation)
+        told, states = answers(reference, senses, seeing.messages(seen, played), *asked(bundle, parameters))
         Reference(soft=seen, answers=told, states=states).store(folder, "vision")

@@ -367,6 +367,15 @@ def test_towers_in_fewer_bits_keep_their_limits_unless_spoilt(
     assert all(check.passed for check in checks) == holds, [check.sentence() for check in checks]
 
 
+def test_precisions_that_are_judged_one_after_the_other_share_no_weights(line: Line, tmp_path: Path) -> None:
+    folder = tmp_path / "fp16"
+    folder.mkdir()
+    narrowed(line, "vision", "fp16", folder, (), lambda _: None)
+    gate = load(line.recipe).gates["vision-fp32"]
+    checks = seeing.judge_tower("vision-fp32", line.root / "towers" / "fp32", SEES, told(line), gate, folder)
+    assert all((check.value or 0.0) < 1e-10 for check in checks), [check.sentence() for check in checks]
+
+
 @pytest.mark.parametrize("tower", KINDS)
 def test_the_stage_and_the_bundle_hold_them(tower: str, line: Line, tmp_path: Path) -> None:
     told = manifest.read(line.root / "towers")

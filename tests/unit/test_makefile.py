@@ -148,8 +148,8 @@ def test_towers_are_made_for_bundles_where_they_are_asked_for(tmp_path: Path) ->
 def test_towers_that_a_checkpoint_has_are_taken_unless_somebody_says_none(sharded: bool, tmp_path: Path) -> None:
     """By its tensors, and with what their reference needs; a text model, or a family without, has none."""
 
-    def towers(folder: str, *said: str) -> tuple[str, bool]:
-        shown = make("-n", "golden", "GRAPHS=bundle", f"ARTIFACTS={tmp_path / 'a'}", f"MODEL_ID={folder}", *said)
+    def towers(folder: str, *said: str, graphs: str = "bundle") -> tuple[str, bool]:
+        shown = make("-n", "golden", f"GRAPHS={graphs}", f"ARTIFACTS={tmp_path / 'a'}", f"MODEL_ID={folder}", *said)
         told = set(re.findall(r"-m pipeline.golden.*--towers (\S+)", shown))
         there = (PROJECT / ".venv-vision" / ".ready").exists()
         return ",".join(told), there or "locks/vision.txt" in shown
@@ -170,10 +170,15 @@ def test_towers_that_a_checkpoint_has_are_taken_unless_somebody_says_none(sharde
     both = model("both", "gemma3n", "audio_tower", "embed_audio", "vision_tower", "embed_vision")
     assert towers(both) == ("vision,audio", True)
     assert towers(both, "TOWERS=none")[0] == "none"
+    assert towers(both, graphs="step")[0] == "", "a step graph has none"
     assert towers(both, "TOWERS=audio")[0] == "audio"
     assert towers(model("ears", "gemma3n", "audio_tower", "embed_audio"))[0] == "audio"
     assert towers(model("text", "gemma3n", "embed_vision"))[0] == ""
     assert towers(model("other", "gemma3", "vision_tower"))[0] == ""
+    if sharded:
+        odd = model("odd", "gemma3n", "vision_tower")
+        (Path(odd) / "model.safetensors.index.json").write_text('{"metadata": {}}')
+        assert towers(odd)[0] == "", "fetch will say what is wrong with it"
 
 
 def test_eyes_bring_what_their_reference_needs(tmp_path: Path) -> None:
