@@ -73,10 +73,10 @@ def types(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def unit(session: nox.Session) -> None:
-    """Tests without torch: seconds. Before them, that every test there is can be found by a plain `pytest`."""
+    """Tests without torch, in two processes. Before them, that every test there is can be found by a plain `pytest`."""
     if not session.posargs:
         python(session, "-m", "pytest", "--collect-only", "-qq")
-    python(session, "-m", "pytest", "tests/unit", *session.posargs)
+    python(session, "-m", "pytest", "tests/unit", "-n", "2", *session.posargs)
 
 
 @nox.session(venv_backend="none")
@@ -505,7 +505,8 @@ def reproduce(session: nox.Session) -> None:
 def compare_models(session: nox.Session, left: Path, right: Path) -> None:
     """Fail unless the shipped model has the same files in both; papers and links apart, for what they name."""
     made = [manifests(folder) for folder in (left, right)]
-    for folder in {name for one in made for name in one if name.endswith(("/fetch", "/verify", "/publish"))}:
+    papers = ("/fetch", "/verify", "/publish", "/page", "/space")
+    for folder in {name for one in made for name in one if name.endswith(papers)}:
         for one in made:
             one.pop(folder, None)
     compare(session, files(made[0], left), files(made[1], right))
