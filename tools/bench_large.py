@@ -206,7 +206,8 @@ def main() -> int:
     earlier = tables.read_all()
     made = dict(figures.large(found)) | {"planned": _planned(stages, found["command"])}
     tables.write_all({name: tables.joined(earlier[name], table) for name, table in made.items()})
-    bench_stages.draw({name: runs[name] for name in SHOWN if name in runs}, tables.BENCH / "large.png")
+    if shown := {name: runs[name] for name in SHOWN if name in runs}:
+        bench_stages.draw(shown, tables.BENCH / "large.png")
     for name, took in runs.items():
         log.line(f"\n{name}")
         for line in bench_stages.table(took):
