@@ -12,10 +12,8 @@ tools.figures` writes into the documents.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -32,7 +30,7 @@ from pipeline.core.facts import Bundle
 from pipeline.core.host import processor
 from pipeline.core.recipe import DECODER
 from pipeline.quantize import readback
-from tools import bench_bundle, bench_stages, figures, tables
+from tools import bench_bundle, bench_stages, figures, real_models, tables
 from tools.bench_bundle import Work, measure_apart, medians
 from tools.bench_stock import UNJUDGED
 from tools.real_models import REAL_MODELS
@@ -151,20 +149,14 @@ def table(found: dict[str, Any]) -> list[str]:
 
 def main() -> int:
     """Build, measure, write the table; the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", choices=[*REAL_MODELS], help="which it is")
-    parser.add_argument("checkpoint", type=Path, help="its checkpoint")
-    parser.add_argument("--work", type=Path, required=True, help="an empty folder for all that is made")
+    parser = real_models.command_line(__doc__, rounds=3)
     parser.add_argument("--contexts", nargs="+", type=int, default=CONTEXTS, help="in tokens (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="measurements (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=tables.RAW / "decode.json", help="default: %(default)s")
     arguments = parser.parse_args()
-    work = arguments.work.resolve()
-    work.mkdir(parents=True, exist_ok=True)
-    try:
-        found = measure(arguments.model, arguments.checkpoint.resolve(), work, arguments.contexts, arguments.rounds)
-    except subprocess.CalledProcessError as error:
-        parser.exit(1, f"{error}\nWhat it said is above.\n")
+    checkpoint, rounds = arguments.checkpoint.resolve(), arguments.rounds
+    found = real_models.measured(
+        parser, arguments.work, lambda work: measure(arguments.model, checkpoint, work, arguments.contexts, rounds)
+    )
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     tables.write_all(figures.decode(found, f"python -m tools.bench_decode {arguments.model} CHECKPOINT"))

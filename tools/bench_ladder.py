@@ -20,8 +20,6 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
 from pipeline.checkpoint.reader import open_checkpoint
 from pipeline.core import log, parallel
 from pipeline.core.host import processor
@@ -65,15 +63,13 @@ def climbed(source: Path, recipe: Recipe, artifacts: Path, folder: Path) -> tupl
     texts, window = recipe.corpus, recipe.corpus.window
     parameters = sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
     text = ladder.Text.of(PROJECT / texts.calibration, window, reference, checkpoint, parameters)
+    hidden = text.hidden  # which the text lets go once it is known
     with hessians or nullcontext():
         section, told = ladder.climb(ladder.rungs(recipe.int8), ladder.limits(recipe, "all"), maker, text)
         every = maker.make(section, folder, window, text.head.cap)
     limit = max(1, texts.positions // corpus.POSITIONS_PER_WINDOW)
     windows = corpus.calibration_windows(PROJECT / texts.verification, reference.tokenizer, window, limit)
-    # The calibration text has let the reference go by now.
-    unseen = ladder.Text(
-        windows=windows, lots=(limit,), hidden=lambda ids: reference.hidden(ids, np.ones_like(ids)), head=text.head
-    )
+    unseen = replace(text, windows=windows, lots=(limit,), hidden=hidden, known={})
     judged, _ = unseen.judge(every, ladder.limits(recipe, "all"))
     quality = replace(recipe.gates["int8-dynamic"], size_ratio=None)
     missed = [check for check in gates.judge(source.name, quality, _measured(judged)) if not check.passed]

@@ -12,10 +12,8 @@ tools.figures` writes into the documents.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,7 +24,7 @@ from typing import Any
 
 from pipeline.core import log, parallel
 from pipeline.core.host import processor
-from tools import bench_bundle, bench_stages, figures, tables, watched
+from tools import bench_bundle, bench_stages, figures, real_models, tables, watched
 from tools.bench_bundle import medians, prompt
 from tools.bench_stock import UNJUDGED
 from tools.real_models import REAL_MODELS
@@ -145,28 +143,17 @@ def table(found: Mapping[str, Any]) -> list[str]:
 
 def main() -> int:
     """Build, measure, write the table; the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", choices=[*REAL_MODELS], help="which it is")
-    parser.add_argument("checkpoint", type=Path, help="its checkpoint")
-    parser.add_argument("--work", type=Path, required=True, help="an empty folder for all that is made")
+    parser = real_models.command_line(__doc__, rounds=3)
     parser.add_argument("--ladders", nargs="+", default=LADDERS, help="lengths of prefills (default: %(default)s)")
     parser.add_argument("--prompts", nargs="+", type=int, default=PROMPTS, help="in tokens (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="measurements (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=tables.RAW / "prefill.json", help="default: %(default)s")
     arguments = parser.parse_args()
-    work = arguments.work.resolve()
-    work.mkdir(parents=True, exist_ok=True)
-    try:
-        found = measure(
-            arguments.model,
-            arguments.checkpoint.resolve(),
-            work,
-            arguments.ladders,
-            arguments.prompts,
-            arguments.rounds,
-        )
-    except subprocess.CalledProcessError as error:
-        parser.exit(1, f"{error}\nWhat it said is above.\n")
+    checkpoint, rounds = arguments.checkpoint.resolve(), arguments.rounds
+    found = real_models.measured(
+        parser,
+        arguments.work,
+        lambda work: measure(arguments.model, checkpoint, work, arguments.ladders, arguments.prompts, rounds),
+    )
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     tables.write_all(figures.prefill(found, f"python -m tools.bench_prefill {arguments.model} CHECKPOINT"))

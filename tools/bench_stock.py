@@ -9,7 +9,6 @@ documents.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -25,7 +24,7 @@ from typing import Any, TypeVar
 from pipeline.core import log, manifest, parallel
 from pipeline.core.host import processor
 from pipeline.core.recipe import PROJECT, load
-from tools import bench_bundle, bench_stages, figures, tables
+from tools import bench_bundle, bench_stages, figures, real_models, tables
 from tools.real_models import REAL_MODELS
 
 Taken = dict[str, dict[str, Any]]
@@ -110,19 +109,13 @@ def environment(lock: str, folder: Path) -> Path | None:
 
 def main() -> int:
     """Measure, write the table; the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", choices=[*REAL_MODELS], help="which it is")
-    parser.add_argument("checkpoint", type=Path, help="its checkpoint")
-    parser.add_argument("--work", type=Path, required=True, help="an empty folder for all that is made")
+    parser = real_models.command_line(__doc__, rounds=5)
     parser.add_argument("--builds", type=int, default=BUILDS, help="builds of each (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="measurements of speed (default: %(default)s)")
     arguments = parser.parse_args()
-    work = arguments.work.resolve()
-    work.mkdir(parents=True, exist_ok=True)
-    try:
-        found = measure(arguments.model, arguments.checkpoint.resolve(), work, arguments.rounds, arguments.builds)
-    except subprocess.CalledProcessError as error:
-        parser.exit(1, f"{error}\nWhat it said is above.\n")
+    checkpoint, rounds = arguments.checkpoint.resolve(), arguments.rounds
+    found = real_models.measured(
+        parser, arguments.work, lambda work: measure(arguments.model, checkpoint, work, rounds, arguments.builds)
+    )
     measured = tables.Measured(
         date=time.strftime("%Y-%m-%d"),
         command=f"`nox -s stock -- {arguments.model}`",

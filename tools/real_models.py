@@ -7,10 +7,13 @@ Writes the recipe of one into a folder, and prints where.
 
 from __future__ import annotations
 
+import subprocess
 import sys
-from collections.abc import Mapping
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from tools.bench_stages import changed_recipe
 
@@ -43,6 +46,28 @@ REAL_MODELS = {
 """By the name of the session that makes the checkpoint; behind a dash what is changed."""
 DEFAULT = "gemma3"
 """The one that README shows."""
+Found = TypeVar("Found")
+
+
+def command_line(description: str | None, *, rounds: int) -> ArgumentParser:
+    """What each benchmark of one of them is told."""
+    parser = ArgumentParser(description=description, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("model", choices=[*REAL_MODELS], help="which it is")
+    parser.add_argument("checkpoint", type=Path, help="its checkpoint")
+    parser.add_argument("--work", type=Path, required=True, help="an empty folder for all that is made")
+    parser.add_argument("--rounds", type=int, default=rounds, help="measurements of speed (default: %(default)s)")
+    return parser
+
+
+def measured(parser: ArgumentParser, work: Path, measure: Callable[[Path], Found]) -> Found:
+    """What `measure` finds in the folder `work`, which is made; the command ends if a program that it ran failed."""
+    work = work.resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    try:
+        return measure(work)
+    except subprocess.CalledProcessError as error:
+        parser.exit(1, f"{error}\nWhat it said is above.\n")
+
 
 if __name__ == "__main__":
     model = REAL_MODELS[sys.argv[1]]

@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.core.errors import FetchError
-from pipeline.core.senses import WITHOUT
+from pipeline.core.errors import TowerError
 
 Float32 = npt.NDArray[np.float32]
 _BILINEAR = 2
@@ -34,23 +33,20 @@ def open_look(checkpoint: Path) -> Look:
     """How the processor in the folder `checkpoint` sees, by transformers' `SiglipImageProcessor`.
 
     Raises:
-        FetchError: it does what the bundle can't.
+        TowerError: it does what the bundle can't.
     """
     from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
     told = SiglipImageProcessorPil.from_pretrained(checkpoint, local_files_only=True)
     size = dict(told.size or {})
     if size.keys() != {"height", "width"} or size["height"] != size["width"] or not told.do_resize:
-        raise FetchError(f"the image processor in {checkpoint} does not make squares: {size}", remedy=WITHOUT)
+        raise TowerError(f"the image processor in {checkpoint} does not make squares: {size}")
     if int(told.resample) != _BILINEAR:
-        raise FetchError(
-            f"the image processor in {checkpoint} has resample {int(told.resample)}, expected {_BILINEAR} (bilinear)",
-            remedy=WITHOUT,
+        raise TowerError(
+            f"the image processor in {checkpoint} has resample {int(told.resample)}, expected {_BILINEAR} (bilinear)"
         )
     if getattr(told, "do_center_crop", None) or getattr(told, "do_pad", None):
-        raise FetchError(
-            f"the image processor in {checkpoint} crops or pads, which pictures here are not", remedy=WITHOUT
-        )
+        raise TowerError(f"the image processor in {checkpoint} crops or pads, which pictures here are not")
     scale = np.float64(told.rescale_factor * _WHOLE if told.do_rescale else _WHOLE)
     mean, deviation = (
         np.broadcast_to(np.asarray(part if told.do_normalize else plain, np.float64), 3)

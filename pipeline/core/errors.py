@@ -52,6 +52,13 @@ class FetchError(PipelineError):
     exit_code = 3
 
 
+class TowerError(FetchError):
+    """A tower, or what goes into it, is of a kind that can't be converted; without it the model can."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(what, remedy="say TOWERS=none to build the model without")
+
+
 class IntegrityError(PipelineError):
     """Bytes are not what their header, index or manifest says."""
 

@@ -7,8 +7,8 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
-WITHOUT = "say TOWERS=none to build the model without"
-"""What can be done about a tower that can't be converted."""
+from pipeline.core.recipe import CONFIG
+
 _TOWER = re.compile(r"(?:^|\.)(vision|audio)_tower\.")
 _DESCRIBED = ("vision_config", "audio_config")
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -30,7 +30,7 @@ def among(names: Iterable[str], taken: Collection[str]) -> tuple[str, ...]:
 def of_folder(folder: Path, taken: Collection[str]) -> tuple[str, ...]:
     """As `among`, of the checkpoint in a folder; none of one that can't be read, of which fetch will say why."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         return among(_stored(folder), taken) if described(config) else ()
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return ()

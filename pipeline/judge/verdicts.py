@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -170,18 +170,18 @@ def _sensed(
     held = context.upstream["bundle"].part(subject.precision, Bundle)
     sight = Sight(**vars(held.sees)) if held.sees else None
     ears = Hearing(**vars(held.hears)) if held.hears else None
+    towers = {tower: Senses.stored(context.root / "golden", tower) for tower in towers_in(context.towers)}
     first, checks = subject.precision == BASELINE, list[Check]()
-    with media.given(sight, ears, scratch) as given:
-        for tower in towers_in(context.towers):
-            told = Senses.stored(context.root / "golden", tower)
-            for name, made in _of_tower(context, tower):
-                if made.precision == tower_precision(subject.precision) or (first and made.precision == "fp16"):
-                    if name not in known:
-                        known[name] = _judge_tower(context, name, made, sight, ears, told, scratch)
-                    checks += known[name]
-            if first:
-                checks += _judge_logits(context, tower, sight, ears, told, head, scratch)
-                checks.append(judge_words(subject.path, given, told.answers, scratch, tower))
+    for tower, told in towers.items():
+        for name, made in _of_tower(context, tower):
+            if made.precision == tower_precision(subject.precision) or (first and made.precision == "fp16"):
+                if name not in known:
+                    known[name] = _judge_tower(context, name, made, sight, ears, told, scratch)
+                checks += known[name]
+    if first and towers:
+        checks += _judge_logits(context, towers, sight, ears, head, scratch)
+        with media.given(sight, ears, scratch) as given:
+            checks += [judge_words(subject.path, given, told.answers, scratch, name) for name, told in towers.items()]
     return checks
 
 
@@ -211,19 +211,20 @@ def _judge_tower(
 
 def _judge_logits(
     context: Context,
-    tower: str,
+    towers: Mapping[str, Senses],
     sight: Sight | None,
     ears: Hearing | None,
-    told: Senses,
     head: Head,
     scratch: Path,
 ) -> list[Check]:
     """The checks on what follows pictures or sounds, in float32 and through the cache."""
-    name, recipe = f"{tower}-{BASELINE}", context.recipe
+    gates, longest, checks = context.recipe.gates, max(context.recipe.bundle.prefill), list[Check]()
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         made = mixed.vectors(context.root / "towers" / BASELINE, sight, ears, Path(folder))
         sections = Sections(context.root / BASELINE, weights=Path(folder) / "decoder")
-        return mixed.judge_logits(name, sections, made, told, head, max(recipe.bundle.prefill), recipe.gates.get(name))
+        for name, told in ((f"{tower}-{BASELINE}", told) for tower, told in towers.items()):
+            checks += mixed.judge_logits(name, sections, made, told, head, longest, gates.get(name))
+    return checks
 
 
 def _bundle(context: Context, precision: str) -> bundles.Subject:

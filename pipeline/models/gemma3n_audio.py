@@ -26,8 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pipeline.checkpoint.sound import Front
-from pipeline.core.errors import FetchError
-from pipeline.core.senses import WITHOUT
+from pipeline.core.errors import TowerError
 from pipeline.export.operators import Linear, convolve, convolve_apart, matmul
 from pipeline.models.gemma3n_embedder import Embedder, Weight, stored
 from pipeline.models.transformer import RMSNorm
@@ -77,13 +76,13 @@ class AudioConfig:
         """Read a checkpoint's `config.json`; absent keys have transformers' defaults.
 
         Raises:
-            FetchError: a value that these modules do not implement.
+            TowerError: a value that these modules do not implement.
         """
         audio: Mapping[str, Any] = config.get("audio_config") or {}
         for key in ("sscp_conv_kernel_size", "sscp_conv_stride_size"):
             wanted = [[3, 3], [3, 3]] if "kernel" in key else [[2, 2], [2, 2]]
             if [list(pair) for pair in audio.get(key, wanted)] != wanted:
-                raise FetchError(f"audio_config.{key} is {audio[key]}, expected {wanted}", remedy=WITHOUT)
+                raise TowerError(f"audio_config.{key} is {audio[key]}, expected {wanted}")
         made = cls(
             vocab_size=audio.get("vocab_size", 128),
             vocab_offset=audio.get("vocab_offset", 262_272),
@@ -109,9 +108,7 @@ class AudioConfig:
             eoa_token_id=config.get("eoa_token_id", 262_272),
         )
         if made.conf_attention_context_right:  # rows behind a sound's end would have to be told apart
-            raise FetchError(
-                "audio_config.conf_attention_context_right is not 0, which the audio encoder can't do", remedy=WITHOUT
-            )
+            raise TowerError("audio_config.conf_attention_context_right is not 0, which the audio encoder can't do")
         return made
 
     @property

@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pipeline.checkpoint.picture import Look
-from pipeline.core.errors import FetchError
-from pipeline.core.senses import WITHOUT
+from pipeline.core.errors import TowerError
 from pipeline.export.operators import convolve, convolve_apart, matmul
 from pipeline.models.gemma3n_embedder import Embedder, Weight, stored
 from pipeline.models.transformer import RMSNorm
@@ -112,7 +111,7 @@ class VisionConfig:
         """Read a checkpoint's `config.json`; absent keys have transformers' defaults.
 
         Raises:
-            FetchError: a value that these modules do not implement.
+            TowerError: a value that these modules do not implement.
         """
         vision: Mapping[str, Any] = config.get("vision_config") or {}
         settings: Mapping[str, Any] = vision.get("model_args") or {}
@@ -134,36 +133,30 @@ class VisionConfig:
             ("vision_soft_tokens_per_image", made.soft_tokens, _SIDE**2),
         ):
             if found != wanted:
-                raise FetchError(f"{name} is {found}, expected {wanted}", remedy=WITHOUT)
+                raise TowerError(f"{name} is {found}, expected {wanted}")
         return made
 
     def check(self, size: int) -> None:
         """Refuse pictures of `size` x `size` pixels if the tower can't make soft tokens of them.
 
         Raises:
-            FetchError: it can't.
+            TowerError: it can't.
         """
         if size % _STRIDE or (size // (_STRIDE // 2)) % _SIDE:
-            raise FetchError(
-                f"the processor makes pictures of {size} pixels, and the vision encoder takes n x 256", remedy=WITHOUT
-            )
+            raise TowerError(f"the processor makes pictures of {size} pixels, and the vision encoder takes n x 256")
 
 
 def _tower(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Stem and stages as timm makes them of `model_args`: all channels times a number, or blocks of its own."""
     if unknown := settings.keys() - {"channel_multiplier", "block_args"}:
-        raise FetchError(
-            f"vision_config.model_args has {min(unknown)}, which the vision encoder can't do", remedy=WITHOUT
-        )
+        raise TowerError(f"vision_config.model_args has {min(unknown)}, which the vision encoder can't do")
     times = settings.get("channel_multiplier", 1.0)
     stages = tuple(tuple(map(_block, stage)) for stage in settings["block_args"]) if "block_args" in settings else None
     scaled = tuple(
         tuple(replace(block, out=_rounded(block.out * times)) for block in stage) for stage in stages or _standard()
     )
     if len(scaled) != 4 or any([block.stride for block in stage] != [2] + [1] * (len(stage) - 1) for stage in scaled):
-        raise FetchError(
-            "vision_config.model_args.block_args are not four stages that halve the picture each", remedy=WITHOUT
-        )
+        raise TowerError("vision_config.model_args.block_args are not four stages that halve the picture each")
     return {"stem": _STEM if times < 1 else _rounded(_STEM * times), "stages": scaled}
 
 
@@ -183,9 +176,7 @@ def _block(told: Mapping[str, Any]) -> Block:
     odd = [name for name, value in told.items() if name not in _NAMES and _NEUTRAL.get(name, value) != value]
     unknown = [name for name in told if name not in _NAMES and name not in _NEUTRAL]
     if told.get("key_dim") != told.get("value_dim") or odd or unknown or told["block_type"] not in ("er", "uir", "mqa"):
-        raise FetchError(
-            f"the vision encoder can't do the block {dict(told)} of vision_config.model_args", remedy=WITHOUT
-        )
+        raise TowerError(f"the vision encoder can't do the block {dict(told)} of vision_config.model_args")
     return Block(**{_NAMES[name]: value for name, value in told.items() if name in _NAMES})
 
 
