@@ -19,6 +19,7 @@ import pytest
 import torch
 from hub_server import Fault, HubServer, Sparse
 from huggingface_hub import constants
+from line import written
 from safetensors.torch import load, load_file, save
 from tokenizers import Tokenizer, models
 from transformers import Gemma3nForCausalLM, Gemma3nTextConfig
@@ -716,7 +717,7 @@ def test_killed_run_goes_on(server: HubServer, model: Files, run: Run, weights: 
     partials = run.root / origin.DOWNLOADS
     try:
         deadline = time.monotonic() + 600  # however busy the machine is
-        while sum(file.stat().st_size for file in partials.rglob("*.safetensors.partial")) < weights.half:
+        while written(partials, ".safetensors.partial") < weights.half:
             assert time.monotonic() < deadline and killed.poll() is None
             time.sleep(0.02)
     finally:

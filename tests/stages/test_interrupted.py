@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from line import Line, changed_model, lasting, small_recipe
+from line import Line, changed_model, lasting, small_recipe, written
 from safetensors.torch import load_file, save_file
 
 from pipeline import fetch, graph
@@ -76,7 +76,7 @@ def wait_until_it_writes(process: subprocess.Popen[bytes], folder: Path) -> None
     """Until a file of the stage has bytes, or, where it writes none for long, its folder is there."""
     deadline = time.monotonic() + STARTED
     while time.monotonic() < deadline and process.poll() is None:
-        if folder.is_dir() and any(file.stat().st_size for file in folder.rglob("*") if file.is_file()):
+        if written(folder):
             return
         if folder.name == "graph" and folder.is_dir():
             time.sleep(3)  # torch.export is at work
