@@ -1,11 +1,11 @@
-# Every stage is a file target, artifacts/<model>/<stage>/manifest.json, which the stage writes last. The rules are
-# written by pipeline/core/rules.py from the table in pipeline/core/graph.py. A stage runs again when a stage it reads
-# ran again, or when what artifacts/<model>/.inputs/<stage> records changed. `make help` lists targets and settings.
+# Every stage is a file target, artifacts/<model>/<stage>/manifest.json, which it writes last; pipeline/core/rules.py writes
+# the rules. One runs again when one it reads ran again, or artifacts/<model>/.inputs/<stage> changed. Try `make help`.
 
 MODEL_ID ?= examples/tiny-gemma3n#: Hub id or folder of the checkpoint, or of a LoRA adapter
 REVISION ?=#: branch, tag or commit on the Hub; the commit is recorded
 BASE ?=#: of a LoRA adapter as MODEL_ID: owner/name, owner/name@commit or a folder (default: what the adapter names)
 TEMPLATE ?=#: a chat template (.jinja) in place of the checkpoint's own
+CONTEXT ?=#: positions of the bundles' KV cache, as 8192 (default: the recipe's cache_length)
 RECIPE ?=#: what to build and how good it must be (default: the shipped recipe for the checkpoint's model type)
 GRAPHS ?=#: step, bundle or all: the step graph, the bundle's sections, or both (default: the recipe's)
 TOWERS ?=#: none, vision, audio or vision,audio: what bundles take beside text (default: those that the checkpoint has, of a family whose towers can be converted)
@@ -98,7 +98,7 @@ ON_SOURCES := setup release bench image test lint format clean-env
 $(if $(filter image,$(IN)),$(foreach goal,$(filter $(ON_SOURCES),$(GOALS)),$(error the image can't `make $(goal)`: do that in a clone of the project)))
 ifneq ($(filter-out $(ON_SOURCES) help,$(GOALS)),)
 $(if $(ASK),,$(error Python 3.11, 3.12 or 3.13 is needed and not found: install one (Debian, Ubuntu: apt install python3 python3-venv) or name it: PYTHON=/path/to/python3.12))
-SAID := MODEL_ID REVISION BASE TEMPLATE RECIPE GRAPHS TOWERS PICTURE AUDIO ARTIFACTS CALIBRATION RUNG EVAL TASK VARIANTS DEVICE CLUSTER LICENCE_OVERRIDE IN SIGNS CONFIRM HF_REPO SPACE FILE AGAINST CHECKS_HUB IMAGE NETWORK GOALS
+SAID := MODEL_ID REVISION BASE TEMPLATE RECIPE CONTEXT GRAPHS TOWERS PICTURE AUDIO ARTIFACTS CALIBRATION RUNG EVAL TASK VARIANTS DEVICE CLUSTER LICENCE_OVERRIDE IN SIGNS CONFIRM HF_REPO SPACE FILE AGAINST CHECKS_HUB IMAGE NETWORK GOALS
 RULES := $(shell $(ASK) -m pipeline.core.rules $(call QUOTE,FLAGS=$(filter-out --%,$(firstword $(MAKEFLAGS)))) $(foreach name,$(SAID),$(call QUOTE,$(name)=$($(name)))))
 $(if $(filter-out 0,$(.SHELLSTATUS)),$(error these settings can't work, for the reason said above))
 include $(RULES)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +30,7 @@ BASELINE = "fp32"
 BundlePrecision = Literal["fp32", "int8", "int4"]
 Padding = Literal["none", "left", "right"]
 Tower = Literal["vision", "audio"]
+_OWN_LENGTH = "set `bundle.cache_length` in it instead of saying CONTEXT="
 SECTION_LIMIT = 2 << 30
 """Bytes of a bundle's section beyond which iPhones can't map it without an entitlement."""
 
@@ -313,6 +315,25 @@ def load(file: Path) -> Recipe:
         UsageError: the file is missing, is not TOML, or has an unknown, missing or wrongly typed key.
     """
     return parse(toml.read(file, KIND), file)
+
+
+def with_context(file: Path, said: str) -> str:
+    """The text of the recipe in `file` with a cache of as many positions as CONTEXT= says, and a name that tells so.
+
+    Raises:
+        UsageError: that is no number of positions, or the recipe can't have it.
+    """
+    if not re.fullmatch(r"[1-9]\d{0,8}", said):
+        raise UsageError(f"CONTEXT={said} is no number of positions of the cache", remedy="say CONTEXT=8192, as digits")
+    load(file)
+    text = file.read_text(encoding="utf-8")
+    for key, value in (("name", rf'\g<1>"\g<2> with CONTEXT={said}"'), ("cache_length", rf"\g<1>{said}")):
+        old = r'"([^"\n]*)"' if key == "name" else r"[\d_]+"
+        text, count = re.subn(rf"(?m)^(\s*{key}\s*=\s*){old}", value, text, count=1)
+        if not count:
+            raise UsageError(f"recipe {file} doesn't say `{key}` on a line of its own", remedy=_OWN_LENGTH)
+    parse(text.encode(), f"{file} with CONTEXT={said}")
+    return text
 
 
 def parse(data: bytes, file: Path | str) -> Recipe:

@@ -29,7 +29,7 @@ from pipeline.core import container, parallel, senses
 from pipeline.core.errors import PipelineError, UsageError
 from pipeline.core.graph import STAGES, STEPS, Choice, Towers, behind, makeable, model_name, model_root, refuse_within
 from pipeline.core.manifest import NAME, write_atomically
-from pipeline.core.recipe import CONFIG, DEFAULT, IDENTIFIED, PROJECT, STEP, Graphs, load, named_in
+from pipeline.core.recipe import CONFIG, DEFAULT, IDENTIFIED, PROJECT, STEP, Graphs, load, named_in, with_context
 
 _SPECIAL = "$'\"`;&|<>()[]{}*?!%:\\#"
 """What Make or a shell would read as more than a name."""
@@ -366,6 +366,8 @@ def _check_words(said: Mapping[str, str]) -> None:
         )
     if said["IN"] not in ("", "docker", "image"):
         raise UsageError(f"IN={said['IN']} is unknown: leave it out, or IN=docker")
+    if said["CONTEXT"] and "job" in said["GOALS"].split():
+        raise UsageError("a job has the recipes of its image, and no CONTEXT=", remedy="leave one of them out")
     if said["CONFIRM"] not in ("", "yes") or (said["CONFIRM"] and not (said["HF_REPO"] or said["SPACE"])):
         raise UsageError(
             f"CONFIRM={said['CONFIRM']} is unknown: CONFIRM=yes, together with HF_REPO=owner/name or SPACE=owner/name"
@@ -449,7 +451,7 @@ def _with_recipe(request: Request, said: Mapping[str, str]) -> Request:
     asked.parent.mkdir(parents=True, exist_ok=True)
     _rewrite(asked, shlex.join(request.asked) + "\n")
     known, own = _known(request, asked), Path(said["RECIPE"]) if said["RECIPE"] else None
-    file = own or (named_in(known) if known else None) or DEFAULT
+    file = _with_context(own or (named_in(known) if known else None) or DEFAULT, request.root, said["CONTEXT"])
     settled = bool(own) and (bool(said["TOWERS"]) or not request.choice.recipe.towers.taken)
     asks = not known and not settled and not {*request.goals} <= _WITHOUT_RECIPE
     shows = asks and bool({*"nqt"} & {*said.get("FLAGS", "")})  # Make would look all the same
@@ -459,6 +461,15 @@ def _with_recipe(request: Request, said: Mapping[str, str]) -> Request:
         sys.stderr.write(f"warning: {kind}\n")
     choice = _choice(file, said["GRAPHS"], request.choice.variants, said["TOWERS"])
     return replace(request, recipe=_shown(file), choice=choice, looks=asks and not shows)
+
+
+def _with_context(file: Path, root: Path, positions: str) -> Path:
+    """The recipe in `file`, or a copy among what the stages are made from, with the cache that CONTEXT= asks for."""
+    if not positions:
+        return file
+    copy = root / ".inputs" / f"{file.stem}-{positions}.toml"
+    _rewrite(copy, with_context(file, positions))
+    return copy
 
 
 def _with_towers(request: Request, said: Mapping[str, str]) -> Request:

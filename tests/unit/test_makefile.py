@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.core.graph import model_name
-from pipeline.core.recipe import PROJECT, load
+from pipeline.core.recipe import DEFAULT, PROJECT, load
 
 MAKEFILE = (PROJECT / "Makefile").read_text(encoding="utf-8")
 STAGES = ("fetch", "golden", "graph", "fp32", "fp16", "int8", "int4", "int8-static", "bundle", "verify", "publish")
@@ -246,6 +247,21 @@ def test_a_changed_recipe_rebuilds_everything(finished: tuple[str, ...], tmp_pat
     with (tmp_path / "recipe.toml").open("a") as stream:
         stream.write("# another limit\n")
     assert sorted(planned(*finished)) == sorted(STAGES)
+
+
+def test_context_is_the_recipe_with_another_cache(finished: tuple[str, ...], tmp_path: Path) -> None:
+    said = make("-n", "bundle", *finished, "CONTEXT=8192")
+    recipe = next(iter(tmp_path.rglob(".inputs/recipe-8192.toml")))
+    assert f"--recipe {recipe}" in said
+    assert load(recipe).bundle == dataclasses.replace(load(DEFAULT).bundle, cache_length=8192)
+    assert load(recipe).name == "gemma3n with CONTEXT=8192"
+    assert planned("bundle", *finished, "CONTEXT=8192")[0] == "fetch"
+
+
+@pytest.mark.parametrize("said", ["CONTEXT=8k", "CONTEXT=0", "CONTEXT=-1", "CONTEXT=64", "CONTEXT=1;date"])
+def test_a_context_that_can_not_be_is_refused(said: str, tmp_path: Path) -> None:
+    assert said in refused("bundle", said, f"ARTIFACTS={tmp_path}")
+    assert "no CONTEXT=" in refused("job", "CONTEXT=8192", f"ARTIFACTS={tmp_path}")
 
 
 def test_a_touched_but_equal_recipe_rebuilds_nothing(finished: tuple[str, ...], tmp_path: Path) -> None:
