@@ -106,7 +106,7 @@ def eyes(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none", default=False)
 def large_eyes(session: nox.Session) -> None:
-    """Gemma 3n's vision tower in its true size against Hugging Face's: ten minutes and 4 GB of disk."""
+    """Gemma 3n's towers in their true size against Hugging Face's: half an hour and 12 GB of disk."""
     session.run("make", ".venv-vision/.ready", external=True)
     python(session, "-m", "pytest", "-s", "tests/eyes/true_width.py", *session.posargs)
 

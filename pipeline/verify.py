@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from pipeline.bundling import constants
+from pipeline.bundling import constants, replaced
 from pipeline.bundling.template import CONVERSATIONS
 from pipeline.checkpoint import chat
 from pipeline.cluster import pool
@@ -64,9 +64,8 @@ def work(context: Context) -> Outcome:
     reference = Reference(context.root / "golden", Head.of_checkpoint(checkpoint, cap))
     tokenizer = chat.open_tokenizer(checkpoint)
     _check_texts(context, tokenizer)
-    verdicts, bundle_verdicts, judgement = judge_all(
-        context, variants, reference, tokenizer, CONVERSATIONS, context.chosen(Options).cluster
-    )
+    cluster, judges = context.chosen(Options).cluster, (CONVERSATIONS, replaced.with_decoder)
+    verdicts, bundle_verdicts, judgement = judge_all(context, variants, reference, tokenizer, *judges, cluster)
     judgement = steps.finite(judgement | summarise(context, verdicts, bundle_verdicts))
     manifest.write_atomically(context.folder / "judgement.json", manifest.dump_json(judgement))
     write_report(context, judgement, verdicts)

@@ -21,8 +21,6 @@ from pipeline.tflite.schema import Operator, SignatureDef
 _PRODUCTS = ("FULLY_CONNECTED", "BATCH_MATMUL", "CONV_2D")
 _INTEGERS = ("INT4", "INT8", "INT16")
 _ARITHMETIC = ("integer", "hybrid", "float")
-_METADATA = "LlmMetadataProto"
-"""As litert-lm-builder names that kind of section."""
 _WORD_BITS = 8
 _CACHE, _BYTES = "kv_cache", {"INT8": 1, "FLOAT16": 2}
 
@@ -120,7 +118,7 @@ def read(file: Path) -> Contents:
         for each in sections
         if each.kind == litertlm.MODEL
     )
-    texts = [litertlm.read(file, each) for each in sections if each.kind == _METADATA]
+    texts = [litertlm.read(file, each) for each in sections if each.kind == litertlm.METADATA]
     said = json_format.MessageToDict(llm_metadata_pb2.LlmMetadata.FromString(texts[0])) if texts else {}
     return Contents(file=file.name, size=size, sections=sections, metadata=said, models=models)
 

@@ -39,7 +39,7 @@ BUILDER = "0.18.1"
 """The litert-lm-builder that the replacement of its system metadata was written for."""
 JUDGED_WITH = "0.18.1"
 """The LiteRT-LM that bundles are judged with; an older one warns that it may not run them."""
-MODEL, WEIGHTS = "TFLiteModel", "TFLiteWeights"
+MODEL, WEIGHTS, METADATA = "TFLiteModel", "TFLiteWeights", "LlmMetadataProto"
 """Kinds of sections, as litert-lm-builder names them."""
 _NAMESPACE = uuid.UUID("6f6c1a52-3a3f-5d0e-9c1b-0f4f2f3f7b61")
 _DEFAULT_EPOCH = 315532800  # 1980-01-01, what the Makefile uses outside git
@@ -350,7 +350,7 @@ def _check(
 ) -> None:
     """Hold what is in the file against what was given."""
     told = {(_DECODER, MODEL): metadata.activation_type}
-    expected = [("LlmMetadataProto", "", ""), ("HF_Tokenizer_Zlib", "", "")]
+    expected = [(METADATA, "", ""), ("HF_Tokenizer_Zlib", "", "")]
     expected += [(part.kind, MODEL_KINDS[part.model].value, told.get((part.model, part.kind), "")) for part in parts]
     kinds = [(section.kind, section.model_type, section.activation_type) for section in sections]
     if kinds != expected:
@@ -417,7 +417,7 @@ def sees(bundle: Path) -> Sight | None:
 
 def _said(bundle: Path) -> llm_metadata_pb2.LlmMetadata:
     """The metadata of a bundle; empty if it has none."""
-    held = [section for section in read_sections(bundle) if section.kind == "LlmMetadataProto"]
+    held = [section for section in read_sections(bundle) if section.kind == METADATA]
     return llm_metadata_pb2.LlmMetadata.FromString(read(bundle, held[0])) if held else llm_metadata_pb2.LlmMetadata()
 
 

@@ -10,6 +10,8 @@ HEAD = "lm_head.weight"
 """Canonical name of an output head that is stored beside the embedding."""
 EMBEDDING = "embed_tokens.weight"
 """Canonical name of the token embedding, which a tied model uses as its head as well."""
+PER_LAYER = "embed_tokens_per_layer.weight"
+"""Canonical name of the table of per-layer inputs, which Gemma 3n and Gemma 4 have."""
 TEXT_PREFIXES = ("model.language_model.model.", "model.language_model.", "language_model.model.", "model.")
 """Where checkpoints have the text model: of its own, in a model with towers, and as transformers 4 saved these."""
 _HEADS = (HEAD, *(f"{prefix}{HEAD}" for prefix in ("language_model.", "model.language_model.", "model.")))

@@ -28,7 +28,7 @@ QUESTIONS = ("What is the sea?", "What do you hear?", "Tell me about the river."
 """What is asked about them."""
 _SHOWN = 3
 _LARGE, _FEW = 10**9, (2, 64)
-"""Parameters from which on a model is asked fewer prompts, for fewer tokens: each may read all weights anew."""
+"""Parameters from which on a model is asked fewer prompts, for fewer tokens."""
 _STATES = "before the tokens of answer "
 
 
@@ -79,7 +79,12 @@ class Reference:
 def asked(bundle: Bundle, parameters: int) -> tuple[int, int]:
     """How many prompts about a tower's media a model of so many parameters answers, and the most tokens of each."""
     most = bundle.prompts, bundle.continuation
-    return most if parameters < _LARGE else (min(most[0], _FEW[0]), min(most[1], _FEW[1]))
+    return (min(most[0], _FEW[0]), min(most[1], _FEW[1])) if is_large(parameters) else most
+
+
+def is_large(parameters: int) -> bool:
+    """Whether a model of so many parameters is asked little: each question may read all weights anew."""
+    return parameters >= _LARGE
 
 
 def runner(file: Path, scratch: Path | None) -> Runner:

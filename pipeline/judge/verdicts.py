@@ -5,9 +5,11 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from pipeline.checkpoint import chat
+from pipeline.checkpoint.reader import open_checkpoint
 from pipeline.cluster import pool
 from pipeline.cluster.pool import Shards
 from pipeline.core import log, parallel
@@ -17,12 +19,12 @@ from pipeline.core.graph import tower_precision, towers_in
 from pipeline.core.manifest import FileRecord
 from pipeline.core.recipe import BASELINE, STEP
 from pipeline.core.stage import Context
-from pipeline.judge import bundles, gates, hearing, kv_cache, media, mixed, seeing, sqnr, steps
+from pipeline.judge import bundles, gates, handed, hearing, kv_cache, media, mixed, seeing, sqnr, steps
 from pipeline.judge.gates import Check, Measurement
 from pipeline.judge.kv_cache import Trace
 from pipeline.judge.reference import Head, Reference
 from pipeline.judge.sensing import Reference as Senses
-from pipeline.judge.sensing import judge_words
+from pipeline.judge.sensing import is_large, judge_words
 from pipeline.judge.shards import Asked, Place
 from pipeline.judge.step_runs import JudgedPositions
 from pipeline.judge.steps import Setting, Subject, Verdict
@@ -31,6 +33,8 @@ from pipeline.runtime.picture import Sight
 from pipeline.runtime.sections import Sections
 from pipeline.runtime.sound import Hearing
 
+Replaced = Callable[[Path, Path, int, Path], None]
+"""Writes a bundle with another decoder: the bundle, the decoder, tokens of a conversation, the file to write."""
 _PER_BATCH = 8
 _TRACED = 4
 """Windows that are run operator by operator to find where a file loses quality."""
@@ -42,19 +46,20 @@ def judge_all(
     reference: Reference,
     tokenizer: chat.Tokenizer,
     conversations: Sequence[Sequence[Message]],
+    replaced: Replaced,
     cluster: str,
 ) -> tuple[list[Verdict], list[bundles.Verdict], dict[str, object]]:
     """The verdicts on step graphs and bundles, if there are any, and what of the judgement is the former's alone.
 
     Bundles are judged by the workers of `cluster`, if there is one, and step graphs in this process meanwhile.
-    `conversations` are rendered by template and runtime.
+    `conversations` are rendered by template and runtime; `replaced` writes bundles with other decoders.
     """
     none: tuple[list[Verdict], dict[str, object]] = [], {}
     if context.graphs == "step":
         verdicts, judgement = judge_steps(context, variants, reference, tokenizer)
         return verdicts, [], judgement
     with pool.opened(cluster, context.root, "verify", _read_by_bundles(context), "bundles") as shards:
-        asked = _ask_bundles(context, reference, tokenizer, conversations, shards)
+        asked = _ask_bundles(context, reference, tokenizer, conversations, replaced, shards)
         verdicts, judgement = (
             none if context.graphs == "bundle" else judge_steps(context, variants, reference, tokenizer)
         )
@@ -124,6 +129,7 @@ def _ask_bundles(
     reference: Reference,
     tokenizer: chat.Tokenizer,
     conversations: Sequence[Sequence[Message]],
+    replaced: Replaced,
     shards: Shards,
 ) -> Callable[[], list[bundles.Verdict]]:
     """Ask the bundles; the call that is returned waits, and gives the verdicts on them, fp32 first.
@@ -154,6 +160,7 @@ def _ask_bundles(
                 log.step(f"judging {subject.name} ({log.human_bytes(subject.record.size)})")
                 found = verdict()
                 sensed = _sensed(context, subject, known, reference.head, Path(scratch))
+                sensed += _handed(context, subject, tokenizer, reference.head.vocabulary, replaced, Path(scratch))
                 verdicts.append(replace(found, checks=[*found.checks, *sensed]))
         return verdicts
 
@@ -167,9 +174,7 @@ def _sensed(
 
     `known` are those on sections that another bundle has too. Towers in float16 are in no bundle, and go with fp32's.
     """
-    held = context.upstream["bundle"].part(subject.precision, Bundle)
-    sight = Sight(**vars(held.sees)) if held.sees else None
-    ears = Hearing(**vars(held.hears)) if held.hears else None
+    sight, ears = _senses(context, subject)
     towers = {tower: Senses.stored(context.root / "golden", tower) for tower in towers_in(context.towers)}
     first, checks = subject.precision == BASELINE, list[Check]()
     for tower, told in towers.items():
@@ -183,6 +188,37 @@ def _sensed(
         with media.given(sight, ears, scratch) as given:
             checks += [judge_words(subject.path, given, told.answers, scratch, name) for name, told in towers.items()]
     return checks
+
+
+def _handed(
+    context: Context,
+    subject: bundles.Subject,
+    tokenizer: chat.Tokenizer,
+    tokens: int,
+    replaced: Replaced,
+    scratch: Path,
+) -> list[Check]:
+    """The checks on what LiteRT-LM hands to the decoder, of the fp32 bundle if it sees or hears."""
+    towers = {tower: Senses.stored(context.root / "golden", tower) for tower in towers_in(context.towers)}
+    if subject.precision != BASELINE or not towers:
+        return []
+    sight, ears = _senses(context, subject)
+    with tempfile.TemporaryDirectory(dir=scratch) as folder, media.given(sight, ears, scratch) as given:
+        setting = handed.Setting(
+            towers=towers,
+            medium=given,
+            tokenizer=tokenizer,
+            vocabulary=tokens,
+            per_layer=handed.per_layer_inputs(open_checkpoint(context.root / "fetch" / "checkpoint")),
+            large=is_large(context.upstream["fetch"].told(Fetch).parameters),
+        )
+        return handed.judge_handed(subject.name, setting, partial(replaced, subject.path), Path(folder))
+
+
+def _senses(context: Context, subject: bundles.Subject) -> tuple[Sight | None, Hearing | None]:
+    """How a bundle sees and hears."""
+    held = context.upstream["bundle"].part(subject.precision, Bundle)
+    return Sight(**vars(held.sees)) if held.sees else None, Hearing(**vars(held.hears)) if held.hears else None
 
 
 def _of_tower(context: Context, tower: str) -> list[tuple[str, Tower]]:

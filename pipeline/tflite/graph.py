@@ -122,12 +122,15 @@ class Graph:
         """A model with one subgraph that holds nothing."""
         s = schema.classes()
         model: Model = s.ModelT()
-        main: SubGraph = s.SubGraphT()
         # 3 is the version of the schema that every runtime reads; buffer 0 has to be empty: it means "no values".
         model.version, model.buffers, model.operatorCodes = 3, [s.BufferT()], []
-        main.tensors, main.operators, main.inputs, main.outputs = [], [], [], []
-        model.subgraphs = [main]
+        model.subgraphs = [_nothing()]
         return cls(model)
+
+    def another(self) -> Graph:
+        """The same model through a new subgraph that holds nothing."""
+        self.model.subgraphs.append(_nothing())
+        return self.seen_through(len(self.model.subgraphs) - 1)
 
     # --- reading
 
@@ -460,6 +463,12 @@ _OPTIONS = {
     "SPLIT": "SplitOptions",
     "GATHER": "GatherOptions",
 }
+
+
+def _nothing() -> SubGraph:
+    main: SubGraph = schema.classes().SubGraphT()
+    main.tensors, main.operators, main.inputs, main.outputs = [], [], [], []
+    return main
 
 
 def model_at(data: mmap, start: int) -> ModelReader:

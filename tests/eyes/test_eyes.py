@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ears
 import numpy as np
-import probe
 import pytest
 import torch
 import whole
@@ -25,15 +25,16 @@ from torch.nn import functional
 from pipeline import bundle, fetch, fp32, golden, graph, int8, towers, verify
 from pipeline.bundling import litertlm
 from pipeline.bundling import towers as fit
-from pipeline.bundling.metadata import Metadata, of_checkpoint
-from pipeline.checkpoint.chat import open_tokenizer, render
+from pipeline.bundling.metadata import Metadata, of_checkpoint, tokenizer_json
+from pipeline.bundling.replaced import with_decoder
+from pipeline.checkpoint.chat import open_tokenizer
 from pipeline.checkpoint.picture import open_look
 from pipeline.checkpoint.reader import open_checkpoint
 from pipeline.core import facts, manifest
 from pipeline.core.errors import BundleError, FetchError, UsageError
 from pipeline.core.recipe import PROJECT, Gate, Towers, load
-from pipeline.core.stage import DEFAULT_RECIPE
-from pipeline.judge import hearing, media, mixed, seeing
+from pipeline.core.stage import DEFAULT_RECIPE, Context
+from pipeline.judge import handed, hearing, media, mixed, seeing
 from pipeline.judge.gates import Check, Measurement
 from pipeline.judge.pictures import pictures, write
 from pipeline.judge.reference import Head
@@ -42,7 +43,7 @@ from pipeline.models import gemma3n_vision as vision
 from pipeline.models.gemma3n_vision import VisionConfig
 from pipeline.quantize import rows, senses
 from pipeline.reference.seeing import Eyes
-from pipeline.runtime.litert_lm import LmRuntime, Medium, content
+from pipeline.runtime.litert_lm import Kind, Medium
 from pipeline.runtime.picture import Sight
 from pipeline.runtime.sections import Sections, Token
 from pipeline.runtime.sound import Hearing
@@ -91,7 +92,7 @@ def test_the_runtime_says_what_hugging_face_says(tower: str, line: Line, tmp_pat
     reference = Reference.stored(line.root / "golden", tower)
     with media.given(SEES, HEARS, tmp_path) as given:
         words = judge_words(bundle_of(line), given, reference.answers, tmp_path, tower)
-        others = [dataclasses.replace(row, text=row.text + "!") for row in reference.answers]
+        others = [replace(row, text=row.text + "!") for row in reference.answers]
         assert not judge_words(bundle_of(line), given, others, tmp_path, tower).passed
     assert words.passed, words.detail
     kinds = {tuple(kind for kind, _ in row.media) for row in reference.answers}
@@ -103,6 +104,7 @@ def test_verify_judges_eyes_and_ears(line: Line) -> None:
     assert line.run(verify.STAGE, *TAKE) == 0
     report = json.loads((line.root / "verify" / "report.json").read_text())
     judged = json.dumps(report)
+    assert PLACES in judged
     told = ("fp32", "int8")
     assert judged.count('"worst logits NMSE through the cache"') >= 2
     for name in (
@@ -126,7 +128,7 @@ def test_logits_behind_pictures_and_a_sound_are_hugging_faces(defect: str, line:
     made = mixed.vectors(line.root / "towers" / "fp32", SEES, HEARS, tmp_path)
     spoil = {"moved": lambda rows: np.roll(rows, 1, axis=0), "without its end": lambda rows: rows * (rows != rows[-1])}
     reference = told(line)
-    few = dataclasses.replace(reference, answers=reference.answers[:2], states=reference.states[:2])
+    few = replace(reference, answers=reference.answers[:2], states=reference.states[:2])
     assert len(few.answers[1].media) == 3
     cap = manifest.read(line.root / "golden").told(facts.Golden).final_logit_softcapping
     checks = mixed.judge_logits(
@@ -186,7 +188,7 @@ def test_an_end_row_of_the_text_table_is_red(line: Line, tmp_path: Path) -> None
     right = told(line).soft["noise"][-1]
     assert nmse(text[END].numpy() * 128**0.5, right) > 0.1
     others = {name: np.concatenate([rows[:-1], text[END : END + 1].numpy()]) for name, rows in told(line).soft.items()}
-    stock = dataclasses.replace(told(line), soft=others)
+    stock = replace(told(line), soft=others)
     checks = seeing.judge_tower("vision-fp32", line.root / "towers" / "fp32", SEES, stock, Gate(nmse=1e-6), tmp_path)
     assert not checks[0].passed
     reference = Eyes.load(line.root / "fetch" / "checkpoint")
@@ -196,7 +198,7 @@ def test_an_end_row_of_the_text_table_is_red(line: Line, tmp_path: Path) -> None
 
 def test_soft_tokens_moved_by_one_are_red(line: Line, tmp_path: Path) -> None:
     moved = {name: np.roll(rows, 1, axis=0) for name, rows in told(line).soft.items()}
-    shifted = dataclasses.replace(told(line), soft=moved)
+    shifted = replace(told(line), soft=moved)
     assert not seeing.judge_tower(
         "vision-fp32", line.root / "towers" / "fp32", SEES, shifted, Gate(nmse=1e-6), tmp_path
     )[0].passed
@@ -284,7 +286,7 @@ def test_another_size_in_the_metadata_is_refused(line: Line) -> None:
     picture = described(line).picture
     assert picture
     for change, said in (({"size": 224}, "vision_encoder takes"), ({"tokens": 64}, "vision_encoder makes")):
-        other = dataclasses.replace(described(line), picture=dataclasses.replace(picture, **change))
+        other = replace(described(line), picture=replace(picture, **change))
         with pytest.raises(BundleError, match=said):
             fit.check(sections(line), other)
 
@@ -531,82 +533,143 @@ def test_a_model_that_only_hears_does_not_see(tmp_path: Path, capsys: pytest.Cap
 # What the runtime hands to the decoder, read back by a probe.
 
 
-class Read:
-    """LiteRT-LM with the probe of a line, and how long prompts are that it reads."""
+Change = Callable[[Graph], None]
 
-    def __init__(self, line: Line, keeps: str, folder: Path) -> None:
-        checkpoint = line.root / "fetch" / "checkpoint"
-        self.tokenizer, self.bundle = open_tokenizer(checkpoint), folder / f"{keeps}.litertlm"
-        self.start = self.ids("image", 1).index(2017)
-        assert self.start == self.ids("audio", 1).index(ears.SOUND)
-        self.spelt = [*probe.write(line.root, self.start, keeps, self.bundle)]
-        self.runtime = LmRuntime(self.bundle, senses=["image", "audio"])
 
-    def ids(self, kind: str, places: int) -> list[int]:
-        """The prompt as Hugging Face's processor lays it out, with so many soft tokens."""
-        begin, soft, end = (
-            self.tokenizer.backend_tokenizer.id_to_token(token)
-            for token in ((2014, 2017, END) if kind == "image" else (ears.BEGIN, ears.SOUND, ears.END))
+def handed_over(
+    line: Line, scratch: Path, bundle_file: Path | None = None, **changes: Any
+) -> tuple[dict[str, Check], list[str]]:
+    """The checks of the probe on a line's fp32 bundle, or another one, by name, and the names of those that are red."""
+    checkpoint = line.root / "fetch" / "checkpoint"
+    with media.given(SEES, HEARS, scratch) as given:
+        setting = handed.Setting(
+            towers={tower: Reference.stored(line.root / "golden", tower) for tower in KINDS},
+            medium=given,
+            tokenizer=open_tokenizer(checkpoint),
+            vocabulary=2048,
+            per_layer=handed.per_layer_inputs(open_checkpoint(checkpoint)),
+            large=False,
         )
-        text = render(self.tokenizer, [{"role": "user", "content": [{"type": kind}, ASKED]}], prompt=True)
-        laid = text.replace(soft, f"\n\n{begin}{soft * places}{end}\n\n")
-        return list(self.tokenizer(laid, add_special_tokens=False)["input_ids"])
-
-    def back(self, medium: Medium, wanted: np.ndarray, values: int) -> tuple[np.ndarray, np.ndarray]:
-        """What was read of a medium's vectors [n, H], and what is `wanted` there."""
-        message = {"role": "user", "content": content(ASKED["text"], [medium])}
-        last = len(self.ids(medium.kind, len(wanted) - (medium.kind == "image"))) - 1
-        with self.runtime.sense([message], 4 * values + 3, greedy=True) as session:
-            text = "".join(session.decode())
-        places, found = probe.read(text, self.spelt, last)
-        there = places[:, 0] < len(wanted)
-        assert there.sum() >= 4
-        return found[there], wanted[places[there, 0], places[there, 1]]
+        pack = partial(with_decoder, bundle_file or bundle_of(line))
+        checks = handed.judge_handed("bundle-fp32", replace(setting, **changes), pack, scratch)
+    return {check.name: check for check in checks}, [check.name for check in checks if not check.passed]
 
 
-ASKED = {"type": "text", "text": "What is this?"}
+def soft(tower: str) -> str:
+    return f"worst NMSE of what LiteRT-LM hands to the decoder, soft tokens, {tower}"
 
 
-@pytest.fixture(scope="module")
-def reader(line: Line, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Read]:
-    made = Read(line, "soft", tmp_path_factory.mktemp("probe"))
-    yield made
-    made.runtime.close()
+PER_LAYER = "worst NMSE of what LiteRT-LM hands to the decoder, per-layer inputs"
+PLACES = "inputs with vectors at other positions, or that see others, in LiteRT-LM"
 
 
-def test_the_runtime_hands_over_what_hugging_face_embeds(line: Line, reader: Read, tmp_path: Path) -> None:
-    """Pictures with their end, and sounds of all lengths; a resolution of 2e-11 is the probe's own."""
-    seen = {"image": told(line).soft, "audio": Reference.stored(line.root / "golden", "audio").soft}
-    lengths = {len(rows) for rows in seen["audio"].values()}
-    assert len(lengths) >= 12
-    worst = dict.fromkeys(seen, 0.0)
-    with media.given(SEES, HEARS, tmp_path) as given:
-        for kind, soft in seen.items():
-            for name, rows in soft.items():
-                worst[kind] = max(worst[kind], nmse(*reader.back(given(kind, name), rows, 60)))
-    assert worst["image"] < 1e-10, worst
-    assert worst["audio"] < 2e-9, worst
+def test_the_runtime_hands_over_what_hugging_face_embeds(
+    line: Line, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All pictures with their end, and sounds of all lengths; a resolution of 2e-11 is the probe's own."""
+    monkeypatch.setattr(handed, "_PICTURES", tuple(told(line).soft))
+    monkeypatch.setattr(handed, "_LENGTHS", 99)
+    checks, red = handed_over(line, tmp_path)
+    assert not red
+    assert set(checks) == {soft("vision"), soft("audio"), PER_LAYER, PLACES}
+    assert "26 inputs of 1 lengths" in checks[soft("vision")].detail
+    assert "16 inputs of 16 lengths" in checks[soft("audio")].detail
+    for name, most in ((soft("vision"), 1e-10), (soft("audio"), 2e-9), (PER_LAYER, 1e-10)):
+        value = checks[name].value
+        assert value is not None
+        assert value < most
 
 
-def test_the_probe_sees_another_picture(line: Line, reader: Read, tmp_path: Path) -> None:
-    with media.given(SEES, HEARS, tmp_path) as given:
-        assert nmse(*reader.back(given("image", "face, dark"), told(line).soft["face"], 60)) > 1e-3
+def test_of_a_large_model_two_of_each_are_read(line: Line, tmp_path: Path) -> None:
+    checks, red = handed_over(line, tmp_path, large=True)
+    assert not red
+    assert [checks[soft(tower)].detail[:8] for tower in KINDS] == ["2 inputs"] * 2
 
 
-def test_the_runtime_resizes_otherwise(line: Line, reader: Read, tmp_path: Path) -> None:
-    """Why `make run` does it: without, the runtime's own pixels are others. A test that fails says it has changed."""
-    whole_file = Medium(kind="image", data=pictures()["photograph, large"])
-    assert nmse(*reader.back(whole_file, told(line).soft["photograph, large"], 60)) > 1e-7
+def one_row_on(adapter: Graph) -> None:
+    """The adapter's rows moved by one, as its end stays last."""
+    made = int(adapter.main.outputs[0])
+    moved = adapter.add_tensor("moved", "FLOAT32", adapter.shape(made))
+    rows = adapter.add_constant(np.array([*range(1, 256), 0, 256], np.int32), "rows")
+    adapter.main.operators.append(adapter.operator("GATHER", [made, rows], [moved], axis=1))
+    adapter.main.outputs = [moved]
+    assert adapter.model.signatureDefs
+    adapter.model.signatureDefs[0].outputs[0].tensorIndex = moved
 
 
-def test_per_layer_inputs_at_pictures_and_sounds_are_those_of_token_zero(line: Line, tmp_path: Path) -> None:
-    other = Read(line, "per layer", tmp_path)
+def text_models_end(line: Line) -> Change:
+    """The row of `<end_of_image>` from the text model's table, as litert-torch 0.10.0 has it."""
+    text = load_file(line.model / "model.safetensors")["model.language_model.embed_tokens.weight"]
+    row, right = text[END].float().numpy() * np.float32(128**0.5), told(line).soft["noise"][-1]
+
+    def change(adapter: Graph) -> None:
+        ends = [
+            tensor
+            for tensor in range(len(adapter.main.tensors))
+            if adapter.is_constant(tensor)
+            and adapter.constant(tensor).size == right.size
+            and np.allclose(adapter.constant(tensor).ravel(), right, atol=1e-5)
+        ]
+        assert ends, "the end of a picture is a constant of the adapter"
+        for tensor in ends:
+            adapter.set_constant(tensor, row.reshape(adapter.shape(tensor)))
+
+    return change
+
+
+@pytest.mark.parametrize("defect", ["moved", "end"])
+def test_the_probe_sees_a_defect_of_the_bundle(defect: str, line: Line, tmp_path: Path) -> None:
+    models = sections(line)
+    change = one_row_on if defect == "moved" else text_models_end(line)
+    models["vision_adapter"] = changed(models["vision_adapter"], change, tmp_path / "vision_adapter.tflite")
+    own = of_checkpoint(line.root / "fetch" / "checkpoint", 400, "vision,audio")
+    spoilt = tmp_path / "spoilt.litertlm"
+    litertlm.write(own.metadata, tokenizer_json(own.tokenizer, own.vocabulary), models, spoilt)
+    checks, red = handed_over(line, tmp_path, spoilt)
+    assert red == [soft("vision")]
+    assert (checks[red[0]].value or 0.0) > 1e-3
+
+
+def test_verify_fails_where_the_bundle_hands_over_other_vectors(
+    line: Line, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Though the towers' sections in their folder are right."""
+    stages = ("fetch", "golden", "graph", "towers", "fp32", "int8")
+    other, own = line.copy(tmp_path / "artifacts", *stages), bundle._sensed
+
+    def sensed(context: Context, precision: str) -> dict[str, Path]:
+        models = own(context, precision)
+        if precision == "fp32":
+            models["vision_adapter"] = changed(models["vision_adapter"], one_row_on, tmp_path / "vision_adapter.tflite")
+        return models
+
+    monkeypatch.setattr(bundle, "_sensed", sensed)
+    assert other.run(bundle.STAGE, *TAKE) == 0
+    assert other.run(verify.STAGE, *TAKE) == 8
+    assert f"fail: bundle-fp32: {soft('vision')} is" in capsys.readouterr().err
+
+
+def test_the_probe_sees_other_pictures_inputs_and_places(
+    line: Line, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dark = replace(told(line), soft=told(line).soft | {"photograph": told(line).soft["face"]})
+    heard = Reference.stored(line.root / "golden", "audio")
+    assert handed_over(line, tmp_path, towers={"vision": dark, "audio": heard})[1] == [soft("vision")]
     stored = load_file(line.model / "model.safetensors")["model.language_model.embed_tokens_per_layer.weight"]
-    row = stored[0].float().numpy() * 16**0.5
-    with media.given(SEES, HEARS, tmp_path) as given:
-        for kind, name in (("image", "face"), ("audio", "speech, 3.3 s")):
-            tower = "vision" if kind == "image" else "audio"
-            rows = len(Reference.stored(line.root / "golden", tower).soft[name])
-            got, wanted = other.back(given(kind, name), np.tile(row, (rows, 1)), 60)
-            assert np.abs(got - wanted).max() < 1e-5
-    other.runtime.close()
+    one = stored[1].float().numpy().reshape(-1, 16) * np.float32(4)
+    assert handed_over(line, tmp_path, per_layer=one)[1] == [PER_LAYER]
+    laid = handed._Prompt.of
+    later: Callable[..., Any] = lambda of: replace(laid(of), before=laid(of).before + 1, behind=laid(of).behind - 1)  # noqa: E731
+    monkeypatch.setattr(handed._Prompt, "of", later)
+    assert {soft("vision"), soft("audio"), PLACES} <= {*handed_over(line, tmp_path)[1]}
+
+
+def test_the_runtime_resizes_otherwise(line: Line, tmp_path: Path) -> None:
+    """Why `make run` does it: without, the runtime's own pixels are others. A test that fails says it has changed."""
+
+    def raw(kind: Kind, name: str) -> Medium:
+        return Medium(kind=kind, data=pictures()[name])
+
+    checks, red = handed_over(line, tmp_path, towers={"vision": told(line)}, medium=raw)
+    assert red == [soft("vision")]
+    assert (checks[red[0]].value or 0.0) > 1e-7

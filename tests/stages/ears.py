@@ -65,8 +65,8 @@ def tensors(tower: torch.nn.Module, embedder: torch.nn.Module) -> dict[str, torc
     }
 
 
-def write_model(folder: Path, settings: dict[str, object] | None = None) -> Path:
-    """A checkpoint of Gemma 3n's whole model, without eyes, in `folder`."""
+def write_model(folder: Path, settings: dict[str, object] | None = None, dtype: torch.dtype = torch.float32) -> Path:
+    """A checkpoint of Gemma 3n's whole model, without eyes, in `folder`; its tower's weights are of `dtype`."""
     settings = settings or SMALL
     shutil.copytree(TINY, folder, ignore=shutil.ignore_patterns("corpus", "*.safetensors"))
     text = json.loads((TINY / "config.json").read_text())
@@ -86,7 +86,8 @@ def write_model(folder: Path, settings: dict[str, object] | None = None) -> Path
     (folder / "config.json").write_text(json.dumps(config))
     stored = load_file(TINY / "model.safetensors")
     whole = {f"model.language_model.{name.removeprefix('model.')}": value for name, value in stored.items()}
-    save_file(whole | tensors(*ears(settings, text["hidden_size"])), folder / "model.safetensors", {"format": "pt"})
+    tower = {name: value.to(dtype) for name, value in tensors(*ears(settings, text["hidden_size"])).items()}
+    save_file(whole | tower, folder / "model.safetensors", {"format": "pt"})
     Gemma3nAudioFeatureExtractor().save_pretrained(folder)
     _name_tokens(folder)
     template = (folder / "chat_template.jinja").read_text()
