@@ -323,7 +323,7 @@ def browser(session: nox.Session) -> None:
     python(session, "-m", "tools.browser", str(root), str(folder), *(["--quick"] if quick else []))
     told |= settings(root, folder)
     told["SPACE"] = str(folder / "space")
-    told["REPORTS"] = ":".join(str(folder / f"{name}.html") for name in (REPORTS[:1] if quick else REPORTS))
+    told["REPORTS"] = ":".join(str(folder / f"{name}.html") for name in (REPORTS[:2] if quick else REPORTS))
     command = (str(BIN / "python"), "-m", "pytest", "tests/browser")
     session.run(*command, external=True, env=told)
     tests = sorted(file for file in (ROOT / "web" / "test").glob("*.test.mjs") if not (quick and "gpu" in file.name))
@@ -332,7 +332,7 @@ def browser(session: nox.Session) -> None:
         python(session, "-m", "tools.browser", str(root), str(folder), "--record", chromium_version(session, told))
 
 
-REPORTS = ("verify", "evaluate", "tune")
+REPORTS = ("verify", "senses", "evaluate", "tune")
 
 
 def prepare_all(session: nox.Session, root: Path, folder: Path) -> None:

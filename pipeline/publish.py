@@ -35,7 +35,7 @@ def work(context: Context) -> Outcome:
     """
     verify = context.upstream["verify"]
     judgement = preflight.judgement(context.root / "verify")
-    products = products_of(context)
+    products = products_of(context, judgement)
     preflight.refuse_other_recipe(verify, context.recipe.sha256)
     preflight.refuse_other_bytes(context.upstream, (product.source for product in products))
     checkpoint, target = context.root / "fetch" / "checkpoint", context.folder

@@ -95,8 +95,33 @@ class Phone(TypedDict):
     activation_type: str
 
 
+class Said(TypedDict):
+    """LiteRT-LM's text about the `media` (kind and name) of a message and a question, beside the reference's."""
+
+    tower: str
+    media: list[tuple[str, str]]
+    question: str
+    expected: str
+    text: str
+    same: bool
+    tie: bool
+
+
+class Senses(TypedDict):
+    """Of a bundle that sees or hears.
+
+    By tower and precision (`vision-int8`) and by input the normalised mean square error of its soft tokens, and what
+    the fp32 bundle said.
+    """
+
+    errors: dict[str, dict[str, float | None]]
+    said: list[Said]
+
+
 class Bundle(File):
     """A bundle; `prompts` is null of a model without a chat template. `scripts` are by name, none of fp32."""
+
+    senses: NotRequired[Senses]
 
     phone: NotRequired[Phone]
 

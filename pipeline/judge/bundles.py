@@ -17,6 +17,7 @@ from pipeline.judge.metrics import Divergence, Summary
 from pipeline.judge.parity import Parity
 from pipeline.judge.reference import Greedy
 from pipeline.judge.scripts import ScriptFigures
+from pipeline.judge.sensing import Sensed
 from pipeline.judge.shards import Asked, Replayed
 from pipeline.runtime.litert_lm import Message
 
@@ -69,7 +70,8 @@ class Setting:
 class Verdict:
     """What was found about one bundle.
 
-    `against_cached`, Hugging Face with its own cache, is for the fp32 bundle alone, where exactness counts.
+    `against_cached`, Hugging Face with its own cache, is for the fp32 bundle alone, where exactness counts. `sensed` is
+    of one that sees or hears; its checks are among the others.
     """
 
     subject: Subject
@@ -78,6 +80,7 @@ class Verdict:
     against_cached: Summary | None
     parity: Parity
     scripts: Mapping[str, ScriptFigures]
+    sensed: Sensed | None = None
 
     @property
     def divergence(self) -> Divergence | None:
@@ -117,6 +120,7 @@ class Verdict:
             "stopped_at": result.stopped_at,
             "scored": result.scored,
             "score_error": result.score_error,
+            **(self.sensed.facts() if self.sensed else {}),
         }
 
 

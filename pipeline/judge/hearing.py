@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.core.recipe import Gate
-from pipeline.judge.gates import Check, Measurement
-from pipeline.judge.sensing import Floats, Reference, judge_soft, runner
+from pipeline.judge.gates import Measurement
+from pipeline.judge.sensing import Floats, Reference, Soft, judge_soft, runner
 from pipeline.judge.sounds import sounds
 from pipeline.runtime.sound import Hearing, Samples
 
@@ -25,7 +25,7 @@ def judge_tower(
     gate: Gate | None,
     scratch: Path,
     figures: Sequence[Measurement] = (),
-) -> list[Check]:
+) -> Soft:
     """As `seeing.judge_tower`."""
     given = sounds()
 

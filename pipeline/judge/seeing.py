@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.core.recipe import Gate
-from pipeline.judge.gates import Check, Measurement
+from pipeline.judge.gates import Measurement
 from pipeline.judge.pictures import write
-from pipeline.judge.sensing import Floats, Reference, judge_soft, runner
+from pipeline.judge.sensing import Floats, Reference, Soft, judge_soft, runner
 from pipeline.runtime.picture import Sight
 
 _BUILT_IN = ("photograph", "noise")
@@ -25,7 +25,7 @@ def judge_tower(
     gate: Gate | None,
     scratch: Path,
     figures: Sequence[Measurement] = (),
-) -> list[Check]:
+) -> Soft:
     """The sections in the folder `sections`, which checks call `name`, as `judge_soft`.
 
     `scratch` is where pictures and repacked weights may lie.

@@ -76,6 +76,43 @@ class Reference:
         return cls(soft=stored, answers=answers, states=states)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Soft:
+    """What was found of a tower's sections: checks, and by picture or sound the NMSE of its soft tokens in XNNPACK."""
+
+    checks: list[Check]
+    errors: Mapping[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Said:
+    """LiteRT-LM's text about media of a message, beside the reference's."""
+
+    tower: str
+    media: tuple[tuple[Kind, str], ...]
+    question: str
+    expected: str
+    text: str
+    same: bool
+    tie: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sensed:
+    """What was found of a bundle's towers: `soft` by tower and precision, `vision-int8`; what it `said`, if asked."""
+
+    checks: list[Check]
+    soft: Mapping[str, Soft]
+    said: Sequence[Said] = ()
+
+    def facts(self) -> dict[str, object]:
+        """The entry in the report; empty of a bundle without towers."""
+        if not self.soft:
+            return {}
+        errors = {name: dict(one.errors) for name, one in self.soft.items()}
+        return {"senses": {"errors": errors, "said": [asdict(row) for row in self.said]}}
+
+
 def asked(bundle: Bundle, parameters: int) -> tuple[int, int]:
     """How many prompts about a tower's media a model of so many parameters answers, and the most tokens of each."""
     most = bundle.prompts, bundle.continuation
@@ -104,7 +141,7 @@ def judge_soft(
     opened: Callable[[bool], Callable[[str], Floats]],
     gate: Gate | None,
     figures: Sequence[Measurement] = (),
-) -> list[Check]:
+) -> Soft:
     """The sections of a tower against Hugging Face: the soft tokens of the worst picture or sound.
 
     Args:
@@ -115,7 +152,7 @@ def judge_soft(
         gate: the limits.
         figures: what else is known of the sections.
     """
-    worst = {True: (0.0, ""), False: (0.0, "")}
+    errors: dict[bool, dict[str, float]] = {True: {}, False: {}}
     counts = 0
     with log.progress(f"soft tokens, {tower}", len(reference) + len(built_in), "inputs") as bar:
         for xnnpack, names in ((True, tuple(reference)), (False, built_in)):
@@ -123,19 +160,19 @@ def judge_soft(
             for name in names:
                 got, wanted = sense(name), reference[name]
                 counts += len(got) != len(wanted)
-                error = nmse(got, wanted) if len(got) == len(wanted) else np.inf
-                worst[xnnpack] = max(worst[xnnpack], (error, name), key=lambda each: (math.isnan(each[0]), each[0]))
+                errors[xnnpack][name] = nmse(got, wanted) if len(got) == len(wanted) else math.inf
                 bar.advance()
-    for xnnpack, (error, name) in worst.items():
+    for xnnpack, found in errors.items():
         kernels = "XNNPACK" if xnnpack else "built-in kernels"
-        detail = f"{len(reference) if xnnpack else len(built_in)} inputs; worst: {name}"
+        name, error = max(found.items(), key=lambda each: (math.isnan(each[1]), each[1]))
+        detail = f"{len(found)} inputs; worst: {name}"
         figures = [
             *figures,
-            _soft("nmse", f"worst NMSE of soft tokens, {kernels}", float(error), detail),
-            _soft("snr", f"least SNR of soft tokens, {kernels}, dB", decibels(float(error)), detail),
+            _soft("nmse", f"worst NMSE of soft tokens, {kernels}", error, detail),
+            _soft("snr", f"least SNR of soft tokens, {kernels}, dB", decibels(error), detail),
         ]
     held = gates.must_hold(tower, "inputs with another number of soft tokens", counts, len(reference))
-    return [*gates.judge(tower, gate, figures), held]
+    return Soft(checks=[*gates.judge(tower, gate, figures), held], errors=errors[True])
 
 
 def _soft(metric: str, name: str, value: float, detail: str) -> Measurement:
@@ -155,10 +192,9 @@ def nmse(got: Floats, wanted: Floats) -> float:
 
 def judge_words(
     bundle: Path, given: Callable[[Kind, str], Medium], answers: Sequence[Answer], scratch: Path, tower: str
-) -> Check:
+) -> tuple[Check, list[Said]]:
     """Greedy text about pictures and sounds, in LiteRT-LM; `given` are they, by kind and name."""
-    different: list[str] = []
-    ties = 0
+    said: list[Said] = []
     kinds = {kind for row in answers for kind, _ in row.media}
     with (
         tempfile.TemporaryDirectory(dir=scratch) as cache,
@@ -170,12 +206,26 @@ def judge_words(
             message = {"role": "user", "content": content(row.question, media)}
             with runtime.sense([message], len(row.tokens), greedy=True) as session:
                 text = "".join(session.decode())
-            if text != row.text:
-                tie = min(row.margins) < TIE
-                ties += tie
-                different += [] if tie else [f"{row.media[0][1]}: {text[:30]!r}, not {row.text[:30]!r}"]
+            same = text == row.text
+            tie = not same and min(row.margins) < TIE
+            beside = Said(
+                tower=tower,
+                media=row.media,
+                question=row.question,
+                expected=row.text,
+                text=text,
+                same=same,
+                tie=tie,
+            )
+            said.append(beside)
             bar.advance()
+    different = [
+        f"{row.media[0][1]}: {row.text[:30]!r}, not {row.expected[:30]!r}"
+        for row in said
+        if not row.same and not row.tie
+    ]
+    ties = sum(row.tie for row in said)
     detail = f"{len(answers)} prompts, {sum(len(row.tokens) for row in answers)} tokens; {ties} part at a tie"
     detail += f"; e.g. {'; '.join(different[:_SHOWN])}" if different else ""
     name = f"greedy texts in LiteRT-LM that differ, {tower}"
-    return gates.must_hold(f"bundle-{bundle.stem}", name, len(different), len(answers), detail)
+    return gates.must_hold(f"bundle-{bundle.stem}", name, len(different), len(answers), detail), said

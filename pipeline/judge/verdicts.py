@@ -24,7 +24,7 @@ from pipeline.judge.gates import Check, Measurement
 from pipeline.judge.kv_cache import Trace
 from pipeline.judge.reference import Head, Reference
 from pipeline.judge.sensing import Reference as Senses
-from pipeline.judge.sensing import is_large, judge_words
+from pipeline.judge.sensing import Said, Sensed, Soft, is_large, judge_words
 from pipeline.judge.shards import Asked, Place
 from pipeline.judge.step_runs import JudgedPositions
 from pipeline.judge.steps import Setting, Subject, Verdict
@@ -154,40 +154,43 @@ def _ask_bundles(
     asked = [(subject, bundles.ask(subject, setting)) for subject in subjects]
 
     def finish() -> list[bundles.Verdict]:
-        verdicts, known = list[bundles.Verdict](), dict[str, list[Check]]()
+        verdicts, known = list[bundles.Verdict](), dict[str, Soft]()
         with tempfile.TemporaryDirectory(dir=context.folder) as scratch:
             for subject, verdict in asked:
                 log.step(f"judging {subject.name} ({log.human_bytes(subject.record.size)})")
                 found = verdict()
                 sensed = _sensed(context, subject, known, reference.head, Path(scratch))
-                sensed += _handed(context, subject, tokenizer, reference.head.vocabulary, replaced, Path(scratch))
-                verdicts.append(replace(found, checks=[*found.checks, *sensed]))
+                handed_over = _handed(context, subject, tokenizer, reference.head.vocabulary, replaced, Path(scratch))
+                checks = [*found.checks, *sensed.checks, *handed_over]
+                verdicts.append(replace(found, checks=checks, sensed=sensed))
         return verdicts
 
     return finish
 
 
-def _sensed(
-    context: Context, subject: bundles.Subject, known: dict[str, list[Check]], head: Head, scratch: Path
-) -> list[Check]:
-    """The checks on a bundle's towers, if it has any: on their sections, and of the fp32 one on logits and words.
+def _sensed(context: Context, subject: bundles.Subject, known: dict[str, Soft], head: Head, scratch: Path) -> Sensed:
+    """What is found of a bundle's towers, if it has any: of their sections, and of the fp32 one of logits and words.
 
-    `known` are those on sections that another bundle has too. Towers in float16 are in no bundle, and go with fp32's.
+    `known` is what was found of sections that another bundle has too. Towers in float16 are in no bundle, and go with
+    fp32's.
     """
     sight, ears = _senses(context, subject)
     towers = {tower: Senses.stored(context.root / "golden", tower) for tower in towers_in(context.towers)}
-    first, checks = subject.precision == BASELINE, list[Check]()
+    first, soft, said = subject.precision == BASELINE, dict[str, Soft](), list[Said]()
     for tower, told in towers.items():
         for name, made in _of_tower(context, tower):
             if made.precision == tower_precision(subject.precision) or (first and made.precision == "fp16"):
                 if name not in known:
                     known[name] = _judge_tower(context, name, made, sight, ears, told, scratch)
-                checks += known[name]
+                soft[name] = known[name]
+    checks = [check for one in soft.values() for check in one.checks]
     if first and towers:
         checks += _judge_logits(context, towers, sight, ears, head, scratch)
         with media.given(sight, ears, scratch) as given:
-            checks += [judge_words(subject.path, given, told.answers, scratch, name) for name, told in towers.items()]
-    return checks
+            for name, told in towers.items():
+                check, rows = judge_words(subject.path, given, told.answers, scratch, name)
+                checks, said = [*checks, check], [*said, *rows]
+    return Sensed(checks=checks, soft=soft, said=said)
 
 
 def _handed(
@@ -235,8 +238,8 @@ def _judge_tower(
     ears: Hearing | None,
     told: Senses,
     scratch: Path,
-) -> list[Check]:
-    """The checks on the sections of a tower in one precision."""
+) -> Soft:
+    """What is found of the sections of a tower in one precision."""
     sections, gate = context.root / "towers" / made.precision, context.recipe.gates.get(name)
     size = Measurement(metric="bytes_per_weight", name="bytes per weight", value=made.weight_bytes / made.stored)
     if name.startswith("vision") and sight:

@@ -5,6 +5,7 @@ A card holds no timings, so that it is the same bytes in every build; speeds sta
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ _USAGE = {
     ".litertlm": Path(__file__).with_name("card_bundle.md"),
     ".tflite": Path(__file__).with_name("card_step.md"),
 }
+_MEDIA = Path(__file__).with_name("card_media.md")
 _CARRIED = ("language",)
 _RUNTIME = ("litert-lm-api", "ai-edge-litert")
 # What the Hub asks before it hands out files. The owner of a repository switches the gate on; the words go along.
@@ -53,11 +55,25 @@ class Phone:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Sense:
+    """What a bundle sees or hears by: the tower, its bytes, and the NMSE of the worst of so many inputs' soft tokens.
+
+    `asks` is what it takes, for people: `pictures of 768 x 768 pixels`.
+    """
+
+    tower: str
+    size: int
+    asks: str
+    error: float | None
+    inputs: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Product:
     """A published file.
 
     `variant` is what verify calls it, `source` where it lies below the model's folder, `file` its published name,
-    `precision` what it is for people (`int8, dynamic`), `size` in bytes. `phone` is a bundle's.
+    `precision` what it is for people (`int8, dynamic`), `size` in bytes. `phone` is a bundle's, and so are `senses`.
     """
 
     variant: str
@@ -66,6 +82,7 @@ class Product:
     precision: str
     size: int
     phone: Phone | None = None
+    senses: tuple[Sense, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,7 +214,7 @@ def text(
         "changes": build.changes,
         "terms": f"{GEMMA_NOTICE}." if licence.identifier == GEMMA else f"They stay under its licence, {licence.name}.",
         "files": _files(products),
-        "phone": _phone(products, build.tools),
+        "phone": _phone(products, build.tools) + _senses(products),
         "checks": _checks(checks),
         "scripts": _scripts(scripts),
         "usage": "\n\n".join(_usage(products, build)),
@@ -314,15 +331,43 @@ def _phone(products: Sequence[Product], tools: Mapping[str, str]) -> str:
     )
 
 
+def _senses(products: Sequence[Product]) -> str:
+    """What each bundle sees and hears by; nothing where none does."""
+    rows = [
+        (
+            f"`{item.file}`",
+            f"{sense.tower}: {sense.asks}",
+            log.human_bytes(sense.size),
+            "not known" if sense.error is None else f"{sense.error:.2g} ({_decibels(sense.error)})",
+            str(sense.inputs),
+        )
+        for item in products
+        for sense in item.senses
+    ]
+    if not rows:
+        return ""
+    head = ("file", "takes", "size of the tower", "soft tokens: worst NMSE (SNR)", "inputs")
+    return (
+        f"## What the bundles see and hear\n\n{_table(head, rows)}\n\nSoft tokens are the vectors that stand in a "
+        "prompt for a picture or a sound; those of Hugging Face transformers in float32 are the reference.\n\n"
+    )
+
+
+def _decibels(error: float) -> str:
+    return f"{-10 * math.log10(error):.1f} dB" if error else "no error"
+
+
 def _usage(products: Sequence[Product], build: Build) -> Iterator[str]:
     """How to run each kind of file that there is, shown on the smallest of it that loses little."""
     for kind, template in _USAGE.items():
         files = [item for item in products if item.file.endswith(kind)]
         if files:
+            example = min(files, key=lambda item: (_is_int4(item), item.size))
             yield (
                 Template(template.read_text(encoding="utf-8"))
                 .substitute(
-                    example=min(files, key=lambda item: (_is_int4(item), item.size)).file,
+                    example=example.file,
+                    media=_media(example),
                     max_batch=build.max_batch,
                     max_sequence=build.max_sequence,
                     fixed=_fixed(build.fixed),
@@ -331,6 +376,33 @@ def _usage(products: Sequence[Product], build: Build) -> Iterator[str]:
                 )
                 .strip()
             )
+
+
+_WAYS = {
+    "vision": ("image", "photo.png", "Picture", "ImageFile", "imageFile"),
+    "audio": ("audio", "clip.wav", "Sound", "AudioFile", "audioFile"),
+}
+"""By tower: the kind of medium as LiteRT-LM calls it, a file, what it is, and its names in Kotlin and Swift."""
+
+
+def _media(product: Product) -> str:
+    """How to show a bundle pictures and play it sounds; nothing for one that neither sees nor hears."""
+    senses = [(sense, *_WAYS[sense.tower]) for sense in product.senses]
+    if not senses:
+        return ""
+    kinds = [kind for _, kind, *_ in senses]
+    fields = {
+        "example": product.file,
+        "asks": "; ".join(f"{what.lower()}s: {sense.asks}" for sense, _, _, what, *_ in senses),
+        "backends": ", ".join(f"{sense.tower}_backend=litert_lm.Backend.CPU()" for sense, *_ in senses),
+        "parts": "\n".join(f'    {{"type": "{kind}", "path": "{file}"}},' for _, kind, file, *_ in senses),
+        "question": f"What {'do you see' if kinds[0] == 'image' else 'do you hear'}?",
+        "kotlin_backends": "\n".join(f"    {sense.tower}Backend = Backend.CPU()," for sense, *_ in senses),
+        "kotlin_parts": "\n".join(f'    Content.{name}("{file}"),' for _, _, file, _, name, _ in senses),
+        "swift_backends": "\n".join(f"  {sense.tower}Backend: .cpu()," for sense, *_ in senses),
+        "swift_parts": "\n".join(f'  .{name}("{file}"),' for _, _, file, _, _, name in senses),
+    }
+    return "\n\n" + Template(_MEDIA.read_text(encoding="utf-8")).substitute(fields).strip()
 
 
 def _fixed(shapes: Sequence[str]) -> str:

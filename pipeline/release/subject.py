@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from pipeline.core import log
 from pipeline.core.facts import Bundle, Fetch, Verify
+from pipeline.core.graph import tower_precision
+from pipeline.core.judgement import Judgement
 from pipeline.core.manifest import Manifest
 from pipeline.core.recipe import STEP
 from pipeline.core.stage import Context
 from pipeline.release import licence
-from pipeline.release.card import Base, Build, Phone, Product, Subject
+from pipeline.release.card import Base, Build, Phone, Product, Sense, Subject
 from pipeline.release.licence import Claim
 
 PRECISIONS = {"fp32": "float32", "fp16": "float16", "int8": "int8", "int4": "int4"}
 
 
-def products_of(context: Context) -> list[Product]:
-    """Bundles of the recipe's precisions, and step graphs in three and in int4 if the recipe names it, as wanted."""
+def products_of(context: Context, judgement: Judgement) -> list[Product]:
+    """What was judged and is good enough.
+
+    Bundles of the recipe's precisions, and step graphs in three and in int4 if the recipe names it, as wanted.
+    """
     found: list[Product] = []
     if context.graphs != "step":
-        found += [_bundle(context, precision) for precision in context.bundled]
+        found += [_bundle(context, precision, judgement) for precision in context.bundled]
     if context.graphs != "bundle":
         named = [name for name in PRECISIONS if name != "int4" or name in context.recipe.bundle.precisions]
         found += [_step(context, precision) for precision in named]
@@ -42,7 +47,7 @@ def _has_int4(context: Context) -> bool:
     return "int4" in context.bundled and "bundle-int4" not in _missed(context)
 
 
-def _bundle(context: Context, precision: str) -> Product:
+def _bundle(context: Context, precision: str, judgement: Judgement) -> Product:
     activations = ", dynamic" if precision in ("int8", "int4") else ""
     product = _product(
         context,
@@ -59,7 +64,24 @@ def _bundle(context: Context, precision: str) -> Product:
         tokens=held.max_tokens,
         activation_type="".join(section.activation_type for section in held.sections),
     )
-    return replace(product, phone=phone)
+    return replace(product, phone=phone, senses=tuple(_senses(held, precision, judgement)))
+
+
+def _senses(held: Bundle, precision: str, judgement: Judgement) -> Iterator[Sense]:
+    """What a bundle sees and hears by; the towers of several bundles may be judged with the first of them."""
+    known = [bundle["senses"]["errors"] for bundle in judgement["bundles"].values() if "senses" in bundle]
+    errors = {name: found for one in known for name, found in one.items()}
+    asks = {
+        "vision": f"pictures of {held.sees.size} x {held.sees.size} pixels" if held.sees else "",
+        "audio": f"sounds of up to 30 s, {held.hears.rate} samples a second" if held.hears else "",
+    }
+    for tower, taken in asks.items():
+        if taken:
+            found = [*errors.get(f"{tower}-{tower_precision(precision)}", {}).values()]
+            size = sum(section.size for section in held.sections if tower in section.model_type)
+            whole = [error for error in found if error is not None]
+            worst = max(whole) if whole and len(whole) == len(found) else None
+            yield Sense(tower=tower, size=size, asks=taken, error=worst, inputs=len(found))
 
 
 def _step(context: Context, precision: str) -> Product:

@@ -19,7 +19,7 @@ from pipeline.core import log
 from pipeline.core.judgement import Estimate, Report, Summary, Variant
 from pipeline.judge import tasks
 from pipeline.judge.gates import REFERENCE
-from pipeline.report import page, plots
+from pipeline.report import page, plots, senses
 
 SCHEMA = 2
 Row = TypeVar("Row")
@@ -71,6 +71,8 @@ def render(report: Report) -> str:
             quality=_drawing(plots.size_against_quality, _points(report)),
             judged=_judged(report),
             losses=_losses(report),
+            towers=senses.towers(report),
+            talks=senses.talks(report),
             advice=advice(report),
             failed=[check for check in report["checks"] if not check["passed"]],
             required=required,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -39,10 +40,12 @@ from pipeline.judge.gates import Check, Measurement
 from pipeline.judge.pictures import pictures, write
 from pipeline.judge.reference import Head
 from pipeline.judge.sensing import Reference, judge_words, nmse
+from pipeline.judge.sounds import sounds
 from pipeline.models import gemma3n_vision as vision
 from pipeline.models.gemma3n_vision import VisionConfig
 from pipeline.quantize import rows, senses
 from pipeline.reference.seeing import Eyes
+from pipeline.release import card
 from pipeline.runtime.litert_lm import Kind, Medium
 from pipeline.runtime.picture import Sight
 from pipeline.runtime.sections import Sections, Token
@@ -79,7 +82,7 @@ def told(line: Line) -> Reference:
 
 def test_sections_see_what_hugging_face_sees(line: Line, tmp_path: Path) -> None:
     gate = load(line.recipe).gates["vision-fp32"]
-    checks = seeing.judge_tower("vision-fp32", line.root / "towers" / "fp32", SEES, told(line), gate, tmp_path)
+    checks = seeing.judge_tower("vision-fp32", line.root / "towers" / "fp32", SEES, told(line), gate, tmp_path).checks
     assert all(check.passed for check in checks), [check.sentence() for check in checks]
     assert all((check.value or 0.0) < 1e-10 for check in checks)
     assert len(told(line).soft) >= 20
@@ -91,9 +94,10 @@ def test_the_runtime_says_what_hugging_face_says(tower: str, line: Line, tmp_pat
     """About pictures, sounds, and two pictures with a sound."""
     reference = Reference.stored(line.root / "golden", tower)
     with media.given(SEES, HEARS, tmp_path) as given:
-        words = judge_words(bundle_of(line), given, reference.answers, tmp_path, tower)
+        words, said = judge_words(bundle_of(line), given, reference.answers, tmp_path, tower)
         others = [replace(row, text=row.text + "!") for row in reference.answers]
-        assert not judge_words(bundle_of(line), given, others, tmp_path, tower).passed
+        assert not judge_words(bundle_of(line), given, others, tmp_path, tower)[0].passed
+    assert [(row.text, row.same) for row in said] == [(row.text, True) for row in reference.answers]
     assert words.passed, words.detail
     kinds = {tuple(kind for kind, _ in row.media) for row in reference.answers}
     assert tower == "audio" or ("image", "image", "audio") in kinds
@@ -189,7 +193,9 @@ def test_an_end_row_of_the_text_table_is_red(line: Line, tmp_path: Path) -> None
     assert nmse(text[END].numpy() * 128**0.5, right) > 0.1
     others = {name: np.concatenate([rows[:-1], text[END : END + 1].numpy()]) for name, rows in told(line).soft.items()}
     stock = replace(told(line), soft=others)
-    checks = seeing.judge_tower("vision-fp32", line.root / "towers" / "fp32", SEES, stock, Gate(nmse=1e-6), tmp_path)
+    checks = seeing.judge_tower(
+        "vision-fp32", line.root / "towers" / "fp32", SEES, stock, Gate(nmse=1e-6), tmp_path
+    ).checks
     assert not checks[0].passed
     reference = Eyes.load(line.root / "fetch" / "checkpoint")
     with torch.inference_mode():
@@ -199,9 +205,11 @@ def test_an_end_row_of_the_text_table_is_red(line: Line, tmp_path: Path) -> None
 def test_soft_tokens_moved_by_one_are_red(line: Line, tmp_path: Path) -> None:
     moved = {name: np.roll(rows, 1, axis=0) for name, rows in told(line).soft.items()}
     shifted = replace(told(line), soft=moved)
-    assert not seeing.judge_tower(
-        "vision-fp32", line.root / "towers" / "fp32", SEES, shifted, Gate(nmse=1e-6), tmp_path
-    )[0].passed
+    assert (
+        not seeing.judge_tower("vision-fp32", line.root / "towers" / "fp32", SEES, shifted, Gate(nmse=1e-6), tmp_path)
+        .checks[0]
+        .passed
+    )
 
 
 @pytest.mark.parametrize(
@@ -320,8 +328,8 @@ def narrowed(
     soft = Reference.stored(line.root / "golden", tower)
     figures = [Measurement(metric="bytes_per_weight", name="bytes per weight", value=size / count)]
     if tower == "vision":
-        return seeing.judge_tower(name, folder, SEES, soft, gate, folder, figures)
-    return hearing.judge_tower(name, folder, HEARS, soft, gate, folder, figures)
+        return seeing.judge_tower(name, folder, SEES, soft, gate, folder, figures).checks
+    return hearing.judge_tower(name, folder, HEARS, soft, gate, folder, figures).checks
 
 
 def scales_moved(made: Graph) -> None:
@@ -374,7 +382,7 @@ def test_precisions_that_are_judged_one_after_the_other_share_no_weights(line: L
     folder.mkdir()
     narrowed(line, "vision", "fp16", folder, (), lambda _: None)
     gate = load(line.recipe).gates["vision-fp32"]
-    checks = seeing.judge_tower("vision-fp32", line.root / "towers" / "fp32", SEES, told(line), gate, folder)
+    checks = seeing.judge_tower("vision-fp32", line.root / "towers" / "fp32", SEES, told(line), gate, folder).checks
     assert all((check.value or 0.0) < 1e-10 for check in checks), [check.sentence() for check in checks]
 
 
@@ -508,6 +516,19 @@ def test_make_run_shows_a_file(line: Line, tmp_path: Path) -> None:
     code, answer, help_ = said("--prompt", "x", "--image", str(tmp_path / "no.png"))
     assert (code, answer) == (2, "")
     assert "is no picture" in help_
+
+
+def test_the_cards_example_runs(line: Line, tmp_path: Path) -> None:
+    senses = tuple(card.Sense(tower=tower, size=1, asks="", error=None, inputs=1) for tower in KINDS)
+    file = str(bundle_of(line))
+    page = card._media(card.Product(variant="", source="", file=file, precision="float32", size=1, senses=senses))
+    (example,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    (tmp_path / "photo.png").write_bytes(SEES.read(write(tmp_path)["photograph"]))
+    (tmp_path / "clip.wav").write_bytes(HEARS.packed(HEARS.fitted(sounds()["chord"])))
+    done = subprocess.run([sys.executable, "-c", example], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-500:]
+    assert done.stdout.strip()
+    assert "{" not in done.stdout, "words, not an object"
 
 
 def test_without_timm_golden_says_how_to_get_it(

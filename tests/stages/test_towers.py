@@ -74,7 +74,7 @@ def line(tmp_path_factory: pytest.TempPathFactory) -> Line:
 def differ(line: Line, told: Reference, scratch: Path) -> bool:
     """Whether LiteRT-LM answers otherwise than `told`."""
     with media.given(None, HEARS, scratch) as given:
-        return not judge_words(line.root / "bundle" / "fp32.litertlm", given, told.answers, scratch, "audio").passed
+        return not judge_words(line.root / "bundle" / "fp32.litertlm", given, told.answers, scratch, "audio")[0].passed
 
 
 def fill(module: torch.nn.Module, stored: Mapping[str, torch.Tensor]) -> None:
@@ -118,7 +118,7 @@ def test_the_modules_hear_what_hugging_face_hears(
 def test_sections_and_runtime_say_what_hugging_face_says(line: Line, tmp_path: Path) -> None:
     told = Reference.stored(line.root / "golden", "audio")
     gate = load(line.recipe).gates["audio-fp32"]
-    checks = hearing.judge_tower("audio-fp32", line.root / "towers" / "fp32", HEARS, told, gate, tmp_path)
+    checks = hearing.judge_tower("audio-fp32", line.root / "towers" / "fp32", HEARS, told, gate, tmp_path).checks
     assert all(check.passed for check in checks), [check.sentence() for check in checks]
     assert all((check.value or 0.0) < 1e-8 for check in checks)
     made = line.root / "bundle" / "fp32.litertlm"
@@ -133,10 +133,14 @@ def test_another_tower_and_other_words_are_red(line: Line, tmp_path: Path) -> No
     told = Reference.stored(line.root / "golden", "audio")
     moved = {name: np.roll(rows, 1, axis=0) if len(rows) > 1 else rows + 1 for name, rows in told.soft.items()}
     shifted = dataclasses.replace(told, soft=moved)
-    checks = hearing.judge_tower("audio-fp32", line.root / "towers" / "fp32", HEARS, shifted, Gate(nmse=1e-6), tmp_path)
+    checks = hearing.judge_tower(
+        "audio-fp32", line.root / "towers" / "fp32", HEARS, shifted, Gate(nmse=1e-6), tmp_path
+    ).checks
     assert not checks[0].passed
     shorter = dataclasses.replace(told, soft={name: rows[:-1] for name, rows in told.soft.items()})
-    checks = hearing.judge_tower("audio-fp32", line.root / "towers" / "fp32", HEARS, shorter, Gate(nmse=1e-6), tmp_path)
+    checks = hearing.judge_tower(
+        "audio-fp32", line.root / "towers" / "fp32", HEARS, shorter, Gate(nmse=1e-6), tmp_path
+    ).checks
     assert not checks[-1].passed
     others = [dataclasses.replace(row, text=row.text + "!") for row in told.answers]
     assert differ(line, dataclasses.replace(told, answers=others), tmp_path)

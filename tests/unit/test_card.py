@@ -13,7 +13,7 @@ from huggingface_hub.repocard import metadata_load
 from pipeline.core.errors import PublishError
 from pipeline.core.judgement import Estimate, Script
 from pipeline.release import card
-from pipeline.release.card import Build, Check, Phone, Product, Subject
+from pipeline.release.card import Build, Check, Phone, Product, Sense, Subject
 from pipeline.release.licence import Licence
 
 HUB = Subject(model="google/gemma-3n-E2B-it", revision="a" * 40, base_models=(), lineage=(), model_type="gemma3n")
@@ -207,3 +207,41 @@ def test_a_script_stands_beside_latin_where_there_is_enough_text() -> None:
     page = card.text(HUB, TERMS, {}, PRODUCTS, CHECKS, BUILD, found)
     assert "| `m_int8.litertlm` | Tifinagh | 64 | 0.002 (0.0017 to 0.0024) | 1.2 (0.9 to 1.6) |" in page
     assert "| Latin | 4000 |" in page and "CJK" not in page and "By script" not in made()
+
+
+SENSES = (
+    Sense(tower="vision", size=300_000_000, asks="pictures of 768 x 768 pixels", error=1e-3, inputs=26),
+    Sense(tower="audio", size=700_000_000, asks="sounds of up to 30 s", error=0.0, inputs=23),
+)
+
+
+def that_takes(*towers: str) -> str:
+    senses = tuple(sense for sense in SENSES if sense.tower in towers)
+    products = [dataclasses.replace(item, senses=senses) for item in BUNDLES]
+    return card.text(HUB, TERMS, {}, [*products, *STEPS], CHECKS, BUILD, {})
+
+
+def test_a_bundle_that_sees_and_hears_says_so_and_how() -> None:
+    page = that_takes("vision", "audio")
+    row = "| `m_int8.litertlm` | vision: pictures of 768 x 768 pixels | 300.0 MB | 0.001 (30.0 dB) | 26 |"
+    assert row in page and "| audio: sounds of up to 30 s | 700.0 MB | 0 (no error) | 23 |" in page
+    assert not re.search(r"\$\w", page)
+    example = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)[1]
+    compile(example, "card", "exec")
+    for said in ('"type": "image"', '"type": "audio"', "vision_backend=", "audio_backend=", 'Engine("m_int8.litertlm"'):
+        assert said in example
+    for said in (
+        "visionBackend = Backend.CPU()",
+        'Content.AudioFile("clip.wav")',
+        "visionBackend: .cpu()",
+        ".imageFile",
+    ):
+        assert said in page
+
+
+def test_only_what_a_bundle_takes_is_shown() -> None:
+    heard = that_takes("audio")
+    assert "clip.wav" in heard and "What do you hear?" in heard
+    assert "photo.png" not in heard and "vision_backend=" not in heard and "ImageFile" not in heard
+    for said in ("see and hear", "Kotlin", "Swift", "photo", "clip.wav"):
+        assert said not in made()

@@ -14,9 +14,11 @@ from xml.etree import ElementTree
 import pytest
 
 from pipeline.judge import metrics, tasks
-from pipeline.report import plots, verification
+from pipeline.judge.pictures import pictures
+from pipeline.judge.sounds import sounds
+from pipeline.report import plots, senses, verification
 
-VOID = {"meta", "br"}
+VOID = {"meta", "br", "img"}
 
 
 def estimate(value: float) -> dict[str, float]:
@@ -146,6 +148,20 @@ def without_step_graphs() -> dict[str, Any]:
     return {**whole, "order": [], "variants": {}, "speed": {}, "checks": checks, "alternative_checks": []}
 
 
+def that_sees() -> dict[str, Any]:
+    """A bundle's towers: every picture and sound that is judged, and one more that is not any more."""
+    whole = made_by_hand()
+    names = {"vision": [*pictures()], "audio": [*sounds()]}
+    said = {"question": "<u>What?</u>", "expected": "a & b", "text": "a & c", "same": False, "tie": True}
+    both = [["image", "face"], ["image", "noise"], ["audio", "chord"]]
+    for precision, error in (("fp32", 1e-12), ("int8", 1e-3)):
+        errors = {f"{tower}-{precision}": {name: error for name in own} for tower, own in names.items()}
+        answers = [{"tower": "vision", "media": both, **said}] * 40 if precision == "fp32" else []
+        whole["bundles"][f"bundle-{precision}"]["senses"] = {"errors": errors, "said": answers}
+    whole["bundles"]["bundle-fp32"]["senses"]["errors"]["vision-fp32"]["gone"] = None
+    return whole
+
+
 def made_by_hand() -> dict[str, Any]:
     order = ["fp32", "fp16", "int8", "int8-static"]
     files = {
@@ -238,6 +254,30 @@ def test_the_page_is_one_well_formed_file_that_loads_nothing() -> None:
     assert not found.links and "script" not in found.seen
     assert "@import" not in page and "url(" not in page
     assert found.seen.count("svg") == 2
+
+
+def test_what_bundles_see_and_hear_is_shown_and_nothing_is_loaded() -> None:
+    page = verification.render(that_sees())
+    found = outline(page)
+    assert page == verification.render(that_sees()), "the same bytes every time"
+    assert found.links and all(link.startswith("data:image/jpeg;base64,") for link in found.links)
+    assert max(map(len, found.links)) < 6_000
+    assert len(page) < 400_000
+    assert "script" not in found.seen and "url(" not in page
+    drawn, heard = len(pictures()), len(sounds())
+    answers = senses._MOST
+    assert len(found.links) == drawn + 2 * answers
+    assert page.count('alt="photograph, upright by its word"') == 1
+    assert page.count('<svg class="look"') == heard + answers
+    assert 'aria-label="speech, 7.77 s, 7.77 s"' in page
+    assert "Pictures (27)" in page and "120.0 dB" in page and "30.0 dB" in page
+    assert "&lt;u&gt;What?&lt;/u&gt;" in page and "a &amp; c" in page and "parts, at a tie" in page
+    assert "(0 of 32 identical)" in page
+
+
+def test_a_report_without_towers_speaks_of_none() -> None:
+    page = verification.render(made_by_hand())
+    assert "see and hear" not in page and "look" not in page and "data:" not in page
 
 
 def test_text_is_escaped() -> None:
