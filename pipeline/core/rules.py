@@ -57,7 +57,7 @@ _CHECKPOINT = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.md",
 def _imports(module: str) -> frozenset[str]:
     """The modules of `pipeline` that the code of `module` (dotted) imports, inside functions as well."""
     names = set[str]()
-    for node in ast.walk(ast.parse(_file(module).read_bytes())):
+    for node in _statements(ast.parse(_file(module).read_bytes())):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -65,6 +65,17 @@ def _imports(module: str) -> frozenset[str]:
     return frozenset(name for name in names if name.split(".")[0] == "pipeline" and _file(name).is_file())
 
 
+def _statements(tree: ast.AST) -> Iterator[ast.AST]:
+    """The statements of a module, inside others too; not what they consist of, which is ten times as much."""
+    queue = [tree]
+    while queue:
+        node = queue.pop()
+        yield node
+        for part in ("body", "orelse", "finalbody", "handlers", "cases"):
+            queue += getattr(node, part, ())
+
+
+@cache
 def _file(module: str) -> Path:
     path = PROJECT.joinpath(*module.split("."))
     return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
