@@ -87,7 +87,7 @@ $(if $(THREADS),$(eval export OMP_NUM_THREADS := $(THREADS)))
 # --- where stages run -------------------------------------------------------------------------------------------------
 # The Python that runs stages, what must be there first, and how: in a container by pipeline/core/container.py.
 PY := $(if $(filter image,$(IN)),,.venv/bin/)python
-READY = $(if $(filter docker,$(IN)),$(if $(findstring @,$(IMAGE)),,image),$(if $(IN),,.venv/.ready $(if $(CLUSTER),.venv/.cluster) $(if $(findstring vision,$(TOWERS)),.venv-vision/.ready)))
+READY = $(if $(filter docker,$(IN)),$(if $(findstring @,$(IMAGE)),,image),$(if $(IN),,.venv/.ready $(if $(CLUSTER),.venv/.cluster)))
 RUN = $(if $(IN),$(if $(filter docker,$(IN)),@echo "$(1) (in $(IMAGE))" && )$(IN_CONTAINER.$(1)) python,$(PY))
 
 # --- the rules of the stages --------------------------------------------------------------------------------------------

@@ -37,9 +37,8 @@ def work(given: Options) -> None:
     """
     asked = origin.ask(given.model_id, given.revision, given.base)
     config, note = asked.source.json(CONFIG), given.root / IDENTIFIED
-    found: dict[str, object] = {"model_type": config.get("model_type")}
-    if senses.described(config):
-        found["towers"] = [*senses.among(_tensors(asked.source), get_args(Tower))]
+    towers = senses.among(_tensors(asked.source), get_args(Tower)) if senses.described(config) else ()
+    found: dict[str, object] = {"model_type": config.get("model_type"), "towers": [*towers]}
     note.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(note, dump_json(found))
     if recipe := named_in(note):  # without one, the plan that comes next says which types there are

@@ -20,6 +20,7 @@ import os
 import shlex
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -27,7 +28,18 @@ from typing import cast, get_args
 
 from pipeline.core import container, parallel, senses
 from pipeline.core.errors import PipelineError, UsageError
-from pipeline.core.graph import STAGES, STEPS, Choice, Towers, behind, makeable, model_name, model_root, refuse_within
+from pipeline.core.graph import (
+    STAGES,
+    STEPS,
+    Choice,
+    Towers,
+    behind,
+    makeable,
+    model_name,
+    model_root,
+    refuse_within,
+    towers_in,
+)
 from pipeline.core.manifest import NAME, write_atomically
 from pipeline.core.recipe import CONFIG, DEFAULT, IDENTIFIED, PROJECT, STEP, Graphs, load, named_in, with_context
 
@@ -250,6 +262,8 @@ def rules(request: Request) -> str:
     plan = root / ".inputs" / f"planned.{'-'.join(request.aims)}"
     steps = [f"{root}/{name}/{STEP}" for name in choice.judged]
     texts = [word for name in ("eval", "calibration", "base", "template") for word in _option(request, name)]
+    said = "none" if request.said["TOWERS"] == "none" else ""
+    eyes = "vision" in towers_in(request.choice.towers) and not request.said["IN"]
     # Before anything else: without npm hours of work would end without a page.
     libraries = f" {_LIBRARIES}" if any(STAGES[name].sources for name in request.planned) else ""
     lines = [
@@ -258,7 +272,7 @@ def rules(request: Request) -> str:
         f"ROOT := {root}",
         f"FILES_MADE := {' '.join([*steps, *(f'{root}/bundle/{name}.litertlm' for name in choice.bundles)])}",
         f"WHERE := {_quoted(request.where)}",
-        f"override TOWERS := {request.settings['towers']}",  # found, where nobody said it
+        f"override TOWERS := {request.settings['towers'] or said}",  # found, where nobody said it
         f"CALIBRATED := {_quoted(_option(request, 'calibration'))}",
         f"TEXTS := {_quoted(texts)}",
         *(_containers(request) if request.said["IN"] else ()),
@@ -292,6 +306,7 @@ def rules(request: Request) -> str:
         words = _quoted([*request.where, *request.words(name), *places])
         first = f" {proof}" if choice.bundles and name != "fetch" else ""
         first += f" {_LIBRARIES}" if node.sources else ""
+        first += " .venv-vision/.ready" if name == "golden" and eyes else ""  # what the reference sees by
         lines += [
             f"{name}: {root}/{name}/manifest.json",
             f"{root}/{name}/manifest.json: {' '.join(before)} | $(READY) {plan}{first}",
@@ -470,6 +485,8 @@ def _with_recipe(request: Request, said: Mapping[str, str]) -> Request:
         kind = f"what type {request.model_id} is of is not known yet: shown as for {file.stem}"
         kind = f"whether {request.model_id} sees or hears is not known yet: shown as for text" if own else kind
         sys.stderr.write(f"warning: {kind}\n")
+    if asks and not shows:  # a note that Make would take as it is, though it does not say enough
+        (request.root / IDENTIFIED).unlink(missing_ok=True)
     choice = _choice(file, said["GRAPHS"], request.choice.variants, said["TOWERS"])
     return replace(request, recipe=_shown(file), choice=choice, looks=asks and not shows)
 
@@ -484,7 +501,12 @@ def _with_context(file: Path, root: Path, positions: str) -> Path:
 
 
 def _with_towers(request: Request, said: Mapping[str, str]) -> Request:
-    """`request` with the towers that its recipe takes and the checkpoint has, where TOWERS= says nothing."""
+    """`request` with the towers that its recipe takes and the checkpoint has, where TOWERS= says nothing.
+
+    `none` is what stages are told where there are none, which is nothing: else all would be made again.
+    """
+    if said["TOWERS"] == "none":
+        return replace(request, settings={**request.settings, "towers": ""})
     taken = request.choice.recipe.towers.taken if request.choice.graphs != "step" else ()
     known = None if said["TOWERS"] or not taken else _known(request, request.root / ".inputs" / "asked")
     found: tuple[str, ...] = ()
@@ -510,7 +532,15 @@ def _known(request: Request, asked: Path) -> Path | None:
         return folder / CONFIG
     identified, since = request.root / IDENTIFIED, asked.stat().st_mtime_ns
     notes = {identified: identified, fetched / NAME: fetched / "checkpoint" / CONFIG}
-    return next((said for note, said in notes.items() if note.is_file() and note.stat().st_mtime_ns >= since), None)
+    found = (said for note, said in notes.items() if note.is_file() and note.stat().st_mtime_ns >= since)
+    return next((said for said in found if said.name == CONFIG or _says_towers(said)), None)
+
+
+def _says_towers(note: Path) -> bool:
+    """Whether a note of `identify` says which towers there are; older ones do not."""
+    with suppress(ValueError, TypeError):
+        return "towers" in json.loads(note.read_text(encoding="utf-8"))
+    return False
 
 
 def _rewrite(file: Path, text: str) -> None:

@@ -107,6 +107,12 @@ def test_the_towers_of_a_model_on_the_hub_are_found_by_its_tensors(server: HubSe
     shown = make("-n", own, "bundle", "GRAPHS=bundle")
     assert "--towers audio" in shown and not make.asked and "towers" in make.ran
     assert "--towers audio" in make("-n", "bundle", "GRAPHS=bundle")
+    note = make.root / ".inputs" / "identified"
+    told = json.loads(note.read_text())
+    note.write_text(json.dumps({"model_type": told.pop("model_type")}))  # as it was before towers were taken
+    make(own, READY)
+    assert make.asked
+    assert json.loads(note.read_text())["towers"] == told["towers"] == ["audio"]
 
 
 def test_make_bundle_makes_a_bundle_of_a_model_on_the_hub_from_nothing(

@@ -170,7 +170,7 @@ def test_towers_that_a_checkpoint_has_are_taken_unless_somebody_says_none(sharde
 
     both = model("both", "gemma3n", "audio_tower", "embed_audio", "vision_tower", "embed_vision")
     assert towers(both) == ("vision,audio", True)
-    assert towers(both, "TOWERS=none")[0] == "none"
+    assert towers(both, "TOWERS=none")[0] == "", "which is what a stage takes that is told nothing"
     assert towers(both, graphs="step")[0] == "", "a step graph has none"
     assert towers(both, "TOWERS=audio")[0] == "audio"
     assert towers(model("ears", "gemma3n", "audio_tower", "embed_audio"))[0] == "audio"
@@ -189,6 +189,23 @@ def test_eyes_bring_what_their_reference_needs(tmp_path: Path) -> None:
     assert there or sees.index("locks/vision.txt") < sees.index("-m pipeline.golden")
     assert "--towers vision,audio" in sees
     assert "locks/vision.txt" not in plain
+    for goals in (("plan",), ("fetch", "towers")):
+        assert "locks/vision.txt" not in make("-n", *goals, *settings, "TOWERS=vision"), (
+            "the reference alone sees by it"
+        )
+
+
+def test_no_towers_are_the_same_said_and_unsaid(tmp_path: Path) -> None:
+    """Where there are none nothing is made again, but whoever starts a job elsewhere hands it on."""
+    settings = ("-n", f"ARTIFACTS={tmp_path}", "GRAPHS=bundle")
+
+    def told(*words: str) -> dict[str, str]:
+        make("verify", *settings, *words)
+        return {file.name: file.read_text() for file in (tmp_path / "tiny-gemma3n" / ".inputs").iterdir()}
+
+    unsaid, none = told(), told("TOWERS=none")
+    assert {name for name in unsaid if unsaid[name] != none[name]} <= {"rules.mk"}
+    assert "override TOWERS := none\n" in none["rules.mk"]
 
 
 def test_a_picture_is_said_as_image_where_that_is_no_container(tmp_path: Path) -> None:
