@@ -5,36 +5,34 @@ runs here. A model that does not fit into memory in fp32 is streamed from its fi
 final hidden states (after the last norm), from which `judge.reference` gets the logits.
 
 On a GPU (`--device cuda`) the same fp32 arithmetic runs with TF32 off; a sample of windows is computed on the CPU as
-well, and must agree to a normalised mean square error of 1e-8.
+well, and must agree to a normalised mean square error of 1e-8. Verify looks again (`reference.agreement`).
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from pipeline.cluster import pool
-from pipeline.core import facts, manifest, options
+from pipeline.core import facts, options
 from pipeline.core.graph import towers_in
 from pipeline.core.recipe import PROJECT
 from pipeline.core.stage import Context, Outcome, Stage, main
 from pipeline.judge import corpus
 from pipeline.judge.reference import Head
-from pipeline.reference import golden, media
-from pipeline.reference.shards import Model, choose_device
-
-_SAMPLE_WINDOWS = 8
+from pipeline.reference import devices, golden, media
+from pipeline.reference.shards import Model
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options(options.Options):
     """The device, where the weights are, and the text."""
 
-    device: Literal["auto", "cpu", "cuda"] = field(default="auto", metadata={"help": "where the reference runs"})
+    device: devices.Device = field(default="auto", metadata={"help": "where the reference runs"})
     weights: Literal["auto", "loaded", "streamed"] = field(
         default="auto",
         metadata={"help": "in memory, or read from the file as they are needed (default: loaded if they fit)"},
@@ -48,11 +46,15 @@ class Options(options.Options):
 
 def work(context: Context) -> Outcome:
     """Load the reference, run it on corpus, shapes and prompts, and store what it says."""
+    parameters = context.upstream["fetch"].told(facts.Fetch).parameters
+    device = devices.choose(context.chosen(Options).device, parameters)
+    return devices.within_memory(device, partial(_work_on, context, parameters))
+
+
+def _work_on(context: Context, parameters: int, device: str) -> Outcome:
     recipe, checkpoint, chosen = context.recipe, context.root / "fetch" / "checkpoint", context.chosen(Options)
     text = chosen.eval or PROJECT / recipe.corpus.verification
     openings = corpus.read_documents(text, corpus.first_content)  # before the model is loaded, which takes minutes
-    parameters = context.upstream["fetch"].told(facts.Fetch).parameters
-    device = choose_device(chosen.device, parameters)
     streamed = golden.is_streamed(chosen.weights, device, parameters * pool.copies(chosen.cluster))
     model = Model(str(checkpoint.absolute()), device, streamed)
     with pool.opened(chosen.cluster, context.root, "golden", context.upstream["fetch"].outputs, "reference") as shards:
@@ -67,10 +69,10 @@ def work(context: Context) -> Outcome:
             window=recipe.corpus.window,
             limit=max(1, recipe.corpus.positions // corpus.POSITIONS_PER_WINDOW),
         )
-        few, grid = windows[:_SAMPLE_WINDOWS], context.folder / "shapes.safetensors"
+        few, grid = windows[: golden.SAMPLE], context.folder / "shapes.safetensors"
         # All is asked for before an answer is awaited, what takes longest first; this process sees and hears meanwhile.
         traced = None if context.graphs == "step" else golden.make_cache_trace(asked, documents, recipe, context.folder)
-        greedy = golden.make_greedy(asked, openings, recipe, context.graphs)
+        greedy = golden.make_greedy(asked, openings, recipe, context.graphs, context.folder / "greedy.json")
         states = golden.make_corpus(asked, windows, recipe.corpus.positions, context.folder / "corpus.safetensors")
         cases = None if context.graphs == "bundle" else golden.make_shapes(asked, recipe.shapes, grid)
         floors = {"threads": golden.threads_floor(asked, few), "bfloat16": golden.bfloat16_floor(asked, few)}
@@ -78,12 +80,10 @@ def work(context: Context) -> Outcome:
             media.make(checkpoint, reference, towers_in(context.towers), recipe.bundle, parameters, context.folder)
         bos, pad, stop, cap = reference.bos, reference.pad, reference.stop, reference.cap
         del asked, reference  # their memory is for the same model in another precision, which is asked last
-        sample = golden.Sample(few, states()[:_SAMPLE_WINDOWS], Head.of_checkpoint(checkpoint, cap))
-        count, rows, trace = cases() if cases else 0, greedy(), traced() if traced else None
+        sample = golden.Sample(few, states()[: golden.SAMPLE], Head.of_checkpoint(checkpoint, cap))
+        count, trace = cases() if cases else 0, traced() if traced else None
+        greedy()
         floor = {name: measure(sample) for name, measure in floors.items()}
-    manifest.write_atomically(
-        context.folder / "greedy.json", json.dumps([asdict(row) for row in rows], ensure_ascii=False, indent=1) + "\n"
-    )
     return Outcome(
         facts=facts.Golden(
             bos=bos,

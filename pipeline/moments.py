@@ -7,13 +7,15 @@ that read the same tensor have one file; a layer wider than `hessians.SPAN` colu
 What the model makes of the text is kept as well: int8's ladder judges by it.
 
 Made only for precisions that round by them. The model is streamed from its file and the sums stand in mapped files, so
-memory stays bounded.
+memory stays bounded; on a GPU (`--device cuda`) both are in its memory, in the same fp32 arithmetic with TF32 off, and
+a window is computed on the CPU as well.
 """
 
 from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +30,7 @@ from pipeline.core.stage import Context, Outcome, Stage, main
 from pipeline.judge import corpus
 from pipeline.quantize import hessians
 from pipeline.quantize.hessian_sums import HessianSums
-from pipeline.reference import activations
-from pipeline.reference.model import HuggingFace
+from pipeline.reference import activations, devices
 
 _WATCHED = 2
 """Windows."""
@@ -37,8 +38,9 @@ _WATCHED = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Options(options.Options):
-    """The text."""
+    """The device, and the text."""
 
+    device: devices.Device = field(default="auto", metadata={"help": "where the reference runs"})
     calibration: Path | None = field(
         default=None, metadata={"metavar": "FILE", "help": "your own text: .txt or .jsonl"}
     )
@@ -46,9 +48,13 @@ class Options(options.Options):
 
 def work(context: Context) -> Outcome:
     """Let the reference read the calibration text, and keep the sums."""
+    device = devices.choose(context.chosen(Options).device, context.upstream["fetch"].told(facts.Fetch).parameters)
+    return devices.within_memory(device, partial(_work_on, context))
+
+
+def _work_on(context: Context, device: str) -> Outcome:
     recipe, checkpoint = context.recipe, context.root / "fetch" / "checkpoint"
-    log.step("the reference runs in fp32, a matrix at a time")
-    reference = HuggingFace.load(checkpoint, "cpu", streamed=True)
+    reference = devices.opened(checkpoint, device)
     text = context.chosen(Options).calibration or PROJECT / recipe.corpus.calibration
     windows = corpus.pack_windows(
         corpus.read_documents(text, reference.render),
@@ -59,13 +65,16 @@ def work(context: Context) -> Outcome:
     )
     first = windows[:_WATCHED]
     largest = activations.largest(reference, lambda: reference.hidden(first, np.ones_like(first)))
-    sums = HessianSums(context.folder)
+    sums = HessianSums(context.folder, held=device != "cpu")
     sums.observe(reference.model.model)
     # BLAS's threads would wait in the way of torch's.
     with threadpool_limits(1, "blas"), log.progress("what layers read", windows.size, "tokens") as bar:
         states = reference.hidden(windows, np.ones_like(windows), bar)
     sums.add_inputs(EMBEDDING if open_checkpoint(checkpoint).tied else HEAD, torch.from_numpy(states))
     sums.close()
+    if device != "cpu":
+        again = devices.opened(checkpoint, "cpu").hidden(first, np.ones_like(first))
+        devices.require_same(again, states[:_WATCHED], device, "moments")
     for name, kept in ((hessians.WINDOWS, windows), (hessians.STATES, states)):
         np.save(context.folder / name, kept)
     told = facts.Moments(
@@ -73,6 +82,7 @@ def work(context: Context) -> Outcome:
         files=len({*sums.files.values()}),
         largest_activation=largest,
         final_logit_softcapping=reference.cap,
+        device=device,
     )
     return Outcome(facts=told)
 

@@ -2,14 +2,13 @@
 
     make tune MODEL_ID=… RECIPE=… [MINUTES=30] [SECTION=int4]
 
-Three things are measured, all in LiteRT on the recipe's calibration text, as KL(fp32 file || candidate) at every
-position of whole windows:
+Two things are measured, all in LiteRT on the recipe's calibration text, as KL(fp32 file || candidate) at every
+position of whole windows; on a GPU (`--device`) Hugging Face's model in fp32 speaks for the fp32 file:
 
 1. what costs nothing at run time, and with the best of it what each group of layers contributes, its weights and its
    activations: int8 in that group alone, or 4 bits in it and 8 elsewhere;
 2. candidates on a greedy path from plain int8, or 4 bits everywhere, by gain for cost; half of them go on to twice as
-   much text, until few are left, which see all of it;
-3. size and speed of these, against the plain file, in turns.
+   much text, until few are left, which see all of it; of these size and speed too, in turns with the plain file.
 
 The most faithful one within `--size` and `--speed` becomes `tune/recipe.toml`, which `make int8 RECIPE=` takes as it
 is, or `tune-int4/recipe.toml` for `make int4`; `report.json` and `report.html` beside it hold all figures. Every
@@ -20,15 +19,15 @@ from __future__ import annotations
 
 import shutil
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, cast
 
-from pipeline.core import log, manifest, options
-from pipeline.core.recipe import Recipe
-from pipeline.core.recipe import load as load_recipe
-from pipeline.core.recipe import parse as parse_recipe
+from pipeline.core import facts, log, manifest, options
+from pipeline.core import recipe as recipes
 from pipeline.core.stage import Common, guard, locked, made_again
+from pipeline.reference import devices
 from pipeline.report import tuning
 from pipeline.search import candidates, groups, rewrite
 from pipeline.search.bench import Clock
@@ -56,25 +55,26 @@ class Options(Common):
     size: float | None = field(
         default=None, metadata={"help": f"largest file, of plain int8 (default: {_by_section('most')})"}
     )
+    device: devices.Device = field(default="auto", metadata={"help": "where fp32 runs: auto and cuda take a GPU"})
     cluster: str = field(default="", metadata={"help": "whose workers measure: a scheduler's address, or local:<n>"})
     speed: float = field(default=0.5, metadata={"help": "least tokens/s, of the plain file (default: %(default)s)"})
-    parts: int | None = field(
-        default=None, metadata={"help": f"stretches that a kind is cut into (default: {_by_section('parts')})"}
-    )
+    parts: int | None = field(default=None, metadata={"help": f"stretches of a kind (default: {_by_section('parts')})"})
 
 
 def work(given: Options) -> None:
     """Search, and write what was found, also when time ends or someone stops it.
 
     Raises:
-        UsageError: the recipe has no such section, its scheme is not dynamic, or a text can't be read.
+        UsageError: the recipe has no such section, its scheme is not dynamic, a text can't be read, or there is no GPU.
         IntegrityError: stages fetch, graph or moments are not finished, or were changed.
     """
     file, root, clock, space = given.recipe_file, given.root, Clock(60 * given.minutes), SPACES[given.section]
-    recipe = load_recipe(file)
-    values = candidates.values_of(recipe, space)
+    values = candidates.values_of(recipe := recipes.load(file), space)
     with locked(root, "tune"), made_again(root, NEEDS):
+        device = devices.choose(given.device, manifest.read(root / "fetch").told(facts.Fetch).parameters)
         bench = open_bench(file, recipe, given.calibration, root, clock, space)
+        said = partial(devices.logits, bench.checkpoint.folder, device)
+        bench = bench if device == "cpu" else replace(bench, said=said, identity=f"{bench.identity} {device}")
         try:
             layers = groups.layers_of(Graph.read(bench.all_positions))
             with measured_on(given.cluster, bench) as bench, bench.hessians:
@@ -93,7 +93,7 @@ def work(given: Options) -> None:
             shutil.rmtree(bench.scratch)
 
 
-def write(study: Study, recipe: Recipe, given: Options, folder: Path) -> None:
+def write(study: Study, recipe: recipes.Recipe, given: Options, folder: Path) -> None:
     """Write the recipe of the best candidate so far, and the report."""
     if not any(study.bench.found(each, [0]) for each in study.tried):
         log.warn("nothing is measured yet, so there is no recipe: give it more MINUTES=")
@@ -101,7 +101,7 @@ def write(study: Study, recipe: Recipe, given: Options, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     told = cast("tuning.Report", report(study, recipe, given.root.name, given.minutes))
     made = rewrite.with_values(study.bench.text, study.space.section, study.chosen().values, tuning.comment(told))
-    parse_recipe(made.encode(), "the tuned recipe")
+    recipes.parse(made.encode(), "the tuned recipe")
     manifest.write_atomically(folder / "recipe.toml", made)
     manifest.write_atomically(folder / "report.json", manifest.dump_json(told))
     manifest.write_atomically(folder / "report.html", tuning.render(told))

@@ -1,11 +1,12 @@
 """verify: hold every file against the reference and say, limit beside value, whether it is good enough.
 
-Two gates. The fp32 files are held against Hugging Face (a fault of the conversion shows), the other step graphs against
-that of fp32 (what precision costs shows), on whole prompts. Bundles are all held against Hugging Face, whose equal the
-fp32 one has to be: through the cache, section by section, and whole in LiteRT-LM, whose text must be Hugging Face's. A
-required file that misses a limit fails the stage with exit code 8, leaves no manifest, and leaves the report for the
-reader. The int8 scheme that the recipe did not choose is judged in the same way and may fail, as may precisions that
-the recipe calls optional: they are marked as not fit to publish.
+A reference that a GPU computed is held against the CPU at a few positions. Then two gates. The fp32 files are held
+against Hugging Face (a fault of the conversion shows), the other step graphs against that of fp32 (what precision costs
+shows), on whole prompts. Bundles are all held against Hugging Face, whose equal the fp32 one has to be: through the
+cache, section by section, and whole in LiteRT-LM, whose text must be Hugging Face's. A required file that misses a
+limit fails the stage with exit code 8, leaves no manifest, and leaves the report for the reader. The int8 scheme that
+the recipe did not choose is judged in the same way and may fail, as may precisions that the recipe calls optional: they
+are marked as not fit to publish.
 
 `judgement.json` is the same from run to run, and so is `tensors.json`: where each tensor of a judged file stands, and
 its sha256. `report.json` and `report.html` add timings, machine and date.
@@ -13,10 +14,8 @@ its sha256. `report.json` and `report.html` add timings, machine and date.
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 from pipeline.bundling import constants, replaced
@@ -24,11 +23,11 @@ from pipeline.bundling.template import CONVERSATIONS
 from pipeline.checkpoint import chat
 from pipeline.cluster import pool
 from pipeline.core import facts, manifest, options
-from pipeline.core.errors import UsageError
 from pipeline.core.graph import Choice
 from pipeline.core.recipe import PROJECT
 from pipeline.core.stage import Context, Outcome, Stage, main
 from pipeline.judge import bundles, corpus, steps
+from pipeline.judge.gates import Check
 from pipeline.judge.reference import Head, Reference
 from pipeline.judge.steps import Verdict
 from pipeline.judge.verdicts import judge_all, judged_files
@@ -58,52 +57,46 @@ class Options(options.Options):
 
 def work(context: Context) -> Outcome:
     """Judge every file, write judgement and report, and fail if a required check did not pass."""
-    checkpoint, told = context.root / "fetch" / "checkpoint", context.chosen(Options).variants
-    variants = Choice(recipe=context.recipe, graphs=context.graphs, variants=told).judged
-    cap = context.upstream["golden"].told(facts.Golden).final_logit_softcapping
-    reference = Reference(context.root / "golden", Head.of_checkpoint(checkpoint, cap))
+    checkpoint, chosen, texts = context.root / "fetch" / "checkpoint", context.chosen(Options), context.recipe.corpus
+    variants = Choice(recipe=context.recipe, graphs=context.graphs, variants=chosen.variants).judged
+    told = context.upstream["golden"].told(facts.Golden)
+    reference = Reference(context.root / "golden", Head.of_checkpoint(checkpoint, told.final_logit_softcapping))
     tokenizer = chat.open_tokenizer(checkpoint)
-    _check_texts(context, tokenizer)
-    cluster, judges = context.chosen(Options).cluster, (CONVERSATIONS, replaced.with_decoder)
-    verdicts, bundle_verdicts, judgement = judge_all(context, variants, reference, tokenizer, *judges, cluster)
-    judgement = steps.finite(judgement | summarise(context, verdicts, bundle_verdicts))
+    corpus.require_held_out(
+        chosen.eval or PROJECT / texts.verification,
+        told.verification_sha256,
+        chosen.calibration or PROJECT / texts.calibration,
+        tokenizer,
+    )
+    agreed, judges = _on_the_cpu(context, reference, told.device), (CONVERSATIONS, replaced.with_decoder)
+    verdicts, bundle_verdicts, judgement = judge_all(context, variants, reference, tokenizer, *judges, chosen.cluster)
+    judgement = steps.finite(judgement | summarise(context, agreed, verdicts, bundle_verdicts))
     manifest.write_atomically(context.folder / "judgement.json", manifest.dump_json(judgement))
     write_report(context, judgement, verdicts)
     tensors = constants.digests(judged_files(context, variants))
     manifest.write_atomically(context.folder / "tensors.json", manifest.dump_json(tensors))
     made = context.upstream["int8"].told(facts.Precision).climbed if "int8" in context.upstream else None
     judged: list[Verdict | bundles.Verdict] = [*verdicts, *bundle_verdicts]
-    refuse_failed(context, judged, made.shortfall if made else "")
+    refuse_failed(context, agreed, judged, made.shortfall if made else "")
     return Outcome(
         facts=facts.Verify(
             passed=True,
-            checks=len(checks_of(item for item in judged if is_required(context, item))),
+            checks=len(agreed) + len(checks_of(item for item in judged if is_required(context, item))),
             fit=tuple(item.subject.name for item in judged if item.fit),
             not_fit=tuple(item.subject.name for item in judged if not item.fit),
         )
     )
 
 
-def _check_texts(context: Context, tokenizer: chat.Tokenizer) -> None:
-    """Make sure that the reference speaks of the text to judge on, and that no file was calibrated on it.
+def _on_the_cpu(context: Context, reference: Reference, device: str) -> list[Check]:
+    """The checks on a reference that a GPU computed; none where the CPU did."""
+    if device == "cpu":
+        return []
+    from pipeline.reference import agreement  # transformers takes seconds, which nothing else here needs
 
-    Raises:
-        UsageError: it does not, or one was.
-    """
-    chosen, texts = context.chosen(Options), context.recipe.corpus
-    judged = chosen.eval or PROJECT / texts.verification
-    if (
-        hashlib.sha256(judged.read_bytes()).hexdigest()
-        != context.upstream["golden"].told(facts.Golden).verification_sha256
-    ):
-        raise UsageError(
-            f"the reference was computed on another text than {judged}",
-            cause="the text was changed, or EVAL= was not the same for golden and verify",
-            remedy="run `make golden` with this EVAL=",
-        )
-    render = partial(chat.render, tokenizer)
-    calibration = chosen.calibration or PROJECT / texts.calibration
-    corpus.require_disjoint(corpus.read_documents(judged, render), corpus.read_documents(calibration, render))
+    return agreement.checks(
+        reference, context.root / "fetch" / "checkpoint", device, context.recipe.gates.get(agreement.NAME)
+    )
 
 
 STAGE = Stage(

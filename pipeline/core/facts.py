@@ -119,7 +119,7 @@ class Files:
 
 @dataclass(frozen=True, kw_only=True)
 class Moments:
-    """Stage moments: tokens of calibration text, files of sums, and of the reference its soft-cap.
+    """Stage moments: tokens of calibration text, files of sums, and of the reference its soft-cap and its device.
 
     `largest_activation` is what it had on some of the text.
     """
@@ -128,6 +128,7 @@ class Moments:
     files: int
     largest_activation: float
     final_logit_softcapping: float | None
+    device: str
 
 
 @dataclass(frozen=True, kw_only=True)

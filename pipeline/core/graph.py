@@ -182,7 +182,9 @@ STAGES: Mapping[str, Node] = {
         places=("cluster",),
     ),
     "graph": Node(module="graph", needs=_always("fetch"), settings=("graphs",)),
-    "moments": Node(module="moments", needs=_always("fetch"), settings=("calibration",), texts=("calibration",)),
+    "moments": Node(
+        module="moments", needs=_always("fetch"), settings=("device", "calibration"), texts=("calibration",)
+    ),
     "towers": Node(module="towers", needs=_towers, settings=("graphs", "towers")),
     "fp32": Node(module="fp32", needs=_always("fetch", "graph"), settings=("graphs",)),
     "fp16": Node(module="fp16", needs=_always("fetch", "graph"), settings=("graphs",)),

@@ -56,6 +56,8 @@ def _settings(name: str, made: Manifest, finished: Mapping[str, Manifest]) -> li
     if name == "golden":
         golden = made.told(facts.Golden)
         return [*options, "--device", golden.device, "--weights", golden.weights]
+    if name == "moments":
+        return [*options, "--device", made.told(facts.Moments).device]
     if name == "int8" and (climbed := made.told(facts.Precision).climbed):
         return [*options, "--rung", climbed.rung]  # a figure close to a limit could fall on its other side elsewhere
     if name.startswith("int8-"):

@@ -5,6 +5,7 @@ Everything is a function of its arguments: no clock, no unseeded randomness, so 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -117,6 +118,22 @@ def require_disjoint(verification: Iterable[str], calibration: Iterable[str]) ->
             cause="files judged on their calibration text look better than they are",
             remedy="remove these documents from one of the two",
         )
+
+
+def require_held_out(judged: Path, sha256: str, calibration: Path, tokenizer: chat.Tokenizer) -> None:
+    """Make sure that the file `judged` is the text of that `sha256`, and that no file was calibrated on it.
+
+    Raises:
+        UsageError: it is not, or one was.
+    """
+    if hashlib.sha256(judged.read_bytes()).hexdigest() != sha256:
+        raise UsageError(
+            f"the reference was computed on another text than {judged}",
+            cause="the text was changed, or EVAL= was not the same for golden and verify",
+            remedy="run `make golden` with this EVAL=",
+        )
+    render = partial(chat.render, tokenizer)
+    require_disjoint(read_documents(judged, render), read_documents(calibration, render))
 
 
 # Windows and positions

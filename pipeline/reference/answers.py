@@ -79,7 +79,7 @@ def answer(
         for index, soft in enumerate(own, 1):
             pieces[index] = f"\n\n{start}{place * len(soft)}{end}\n\n{pieces[index]}"
         text = "".join(pieces)
-    ids = torch.tensor([reference.begin(text)])
+    ids = torch.tensor([reference.begin(text)], device=reference.device)
     said, states = _greedy(reference, ids, _embedded(reference, senses, ids, media), count)
     vectors = torch.zeros_like(ids, dtype=torch.bool)
     for sense in senses.values():
@@ -99,9 +99,9 @@ def _embedded(reference: HuggingFace, senses: Mapping[Kind, Sense], ids: torch.T
         for kind, sense in senses.items():
             own = (ids >= sense.first) & (ids < sense.last)
             if own.any():
-                embedded[own] = sense.embedder(input_ids=ids[own][None])[0]
+                embedded[own] = sense.embedder(input_ids=ids[own][None].cpu())[0].to(embedded)  # it is on the CPU
             if soft := [torch.from_numpy(rows) for each, _, rows in media if each == kind]:
-                embedded[ids == sense.place] = torch.cat(soft)
+                embedded[ids == sense.place] = torch.cat(soft).to(embedded)
     return embedded
 
 
@@ -113,7 +113,7 @@ def _greedy(
     margins: list[float] = []
     states: list[Floats] = []
     head: Any = reference.model.lm_head
-    heard = head.register_forward_pre_hook(lambda _, read: states.append(read[0][0, -1].float().numpy().copy()))
+    heard = head.register_forward_pre_hook(lambda _, read: states.append(read[0][0, -1].float().cpu().numpy().copy()))
     with torch.inference_mode():
         per_layer = reference.model.model.get_per_layer_inputs(ids)
         output = reference.model(inputs_embeds=embedded, per_layer_inputs=per_layer, use_cache=True, logits_to_keep=1)
@@ -124,7 +124,10 @@ def _greedy(
             if added[-1] in reference.stop or len(added) == count:
                 break
             output = reference.model(
-                input_ids=torch.tensor([added[-1:]]), cache=output.cache, use_cache=True, logits_to_keep=1
+                input_ids=torch.tensor([added[-1:]], device=ids.device),
+                cache=output.cache,
+                use_cache=True,
+                logits_to_keep=1,
             )
     heard.remove()
     text = reference.tokenizer.decode(added, skip_special_tokens=True)

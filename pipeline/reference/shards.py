@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 
 from pipeline.cluster.pool import Shards
 from pipeline.cluster.worker import let_go
-from pipeline.core import log, memory
-from pipeline.core.errors import UsageError
+from pipeline.core import log
 from pipeline.judge.corpus import Tokens
 from pipeline.judge.reference import Greedy
+from pipeline.reference import devices
 from pipeline.reference.model import HuggingFace
 
 Floats = NDArray[np.float32]
@@ -31,27 +31,6 @@ Rows = tuple[tuple[int, ...], ...]
 T = TypeVar("T")
 Later: TypeAlias = Callable[[], T]
 """What was asked for: the call waits for the answer."""
-
-
-def choose_device(wanted: str, parameters: int | None = None) -> str:
-    """`cuda` or `cpu` for `auto`, else what is asked for; the CPU where so many `parameters` are too many for a GPU.
-
-    Raises:
-        UsageError: cuda is asked for and there is none.
-    """
-    available = torch.cuda.is_available()
-    if wanted == "cuda" and not available:
-        raise UsageError("there is no usable CUDA device", remedy="use DEVICE=cpu, or install the CUDA lock")
-    if wanted == "cpu" or not available:
-        return "cpu"
-    needed, free = memory.of_reference(parameters or 0), torch.cuda.mem_get_info()[0]
-    if parameters is not None and needed > free:
-        sizes = f"{log.human_bytes(needed)} for the reference, {log.human_bytes(free)} are free"
-        log.warn(f"the GPU's memory is too small: {sizes}; the CPU computes")
-        return "cpu"
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    torch.set_float32_matmul_precision("highest")
-    return "cuda"
 
 
 @dataclass(frozen=True)
@@ -73,7 +52,7 @@ def loaded(model: Model) -> HuggingFace:
     if model not in _loaded:
         unload()
         kind = torch.bfloat16 if model.bfloat16 else torch.float32
-        device = choose_device(model.device)
+        device = devices.choose(model.device)
         _loaded[model] = HuggingFace.load(Path(model.checkpoint), device, streamed=model.streamed, dtype=kind)
     return _loaded[model]
 

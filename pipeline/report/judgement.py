@@ -48,12 +48,12 @@ def checks_of(verdicts: Iterable[Verdict | bundles.Verdict]) -> list[Check]:
 
 
 def summarise(
-    context: Context, verdicts: Sequence[Verdict], bundle_verdicts: Sequence[bundles.Verdict]
+    context: Context, agreed: list[Check], verdicts: Sequence[Verdict], bundle_verdicts: Sequence[bundles.Verdict]
 ) -> dict[str, object]:
-    """What was found and does not change from run to run."""
+    """What was found and does not change from run to run; `agreed` are the checks on the reference itself."""
     fetch, golden = context.upstream["fetch"], context.upstream["golden"]
     judged: list[Verdict | bundles.Verdict] = [*verdicts, *bundle_verdicts]
-    required = checks_of(item for item in judged if is_required(context, item))
+    required = [*agreed, *checks_of(item for item in judged if is_required(context, item))]
     alternative = checks_of(item for item in judged if not is_required(context, item))
     return {
         "schema": verification.SCHEMA,
@@ -122,13 +122,21 @@ def write_report(context: Context, judgement: Mapping[str, object], verdicts: Se
         log.line(f"  {row}")
 
 
-def refuse_failed(context: Context, verdicts: Sequence[Verdict | bundles.Verdict], shortfall: str = "") -> None:
+def refuse_failed(
+    context: Context, agreed: list[Check], verdicts: Sequence[Verdict | bundles.Verdict], shortfall: str
+) -> None:
     """Print what missed its limit; `shortfall` is what int8's ladder says, where no rung of it was good enough.
 
     Raises:
-        VerificationError: a required file did.
+        VerificationError: the reference itself, or a required file, did.
     """
-    failed: list[Check] = []
+    failed = [check for check in agreed if not check.passed]
+    if failed:
+        raise VerificationError(
+            f"golden is not what the CPU says: {failed[0].sentence()}",
+            cause="the GPU did not compute in full fp32, or files of golden were changed",
+            remedy="run `make golden DEVICE=cpu`",
+        )
     for item in verdicts:
         missed = [check for check in item.checks if not check.passed]
         required = is_required(context, item)

@@ -104,6 +104,8 @@ class Bench:
     building: threading.Lock = field(default_factory=threading.Lock)
     elsewhere: Callable[[Bench, Iterable[Task]], Iterator[str]] | None = None
     """What evaluates tasks, in order, other than this process."""
+    said: Callable[[Tokens], Iterator[_Logits]] | None = None
+    """What says of windows [N, L] what the fp32 file would, one after another, in its place: the reference on a GPU."""
 
     @property
     def shards(self) -> int:
@@ -125,13 +127,18 @@ class Bench:
         files = [self.scratch / f"{place}.npy" for place in range(len(self.windows))]
         if all(file.is_file() for file in files):  # of the process that asks this one
             return files
-        model = litert.StepModel(self.write(None, self.all_positions, "fp32"), threads=parallel.threads())
         with log.progress("fp32", len(self.windows), "windows") as bar:
-            for file, row in zip(files, self.windows, strict=True):
-                np.save(file, _logits(model, row))
+            for file, logits in zip(files, (self.said or self._fp32)(self.windows), strict=True):
+                np.save(file, logits[_JUDGED])
                 bar.advance()
-        (self.scratch / "fp32.tflite").unlink()
         return files
+
+    def _fp32(self, windows: Tokens) -> Iterator[_Logits]:
+        """What the fp32 file says of each window [L]: [L, V]."""
+        file = self.write(None, self.all_positions, "fp32")
+        model = litert.StepModel(file, threads=parallel.threads())
+        yield from (_logits(model, row) for row in windows)
+        file.unlink()
 
     @cached_property
     def given(self) -> Int8 | Int4:
@@ -244,7 +251,7 @@ class Bench:
     def _score(self, model: litert.StepModel, place: int) -> metrics.Scores:
         targets = self.windows[place, 1:][_JUDGED.start :]
         return metrics.compare(
-            np.load(self.references[place], mmap_mode="r"), _logits(model, self.windows[place]), targets
+            np.load(self.references[place], mmap_mode="r"), _logits(model, self.windows[place])[_JUDGED], targets
         )
 
     def found(self, candidate: Candidate, shards: Iterable[int]) -> Measured | None:
@@ -264,8 +271,9 @@ class Bench:
 
 
 def _logits(model: litert.StepModel, row: Tokens) -> _Logits:
-    """[positions, V] of one window."""
-    return model.logits(row[None], np.ones_like(row)[None])[0, _JUDGED]
+    """[L, V] of one window."""
+    logits: _Logits = model.logits(row[None], np.ones_like(row)[None])[0]
+    return logits
 
 
 def _blocks(place: int, window: int) -> metrics.Indices:

@@ -26,9 +26,9 @@ from pipeline.core.stage import DEFAULT_MODEL
 from pipeline.judge import corpus, kv_cache, metrics
 from pipeline.judge.reference import Floats, Head, Reference
 from pipeline.reference import shards, streaming
-from pipeline.reference.golden import DEVICE_NMSE, ask, is_streamed, make_cache_trace
+from pipeline.reference.devices import NMSE, choose
+from pipeline.reference.golden import ask, is_streamed, make_cache_trace
 from pipeline.reference.model import HuggingFace
-from pipeline.reference.shards import choose_device
 
 POSITIONS = int(SMALL["positions = 2048"].split()[-1])
 SHIPPED = PROJECT / DEFAULT_MODEL
@@ -172,8 +172,8 @@ def test_a_model_larger_than_the_gpu_s_memory_is_for_the_cpu(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (8 << 30, 24 << 30))
-    assert choose_device("auto", 1_000_000_000) == "cuda" and not capfd.readouterr().err
-    assert choose_device("cuda", 4_000_000_000) == "cpu"
+    assert choose("auto", 1_000_000_000) == "cuda" and not capfd.readouterr().err
+    assert choose("cuda", 4_000_000_000) == "cpu"
     assert "17.6 GB for the reference, 8.6 GB are free; the CPU computes" in capfd.readouterr().err
 
 
@@ -312,10 +312,10 @@ def test_a_missing_gpu_is_said_and_not_worked_around(
 def test_a_gpu_gives_the_same_numbers_within_tolerance() -> None:
     ids = np.arange(4, 260, dtype=np.int32).reshape(2, 128)
     hidden = [
-        HuggingFace.load(SHIPPED, choose_device(device)).hidden(ids, np.ones_like(ids)).astype(np.float64)
+        HuggingFace.load(SHIPPED, choose(device)).hidden(ids, np.ones_like(ids)).astype(np.float64)
         for device in ("cpu", "cuda")
     ]
-    assert ((hidden[1] - hidden[0]) ** 2).sum() / (hidden[0] ** 2).sum() < DEVICE_NMSE
+    assert ((hidden[1] - hidden[0]) ** 2).sum() / (hidden[0] ** 2).sum() < NMSE
 
 
 def test_the_small_recipe_changes_only_how_much_is_judged() -> None:

@@ -168,7 +168,7 @@ def test_what_stage_moments_read_is_judged_by_its_own_states(tmp_path: Path) -> 
     windows = np.arange(90 * 4, dtype=np.int32).reshape(90, 4)
     np.save(tmp_path / hessians.WINDOWS, windows)
     np.save(tmp_path / hessians.STATES, np.repeat(windows[..., None], 2, axis=2).astype(np.float32))
-    told = facts.Moments(tokens=360, files=1, largest_activation=1.0, final_logit_softcapping=None)
+    told = facts.Moments(tokens=360, files=1, largest_activation=1.0, final_logit_softcapping=None, device="cpu")
     text = ladder.Text.kept(tmp_path, told, open_checkpoint(PROJECT / DEFAULT_MODEL), parameters=10)
     assert len(text.windows) == sum(text.lots) == 64, "spread over the text, as many as such a model is judged on"
     assert np.array_equal(np.unique(np.diff(text.windows[:, 0])), [4, 8])
