@@ -37,7 +37,7 @@ ISSUER ?=#: who vouches for IDENTITY
 LICENCE_OVERRIDE ?=#: "identifier: reason", against what the checkpoint's card says; both are published
 WATCH ?=#: yes: `make job` builds what the branch has, and again whenever the model changes
 RELEASE ?=#: the description in releases/ that `make release` follows
-DEVICE ?= auto#: auto, cpu or cuda: where golden's reference runs
+DEVICE ?= auto#: auto, cpu or cuda: where the reference of golden, moments and tune runs
 THREADS ?=#: threads of the stages (default: one per core; one per worker of CLUSTER)
 CLUSTER ?=#: whose workers compute golden, verify, evaluate and tune: a Dask scheduler (tcp://host:8786), or local:N processes on this machine
 SERVE ?=#: yes: `make page` also shows the page on this machine, until Ctrl-C
@@ -50,12 +50,12 @@ IMAGE_FLAGS ?=#: more options of `docker build`, e.g. --build-arg LOCK=cuda
 NETWORK ?= bridge#: container network of what downloads or uploads
 
 $(if $(filter 3.%,$(MAKE_VERSION)),$(error GNU make 4 is needed, this is $(MAKE_VERSION): on macOS, brew install make, then say gmake))
-# What a user sets is a name and no text of Make, which would run $(shell …) in a folder's name, also under -n.
+# What a user sets is a name and no text of Make, which would run a $(shell …) in it, also under -n; Make 4.4 before any other, so none stands above.
 define NEWLINE
 
 
 endef
-SETTINGS := $(shell sed -n 's/^\([A-Z_]*\) ?=.*#:.*/\1/p' $(firstword $(MAKEFILE_LIST)))
+SETTINGS := $(foreach q,?,$(patsubst %$q=,%,$(filter %$q=,$(subst $q=,$q= ,$(subst $() $q=,$q=,$(file <$(firstword $(MAKEFILE_LIST))))))))
 $(foreach name,$(SETTINGS),$(if $(filter-out file,$(origin $(name))),$(if $(findstring $$,$(subst $$$$,,$(value $(name)))),\
 	$(error $(name)=$(value $(name)) has a dollar sign, which Make reads as its own: write $$$$ for it, or rename the folder or file)))$(if $(findstring $(NEWLINE),$(value $(name))),\
 	$(error $(name) has a line break, behind which Make would see a command: say it in one line)))
@@ -151,7 +151,7 @@ chat run:
 	$(call RUN,$@) -m pipeline.chat $(abspath $(ROOT))/bundle/$(call QUOTE,$(PRECISION)).litertlm $(if $(filter run,$@),--prompt $(call QUOTE,$(PROMPT)) $(if $(PICTURE),--image $(call QUOTE,$(call ABSOLUTE,$(PICTURE)))) $(if $(AUDIO),--audio $(call QUOTE,$(call ABSOLUTE,$(AUDIO)))))
 
 tune: graph moments ## search the recipe's [int8] (SECTION=int4) for MINUTES=: what costs quality where, and tune/recipe.toml for RECIPE=
-	$(call RUN,tune) -m pipeline.tune $(WHERE) $(CALIBRATED) --minutes $(call QUOTE,$(MINUTES)) --section $(call QUOTE,$(SECTION)) $(if $(CLUSTER),--cluster $(call QUOTE,$(CLUSTER)))
+	$(call RUN,tune) -m pipeline.tune $(WHERE) $(CALIBRATED) --minutes $(call QUOTE,$(MINUTES)) --section $(call QUOTE,$(SECTION)) --device $(call QUOTE,$(DEVICE)) $(if $(CLUSTER),--cluster $(call QUOTE,$(CLUSTER)))
 
 check: $(READY) $(if $(SIGNS),.venv-sign/.ready) ## hold a published folder (FILES=, also on the Hub) against its papers and signature
 	$(call RUN,check) -m pipeline.check $(call QUOTE,$(if $(findstring @,$(FILES)),$(FILES),$(call ABSOLUTE,$(FILES)))) \
@@ -160,8 +160,8 @@ check: $(READY) $(if $(SIGNS),.venv-sign/.ready) ## hold a published folder (FIL
 inspect: $(READY) ## tell what is in FILE=, and where it leaves AGAINST=
 	$(call RUN,inspection) -m pipeline.inspection $(call QUOTE,$(call ABSOLUTE,$(FILE))) $(if $(AGAINST),--against $(call QUOTE,$(call ABSOLUTE,$(AGAINST))))
 
-job: $(READY) ## print the Hub's job that builds MODEL_ID and publishes it (HF_REPO=; IMAGE= with its digest); CONFIRM=yes submits it
-	$(call RUN,job) -m pipeline.job $(WHERE) $(call QUOTE,$(HF_REPO)) $(call QUOTE,$(IMAGE)) $(if $(TAG),--tag $(call QUOTE,$(TAG))) \
+job: $(READY) ## print the Hub's job that builds MODEL_ID and publishes it (HF_REPO=; IMAGE= with its digest, if not the published one); CONFIRM=yes submits it
+	$(call RUN,job) -m pipeline.job $(WHERE) $(call QUOTE,$(HF_REPO)) $(call QUOTE,$(if $(filter-out file,$(origin IMAGE)),$(IMAGE))) $(if $(TAG),--tag $(call QUOTE,$(TAG))) \
 		$(if $(REVISION),--revision $(call QUOTE,$(REVISION))) $(if $(GRAPHS),--graphs $(GRAPHS)) $(if $(TOWERS),--towers $(TOWERS)) --device $(call QUOTE,$(DEVICE)) $(if $(WATCH),--watch $(call QUOTE,$(WATCH))) $(if $(CONFIRM),--confirm yes)
 
 release: ## publish what a description says (RELEASE=); a dry run without CONFIRM=yes

@@ -72,6 +72,8 @@ def alone(command: Sequence[str]) -> int:
 
 def install(name: str, folder: Path) -> None:
     """The system in `folder`, and the project's committed sources in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    engine.run("mount", "--bind", folder, folder)  # its root is a mount point, as on a host: tests mount things
     engine.say(f"making {name} in {folder}")
     if name.startswith("ubuntu"):
         with tempfile.TemporaryDirectory() as scratch:

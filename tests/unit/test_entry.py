@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -65,7 +66,8 @@ def test_words_arrive_as_they_were_given_and_codes_come_back(tmp_path: Path) -> 
     done = enter(tmp_path, *makefile(tmp_path, "printf '%s' \"$$SAID\"; exit 3"), f"SAID={said}")
     assert done.stdout == said.replace("$$", "$")
     assert done.returncode == 2  # make's own, whatever its recipe's was
-    assert enter(tmp_path, "python", "-c", "raise SystemExit(7)").returncode == 7
+    named = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}  # the image has a python, a host may not
+    assert enter(tmp_path, "python", "-c", "raise SystemExit(7)", **named).returncode == 7
 
 
 def stand_in(folder: Path) -> dict[str, str]:
