@@ -1,6 +1,6 @@
 """job: all of it on a machine of the Hub: plan, build, verify and publish in the project's image, by Hugging Face Jobs.
 
-    make job MODEL_ID=owner/name HF_REPO=owner/other IMAGE=ghcr.io/…@sha256:… [CONFIRM=yes]
+    make job MODEL_ID=owner/name HF_REPO=owner/other [IMAGE=ghcr.io/…@sha256:…] [CONFIRM=yes]
 
 It prints the `hf jobs run …` line, and confirmed it submits that job by the Hub's client. The machine is the cheapest
 that the Hub offers with the memory and the disk that the plan asks for, the source a commit, the time twice the plan's.
@@ -11,7 +11,6 @@ branch has when it runs, and a webhook of the Hub runs it again whenever the mod
 from __future__ import annotations
 
 import os
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -29,10 +28,8 @@ from pipeline.core.recipe import PROJECT, load
 from pipeline.core.stage import Common, guard
 from pipeline.planning import machine
 from pipeline.planning.model import look
-from pipeline.release import jobs
+from pipeline.release import images, jobs
 from pipeline.release.hub import Hub
-
-_IMAGE = re.compile(r"[a-z0-9.-]+(?::\d+)?/[a-z0-9._/-]+@sha256:[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +37,9 @@ class Options(Common):
     """Which checkpoint, exactly, where it goes, and in which image."""
 
     repository: str = field(metadata={"help": "owner/name that the job publishes to"})
-    image: str = field(metadata={"help": "the project's image in a registry, by its digest"})
+    image: str = field(
+        metadata={"help": "the project's image in a registry, by its digest; empty: the one that is published"}
+    )
     revision: str = field(default="", metadata={"help": "branch, tag or commit on the Hub (default: the main branch)"})
     tag: str = field(default="", metadata={"help": "tag of the upload"})
     device: Literal["auto", "cpu", "cuda"] = field(default="auto", metadata={"help": "cuda: a machine with a GPU"})
@@ -57,6 +56,7 @@ def work(given: Options) -> None:
         PublishError: there is no token for it, or the Hub refuses it.
     """
     _check(given)
+    image = images.pulled(given.image, "cuda" if given.device == "cuda" else "cpu")
     token = os.environ.get("HF_TOKEN", "")
     if given.confirm and not token:
         raise PublishError("a job needs a token that may write", remedy="set HF_TOKEN, which it gets as a secret")
@@ -70,7 +70,7 @@ def work(given: Options) -> None:
     chosen = machine.cheapest(hub.patiently(api.list_jobs_hardware, refused), want, gpu=given.device == "cuda")
     log.line(f"job · {given.model_id} · {machine.said(chosen)}; {log.human_seconds(want.seconds)} on two cores")
     job = jobs.Job(
-        image=given.image,
+        image=image,
         command=_command(given, revision, left_out=bool(model.facts.left_out)),
         flavor=chosen.name,
         timeout=f"{ceil(2 * want.seconds / 3600 + 0.5)}h",
@@ -92,11 +92,6 @@ def _check(given: Options) -> None:
         raise UsageError(f"RECIPE={given.recipe_file} is not in the image", remedy="name one of pipeline/recipes/")
     if not given.repository:
         raise UsageError("a job publishes, and HF_REPO does not say where to", remedy="HF_REPO=owner/name")
-    if not _IMAGE.fullmatch(given.image):
-        raise UsageError(
-            f"IMAGE={given.image} is none that a machine of the Hub can pull as exactly that image",
-            remedy="name a pushed one by its digest: IMAGE=ghcr.io/owner/name@sha256:… (docs/files.md, the image)",
-        )
 
 
 def _command(given: Options, revision: str, *, left_out: bool) -> list[str]:

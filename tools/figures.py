@@ -56,7 +56,7 @@ def documents(found: Mapping[str, Table], readme: str) -> dict[Path, str]:
     page = "\n".join([INTRODUCTION, *("\n".join(tables.section(table)) + "\n" for table in plotted.values())])
     parts = {"headline": headline(found[HEADLINE]), "times": times(found[TIMES])}
     for name, lines in parts.items():
-        readme = _replaced(readme, name, "\n".join(lines))
+        readme = tables.replaced(readme, name, "\n".join(lines))
     plots_ = {tables.BENCH / table.picture: plot(table) for table in plotted.values() if table.picture.endswith(_PLOT)}
     return {README: readme, PAGE: page, **plots_}
 
@@ -89,16 +89,6 @@ def plot(table: Table) -> str:
             )
     head, body = plots.size_against_quality(points).split(">", 1)
     return f'{head} xmlns="http://www.w3.org/2000/svg">{_STYLE}{body}\n'
-
-
-def _replaced(text: str, name: str, new: str) -> str:
-    """`text` with `new` between the markers of `name`."""
-    begin, end = f"<!-- {name}: written by `python -m tools.figures` -->\n", f"<!-- end of {name} -->"
-    before, begun, rest = text.partition(begin)
-    _, ended, after = rest.partition(end)
-    if not begun or not ended or begin in after:
-        raise ValueError(f"README.md has not one place for {name}")
-    return f"{before}{begin}{new}\n{end}{after}"
 
 
 def headline(table: Table) -> list[str]:

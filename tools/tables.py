@@ -196,3 +196,13 @@ def section(table: Table) -> list[str]:
     for note in table.notes:
         lines += ["", note]
     return lines + (["", f"![{table.title}](../bench/{table.picture})"] if table.picture else [])
+
+
+def replaced(text: str, name: str, new: str, by: str = "tools.figures") -> str:
+    """`text` with `new` between the markers of `name`, which say what writes it."""
+    begin, end = f"<!-- {name}: written by `python -m {by}` -->\n", f"<!-- end of {name} -->"
+    before, begun, rest = text.partition(begin)
+    _, ended, after = rest.partition(end)
+    if not begun or not ended or begin in after:
+        raise ValueError(f"README.md has not one place for {name}")
+    return f"{before}{begin}{new}\n{end}{after}"

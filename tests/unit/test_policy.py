@@ -464,8 +464,9 @@ def writes(name: str) -> dict[str, set[str]]:
 def test_jobs_write_only_where_they_must() -> None:
     assert writes("ci") == writes("reproduce") == {}
     assert writes("release") == {"attest": {"attestations", "id-token"}, "publish": {"id-token"}}
-    assert writes("image") == {"push": {"packages", "attestations", "id-token"}}
-    assert writes("update") == {"propose": {"contents", "pull-requests"}}
+    proposes = {"contents", "pull-requests"}
+    assert writes("image") == {"push": {"packages", "attestations", "id-token"}, "propose": proposes}
+    assert writes("update") == {"propose": proposes}
 
 
 def test_no_workflow_holds_a_secret() -> None:
@@ -474,13 +475,11 @@ def test_no_workflow_holds_a_secret() -> None:
 
 
 def test_a_job_that_may_write_runs_no_code_of_the_project_but_the_upload() -> None:
-    for name, job in (("release", "attest"), ("update", "propose"), ("image", "push")):
+    for name, job in (("release", "attest"), ("update", "propose"), ("image", "push"), ("image", "propose")):
         commands = " ".join(step.get("run", "") for step in workflow(name)["jobs"][job]["steps"])
-        if name == "update":
-            script = (
-                (PROJECT / "tools" / "update_propose.sh").read_text(encoding="utf-8").split("set -euo pipefail\n")[1]
-            )
-            commands = commands.replace("tools/update_propose.sh", script)
+        if job == "propose":
+            script = (PROJECT / "tools" / "propose.sh").read_text(encoding="utf-8").split("set -euo pipefail\n")[1]
+            commands = commands.replace("tools/propose.sh", script)
         assert commands and not re.search(r"\b(make|nox|python|pip|tools/)", commands)
     publish = workflow("release")["jobs"]["publish"]
     assert publish["environment"] == "huggingface" and publish["needs"] == ["plan", "build", "attest"]

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -29,12 +30,13 @@ def jobs(name: str) -> dict[str, Any]:
 
 
 def run_step(
-    folder: Path, name: str, job: str, script: str, values: dict[str, str], **own: str
+    folder: Path, name: str, job: str, script: str, values: dict[str, str], checkout: Path | None = None, **own: str
 ) -> tuple[subprocess.CompletedProcess[str], dict[str, str]]:
     """Run the step of a workflow whose command begins with `script` in `folder`: how it ended, and its outputs.
 
     It sees what the job and the step name in their environment, with `values`, and GitHub's own variables among these;
-    `own` is where the test puts what is elsewhere in a checkout.
+    `own` is where the test puts what is elsewhere in a checkout. In a `checkout` of its own it runs that one's script,
+    and `folder` has programs for it.
     """
     (step,) = [step for step in jobs(name)[job]["steps"] if step.get("run", "").startswith(script)]
     given = {*jobs(name)[job].get("env", {}), *step.get("env", {})}
@@ -43,9 +45,11 @@ def run_step(
     outputs.touch()
     path = f"{folder}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = {"PATH": path, "HOME": str(folder), "GITHUB_OUTPUT": str(outputs), **values, **own}
-    command = ["bash", "-e", "-c", step["run"].replace(script, str(PROJECT / script), 1)]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    return done, dict(line.split("=", 1) for line in outputs.read_text().splitlines())
+    command = ["bash", "-e", "-c", step["run"] if checkout else step["run"].replace(script, str(PROJECT / script), 1)]
+    done = subprocess.run(command, cwd=checkout or folder, env=environment, capture_output=True, text=True)
+    said = dict(line.split("=", 1) for line in outputs.read_text().splitlines())
+    outputs.unlink()
+    return done, said
 
 
 ASKED = {"RELEASE": "", "MODEL": "", "REVISION": "", "RECIPE": "", "GRAPHS": "", "REPOSITORY": "", "TAG": ""}
@@ -134,7 +138,7 @@ def clone(tmp_path: Path) -> Path:
 def proposed(clone: Path, patch: str) -> subprocess.CompletedProcess[str]:
     (clone.parent / "update.patch").write_text(patch)
     given = {"BRANCH": "update", "GH_TOKEN": "t", "RUNNER_TEMP": str(clone.parent)}
-    return run_step(clone, "update", "propose", "tools/update_propose.sh", given)[0]
+    return run_step(clone, "update", "propose", "tools/propose.sh", given)[0]
 
 
 def test_an_update_is_proposed_in_locks_and_dockerfile_alone(clone: Path) -> None:
@@ -152,8 +156,105 @@ def test_an_update_is_proposed_in_locks_and_dockerfile_alone(clone: Path) -> Non
 
 def test_no_update_is_no_proposal(clone: Path) -> None:
     done = proposed(clone, "")
-    assert done.returncode == 0 and "nothing to update" in done.stdout
+    assert done.returncode == 0 and "nothing to propose" in done.stdout
     assert not (clone.parent / "asked").exists()
+
+
+PUSHED = {"CPU": f"ghcr.io/me/it@sha256:{'c' * 64}", "CUDA": f"ghcr.io/me/it@sha256:{'d' * 64}"}
+
+
+@pytest.fixture
+def released(tmp_path: Path) -> Path:
+    """A clone with the code of the project, at a commit that images were made of, and programs in place of others.
+
+    `python` has no packages, as on a machine of CI; `docker` and `gh` note what they are asked.
+    """
+    git(tmp_path, "init", "--quiet", "--bare", "--initial-branch=main", "origin.git")
+    git(tmp_path, "clone", "--quiet", "origin.git", "checkout")
+    folder = tmp_path / "checkout"
+    for name in ("pipeline", "tools", "releases"):
+        shutil.copytree(PROJECT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("README.md", "Dockerfile", "Makefile", ".gitignore"):
+        shutil.copy(PROJECT / name, folder / name)
+    (folder / "releases" / "images.txt").write_text("# none\n")
+    stub = f'echo "${{0##*/}} $@" >>{tmp_path}/asked\n[ "$1 $2" != "pr view" ]'
+    for name, text in {"python": f'exec {sys.executable} -S "$@"', "docker": stub, "gh": stub}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    subprocess.run([tmp_path / "python", "-m", "tools.images"], cwd=folder, check=True)
+    committed(folder, "first")
+    git(folder, "push", "--quiet", "origin", "main")
+    return folder
+
+
+def committed(folder: Path, message: str) -> str:
+    git(folder, "add", ".")
+    git(folder, "commit", "--quiet", "--message", message)
+    return git(folder, "rev-parse", "HEAD")
+
+
+def image_of(checkout: Path, workflow: str = "release", job: str = "build") -> tuple[str, str]:
+    """The image that a workflow takes of what is checked out, and what is said."""
+    given = jobs(workflow)[job].get("env", {})
+    done, outputs = run_step(
+        checkout.parent, workflow, job, "tools/published_image.sh", {key: "" for key in given}, checkout
+    )
+    assert done.returncode == 0, done.stderr
+    return outputs["image"], done.stdout
+
+
+def named(checkout: Path, commit: str, **pushed: str) -> subprocess.CompletedProcess[str]:
+    given = {**PUSHED, **pushed, "GITHUB_SHA": commit}
+    return run_step(checkout.parent, "image", "name", "python -m tools.images", given, checkout)[0]
+
+
+def test_pushed_images_are_named_and_then_taken_for_their_source(released: Path) -> None:
+    """From push to pull: the list and README, the proposal, and what a release and its weekly rebuild build in."""
+    commit, asked = git(released, "rev-parse", "HEAD"), released.parent / "asked"
+    image, said = image_of(released)
+    assert image == "" and "::notice::no published image holds the source" in said and not asked.exists()
+    assert named(released, commit).returncode == 0
+    patch = (released / "images.patch").rename(released.parent / "images.patch")
+    git(released, "checkout", "--quiet", ".")
+    given = {"BRANCH": "images", "GH_TOKEN": "t", "RUNNER_TEMP": str(released.parent)}
+    done, _ = run_step(released.parent, "image", "propose", "tools/propose.sh", given, released)
+    assert done.returncode == 0, done.stderr
+    assert asked.read_text().splitlines()[-1] == "gh pr create --fill --head images"
+    changed = git(released.parent / "origin.git", "show", "--name-only", "--format=", "images").split()
+    assert changed == ["README.md", "releases/images.txt"] and patch.stat().st_size
+    assert all(name in (released / "README.md").read_text() for name in PUSHED.values())
+
+    assert image_of(released)[0] == PUSHED["CPU"]
+    assert asked.read_text().splitlines()[-1] == f"docker pull --quiet {PUSHED['CPU']}"
+    (released / "pipeline" / "fetch.py").write_text("other\n")
+    later = committed(released, "other code")
+    assert image_of(released)[0] == ""
+    newer = {"CPU": PUSHED["CPU"].replace("c", "e"), "CUDA": PUSHED["CUDA"].replace("d", "f")}
+    assert named(released, later, **newer).returncode == 0
+    (released / "images.patch").unlink()
+    committed(released, "newer images")
+    assert image_of(released)[0] == newer["CPU"]
+    git(released, "worktree", "add", "--quiet", "--detach", "released", commit)
+    assert image_of(released, "reproduce", "rebuild")[0] == PUSHED["CPU"], "an older release has its own"
+
+
+@pytest.mark.parametrize("word", ["GITHUB_SHA", "CPU"])
+def test_what_is_no_image_by_digest_is_not_named(released: Path, word: str) -> None:
+    commit = git(released, "rev-parse", "HEAD")
+    done = named(released, **{"commit": commit, **({"CPU": "it:v1"} if word == "CPU" else {"commit": "v1"})})
+    assert done.returncode != 0 and "no commit and two images by digest" in done.stderr
+    assert git(released, "status", "--porcelain") == ""
+
+
+def test_an_image_is_of_a_source_if_all_that_is_in_it_is_the_same() -> None:
+    """But for README.md, which names the image itself."""
+    recipe = (PROJECT / "Dockerfile").read_text(encoding="utf-8")
+    held = re.findall(r"^held\+?=\((.*)\)", (PROJECT / "tools" / "published_image.sh").read_text(), re.MULTILINE)
+    copied = {word for line in re.findall(r"^COPY (.*) \S+", recipe, re.MULTILINE) for word in line.split()}
+    installed = {f"locks/{name}.txt" for name in re.findall(r"/locks/(\w+)\.txt", recipe)}
+    used = set(re.findall(r"/(tools/\w+\.py)", recipe))
+    wanted = {"Dockerfile", ".dockerignore", *copied, *installed, *used, "locks/cpu.txt", "locks/cuda.txt"}
+    assert {*" ".join(held).split()} == wanted - {"README.md"}
 
 
 @pytest.mark.parametrize("file", WORKFLOWS, ids=lambda file: file.name)

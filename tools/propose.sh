@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
-# Open a pull request from BRANCH with what the patch `update_propose.sh PATCH` changes in the locks and the Dockerfile,
-# and in nothing else; or add to the open one. Runs nothing but git and gh, beside the right to write.
+# Open a pull request from BRANCH, or add to the open one, with what a patch changes in some files, and in nothing else:
+# `propose.sh PATCH MESSAGE FILE…`. Runs nothing but git and gh, beside the right to write.
 set -euo pipefail
-patch=$1
+patch=$1 message=$2
 if [[ ! -s "$patch" ]]; then
-    echo 'nothing to update'
+    echo 'nothing to propose'
     exit 0
 fi
-git apply --index --include='locks/*.txt' --include=Dockerfile "$patch"
+shift 2
+git apply --index "${@/#/--include=}" "$patch"
 git switch --create "$BRANCH"
 git -c user.name='github-actions[bot]' -c user.email='41898282+github-actions[bot]@users.noreply.github.com' \
-    commit --message 'Newer locked versions and base image'
+    commit --message "$message"
 gh auth setup-git
 git push --force origin "$BRANCH"
 gh pr view "$BRANCH" --json state --jq .state 2>/dev/null | grep --quiet OPEN ||
