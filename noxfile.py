@@ -462,9 +462,9 @@ FRESH = ("debian-13", "ubuntu-24.04")
 
 @nox.session(venv_backend="none", default=False)
 def fresh_host(session: nox.Session) -> None:
-    """README's two commands on a bare Debian 13 and Ubuntu 24.04 with their own Python; `.venv`'s bytes. As root on Debian.
+    """README's two commands on a bare Debian 13 and Ubuntu 24.04, with their own Python; as root on Debian 12.
 
-    `-- debian-13 test`: on one of them, one of the two; `all` is the first. 12 GB of disk while it runs.
+    `-- debian-13 test`: on one of them, one of the two. `all`, the first, gives `.venv`'s bytes. 12 GB of disk.
     """
     releases = [word for word in session.posargs if word in FRESH] or FRESH
     targets = [word for word in session.posargs if word not in FRESH] or ["all", "test"]
