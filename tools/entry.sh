@@ -23,6 +23,9 @@ case ${1:-} in
         ;;
 esac
 
+# As pipeline/cluster/dask.py has it: on a busy machine 30 s pass in which a process reads nothing.
+export DASK_DISTRIBUTED__COMM__TIMEOUTS__TCP=${DASK_DISTRIBUTED__COMM__TIMEOUTS__TCP:-300s}
+
 die() { # what, cause, remedy: as pipeline.core.errors prints them
     printf 'error: %s\n  cause: %s\n  do:    %s\n' "$1" "$2" "$3" >&2
     exit 2

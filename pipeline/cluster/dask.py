@@ -24,6 +24,9 @@ T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 _PATIENCE = "10s"
 """How long a scheduler may take to answer."""
+_UNREAD, _SILENT = "distributed.comm.timeouts.tcp", "300s"
+"""How long a process may read nothing of what is sent to it: as long as a scheduler lets a worker be silent. Dask's 30
+s pass on a busy machine, and then the scheduler is lost."""
 _WORKERS = 120.0
 """Seconds that may pass without any worker."""
 _REMEDY = "run the same command again: finished shards are kept"
@@ -43,6 +46,7 @@ def connect(cluster: str) -> Iterator[Workers]:
     count = parallel.local_workers(cluster)
     try:
         import distributed
+        from dask import config
     except ImportError:
         raise UsageError(
             "CLUSTER= needs Dask, which is not installed here",
@@ -51,6 +55,8 @@ def connect(cluster: str) -> Iterator[Workers]:
     for name in ("distributed", "distributed.client"):  # what is told here in sentences it would tell in tracebacks
         logging.getLogger(name).setLevel(logging.CRITICAL)
     with ExitStack() as stack:
+        if config.get(_UNREAD) == "30s":  # nobody said otherwise
+            stack.enter_context(config.set({_UNREAD: _SILENT}))
         if count:
             scratch = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
             address = stack.enter_context(

@@ -196,6 +196,19 @@ def test_a_worker_that_stands_still_loses_its_shard_to_another(make: Make, name:
         assert work.made(work.another(), machines.address) == work.expected
 
 
+def test_a_scheduler_that_reads_nothing_for_a_while_is_not_lost(machines: Machines) -> None:
+    """As on a machine that is short of memory or time, while more is sent to it than the connection holds."""
+    machines.start()
+    machines.join()
+    assert machines.scheduler
+    with dask.connect(machines.address) as workers:
+        machines.scheduler.send_signal(signal.SIGSTOP)
+        answer = workers.submit(len, bytes(32 << 20))
+        time.sleep(40)  # Dask's own patience is 30 s
+        machines.scheduler.send_signal(signal.SIGCONT)
+        assert answer.result(60) == 32 << 20
+
+
 def measured(line: Line, *options: str) -> dict[str, bytes]:
     """What a tune of two minutes found out, by the names of its records; how fast candidates are says nothing here."""
     common = ["--model-id", str(line.model), "--artifacts", str(line.artifacts), "--recipe", str(line.recipe)]

@@ -70,6 +70,14 @@ def test_words_arrive_as_they_were_given_and_codes_come_back(tmp_path: Path) -> 
     assert enter(tmp_path, "python", "-c", "raise SystemExit(7)", **named).returncode == 7
 
 
+def test_dask_is_as_patient_in_the_image_as_here(tmp_path: Path) -> None:
+    told = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    asked = ("python", "-c", "import os; print(os.environ['DASK_DISTRIBUTED__COMM__TIMEOUTS__TCP'])")
+    here = (PROJECT / "pipeline" / "cluster" / "dask.py").read_text(encoding="utf-8")
+    assert f'"distributed.comm.timeouts.tcp", "{enter(tmp_path, *asked, **told).stdout.strip()}"' in here
+    assert enter(tmp_path, *asked, **told, DASK_DISTRIBUTED__COMM__TIMEOUTS__TCP="9s").stdout == "9s\n"
+
+
 def stand_in(folder: Path) -> dict[str, str]:
     """A python that says how it was called, in place of the image's."""
     (folder / "bin").mkdir()
