@@ -1,10 +1,11 @@
 """What a cluster costs on one machine: golden and verify in one process of two threads, and by two workers of one.
 
-    python -m tools.bench_cluster ARTIFACTS MODEL_ID [--recipe FILE]
+    python -m tools.bench_cluster ARTIFACTS MODEL_ID [--recipe FILE] [--seam]
 
-ARTIFACTS holds the model's fetch, fp32, int8 and bundle; golden and verify are made in it anew, twice. Beside seconds
-it gives processor seconds, workers' too, which other work on the machine hardly lengthens. First it times the seam
-itself: shards that do nothing, as large as those of the reference, here.
+ARTIFACTS holds the model's fetch, fp32, int8 and bundle; golden and verify are made in it anew. Beside seconds it gives
+processor seconds, workers' too, which other work on the machine hardly lengthens. With `--seam` instead what the seam
+between a stage and workers costs where there are none: both stages run once in this process, their shards are noted,
+and then handed through it again and again, doing nothing but what results take.
 """
 
 from __future__ import annotations
@@ -17,33 +18,80 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
+from pipeline import golden, verify
 from pipeline.cluster import pool
+from pipeline.cluster.worker import Shard
 from pipeline.core import log
 from pipeline.core.recipe import PROJECT
+from pipeline.core.stage import Stage
+from pipeline.core.stage import main as run_stage
+from pipeline.reference.shards import packed, unpacked
 
 WAYS = {"one process of two threads": ("OMP_NUM_THREADS=2", ""), "two workers of one thread": ("", "local:2")}
-_SHARDS, _TOKENS = 500, 1024
+_PASSES = 1000
+"""Shards that are handed through, at least: processor time is told to some ms."""
 
 
 @dataclass(frozen=True)
-class Nothing:
-    """A shard that says as much as a batch of the reference, and does nothing."""
+class Noted:
+    """A shard that says what `shard` says of itself, and gives as much as it gave, float32, without computing it."""
 
-    number: int
-    tokens: tuple[int, ...]
+    place: int
+    shard: Shard
+    size: int
 
     @property
     def amount(self) -> int:
-        """Its tokens."""
-        return len(self.tokens)
+        """The shard's."""
+        return self.shard.amount
 
     def run(self, bar: log.Progress) -> bytes:
-        """As many bytes as a hidden state of 640 numbers a token has."""
+        """So many bytes."""
         bar.advance(self.amount)
-        return bytes(4 * 640 * self.amount)
+        return packed(np.zeros(self.size // 4, np.float32))
+
+
+class Noting(pool.Shards):
+    """Shards, and what each gave."""
+
+    noted: list[tuple[Shard, int]]
+
+    def submit(self, shard: Shard) -> Future[bytes]:
+        """As there."""
+        future = super().submit(shard)
+        future.add_done_callback(lambda done: self.noted.append((shard, len(done.result()))))
+        return future
+
+
+def noted(stage: Stage, words: Sequence[str]) -> tuple[list[tuple[Shard, int]], float]:
+    """The shards of a stage that runs here, each with the bytes that it gave, and the stage's processor seconds."""
+    plain, Noting.noted, started = pool.Shards, [], time.process_time()
+    pool.Shards = Noting  # type: ignore[misc]  # what `opened` makes
+    try:
+        code = run_stage(stage, words)
+    finally:
+        pool.Shards = plain  # type: ignore[misc]
+    if code:
+        sys.exit(f"error: {stage.name} ended with exit code {code}")
+    return Noting.noted, time.process_time() - started
+
+
+def seam(shards: Sequence[tuple[Shard, int]]) -> float:
+    """Processor seconds that the seam takes for all of `shards`, from many passes of them."""
+    passes = -(-_PASSES // len(shards))
+    started = time.process_time()
+    for _ in range(passes):
+        with tempfile.TemporaryDirectory() as scratch, pool.opened("", Path(scratch), "seam", (), "nothing") as handed:
+            futures = [handed.submit(Noted(place, *each)) for place, each in enumerate(shards)]
+            for future in futures:
+                unpacked(handed.result(future))
+    return (time.process_time() - started) / passes
 
 
 def timed(command: Sequence[str], **settings: str) -> tuple[float, float]:
@@ -55,15 +103,8 @@ def timed(command: Sequence[str], **settings: str) -> tuple[float, float]:
     return passed, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-def seam() -> float:
-    """Seconds that a shard costs where it runs in this process."""
-    with tempfile.TemporaryDirectory() as scratch:
-        started = time.process_time()
-        with pool.opened("", Path(scratch), "golden", (), "nothing") as shards:
-            futures = [shards.submit(Nothing(number, tuple(range(_TOKENS)))) for number in range(_SHARDS)]
-            for future in futures:
-                shards.result(future)
-        return (time.process_time() - started) / _SHARDS
+def _device(stage: str) -> list[str]:
+    return ["--device", "cpu"] if stage == "golden" else []
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,16 +115,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("artifacts", type=Path)
     parser.add_argument("model")
     parser.add_argument("--recipe", type=Path)
+    parser.add_argument("--seam", action="store_true", help="what it costs without a cluster")
     given = parser.parse_args(argv)
-    log.line(f"the seam: {1000 * seam():.2f} ms of processor time a shard of {_TOKENS} tokens")
     words = ["--model-id", given.model, "--artifacts", str(given.artifacts), "--graphs", "bundle"]
     words += ["--recipe", str(given.recipe)] if given.recipe else []
-    for way, (threads, cluster) in WAYS.items():
+    for stage in (golden.STAGE, verify.STAGE) if given.seam else ():
+        shards, took = noted(stage, [*words, *_device(stage.name)])
+        cost = seam(shards)
+        told = (
+            f"{len(shards)} shards, {1000 * cost / len(shards):.2f} ms each: {cost:.3f} of {took:.1f} processor seconds"
+        )
+        log.line(f"the seam: {stage.name}: {told}, {cost / took:.2%}")
+    for way, (threads, cluster) in [] if given.seam else WAYS.items():
         settings = dict([threads.split("=")]) if threads else {}
         own = ["--cluster", cluster] if cluster else []
         for stage in ("golden", "verify"):
-            device = ["--device", "cpu"] if stage == "golden" else []
-            seconds, processor = timed([sys.executable, "-m", f"pipeline.{stage}", *words, *device, *own], **settings)
+            command = [sys.executable, "-m", f"pipeline.{stage}", *words, *_device(stage), *own]
+            seconds, processor = timed(command, **settings)
             load = os.getloadavg()[0]
             log.line(f"{way}: {stage}: {seconds:.1f} s, {processor:.1f} s of processor time (load {load:.1f})")
     return 0
