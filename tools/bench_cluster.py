@@ -107,6 +107,27 @@ def _device(stage: str) -> list[str]:
     return ["--device", "cpu"] if stage == "golden" else []
 
 
+def tell_seam(words: Sequence[str]) -> None:
+    """Run both stages here and print what the seam costs them."""
+    for stage in (golden.STAGE, verify.STAGE):
+        shards, took = noted(stage, [*words, *_device(stage.name)])
+        cost = seam(shards)
+        each = f"{len(shards)} shards, {1000 * cost / len(shards):.2f} ms each"
+        log.line(f"the seam: {stage.name}: {each}: {cost:.3f} of {took:.1f} processor seconds, {cost / took:.2%}")
+
+
+def compare_ways(words: Sequence[str]) -> None:
+    """Run both stages both ways and print what they took."""
+    for way, (threads, cluster) in WAYS.items():
+        settings = dict([threads.split("=")]) if threads else {}
+        own = ["--cluster", cluster] if cluster else []
+        for stage in ("golden", "verify"):
+            command = [sys.executable, "-m", f"pipeline.{stage}", *words, *_device(stage), *own]
+            seconds, processor = timed(command, **settings)
+            load = os.getloadavg()[0]
+            log.line(f"{way}: {stage}: {seconds:.1f} s, {processor:.1f} s of processor time (load {load:.1f})")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(
@@ -119,21 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parser.parse_args(argv)
     words = ["--model-id", given.model, "--artifacts", str(given.artifacts), "--graphs", "bundle"]
     words += ["--recipe", str(given.recipe)] if given.recipe else []
-    for stage in (golden.STAGE, verify.STAGE) if given.seam else ():
-        shards, took = noted(stage, [*words, *_device(stage.name)])
-        cost = seam(shards)
-        told = (
-            f"{len(shards)} shards, {1000 * cost / len(shards):.2f} ms each: {cost:.3f} of {took:.1f} processor seconds"
-        )
-        log.line(f"the seam: {stage.name}: {told}, {cost / took:.2%}")
-    for way, (threads, cluster) in [] if given.seam else WAYS.items():
-        settings = dict([threads.split("=")]) if threads else {}
-        own = ["--cluster", cluster] if cluster else []
-        for stage in ("golden", "verify"):
-            command = [sys.executable, "-m", f"pipeline.{stage}", *words, *_device(stage), *own]
-            seconds, processor = timed(command, **settings)
-            load = os.getloadavg()[0]
-            log.line(f"{way}: {stage}: {seconds:.1f} s, {processor:.1f} s of processor time (load {load:.1f})")
+    (tell_seam if given.seam else compare_ways)(words)
     return 0
 
 
