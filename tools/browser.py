@@ -205,7 +205,7 @@ def with_senses(report: dict[str, Any]) -> dict[str, Any]:
     errors = {"vision-fp32": dict.fromkeys(pictures(), 1e-12), "audio-fp32": dict.fromkeys(sounds(), 1e-10)}
     media = [("image", "photograph"), ("image", "face"), ("audio", "chord")]
     text = {"question": "What is this?", "expected": "A face.", "text": "A face.", "same": True, "tie": False}
-    senses = {"errors": errors, "said": [{"tower": "vision", "media": media, **text}]}
+    senses = {"resized": 1e-4, "errors": errors, "said": [{"tower": "vision", "media": media, **text}]}
     return {**report, "bundles": {name: {**held, "senses": senses} for name, held in report["bundles"].items()}}
 
 

@@ -111,9 +111,11 @@ class Senses(TypedDict):
     """Of a bundle that sees or hears.
 
     By tower and precision (`vision-int8`) and by input the normalised mean square error of its soft tokens, and what
-    the fp32 bundle said.
+    the fp32 bundle said; `resized` is that error of a picture that LiteRT-LM resizes itself, null where that was not
+    read.
     """
 
+    resized: float | None
     errors: dict[str, dict[str, float | None]]
     said: list[Said]
 

@@ -19,6 +19,7 @@ from pipeline.core import log
 from pipeline.core.recipe import Gate
 from pipeline.judge import gates, probe
 from pipeline.judge.gates import REFERENCE, Check, Measurement
+from pipeline.judge.pictures import pictures
 from pipeline.judge.probe import Doubles, Given, Probe
 from pipeline.judge.sensing import Answer, Floats, Kind, Reference
 from pipeline.runtime.litert_lm import LmRuntime, Medium, content
@@ -27,6 +28,9 @@ LIMIT = Gate(nmse=1e-8)
 """Of what is handed over: the probe's own resolution is 2e-11."""
 KINDS: Mapping[str, Kind] = {"vision": "image", "audio": "audio"}
 _PICTURES = ("photograph", "noise, wide", "face, dark")
+_RESIZED = _PICTURES[0]
+"""The one that LiteRT-LM is given as it is, too, which is then called `_RAW`."""
+_RAW = ""
 _LENGTHS, _FEW = 12, 2
 """Sounds of so many lengths are asked about; of a large model so many of each kind."""
 _ROUND = 128
@@ -50,6 +54,14 @@ class Setting:
     vocabulary: int
     per_layer: Floats
     large: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Handed:
+    """The checks, and the NMSE of soft tokens of a picture that LiteRT-LM resizes itself; None without eyes."""
+
+    checks: list[Check]
+    resized: float | None = None
 
 
 @dataclass(frozen=True)
@@ -92,11 +104,13 @@ def per_layer_inputs(checkpoint: Checkpoint) -> Floats:
     return row
 
 
-def judge_handed(bundle: str, setting: Setting, pack: Pack, scratch: Path) -> list[Check]:
-    """The checks on what the runtime hands to the decoder of a `bundle`, which is what it is called in checks."""
-    checks, read = list[Check](), list[_Read]()
+def judge_handed(bundle: str, setting: Setting, pack: Pack, scratch: Path) -> Handed:
+    """What the runtime hands to the decoder of a `bundle`, which is what it is called in checks."""
+    checks, read, resized = list[Check](), list[_Read](), None
     for tower, reference in setting.towers.items():
         found = _of_tower(tower, reference, setting, pack, scratch)
+        if own := found.pop(_RAW, None):
+            resized = _error(own.soft)
         errors = {name: _error(one.soft) for name, one in found.items()}
         worst = max(errors, key=lambda name: errors[name])
         detail = f"{len(found)} inputs of {len({len(reference.soft[name]) for name in found})} lengths; worst: {worst}"
@@ -106,7 +120,8 @@ def judge_handed(bundle: str, setting: Setting, pack: Pack, scratch: Path) -> li
         detail = f"{sum(len(one.per_layer[0]) for one in read)} sums"
         checks += _check(bundle, "per-layer inputs", max(_error(one.per_layer) for one in read), detail)
     name = "inputs with vectors at other positions, or that see others, in LiteRT-LM"
-    return [*checks, gates.must_hold(bundle, name, sum(one.misplaced > 0 for one in read), len(read))]
+    checks.append(gates.must_hold(bundle, name, sum(one.misplaced > 0 for one in read), len(read)))
+    return Handed(checks=checks, resized=resized)
 
 
 def _check(bundle: str, what: str, value: float, detail: str) -> list[Check]:
@@ -150,11 +165,14 @@ def _of_tower(tower: str, reference: Reference, setting: Setting, pack: Pack, sc
         LmRuntime(made, senses=[KINDS[tower]]) as runtime,
         log.progress(f"what LiteRT-LM hands to the decoder, {tower}", len(names), "inputs") as bar,
     ):
-        for name in names:
-            message = {"role": "user", "content": content(prompt.question, [setting.medium(KINDS[tower], name)])}
+        given = {name: setting.medium(KINDS[tower], name) for name in names}
+        if tower == "vision":
+            given[_RAW] = Medium(kind="image", data=pictures()[_RESIZED])
+        for name, medium in given.items():
+            message = {"role": "user", "content": content(prompt.question, [medium])}
             with runtime.sense([message], probe.DIGITS * (probe.VALUES + 1) - 1, greedy=True) as session:
                 text = "".join(session.decode())
-            found[name] = _read(decoder, prompt, name, text, "".join(alphabet))
+            found[name] = _read(decoder, prompt, _RESIZED if name == _RAW else name, text, "".join(alphabet))
             bar.advance()
     made.unlink()  # as large as the towers, and the next one is too
     return found

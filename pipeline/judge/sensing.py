@@ -99,18 +99,23 @@ class Said:
 
 @dataclass(frozen=True, kw_only=True)
 class Sensed:
-    """What was found of a bundle's towers: `soft` by tower and precision, `vision-int8`; what it `said`, if asked."""
+    """What was found of a bundle's towers: `soft` by tower and precision, `vision-int8`; what it `said`, if asked.
+
+    `resized` is the NMSE of soft tokens of a picture that LiteRT-LM resizes itself, where that was read.
+    """
 
     checks: list[Check]
     soft: Mapping[str, Soft]
     said: Sequence[Said] = ()
+    resized: float | None = None
 
     def facts(self) -> dict[str, object]:
         """The entry in the report; empty of a bundle without towers."""
         if not self.soft:
             return {}
         errors = {name: dict(one.errors) for name, one in self.soft.items()}
-        return {"senses": {"errors": errors, "said": [asdict(row) for row in self.said]}}
+        rows = [asdict(row) for row in self.said]
+        return {"senses": {"errors": errors, "said": rows, "resized": self.resized}}
 
 
 def asked(bundle: Bundle, parameters: int) -> tuple[int, int]:

@@ -21,6 +21,7 @@ from pipeline.core.recipe import BASELINE, STEP
 from pipeline.core.stage import Context
 from pipeline.judge import bundles, gates, handed, hearing, kv_cache, media, mixed, seeing, sqnr, steps
 from pipeline.judge.gates import Check, Measurement
+from pipeline.judge.handed import Handed
 from pipeline.judge.kv_cache import Trace
 from pipeline.judge.reference import Head, Reference
 from pipeline.judge.sensing import Reference as Senses
@@ -161,7 +162,8 @@ def _ask_bundles(
                 found = verdict()
                 sensed = _sensed(context, subject, known, reference.head, Path(scratch))
                 handed_over = _handed(context, subject, tokenizer, reference.head.vocabulary, replaced, Path(scratch))
-                checks = [*found.checks, *sensed.checks, *handed_over]
+                checks = [*found.checks, *sensed.checks, *handed_over.checks]
+                sensed = replace(sensed, resized=handed_over.resized)
                 verdicts.append(replace(found, checks=checks, sensed=sensed))
         return verdicts
 
@@ -200,11 +202,11 @@ def _handed(
     tokens: int,
     replaced: Replaced,
     scratch: Path,
-) -> list[Check]:
-    """The checks on what LiteRT-LM hands to the decoder, of the fp32 bundle if it sees or hears."""
+) -> Handed:
+    """What LiteRT-LM hands to the decoder, of the fp32 bundle if it sees or hears."""
     towers = {tower: Senses.stored(context.root / "golden", tower) for tower in towers_in(context.towers)}
     if subject.precision != BASELINE or not towers:
-        return []
+        return Handed(checks=[])
     sight, ears = _senses(context, subject)
     with tempfile.TemporaryDirectory(dir=scratch) as folder, media.given(sight, ears, scratch) as given:
         setting = handed.Setting(

@@ -82,6 +82,12 @@ def _figures(error: float | None) -> tuple[float | None, float | None]:
     return error, signal if signal is not None and math.isfinite(signal) else None
 
 
+def resized(report: Report) -> tuple[float | None, float | None]:
+    """NMSE and SNR of soft tokens of a picture that LiteRT-LM resizes itself; nothing where it was not read."""
+    read = [bundle["senses"]["resized"] for bundle in report["bundles"].values() if "senses" in bundle]
+    return _figures(next((error for error in read if error is not None), None))
+
+
 def talks(report: Report) -> dict[str, list[Talk]]:
     """By bundle what it said about pictures and sounds."""
     return {name: rows for name in sorted(report["bundles"]) if (rows := [*_talks(report, name)])}

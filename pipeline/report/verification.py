@@ -73,6 +73,7 @@ def render(report: Report) -> str:
             losses=_losses(report),
             towers=senses.towers(report),
             talks=senses.talks(report),
+            resized=senses.resized(report),
             advice=advice(report),
             failed=[check for check in report["checks"] if not check["passed"]],
             required=required,

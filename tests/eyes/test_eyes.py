@@ -572,8 +572,9 @@ def handed_over(
             large=False,
         )
         pack = partial(with_decoder, bundle_file or bundle_of(line))
-        checks = handed.judge_handed("bundle-fp32", replace(setting, **changes), pack, scratch)
-    return {check.name: check for check in checks}, [check.name for check in checks if not check.passed]
+        found = handed.judge_handed("bundle-fp32", replace(setting, **changes), pack, scratch)
+    assert found.resized is None or found.resized > 1e-7, "the runtime resizes otherwise"
+    return {check.name: check for check in found.checks}, [check.name for check in found.checks if not check.passed]
 
 
 def soft(tower: str) -> str:

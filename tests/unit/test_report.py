@@ -157,7 +157,11 @@ def that_sees() -> dict[str, Any]:
     for precision, error in (("fp32", 1e-12), ("int8", 1e-3)):
         errors = {f"{tower}-{precision}": {name: error for name in own} for tower, own in names.items()}
         answers = [{"tower": "vision", "media": both, **said}] * 40 if precision == "fp32" else []
-        whole["bundles"][f"bundle-{precision}"]["senses"] = {"errors": errors, "said": answers}
+        whole["bundles"][f"bundle-{precision}"]["senses"] = {
+            "errors": errors,
+            "said": answers,
+            "resized": 1e-4 if answers else None,
+        }
     whole["bundles"]["bundle-fp32"]["senses"]["errors"]["vision-fp32"]["gone"] = None
     return whole
 
@@ -270,6 +274,7 @@ def test_what_bundles_see_and_hear_is_shown_and_nothing_is_loaded() -> None:
     assert page.count('alt="photograph, upright by its word"') == 1
     assert page.count('<svg class="look"') == heard + answers
     assert 'aria-label="speech, 7.77 s, 7.77 s"' in page
+    assert "soft tokens of the photograph then have an error of 1.0 × 10⁻⁴ (40.0 dB)" in page
     assert "Pictures (27)" in page and "120.0 dB" in page and "30.0 dB" in page
     assert "&lt;u&gt;What?&lt;/u&gt;" in page and "a &amp; c" in page and "parts, at a tie" in page
     assert "(0 of 32 identical)" in page
