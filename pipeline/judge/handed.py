@@ -119,7 +119,7 @@ def judge_handed(bundle: str, setting: Setting, pack: Pack, scratch: Path) -> Ha
     if setting.per_layer.size:
         detail = f"{sum(len(one.per_layer[0]) for one in read)} sums"
         checks += _check(bundle, "per-layer inputs", max(_error(one.per_layer) for one in read), detail)
-    name = "inputs with vectors at other positions, or that see others, in LiteRT-LM"
+    name = "inputs with positions that see others than those before them, in LiteRT-LM"
     checks.append(gates.must_hold(bundle, name, sum(one.misplaced > 0 for one in read), len(read)))
     return Handed(checks=checks, resized=resized)
 
