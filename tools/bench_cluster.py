@@ -2,10 +2,11 @@
 
     python -m tools.bench_cluster ARTIFACTS MODEL_ID [--recipe FILE] [--seam]
 
-ARTIFACTS holds the model's fetch, fp32, int8 and bundle; golden and verify are made in it anew. Beside seconds it gives
-processor seconds, workers' too, which other work on the machine hardly lengthens. With `--seam` instead what the seam
-between a stage and workers costs where there are none: both stages run once in this process, their shards are noted,
-and then handed through it again and again, doing nothing but what results take.
+ARTIFACTS holds what `make bundle GRAPHS=bundle` made of the model; golden and verify are made in it anew. Workers need
+Dask (`make .venv/.cluster`). Beside seconds it gives processor seconds, workers' too, which other work on the machine
+hardly lengthens. With `--seam` instead what the seam between stage and workers costs where there are none: both stages
+run once in this process, their shards are noted, and then handed through it again and again, doing nothing but what
+results take.
 """
 
 from __future__ import annotations
