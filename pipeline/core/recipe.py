@@ -198,7 +198,8 @@ class Int4:
     bits and a scale per row; all others have 4 and a scale per 32 neighbours (quantize/blockwise.py), but for those of
     `keep_float`, which stay in float32. Of a table that is the head too, the rows of `int8_tokens` have 8 bits: ranges
     `[first, behind the last]` of token ids, ascending (quantize/row_ranges.py). `int8x2`, `equalize`, `rotate`,
-    `rotation` and `gptq` as in `Int8`.
+    `rotation` and `gptq` as in `Int8`; to `gptq`, an error of such a table's rows, looked up, is worth `lookups` times
+    one of the logits (quantize/gptq.py).
     """
 
     keep_int8: tuple[toml.Pattern, ...] = ()
@@ -209,6 +210,7 @@ class Int4:
     rotate: tuple[toml.Pattern, ...] = ()
     rotation: int = 64
     gptq: bool = False
+    lookups: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ What LiteRT 2.3.0 runs sets the form (found with small graphs in the real interp
 - XNNPACK has a fast kernel for one row of activations and none for two. So `int8x2` gives a 4-bit layer two products of
   a row each.
 
-Result: Gemma 3 270M's int4 bundle has a KL(Hugging Face || file) of 0.042 at 0.70 of int8's size; docs/experiments.md.
+Result: Gemma 3 270M's int4 step graph has KL(Hugging Face || file) 0.040 at 0.70 of int8's size; docs/experiments.md.
 """
 
 from __future__ import annotations

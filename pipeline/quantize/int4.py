@@ -14,7 +14,8 @@ from pipeline.tflite.graph import Graph
 def make_int4(graph: Graph, int4: Int4, hessians: gptq.Hessians | None = None) -> None:
     """Give `graph`, its weights attached in float32, 4-bit ones, and 8-bit ones where the recipe says so."""
     kept = given.keep(graph)  # first: from here on they are 4-bit matrices, which nothing rewrites
-    rounding = prepare.prepare(graph, int4, hessians, rounded=bool(kept))
+    lookups = dict.fromkeys(rows.tied(graph), int4.lookups)
+    rounding = prepare.prepare(graph, int4, hessians, rounded=bool(kept), lookups=lookups)
     # After rotating, before rounding: a range is a constant of its own, with its own scales.
     frequent = frozenset[int]()
     # One where they are tied: both have a row per token.

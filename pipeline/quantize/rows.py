@@ -73,6 +73,17 @@ def layer_name(view: Graph, operator: Operator) -> str:
     return view.operator_name(operator)
 
 
+def tied(graph: Graph) -> frozenset[str]:
+    """The matrices that are looked up and multiplied with, be it in two signatures."""
+    read: dict[str, set[str]] = {LOOKUP: set(), LINEAR: set()}
+    for view in graph.views():
+        for operator in view.operators():
+            code, weight = view.code(operator), int(operator.inputs[1]) if len(operator.inputs) > 1 else -1
+            if code in read and view.is_constant(weight):
+                read[code].add(view.origin(weight).matrix)
+    return frozenset(read[LOOKUP] & read[LINEAR])
+
+
 def to_nearest(_part: Origin, _columns: int) -> None:
     """The rounding of a recipe without `gptq`."""
 

@@ -15,7 +15,8 @@ from running import run
 from small_graph import bytes_by_type
 
 from pipeline.bundling import contents
-from pipeline.quantize import blockwise, readback, row_ranges
+from pipeline.core.recipe import Int4
+from pipeline.quantize import blockwise, gptq, hessians, int4, readback, row_ranges
 from pipeline.quantize import rows as quantize
 from pipeline.quantize.blockwise import BLOCK
 from pipeline.tflite.graph import Graph
@@ -131,6 +132,23 @@ def test_values_are_read_in_blocks_of_rows() -> None:
     assert packed.shape == (ROWS, WIDTH // 2) and scales.scale.shape == (ROWS, WIDTH // BLOCK)
     whole = packed.rows(0, ROWS)
     assert np.array_equal(packed.rows(20, 31), whole[20:31])
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_lookups_count_where_a_table_is_the_head_too(tmp_path: Path, is_tied: bool) -> None:
+    x = np.exp(np.random.default_rng(6).standard_normal((400, WIDTH))) @ RANDOM.standard_normal((WIDTH, WIDTH))
+    np.save(tmp_path / "table.npy", (x.T @ x).astype(np.float32)[None])
+    (tmp_path / hessians.INDEX).write_text('{"table": "table.npy"}')
+    made = []
+    for share in (0.0, 0.5):
+        graph = tied()
+        if not is_tied:
+            (looked,) = graph.main.operators.pop(0).outputs
+            graph.main.inputs = [int(looked)]
+        int4.make_int4(graph, Int4(gptq=True, lookups=share), gptq.Hessians(tmp_path))
+        weight = int(graph.main.operators[-1].inputs[1])
+        made.append(unpack(graph.blocks(weight).rows(0, ROWS)))
+    assert np.array_equal(*made) != is_tied
 
 
 # --- in the interpreter

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from pipeline.core.errors import QuantiseError
 from pipeline.quantize import blockwise, gptq, hessians
 from pipeline.quantize import rows as quantize
+from pipeline.quantize.hadamard import rotate_both
 from pipeline.tflite.graph import Origin
 from pipeline.tflite.lazy import Blocks, unpack
 
@@ -166,6 +167,30 @@ def test_what_columns_were_multiplied_with_is_taken_off_the_hessian(tmp_path: Pa
     off = (rounded * scale - equalized) / factors
     plain = (nearest(equalized, scale) * scale - equalized) / factors
     assert np.einsum("ij,jk,ik->", off, h, off) < 0.6 * np.einsum("ij,jk,ik->", plain, h, plain)
+
+
+def test_a_table_that_is_looked_up_too_is_rounded_between_its_two_uses(tmp_path: Path) -> None:
+    h, values = hessian(64), matrix(300, 64)
+    scale, given = scale_of(values, 7), stored(tmp_path, q=h)
+    errors = []
+    for share in (0.0, 0.1, 1.0, 1000.0):
+        made = given.rounding(lookups={"q.weight": share, "k.weight": 3.0})(Origin("q.weight"), 64)
+        assert made is not None
+        rounded = made(values, scale, -7, 7)
+        errors.append((error(rounded, scale, values, h), error(rounded, scale, values, np.eye(64))))
+    logits, rows = (list(found) for found in zip(*errors, strict=True))
+    assert sorted(set(logits)) == logits and sorted(set(rows), reverse=True) == rows
+    assert rows[-1] == pytest.approx(error(nearest(values, scale, 7), scale, values, np.eye(64)), rel=1e-3)
+
+
+def test_errors_that_are_looked_up_count_by_the_channels_of_the_model(tmp_path: Path) -> None:
+    """Equalized columns are divided again when a row is looked up, and rotated ones turned back."""
+    h, factors = hessian(32), np.exp2(np.arange(32) % 5 - 2).astype(np.float32)
+    rounding = stored(tmp_path, q=h).rounding({"q.weight": factors}, {"q.weight": 16}, {"q.weight": 0.5})
+    made, short = rounding(Origin("q.weight"), 32), h.astype(np.float32).astype(np.float64)
+    both = (short + 0.5 * np.diag(short).mean() * np.eye(32)) / factors / factors[:, None]
+    assert made is not None
+    np.testing.assert_allclose(made.factors()[0].upper, gptq.Factor.of(rotate_both(both, 16)).upper, rtol=1e-9)
 
 
 def test_int8_rows_and_4_bit_blocks_are_rounded_by_it(tmp_path: Path) -> None:
