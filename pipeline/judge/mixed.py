@@ -12,14 +12,12 @@ from pipeline.core.recipe import Gate
 from pipeline.judge import gates, metrics
 from pipeline.judge.gates import REFERENCE, Check, Measurement
 from pipeline.judge.hearing import Ears
-from pipeline.judge.pictures import write
+from pipeline.judge.media import Given
+from pipeline.judge.metrics import Scores
 from pipeline.judge.reference import Head
 from pipeline.judge.seeing import Eyes
 from pipeline.judge.sensing import Answer, Floats, Kind, Reference, runner
-from pipeline.judge.sounds import sounds
-from pipeline.runtime.picture import Sight
 from pipeline.runtime.sections import Conversation, Sections
-from pipeline.runtime.sound import Hearing
 
 PROMPTS = 4
 """Prompts whose answers are judged, the second of them with two pictures and a sound; all of them would take long."""
@@ -27,20 +25,19 @@ Vectors = Callable[[Kind, str], Floats]
 """What stands in a prompt for a picture or sound, by kind and name: soft tokens and its end, [n + 1, H]."""
 
 
-def vectors(towers: Path, sight: Sight | None, hearing: Hearing | None, scratch: Path) -> Vectors:
-    """By the sections in the folder `towers`; pictures and repacked weights lie in `scratch`, a folder of its own."""
-    files = write(scratch) if sight else {}
-    eyes = Eyes(towers, sight, scratch) if sight else None
-    ears = Ears(towers, hearing, scratch) if hearing else None
-    end = next(iter(runner(towers / "end_of_audio.tflite", None)().values())) if hearing else None
+def vectors(towers: Path, given: Given, scratch: Path) -> Vectors:
+    """By the sections in the folder `towers`; repacked weights lie in `scratch`, a folder of its own."""
+    eyes = Eyes(towers, given.sight, scratch) if given.sight else None
+    ears = Ears(towers, given.hearing, scratch) if given.hearing else None
+    end = next(iter(runner(towers / "end_of_audio.tflite", None)().values())) if given.hearing else None
 
     def made(kind: Kind, name: str) -> Floats:
         if kind == "image":
             assert eyes
-            return eyes.see(files[name])
+            return eyes.see(given.pictures[name])
         assert ears
         assert isinstance(end, np.ndarray)
-        return np.concatenate([ears.hear(sounds()[name]), end[0]])
+        return np.concatenate([ears.hear(given.sounds[name]), end[0]])
 
     return made
 
@@ -59,16 +56,9 @@ def judge_logits(
         longest: tokens of the longest prefill.
         gate: the tower's limits.
     """
-    rows, scores = list(zip(told.answers, told.states, strict=True))[:PROMPTS], []
-    with log.progress(f"logits, {tower}", sum(len(row.tokens) for row, _ in rows), "tokens") as bar:
-        for row, states in rows:
-            logits = []
-            for each in _decoded(Conversation(sections), row, made, longest):
-                logits.append(each)
-                bar.advance()
-            scores.append(head.score(np.stack(logits), states))
+    scores = _scored(tower, sections, made, told, head, longest, PROMPTS)
     whole = metrics.join(scores)
-    detail = f"{len(whole.kld)} positions of {len(rows)} answers; against {REFERENCE} with its cache"
+    detail = f"{len(whole.kld)} positions of {len(scores)} answers; against {REFERENCE} with its cache"
     worst = float(whole.nmse.max())  # NaN stays NaN
     figure = Measurement(
         metric="nmse", name="worst logits NMSE through the cache", value=worst, against=REFERENCE, detail=detail
@@ -76,6 +66,38 @@ def judge_logits(
     other = int((whole.top1 != 1).sum())
     held = gates.must_hold(tower, "positions with another most likely token", other, len(whole.kld), detail)
     return [*gates.judge(tower, gate, [figure]), held]
+
+
+def divergence(tower: str, sections: Sections, made: Vectors, told: Reference, head: Head, longest: int) -> Measurement:
+    """What a tower in fewer bits costs at the text's end: the mean KLD over every position of all answers.
+
+    Arguments as of `judge_logits`; `sections` are float32's, so that all of it is the towers'.
+    """
+    scores = _scored(tower, sections, made, told, head, longest, len(told.answers))
+    whole, worst = metrics.join(scores), max(float(each.kld.mean()) for each in scores)
+    return Measurement(
+        metric="kld",
+        name="KLD behind pictures and sounds, text model in fp32",
+        value=float(whole.kld.mean()),
+        against=REFERENCE,
+        detail=f"{len(whole.kld)} positions of {len(scores)} answers; of the worst answer {worst:.3g}; top-1 agreement "
+        f"{whole.top1.mean():.2%}",
+    )
+
+
+def _scored(
+    tower: str, sections: Sections, made: Vectors, told: Reference, head: Head, longest: int, prompts: int
+) -> list[Scores]:
+    """The scores of so many answers, one after the other."""
+    rows, scores = list(zip(told.answers, told.states, strict=True))[:prompts], []
+    with log.progress(f"logits, {tower}", sum(len(row.tokens) for row, _ in rows), "tokens") as bar:
+        for row, states in rows:
+            logits = []
+            for each in _decoded(Conversation(sections), row, made, longest):
+                logits.append(each)
+                bar.advance()
+            scores.append(head.score(np.stack(logits), states))
+    return scores
 
 
 def _decoded(conversation: Conversation, row: Answer, made: Vectors, longest: int) -> Iterator[Floats]:

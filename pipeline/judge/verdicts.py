@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -183,7 +184,7 @@ def _sensed(context: Context, subject: bundles.Subject, known: dict[str, Soft], 
         for name, made in _of_tower(context, tower):
             if made.precision == tower_precision(subject.precision) or (first and made.precision == "fp16"):
                 if name not in known:
-                    known[name] = _judge_tower(context, name, made, sight, ears, told, scratch)
+                    known[name] = _judge_tower(context, name, made, sight, ears, told, head, scratch)
                 soft[name] = known[name]
     checks = [check for one in soft.values() for check in one.checks]
     if first and towers:
@@ -239,15 +240,32 @@ def _judge_tower(
     sight: Sight | None,
     ears: Hearing | None,
     told: Senses,
+    head: Head,
     scratch: Path,
 ) -> Soft:
     """What is found of the sections of a tower in one precision."""
     sections, gate = context.root / "towers" / made.precision, context.recipe.gates.get(name)
-    size = Measurement(metric="bytes_per_weight", name="bytes per weight", value=made.weight_bytes / made.stored)
+    figures = [Measurement(metric="bytes_per_weight", name="bytes per weight", value=made.weight_bytes / made.stored)]
+    if gate and gate.kld is not None and BASELINE in context.bundled:
+        with _logits(context, made.precision, sight, ears, scratch) as (vectors, text, longest):
+            figures.append(mixed.divergence(name, text, vectors, told, head, longest))
+    elif gate:  # without the text model in fp32 nothing is the towers' alone
+        gate = replace(gate, kld=None)
     if name.startswith("vision") and sight:
-        return seeing.judge_tower(name, sections, sight, told, gate, scratch, [size])
+        return seeing.judge_tower(name, sections, sight, told, gate, scratch, figures)
     assert ears
-    return hearing.judge_tower(name, sections, ears, told, gate, scratch, [size])
+    return hearing.judge_tower(name, sections, ears, told, gate, scratch, figures)
+
+
+@contextmanager
+def _logits(
+    context: Context, precision: str, sight: Sight | None, ears: Hearing | None, scratch: Path
+) -> Iterator[tuple[mixed.Vectors, Sections, int]]:
+    """What logits behind media are made with: towers of a precision, the text model in fp32, its longest prefill."""
+    with tempfile.TemporaryDirectory(dir=scratch) as folder, media.given(sight, ears, scratch) as given:
+        vectors = mixed.vectors(context.root / "towers" / precision, given, Path(folder))
+        text = Sections(context.root / BASELINE, weights=Path(folder) / "decoder")
+        yield vectors, text, max(context.recipe.bundle.prefill)
 
 
 def _judge_logits(
@@ -259,12 +277,10 @@ def _judge_logits(
     scratch: Path,
 ) -> list[Check]:
     """The checks on what follows pictures or sounds, in float32 and through the cache."""
-    gates, longest, checks = context.recipe.gates, max(context.recipe.bundle.prefill), list[Check]()
-    with tempfile.TemporaryDirectory(dir=scratch) as folder:
-        made = mixed.vectors(context.root / "towers" / BASELINE, sight, ears, Path(folder))
-        sections = Sections(context.root / BASELINE, weights=Path(folder) / "decoder")
+    gates, checks = context.recipe.gates, list[Check]()
+    with _logits(context, BASELINE, sight, ears, scratch) as (vectors, text, longest):
         for name, told in ((f"{tower}-{BASELINE}", told) for tower, told in towers.items()):
-            checks += mixed.judge_logits(name, sections, made, told, head, longest, gates.get(name))
+            checks += mixed.judge_logits(name, text, vectors, told, head, longest, gates.get(name))
     return checks
 
 

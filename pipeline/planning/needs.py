@@ -335,7 +335,8 @@ def verify(model: Model) -> Need:
     work = Work(calls=_IMPORTS + 2 * sum(decoders) / _HASH, copies=sum(decoders) * decoded / _STEP_READ)
     if BASELINE in model.bundles:  # logits and words about pictures and sounds
         prompts, tokens = sensing.asked(settings, model.facts.parameters)
-        heard = len(model.facts.towers) * (prompts + min(prompts, mixed.PROMPTS)) * tokens
+        narrowed = len(model.choice.tower_precisions) - 1  # whose KLD at the text's end is judged on all prompts
+        heard = len(model.facts.towers) * (prompts * (1 + narrowed) + min(prompts, mixed.PROMPTS)) * tokens
         work += Work(copies=heard * model.files[DECODER].bytes(BASELINE) / _STEP_READ)
     for precision in model.bundles:
         flops = _FLOPS if precision == "fp32" else _INTEGER_FLOPS

@@ -36,7 +36,7 @@ from pipeline.core.errors import BundleError, FetchError, UsageError
 from pipeline.core.recipe import PROJECT, Gate, Towers, load
 from pipeline.core.stage import DEFAULT_RECIPE, Context
 from pipeline.judge import handed, hearing, media, mixed, seeing
-from pipeline.judge.gates import Check, Measurement
+from pipeline.judge.gates import Check, Measurement, judge
 from pipeline.judge.pictures import pictures, write
 from pipeline.judge.reference import Head
 from pipeline.judge.sensing import Reference, judge_words, nmse
@@ -111,6 +111,7 @@ def test_verify_judges_eyes_and_ears(line: Line) -> None:
     assert PLACES in judged
     told = ("fp32", "int8")
     assert judged.count('"worst logits NMSE through the cache"') >= 2
+    assert judged.count('"KLD behind pictures and sounds, text model in fp32"') >= 2
     for name in (
         *(f"{tower}-{each}" for tower in KINDS for each in told),
         *(f"that differ, {tower}" for tower in KINDS),
@@ -126,27 +127,53 @@ class OtherToken(Sections):
         return super()._embed(tokens, shapes) | {"per_layer_embeddings": others["per_layer_embeddings"]}
 
 
+def head_of(line: Line) -> Head:
+    """What makes logits of the reference's states."""
+    cap = manifest.read(line.root / "golden").told(facts.Golden).final_logit_softcapping
+    return Head.of_checkpoint(line.root / "fetch" / "checkpoint", cap)
+
+
 @pytest.mark.parametrize("defect", ["", "moved", "without its end", "per layer"])
 def test_logits_behind_pictures_and_a_sound_are_hugging_faces(defect: str, line: Line, tmp_path: Path) -> None:
     """Through the sections and the cache; soft tokens moved by one, no end, other per-layer inputs are red."""
-    made = mixed.vectors(line.root / "towers" / "fp32", SEES, HEARS, tmp_path)
     spoil = {"moved": lambda rows: np.roll(rows, 1, axis=0), "without its end": lambda rows: rows * (rows != rows[-1])}
     reference = told(line)
     few = replace(reference, answers=reference.answers[:2], states=reference.states[:2])
     assert len(few.answers[1].media) == 3
-    cap = manifest.read(line.root / "golden").told(facts.Golden).final_logit_softcapping
-    checks = mixed.judge_logits(
-        "vision-fp32",
-        (OtherToken if defect == "per layer" else Sections)(line.root / "fp32"),
-        lambda kind, name: spoil.get(defect, lambda rows: rows)(made(kind, name)),
-        few,
-        Head.of_checkpoint(line.root / "fetch" / "checkpoint", cap),
-        32,
-        Gate(nmse=1e-6),
-    )
+    with media.given(SEES, HEARS, tmp_path) as given:
+        made = mixed.vectors(line.root / "towers" / "fp32", given, tmp_path)
+        checks = mixed.judge_logits(
+            "vision-fp32",
+            (OtherToken if defect == "per layer" else Sections)(line.root / "fp32"),
+            lambda kind, name: spoil.get(defect, lambda rows: rows)(made(kind, name)),
+            few,
+            head_of(line),
+            32,
+            Gate(nmse=1e-6),
+        )
     print(checks[0].sentence())
     assert all(check.passed for check in checks) != bool(defect), [check.sentence() for check in checks]
     assert defect or (checks[0].value or 1.0) < 1e-9
+
+
+@pytest.mark.parametrize("defect", ["", "columns"])
+@pytest.mark.parametrize("tower", KINDS)
+def test_what_a_tower_in_8_bits_costs_at_the_texts_end(tower: str, defect: str, line: Line, tmp_path: Path) -> None:
+    """Nearly nothing; soft tokens whose columns stand the other way round are red."""
+    name = f"{tower}-int8"
+    with media.given(SEES, HEARS, tmp_path) as given:
+        made = mixed.vectors(line.root / "towers" / "int8", given, tmp_path)
+        figure = mixed.divergence(
+            name,
+            Sections(line.root / "fp32"),
+            lambda kind, each: made(kind, each)[:, ::-1] if defect else made(kind, each),
+            Reference.stored(line.root / "golden", tower),
+            head_of(line),
+            32,
+        )
+    (check,) = judge(name, Gate(kld=load(line.recipe).gates[name].kld), [figure])
+    print(check.sentence(), check.detail)
+    assert check.passed != bool(defect), check.sentence()
 
 
 def test_what_the_bundle_says_of_itself(line: Line) -> None:
@@ -324,7 +351,8 @@ def narrowed(
         held = senses.weights(made)
         count, size = count + held[0], size + held[1]
         made.write(folder / file.name)
-    name, gate = f"{tower}-{precision}", load(line.recipe).gates[f"{tower}-{precision}"]
+    name = f"{tower}-{precision}"
+    gate = replace(load(line.recipe).gates[name], kld=None)
     soft = Reference.stored(line.root / "golden", tower)
     figures = [Measurement(metric="bytes_per_weight", name="bytes per weight", value=size / count)]
     if tower == "vision":
