@@ -101,7 +101,7 @@ def adapters(session: nox.Session) -> None:
 def eyes(session: nox.Session) -> None:
     """A whole Gemma 3n with small towers against Hugging Face's, whose vision tower is timm's (`.venv-vision`)."""
     session.run("make", ".venv-vision/.ready", external=True)
-    python(session, "-m", "pytest", "tests/eyes", *session.posargs)
+    python(session, "-m", "pytest", "tests/eyes", "-n", "2", "--dist", "loadfile", *session.posargs)
 
 
 @nox.session(venv_backend="none", default=False)

@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +21,19 @@ from line import Line, small_recipe
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
+from whole import END, HEARS, KINDS, PLACES, SEES, TAKE, bundle_of, changed, sections, told
 
-from pipeline import bundle, fetch, fp32, golden, graph, int8, towers, verify
+from pipeline import fetch, verify
 from pipeline.bundling import litertlm
 from pipeline.bundling import towers as fit
-from pipeline.bundling.metadata import Metadata, of_checkpoint, tokenizer_json
-from pipeline.bundling.replaced import with_decoder
-from pipeline.checkpoint.chat import open_tokenizer
+from pipeline.bundling.metadata import Metadata, of_checkpoint
 from pipeline.checkpoint.picture import open_look
 from pipeline.checkpoint.reader import open_checkpoint
 from pipeline.core import facts, manifest
 from pipeline.core.errors import BundleError, FetchError, UsageError
 from pipeline.core.recipe import PROJECT, Gate, Towers, load
-from pipeline.core.stage import DEFAULT_RECIPE, Context
-from pipeline.judge import handed, hearing, media, mixed, seeing
+from pipeline.core.stage import DEFAULT_RECIPE
+from pipeline.judge import hearing, media, mixed, seeing
 from pipeline.judge.gates import Check, Measurement, judge
 from pipeline.judge.pictures import pictures, write
 from pipeline.judge.reference import Head
@@ -46,38 +44,9 @@ from pipeline.models.gemma3n_vision import VisionConfig
 from pipeline.quantize import rows, senses
 from pipeline.reference.seeing import Eyes
 from pipeline.release import card
-from pipeline.runtime.litert_lm import Kind, Medium
 from pipeline.runtime.picture import Sight
 from pipeline.runtime.sections import Sections, Token
-from pipeline.runtime.sound import Hearing
 from pipeline.tflite.graph import Graph, Origin
-
-TAKE = ("--towers", "vision,audio", "--graphs", "bundle")
-SEES, HEARS = Sight(size=whole.SIZE), Hearing(rate=16_000, frame=512, hop=160)
-END = 2016
-KINDS = ("vision", "audio")
-
-
-@pytest.fixture(scope="module")
-def line(tmp_path_factory: pytest.TempPathFactory) -> Line:
-    """The shipped model with eyes and ears, as far as bundles and what the reference says of it."""
-    folder = tmp_path_factory.mktemp("sees")
-    # Of a tower with few blocks the third stage is too much to keep.
-    kept = {r", 'timm_model\.blocks\.2\.[0-8]\.']": "]", "ladder = true": "ladder = false"}
-    recipe = small_recipe(folder / "small.toml", **kept)
-    recipe.write_text(recipe.read_text().replace("cache_length = 512", "cache_length = 1024"))
-    made = Line(artifacts=folder / "artifacts", recipe=recipe, model=whole.write_model(folder / "eyes"))
-    for stage in (fetch.STAGE, golden.STAGE, graph.STAGE, towers.STAGE, fp32.STAGE, int8.STAGE, bundle.STAGE):
-        assert made.run(stage, *TAKE) == 0
-    return made
-
-
-def bundle_of(line: Line) -> Path:
-    return line.root / "bundle" / "fp32.litertlm"
-
-
-def told(line: Line) -> Reference:
-    return Reference.stored(line.root / "golden", "vision")
 
 
 def test_sections_see_what_hugging_face_sees(line: Line, tmp_path: Path) -> None:
@@ -195,18 +164,6 @@ def test_every_tensor_of_the_true_tower_has_its_place() -> None:
 
 
 # Defects put back: each is seen.
-
-
-def changed(file: Path, change: Callable[[Graph], None], out: Path) -> Path:
-    made = Graph.read(file)
-    change(made)
-    made.write(out)
-    return out
-
-
-def sections(line: Line) -> dict[str, Path]:
-    text = {name: line.root / "fp32" / f"{name}.tflite" for name in ("decoder", "embedder", "per_layer_embedder")}
-    return text | {file.stem: file for file in (line.root / "towers" / "fp32").glob("*.tflite")}
 
 
 def described(line: Line) -> Metadata:
@@ -577,143 +534,3 @@ def test_a_model_that_only_hears_does_not_see(tmp_path: Path, capsys: pytest.Cap
     )
     assert blind.run(fetch.STAGE, *TAKE) == 2
     assert "the model has no vision tower that can be converted" in capsys.readouterr().err
-
-
-# What the runtime hands to the decoder, read back by a probe.
-
-
-Change = Callable[[Graph], None]
-
-
-def handed_over(
-    line: Line, scratch: Path, bundle_file: Path | None = None, **changes: Any
-) -> tuple[dict[str, Check], list[str]]:
-    """The checks of the probe on a line's fp32 bundle, or another one, by name, and the names of those that are red."""
-    checkpoint = line.root / "fetch" / "checkpoint"
-    with media.given(SEES, HEARS, scratch) as given:
-        setting = handed.Setting(
-            towers={tower: Reference.stored(line.root / "golden", tower) for tower in KINDS},
-            medium=given,
-            tokenizer=open_tokenizer(checkpoint),
-            vocabulary=2048,
-            per_layer=handed.per_layer_inputs(open_checkpoint(checkpoint)),
-            large=False,
-        )
-        pack = partial(with_decoder, bundle_file or bundle_of(line))
-        found = handed.judge_handed("bundle-fp32", replace(setting, **changes), pack, scratch)
-    assert found.resized is None or found.resized > 1e-7, "the runtime resizes otherwise"
-    return {check.name: check for check in found.checks}, [check.name for check in found.checks if not check.passed]
-
-
-def soft(tower: str) -> str:
-    return f"worst NMSE of what LiteRT-LM hands to the decoder, soft tokens, {tower}"
-
-
-PER_LAYER = "worst NMSE of what LiteRT-LM hands to the decoder, per-layer inputs"
-PLACES = "inputs with positions that see others than those before them, in LiteRT-LM"
-
-
-def test_the_runtime_hands_over_what_hugging_face_embeds(
-    line: Line, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """All pictures with their end, and sounds of all lengths; a resolution of 2e-11 is the probe's own."""
-    monkeypatch.setattr(handed, "_PICTURES", tuple(told(line).soft))
-    monkeypatch.setattr(handed, "_LENGTHS", 99)
-    checks, red = handed_over(line, tmp_path)
-    assert not red
-    assert set(checks) == {soft("vision"), soft("audio"), PER_LAYER, PLACES}
-    assert "26 inputs of 1 lengths" in checks[soft("vision")].detail
-    assert "16 inputs of 16 lengths" in checks[soft("audio")].detail
-    for name, most in ((soft("vision"), 1e-10), (soft("audio"), 2e-9), (PER_LAYER, 1e-10)):
-        value = checks[name].value
-        assert value is not None
-        assert value < most
-
-
-def test_of_a_large_model_two_of_each_are_read(line: Line, tmp_path: Path) -> None:
-    checks, red = handed_over(line, tmp_path, large=True)
-    assert not red
-    assert [checks[soft(tower)].detail[:8] for tower in KINDS] == ["2 inputs"] * 2
-
-
-def one_row_on(adapter: Graph) -> None:
-    """The adapter's rows moved by one, as its end stays last."""
-    made = int(adapter.main.outputs[0])
-    moved = adapter.add_tensor("moved", "FLOAT32", adapter.shape(made))
-    rows = adapter.add_constant(np.array([*range(1, 256), 0, 256], np.int32), "rows")
-    adapter.main.operators.append(adapter.operator("GATHER", [made, rows], [moved], axis=1))
-    adapter.main.outputs = [moved]
-    assert adapter.model.signatureDefs
-    adapter.model.signatureDefs[0].outputs[0].tensorIndex = moved
-
-
-def text_models_end(line: Line) -> Change:
-    """The row of `<end_of_image>` from the text model's table, as litert-torch 0.10.0 has it."""
-    text = load_file(line.model / "model.safetensors")["model.language_model.embed_tokens.weight"]
-    row, right = text[END].float().numpy() * np.float32(128**0.5), told(line).soft["noise"][-1]
-
-    def change(adapter: Graph) -> None:
-        ends = [
-            tensor
-            for tensor in range(len(adapter.main.tensors))
-            if adapter.is_constant(tensor)
-            and adapter.constant(tensor).size == right.size
-            and np.allclose(adapter.constant(tensor).ravel(), right, atol=1e-5)
-        ]
-        assert ends, "the end of a picture is a constant of the adapter"
-        for tensor in ends:
-            adapter.set_constant(tensor, row.reshape(adapter.shape(tensor)))
-
-    return change
-
-
-@pytest.mark.parametrize("defect", ["moved", "end"])
-def test_the_probe_sees_a_defect_of_the_bundle(defect: str, line: Line, tmp_path: Path) -> None:
-    models = sections(line)
-    change = one_row_on if defect == "moved" else text_models_end(line)
-    models["vision_adapter"] = changed(models["vision_adapter"], change, tmp_path / "vision_adapter.tflite")
-    own = of_checkpoint(line.root / "fetch" / "checkpoint", 400, "vision,audio")
-    spoilt = tmp_path / "spoilt.litertlm"
-    litertlm.write(own.metadata, tokenizer_json(own.tokenizer, own.vocabulary), models, spoilt)
-    checks, red = handed_over(line, tmp_path, spoilt)
-    assert red == [soft("vision")]
-    assert (checks[red[0]].value or 0.0) > 1e-3
-
-
-def test_verify_fails_where_the_bundle_hands_over_other_vectors(
-    line: Line, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Though the towers' sections in their folder are right."""
-    stages = ("fetch", "golden", "graph", "towers", "fp32", "int8")
-    other, own = line.copy(tmp_path / "artifacts", *stages), bundle._sensed
-
-    def sensed(context: Context, precision: str) -> dict[str, Path]:
-        models = own(context, precision)
-        if precision == "fp32":
-            models["vision_adapter"] = changed(models["vision_adapter"], one_row_on, tmp_path / "vision_adapter.tflite")
-        return models
-
-    monkeypatch.setattr(bundle, "_sensed", sensed)
-    assert other.run(bundle.STAGE, *TAKE) == 0
-    assert other.run(verify.STAGE, *TAKE) == 8
-    assert f"fail: bundle-fp32: {soft('vision')} is" in capsys.readouterr().err
-
-
-def test_the_probe_sees_other_pictures_and_inputs(line: Line, tmp_path: Path) -> None:
-    dark = replace(told(line), soft=told(line).soft | {"photograph": told(line).soft["face"]})
-    heard = Reference.stored(line.root / "golden", "audio")
-    assert handed_over(line, tmp_path, towers={"vision": dark, "audio": heard})[1] == [soft("vision")]
-    stored = load_file(line.model / "model.safetensors")["model.language_model.embed_tokens_per_layer.weight"]
-    one = stored[1].float().numpy().reshape(-1, 16) * np.float32(4)
-    assert handed_over(line, tmp_path, per_layer=one)[1] == [PER_LAYER]
-
-
-def test_the_runtime_resizes_otherwise(line: Line, tmp_path: Path) -> None:
-    """Why `make run` does it: without, the runtime's own pixels are others. A test that fails says it has changed."""
-
-    def raw(kind: Kind, name: str) -> Medium:
-        return Medium(kind=kind, data=pictures()[name])
-
-    checks, red = handed_over(line, tmp_path, towers={"vision": told(line)}, medium=raw)
-    assert red == [soft("vision")]
-    assert (checks[red[0]].value or 0.0) > 1e-7

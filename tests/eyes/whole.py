@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import ears
 import torch
+from line import Line
 from safetensors.torch import load_file, save_file
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
+from pipeline.judge.sensing import Reference
 from pipeline.models import gemma3n_vision as vision
+from pipeline.runtime.picture import Sight
+from pipeline.runtime.sound import Hearing
+from pipeline.tflite.graph import Graph
 
 TOKENS = {2014: "<start_of_image>", 2016: "<end_of_image>", 2017: "<image_soft_token>"}
+TAKE = ("--towers", "vision,audio", "--graphs", "bundle")
+KINDS = ("vision", "audio")
+END = 2016
 SIZE = 256
 """Pixels a side: of each place of the last stage but one one soft token is made, where 768 make one of nine."""
+
+
+PLACES = "inputs with positions that see others than those before them, in LiteRT-LM"
+SEES, HEARS = Sight(size=SIZE), Hearing(rate=16_000, frame=512, hop=160)
 
 
 def _block(kind: str, out: int, stride: int = 1, **more: object) -> dict[str, object]:
@@ -110,3 +122,23 @@ def _name_tokens(folder: Path) -> None:
     for token in table["added_tokens"]:
         token["content"] = TOKENS.get(token["id"], token["content"])
     file.write_text(json.dumps(table, ensure_ascii=False), encoding="utf-8")
+
+
+def bundle_of(line: Line) -> Path:
+    return line.root / "bundle" / "fp32.litertlm"
+
+
+def told(line: Line) -> Reference:
+    return Reference.stored(line.root / "golden", "vision")
+
+
+def changed(file: Path, change: Callable[[Graph], None], out: Path) -> Path:
+    made = Graph.read(file)
+    change(made)
+    made.write(out)
+    return out
+
+
+def sections(line: Line) -> dict[str, Path]:
+    text = {name: line.root / "fp32" / f"{name}.tflite" for name in ("decoder", "embedder", "per_layer_embedder")}
+    return text | {file.stem: file for file in (line.root / "towers" / "fp32").glob("*.tflite")}

@@ -103,18 +103,27 @@ def lasting(folder: Path, *names: str) -> dict[str, object]:
     return {"manifest": made, **{name: (folder / name).read_bytes() for name in names}}
 
 
-def shared(factory: pytest.TempPathFactory, name: str, make: Callable[[Line], None]) -> Line:
-    """A line of this process' own, a copy of what `make` made in the first process of this test run that asked."""
+def shared(
+    factory: pytest.TempPathFactory, name: str, make: Callable[[Line], None], *, model: str = "", **changes: str
+) -> Line:
+    """A line of this process' own, a copy of what `make` made in the first process of this test run that asked.
+
+    Of the shipped model, or of the one that `make` writes, called `model`; `changes` as `small_recipe` takes them.
+    """
     own = factory.getbasetemp()
     common = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
-    made = Line(artifacts=common / f"made-{name}", recipe=common / f"{name}.toml")
+    made = Line(
+        artifacts=common / f"made-{name}",
+        recipe=common / f"{name}.toml",
+        model=common / model if model else PROJECT / DEFAULT_MODEL,
+    )
     with (common / f"{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not made.recipe.exists():
             shutil.rmtree(made.artifacts, ignore_errors=True)
-            recipe = small_recipe(common / f"{name}.toml.new")
+            recipe = small_recipe(common / f"{name}.toml.new", **changes)
             make(dataclasses.replace(made, recipe=recipe))
             recipe.rename(made.recipe)
     copy = factory.mktemp(name)
     shutil.copytree(made.artifacts, copy / "artifacts", symlinks=True)
-    return Line(artifacts=copy / "artifacts", recipe=made.recipe)
+    return dataclasses.replace(made, artifacts=copy / "artifacts")
