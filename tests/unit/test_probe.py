@@ -19,7 +19,9 @@ SOFT = _DRAW.standard_normal((ROWS, 48)).astype(np.float32)
 INPUTS = _DRAW.standard_normal((4, 8)).astype(np.float32)
 
 
-def answer(decoder: Probe, folder: Path, *, moved: int = 0, sees: int = 0, other: bool = False) -> str:
+def answer(
+    decoder: Probe, folder: Path, *, moved: int = 0, sees: int = 0, other: bool = False, inputs: Any = INPUTS
+) -> str:
     """What it spells after a prompt in which `SOFT` stands, `moved` too far on or so many positions `sees` too many."""
     file = folder / "probe.tflite"
     decoder.graph().write(file)
@@ -36,8 +38,8 @@ def answer(decoder: Probe, folder: Path, *, moved: int = 0, sees: int = 0, other
     given["input_pos"][:prompt] = np.arange(prompt)
     for row in range(prompt):
         given["mask"][0, 0, row, : row + 1 + sees] = 0
-    if INPUTS.size and decoder.per_layer.size:
-        given["per_layer_embeddings"] = np.tile(INPUTS[::-1] if other else INPUTS, (1, probe.PREFILL, 1, 1))
+    if decoder.per_layer.size:
+        given["per_layer_embeddings"] = np.tile(inputs[::-1] if other else inputs, (1, probe.PREFILL, 1, 1))
     made = interpreter.get_signature_runner(f"prefill_{probe.PREFILL}")(**given)
     decode, text = interpreter.get_signature_runner("decode"), ""
     one = {name: value[:, :1] for name, value in given.items() if name.endswith("embeddings")}
@@ -75,6 +77,16 @@ def test_a_model_without_per_layer_inputs_has_a_probe_too(tmp_path: Path) -> Non
     read = handed._read(decoder, handed._Prompt(START, BEHIND, ""), "a", answer(decoder, tmp_path), ALPHABET)
     assert handed._error(read.soft) < 1e-10
     assert len(read.per_layer[0]) == read.misplaced == 0
+
+
+def test_per_layer_inputs_of_zeros_are_zeros_or_wrong(tmp_path: Path) -> None:
+    """As token 0 has them, which pads, in a model that transformers made: nothing ever trains its row."""
+    none = np.zeros_like(INPUTS)
+    decoder = Probe(Given(start=START, vectors={"a": SOFT}, per_layer=none), LENGTH, [*range(100, 132)], 200)
+    for inputs, error in ((none, 0.0), (INPUTS, float("inf"))):
+        text = answer(decoder, tmp_path, inputs=inputs)
+        read = handed._read(decoder, handed._Prompt(START, BEHIND, ""), "a", text, ALPHABET)
+        assert handed._error(read.per_layer) == error and len(read.per_layer[0])
 
 
 def test_what_is_no_answer_of_a_probe_is_wrong() -> None:
