@@ -30,6 +30,8 @@ BASELINE = "fp32"
 BundlePrecision = Literal["fp32", "int8", "int4"]
 Padding = Literal["none", "left", "right"]
 Tower = Literal["vision", "audio"]
+_ASKED = " with CONTEXT="
+"""In a recipe's name, before the positions that CONTEXT= asked for."""
 _OWN_LENGTH = "set `bundle.cache_length` in it instead of saying CONTEXT="
 SECTION_LIMIT = 2 << 30
 """Bytes of a bundle's section beyond which iPhones can't map it without an entitlement."""
@@ -268,6 +270,12 @@ class Recipe:
     int4: Int4 | None = None
     towers: Towers = Towers()
 
+    @property
+    def context(self) -> str:
+        """What CONTEXT= said, if this is `with_context`'s; else nothing."""
+        asked = re.search(rf"{_ASKED}(\d+)$", self.name)
+        return asked[1] if asked else ""
+
     def activations(self, precision: str) -> str:
         """How the step graph of `precision` makes its activations integer; empty for one that does not."""
         return {"int8": self.int8.scheme, "int4": "dynamic"}.get(precision, "")
@@ -329,7 +337,7 @@ def with_context(file: Path, said: str) -> str:
         raise UsageError(f"CONTEXT={said} is no number of positions of the cache", remedy="say CONTEXT=8192, as digits")
     load(file)
     text = file.read_text(encoding="utf-8")
-    for key, value in (("name", rf'\g<1>"\g<2> with CONTEXT={said}"'), ("cache_length", rf"\g<1>{said}")):
+    for key, value in (("name", rf'\g<1>"\g<2>{_ASKED}{said}"'), ("cache_length", rf"\g<1>{said}")):
         old = r'"([^"\n]*)"' if key == "name" else r"[\d_]+"
         text, count = re.subn(rf"(?m)^(\s*{key}\s*=\s*){old}", value, text, count=1)
         if not count:

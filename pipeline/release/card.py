@@ -165,11 +165,13 @@ class Subject:
 class Build:
     """How the files were made: recipe, limits of the graphs, source commit or empty, versions, what was changed.
 
-    `remarks` are what bundles do otherwise than the checkpoint says.
+    `context` is what CONTEXT= has to say so that these files come out; nothing where the recipe alone says how long
+    their cache is. `remarks` are what bundles do otherwise than the checkpoint says.
     """
 
     recipe: str
     recipe_sha256: str
+    context: str = ""
     max_batch: int
     max_sequence: int
     fixed: tuple[str, ...] = ()
@@ -223,7 +225,7 @@ def text(
         "recipe_sha256": build.recipe_sha256,
         "commit": f", source commit `{build.commit}`," if build.commit else "",
         "tools": ", ".join(f"{tool} {version}" for tool, version in sorted(build.tools.items())),
-        "command": _command(subject),
+        "command": _command(subject, build.context),
         "parts": _parts(subject.towers),
         "left_out": _left_out(subject),
         "licence_name": licence.name,
@@ -448,17 +450,18 @@ def _interval(estimate: Estimate | None) -> str:
     return f"{estimate['value']:.2g} ({estimate['low']:.2g} to {estimate['high']:.2g})"
 
 
-def _command(subject: Subject) -> str:
+def _command(subject: Subject, context: str) -> str:
     base = ""
     if subject.base:
         said = (
             f"{subject.base.model}@{subject.base.revision}" if subject.base.on_hub else "path/to/" + subject.base.model
         )
         base = f" BASE={said}"
-    towers = f" TOWERS={subject.taken}" if subject.taken else ""
+    more = f" TOWERS={subject.taken}" if subject.taken else ""
+    more += f" CONTEXT={context}" if context else ""
     if subject.on_hub:
-        return f"make publish MODEL_ID={subject.model} REVISION={subject.revision}{base}{towers}"
-    return f"make publish MODEL_ID=path/to/{subject.model}{base}{towers}"
+        return f"make publish MODEL_ID={subject.model} REVISION={subject.revision}{base}{more}"
+    return f"make publish MODEL_ID=path/to/{subject.model}{base}{more}"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -150,6 +150,7 @@ def build_of(context: Context) -> Build:
     return Build(
         recipe=recipe.name,
         recipe_sha256=recipe.sha256,
+        context=recipe.context,
         max_batch=recipe.step.max_batch,
         max_sequence=recipe.step.max_sequence,
         fixed=recipe.step.fixed,

@@ -98,6 +98,14 @@ def test_a_gate_is_proposed_for_gemma_alone(tmp_path: Path) -> None:
     assert not gate & read_back(tmp_path, made(FOLDER, CC0)).keys()
 
 
+def test_the_command_asks_for_the_cache_that_the_files_have() -> None:
+    asked = dataclasses.replace(BUILD, context="8192")
+    for subject in (HUB, FOLDER):
+        page = card.text(subject, TERMS, {}, PRODUCTS, CHECKS, asked, {})
+        assert re.search(r"^make publish MODEL_ID=\S+.* CONTEXT=8192$", page, re.MULTILINE)
+    assert "CONTEXT" not in made()
+
+
 def test_an_overridden_licence_is_explained() -> None:
     said = made(HUB, dataclasses.replace(TERMS, overrides="mit", reason="the base is Gemma"))
     assert "card says mit; whoever published these files says gemma: the base is Gemma" in " ".join(said.split())

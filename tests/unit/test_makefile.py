@@ -272,6 +272,7 @@ def test_context_is_the_recipe_with_another_cache(finished: tuple[str, ...], tmp
     assert f"--recipe {recipe}" in said
     assert load(recipe).bundle == dataclasses.replace(load(DEFAULT).bundle, cache_length=8192)
     assert load(recipe).name == "gemma3n with CONTEXT=8192"
+    assert (load(recipe).context, load(DEFAULT).context) == ("8192", "")
     assert planned("bundle", *finished, "CONTEXT=8192")[0] == "fetch"
 
 
