@@ -284,6 +284,7 @@ def rules(request: Request) -> str:
         "plan: $(READY)",
         f"\t$(call RUN,plan) -m pipeline.plan {_quoted(_plan_words(request))}",
         "",
+        *(["reproduce: | .venv-vision/.ready", ""] if eyes else ()),  # which makes golden by itself
     ]
     if request.looks:  # Make begins again once this file is newer than it was read
         words = _quoted([*request.where[:4], *(w for name in ("revision", "base") for w in _option(request, name))])

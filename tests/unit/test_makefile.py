@@ -183,16 +183,15 @@ def test_towers_that_a_checkpoint_has_are_taken_unless_somebody_says_none(sharde
 
 
 def test_eyes_bring_what_their_reference_needs(tmp_path: Path) -> None:
-    settings = (f"ARTIFACTS={tmp_path}", "GRAPHS=bundle")
-    plain, sees = make("-n", "golden", *settings), make("-n", "golden", *settings, "TOWERS=vision,audio")
-    there = (PROJECT / ".venv-vision" / ".ready").exists()
-    assert there or sees.index("locks/vision.txt") < sees.index("-m pipeline.golden")
+    # As if the lock were new, so that what is installed here already shows as well.
+    settings = ("-n", "-W", "locks/vision.txt", f"ARTIFACTS={tmp_path}", "GRAPHS=bundle")
+    plain, sees = make("golden", *settings), make("golden", *settings, "TOWERS=vision,audio")
+    assert sees.index("-r locks/vision.txt") < sees.index("-m pipeline.golden")
     assert "--towers vision,audio" in sees
     assert "locks/vision.txt" not in plain
+    assert "locks/vision.txt" in make("reproduce", *settings, "TOWERS=vision"), "it runs golden again"
     for goals in (("plan",), ("fetch", "towers")):
-        assert "locks/vision.txt" not in make("-n", *goals, *settings, "TOWERS=vision"), (
-            "the reference alone sees by it"
-        )
+        assert "locks/vision.txt" not in make(*goals, *settings, "TOWERS=vision"), "the reference alone sees by it"
 
 
 def test_no_towers_are_the_same_said_and_unsaid(tmp_path: Path) -> None:
