@@ -49,7 +49,7 @@ IMAGE ?= hf-to-litert#: name of the container image; one with a digest (name@sha
 IMAGE_FLAGS ?=#: more options of `docker build`, e.g. --build-arg LOCK=cuda
 NETWORK ?= bridge#: container network of what downloads or uploads
 
-$(if $(filter 3.%,$(MAKE_VERSION)),$(error GNU make 4 is needed, this is $(MAKE_VERSION): on macOS, brew install make, then say gmake))
+$(if $(filter 3.% 4.0 4.0.% 4.1 4.1.%,$(MAKE_VERSION)),$(error GNU make 4.2 or later is needed, this is $(MAKE_VERSION): on macOS, brew install make, then say gmake))
 # What a user sets is a name and no text of Make, which would run a $(shell …) in it, also under -n; Make 4.4 before any other, so none stands above.
 define NEWLINE
 
