@@ -55,7 +55,7 @@ define NEWLINE
 
 
 endef
-SETTINGS := $(foreach q,?,$(patsubst %$q=,%,$(filter %$q=,$(subst $q=,$q= ,$(subst $() $q=,$q=,$(file <$(firstword $(MAKEFILE_LIST))))))))
+SETTINGS := $(foreach q,?,$(patsubst %$q=,%,$(filter %$q=,$(subst $q=,$q= ,$(subst $(if ,) $q=,$q=,$(file <$(firstword $(MAKEFILE_LIST))))))))
 $(foreach name,$(SETTINGS),$(if $(filter-out file,$(origin $(name))),$(if $(findstring $$,$(subst $$$$,,$(value $(name)))),\
 	$(error $(name)=$(value $(name)) has a dollar sign, which Make reads as its own: write $$$$ for it, or rename the folder or file)))$(if $(findstring $(NEWLINE),$(value $(name))),\
 	$(error $(name) has a line break, behind which Make would see a command: say it in one line)))

@@ -652,6 +652,12 @@ def test_an_old_make_is_refused_by_name() -> None:
         assert done.returncode == 2 and f"GNU make 4.2 or later is needed, this is {version}" in done.stderr
 
 
+def test_no_variable_is_undefined_where_make_calls_itself() -> None:
+    """`make release`, and a Make that begins again with new rules, are told to warn from the first line on."""
+    done = subprocess.run(["make", "--warn-undefined-variables", "help"], cwd=PROJECT, capture_output=True, text=True)
+    assert done.returncode == 0 and "undefined variable" not in done.stderr
+
+
 def test_a_finished_folder_is_signed_where_it_lies(finished: tuple[str, ...], tmp_path: Path) -> None:
     """Signing is no reason to make the folder again; the key's path is in the environment alone."""
     recorded = tmp_path / "out" / "tiny" / ".inputs" / "publish"
