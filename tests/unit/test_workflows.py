@@ -238,6 +238,15 @@ def test_pushed_images_are_named_and_then_taken_for_their_source(released: Path)
     assert image_of(released, "reproduce", "rebuild")[0] == PUSHED["CPU"], "an older release has its own"
 
 
+def test_an_image_that_can_not_be_pulled_is_built(released: Path) -> None:
+    """As one that nobody made public, or that was deleted."""
+    assert named(released, git(released, "rev-parse", "HEAD")).returncode == 0
+    assert image_of(released)[0] == PUSHED["CPU"]
+    (released.parent / "docker").write_text("#!/bin/sh\necho denied >&2\nexit 1\n")
+    image, said = image_of(released)
+    assert image == "" and f"::warning::{PUSHED['CPU']} can't be pulled" in said
+
+
 @pytest.mark.parametrize("word", ["GITHUB_SHA", "CPU"])
 def test_what_is_no_image_by_digest_is_not_named(released: Path, word: str) -> None:
     commit = git(released, "rev-parse", "HEAD")
