@@ -31,7 +31,9 @@ def pulled(given: str, lock: str) -> str:
         raise UsageError(
             f"IMAGE={image} is none that another machine can pull as exactly that image"
             if image
-            else "no image of the project is published yet",
+            else "no image of the project is published yet"
+            if FILE.is_file()
+            else "the list of the project's images is in a clone alone, and not here",
             remedy="name a pushed one by its digest: IMAGE=ghcr.io/owner/name@sha256:… (docs/files.md, the image)",
         )
     return image

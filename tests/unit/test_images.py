@@ -43,3 +43,12 @@ def test_another_machine_gets_an_image_that_it_can_pull(monkeypatch: pytest.Monk
             images.pulled(given, lock)
         assert said in caught.value.what
         assert "ghcr.io/owner/name@sha256" in str(caught.value.remedy)
+
+
+def test_the_image_has_no_list_and_does_not_say_that_none_is_published(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(images, "FILE", tmp_path / "images.txt")
+    monkeypatch.setattr(images, "published", lambda lock: "")
+    with pytest.raises(UsageError, match="in a clone alone"):
+        images.pulled("", "cpu")
