@@ -35,7 +35,7 @@ def documents(project: Path = PROJECT) -> dict[Path, str]:
 
 
 def note(commit: str, cpu: str, cuda: str, project: Path = PROJECT) -> None:
-    """Add two published images to the list.
+    """Add two published images to the list, unless they are in it.
 
     Raises:
         SystemExit: what is said is no commit, or no name with a digest.
@@ -44,7 +44,8 @@ def note(commit: str, cpu: str, cuda: str, project: Path = PROJECT) -> None:
         sys.exit(f"error: this is no commit and two images by digest: {commit} {cpu} {cuda}")
     file = project / images.FILE.relative_to(PROJECT)
     text = file.read_text(encoding="utf-8")
-    manifest.write_atomically(file, f"{text}{commit} cpu {cpu}\n{commit} cuda {cuda}\n")
+    rows = (f"{commit} cpu {cpu}\n", f"{commit} cuda {cuda}\n")
+    manifest.write_atomically(file, text + "".join(row for row in rows if row not in text))
 
 
 def main(words: Sequence[str], project: Path = PROJECT) -> int:

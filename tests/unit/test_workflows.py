@@ -247,6 +247,17 @@ def test_an_image_that_can_not_be_pulled_is_built(released: Path) -> None:
     assert image == "" and f"::warning::{PUSHED['CPU']} can't be pulled" in said
 
 
+def test_images_that_are_listed_are_not_listed_again(released: Path) -> None:
+    """By a workflow that somebody runs again: the newest stays last."""
+    commit = git(released, "rev-parse", "HEAD")
+    newer = {"CPU": PUSHED["CPU"].replace("c", "e"), "CUDA": PUSHED["CUDA"].replace("d", "f")}
+    for pushed in (PUSHED, newer):
+        assert named(released, commit, **pushed).returncode == 0
+    before = (released / "releases" / "images.txt").read_text()
+    assert named(released, commit).returncode == 0
+    assert (released / "releases" / "images.txt").read_text() == before
+
+
 @pytest.mark.parametrize("word", ["GITHUB_SHA", "CPU"])
 def test_what_is_no_image_by_digest_is_not_named(released: Path, word: str) -> None:
     commit = git(released, "rev-parse", "HEAD")
