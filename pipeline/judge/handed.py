@@ -6,6 +6,7 @@ vector at another position, one that sees too much or too little, and per-layer 
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -164,7 +165,8 @@ def _of_tower(tower: str, reference: Reference, setting: Setting, pack: Pack, sc
     pack(file, decoder.length, made)
     found = {}
     with (
-        LmRuntime(made, senses=[KINDS[tower]]) as runtime,
+        tempfile.TemporaryDirectory(dir=scratch) as cache,  # repacked in memory a large tower would be gigabytes
+        LmRuntime(made, cache=Path(cache), senses=[KINDS[tower]]) as runtime,
         log.progress(f"what LiteRT-LM hands to the decoder, {tower}", len(names), "inputs") as bar,
     ):
         given = {name: setting.medium(KINDS[tower], name) for name in names}
