@@ -166,7 +166,7 @@ job: $(READY) ## print the Hub's job that builds MODEL_ID and publishes it (HF_R
 
 release: ## publish what a description says (RELEASE=); a dry run without CONFIRM=yes
 	settings=$$($(ASK) -m tools.release $(if $(RELEASE),$(call QUOTE,$(RELEASE))) $(if $(filter yes,$(CONFIRM)),--upload)) && \
-	$(MAKE) --no-print-directory publish $$settings
+	$(MAKE) --no-print-directory publish $$settings $(foreach name,BASE TEMPLATE TOWERS CONTEXT CALIBRATION EVAL VARIANTS,$(name)=) # nothing that was not reviewed
 
 reproduce: $(READY) ## rebuild what is finished for MODEL_ID from its manifests, and compare every file
 	$(call RUN,reproduce) -m pipeline.reproduce $(WHERE) $(TEXTS)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Open a pull request from BRANCH, or add to the open one, with what a patch changes in some files, and in nothing else:
+# Open a pull request from BRANCH, or renew the open one, with what a patch changes in some files, and in nothing else:
 # `propose.sh PATCH MESSAGE FILE…`. Runs nothing but git and gh, beside the right to write.
 set -euo pipefail
 patch=$1 message=$2

@@ -281,6 +281,12 @@ def test_a_context_that_can_not_be_is_refused(said: str, tmp_path: Path) -> None
     assert "no CONTEXT=" in refused("job", "CONTEXT=8192", f"ARTIFACTS={tmp_path}")
 
 
+def test_a_release_is_what_its_description_says(tmp_path: Path) -> None:
+    (release,) = (PROJECT / "releases").glob("*.toml")
+    said = make("-n", "release", f"RELEASE={release}", f"ARTIFACTS={tmp_path}", "CONTEXT=8192", "TOWERS=vision")
+    assert "-m pipeline.publish" in said and "8192" not in said and "--towers" not in said
+
+
 def test_a_touched_but_equal_recipe_rebuilds_nothing(finished: tuple[str, ...], tmp_path: Path) -> None:
     (tmp_path / "recipe.toml").touch()
     assert planned(*finished) == []
