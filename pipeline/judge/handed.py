@@ -20,6 +20,7 @@ from pipeline.core import log
 from pipeline.core.recipe import Gate
 from pipeline.judge import gates, probe
 from pipeline.judge.gates import REFERENCE, Check, Measurement
+from pipeline.judge.metrics import nmse
 from pipeline.judge.pictures import pictures
 from pipeline.judge.probe import Doubles, Given, Probe
 from pipeline.judge.sensing import Answer, Floats, Kind, Reference
@@ -136,7 +137,7 @@ def _error(pair: tuple[Doubles, Doubles]) -> float:
     found, wanted = pair
     if not wanted.any():  # as the per-layer inputs of a padding token that was never trained
         return 0.0 if len(found) and not found.any() else float("inf")
-    return float(((found - wanted) ** 2).sum() / (wanted**2).sum())
+    return nmse(found, wanted)
 
 
 def _names(tower: str, reference: Reference, *, large: bool) -> list[str]:

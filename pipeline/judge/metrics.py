@@ -30,6 +30,12 @@ _SEED = 20251124
 _LEVEL = 0.95
 
 
+def nmse(got: Reals, wanted: Reals) -> float:
+    """The normalised mean square error over all of an array: Σ (got − wanted)² / Σ wanted²."""
+    wide = wanted.astype(np.float64)
+    return float(((got - wide) ** 2).sum() / (wide**2).sum())
+
+
 @dataclass(frozen=True)
 class Scores:
     """Figures per position, float64 [n] each.

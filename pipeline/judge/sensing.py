@@ -17,6 +17,7 @@ from pipeline.core import log, manifest, parallel
 from pipeline.core.recipe import Bundle, Gate
 from pipeline.judge import gates
 from pipeline.judge.gates import REFERENCE, Check, Measurement
+from pipeline.judge.metrics import nmse
 from pipeline.judge.parity import TIE
 from pipeline.runtime import litert
 from pipeline.runtime.interface import Runner
@@ -187,12 +188,6 @@ def _soft(metric: str, name: str, value: float, detail: str) -> Measurement:
 def decibels(error: float) -> float:
     """The signal-to-noise ratio of a normalised mean square error."""
     return -10 * math.log10(error) if error else math.inf
-
-
-def nmse(got: Floats, wanted: Floats) -> float:
-    """The normalised mean square error."""
-    wide = wanted.astype(np.float64)
-    return float(((got - wide) ** 2).sum() / (wide**2).sum())
 
 
 def judge_words(

@@ -205,9 +205,9 @@ def _handed(
     scratch: Path,
 ) -> Handed:
     """What LiteRT-LM hands to the decoder, of the fp32 bundle if it sees or hears."""
-    towers = {tower: Senses.stored(context.root / "golden", tower) for tower in towers_in(context.towers)}
-    if subject.precision != BASELINE or not towers:
+    if subject.precision != BASELINE or not towers_in(context.towers):
         return Handed(checks=[])
+    towers = {tower: Senses.stored(context.root / "golden", tower) for tower in towers_in(context.towers)}
     sight, ears = _senses(context, subject)
     with tempfile.TemporaryDirectory(dir=scratch) as folder, media.given(sight, ears, scratch) as given:
         setting = handed.Setting(

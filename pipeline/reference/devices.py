@@ -17,7 +17,7 @@ from pipeline.core import log, memory
 from pipeline.core.errors import UsageError, VerificationError
 from pipeline.judge import screening
 from pipeline.judge.corpus import Tokens
-from pipeline.judge.metrics import Reals
+from pipeline.judge.metrics import Reals, nmse
 from pipeline.judge.reference import Head
 from pipeline.reference.model import HuggingFace
 
@@ -91,8 +91,7 @@ def require_same(again: Reals, given: Reals, by: str, stage: str) -> float:
     Raises:
         VerificationError: it is more than `NMSE`.
     """
-    wide = given.astype(np.float64)
-    found = float(((again.astype(np.float64) - wide) ** 2).sum() / (wide**2).sum())
+    found = nmse(again, given)
     if not found <= NMSE:  # also where it is no number
         raise VerificationError(
             f"the reference differs from itself: NMSE {found:.1e} of hidden states, limit {NMSE:.0e}",

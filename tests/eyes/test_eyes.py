@@ -35,9 +35,10 @@ from pipeline.core.recipe import PROJECT, Gate, Towers, load
 from pipeline.core.stage import DEFAULT_RECIPE
 from pipeline.judge import hearing, media, mixed, seeing
 from pipeline.judge.gates import Check, Measurement, judge
+from pipeline.judge.metrics import nmse
 from pipeline.judge.pictures import pictures, write
 from pipeline.judge.reference import Head
-from pipeline.judge.sensing import Reference, judge_words, nmse
+from pipeline.judge.sensing import Reference, judge_words
 from pipeline.judge.sounds import sounds
 from pipeline.models import gemma3n_vision as vision
 from pipeline.models.gemma3n_vision import VisionConfig

@@ -21,9 +21,10 @@ from line import Line, small_recipe
 from pipeline.core import facts, manifest
 from pipeline.core.recipe import PROJECT, load
 from pipeline.judge import hearing
+from pipeline.judge.metrics import nmse
 from pipeline.judge.pictures import write
 from pipeline.judge.seeing import Eyes
-from pipeline.judge.sensing import decibels, nmse
+from pipeline.judge.sensing import decibels
 from pipeline.judge.sounds import sounds
 from pipeline.reference import hearing as reference
 from pipeline.reference import seeing

@@ -27,7 +27,7 @@ from pipeline.checkpoint.sound import open_front
 from pipeline.core import facts, manifest, rerun
 from pipeline.core.errors import BundleError, UsageError
 from pipeline.core.recipe import PROJECT, Gate, load
-from pipeline.judge import hearing, media, sensing, sounds
+from pipeline.judge import hearing, media, metrics, sounds
 from pipeline.judge.sensing import Reference, judge_words
 from pipeline.models import gemma3n_audio as audio
 from pipeline.models.gemma3n_audio import AudioConfig
@@ -112,7 +112,7 @@ def test_the_modules_hear_what_hugging_face_hears(
             features = encoder(torch.from_numpy(frames), torch.from_numpy(mask))
             got = adapter(**features)["soft_tokens"][0].numpy()
         assert int(features["mask"].sum()) == len(wanted), name
-        assert sensing.nmse(got[: len(wanted)], wanted) < 1e-8, name
+        assert metrics.nmse(got[: len(wanted)], wanted) < 1e-8, name
 
 
 def test_sections_and_runtime_say_what_hugging_face_says(line: Line, tmp_path: Path) -> None:
@@ -166,7 +166,7 @@ def test_ears_with_a_defect_are_red(defect: str, line: Line, monkeypatch: pytest
     wanted = Reference.stored(line.root / "golden", "audio").soft["speech, 3.3 s"]
     with torch.no_grad():
         made = adapter(**encoder(torch.from_numpy(frames), torch.from_numpy(mask)))["soft_tokens"][0].numpy()
-    assert (sensing.nmse(made[: len(wanted)], wanted) < 1e-8) == (defect == "none")
+    assert (metrics.nmse(made[: len(wanted)], wanted) < 1e-8) == (defect == "none")
 
 
 def test_the_vector_behind_a_sound_is_of_the_towers_own_table(line: Line) -> None:
@@ -177,7 +177,7 @@ def test_the_vector_behind_a_sound_is_of_the_towers_own_table(line: Line) -> Non
     with torch.inference_mode():
         wanted = reference.embedder(input_ids=torch.tensor([[ears.END]])).numpy()
     assert row.shape == wanted.shape
-    assert sensing.nmse(row, wanted) < 1e-12
+    assert metrics.nmse(row, wanted) < 1e-12
 
 
 @pytest.mark.parametrize("part", ["audio_tower.conformer.1.norm.weight", "embed_audio.embedding.weight"])
