@@ -22,7 +22,7 @@ from pipeline.core.recipe import PROJECT
 from pipeline.report import plots
 from tools import tables
 from tools.bench_stages import together
-from tools.real_models import DEFAULT, REAL_MODELS
+from tools.real_models import DEFAULT, REAL_MODELS, TIMED
 from tools.tables import Column, Measured, Row, Table, Value
 
 README = PROJECT / "README.md"
@@ -327,7 +327,7 @@ def decode(found: Mapping[str, Any], command: str) -> dict[str, Table]:
     base = next(key for key, row in found["rows"].items() if row["precision"] == "int8")
     others = [key for key, row in found["rows"].items() if key != base and row["precision"] != "fp32"]
     table = Table(
-        title=f"{REAL_MODELS[found['model']].title}: decoding beside what memory gives",
+        title=f"{TIMED[found['model']].title}: decoding beside what memory gives",
         about=f"LiteRT-LM, {found['decoded']} tokens in and as many out, with a cache for so many; a token reads all "
         f"weights and all of the cache. Memory: what {found['threads']} threads read, measured before each; medians of "
         f"{found['rounds']} {'round' if found['rounds'] == 1 else 'rounds in turns'}.",
@@ -342,16 +342,25 @@ def decode(found: Mapping[str, Any], command: str) -> dict[str, Table]:
         rows=tuple(rows),
         ratios=tuple((names[key], names[base]) for key in others),
     )
-    return {"decode": table}
+    return {"decode" if found["model"] == DEFAULT else f"{TIMED[found['model']].tables}_decode": table}
 
 
-RIVALS = {"ours": "this project, int8", "llama.cpp": "llama.cpp, Q8_0"}
+PEERS = {"int8": "Q8_0", "int4": "Q4_0"}
+"""llama.cpp's type by our precision that is held against it. Its K-quants want rows in multiples of 256 weights."""
+
+
+def rival_name(model: str, precision: str) -> str:
+    """The name of the table that holds a real model's bundle against llama.cpp's file."""
+    return f"{REAL_MODELS[model].tables}{'' if precision == 'int8' else f'_{precision}'}_rival"
 
 
 def rival(found: Mapping[str, Any]) -> dict[str, Table]:
-    """A real model's int8 bundle beside llama.cpp's Q8_0 of the same checkpoint."""
-    ours, model = found["files"]["ours"], REAL_MODELS[found["model"]]
-    said = "" if found["model"] == DEFAULT else f" -- {found['model']}"
+    """A real model's bundle beside llama.cpp's file of the same checkpoint in as many bits."""
+    ours, model, precision = found["files"]["ours"], REAL_MODELS[found["model"]], found["precision"]
+    names = {"ours": f"this project, {precision}", "llama.cpp": f"llama.cpp, {PEERS[precision]}"}
+    given = [] if found["model"] == DEFAULT else [found["model"]]
+    given += [] if precision == "int8" else ["--precision", precision]
+    said = " ".join(["nox -s rival", *(["--", *given] if given else [])])
     columns = {
         "size": Column(unit="MB", digits=".1f"),
         "KLD": Column(unit="nats", digits=".4f"),
@@ -361,13 +370,13 @@ def rival(found: Mapping[str, Any]) -> dict[str, Table]:
         "decode": Column(unit="tok/s", digits=".1f"),
     }
     rows = []
-    for key, name in RIVALS.items():
+    for key, name in names.items():
         row = found["files"][key]
         numbers = [row["size"] / 1e6, _within(row["kld"]), _within(row["top1"], 100), _within(row["perplexity_ratio"])]
         numbers += [row["prefill_tokens_per_s"], row["decode_tokens_per_s"]]
         rows.append(Row(name=name, values=_values(columns, numbers)))
     table = Table(
-        title=f"{model.title}'s int8 bundle beside llama.cpp's Q8_0 of the same checkpoint",
+        title=f"{model.title}'s {precision} bundle beside llama.cpp's {PEERS[precision]} of the same checkpoint",
         about=f"Quality against Hugging Face in fp32 on {ours['positions']:,} positions of {ours['blocks']} held-out "
         f"texts, with 95 % intervals; speed with {found['prompt_tokens']} tokens in, {found['decode_tokens']} out, "
         f"medians of {found['rounds']} rounds in turns.",
@@ -375,14 +384,14 @@ def rival(found: Mapping[str, Any]) -> dict[str, Table]:
         columns=columns,
         measured=Measured(
             date=found["date"],
-            command=f"`nox -s rival{said}`",
+            command=f"`{said}`",
             machine=f"{found['threads']} threads ({found['cpu']})",
             versions=f"llama.cpp's source in llama-cpp-python {found['bindings']}, built for this processor",
         ),
         rows=tuple(rows),
-        ratios=((RIVALS["ours"], RIVALS["llama.cpp"]),),
+        ratios=((names["ours"], names["llama.cpp"]),),
     )
-    return {f"{model.tables}_rival": table}
+    return {rival_name(found["model"], precision): table}
 
 
 def large(found: Mapping[str, Any]) -> dict[str, Table]:

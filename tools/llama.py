@@ -1,4 +1,4 @@
-"""llama.cpp through its Python bindings: what it predicts, and how fast it is.
+"""llama.cpp through its Python bindings: what it predicts, how fast it is, and its files in fewer bits.
 
     python -m tools.llama TASK.json        # by a Python that has locks/rival.txt, with the bindings on its path
 
@@ -41,6 +41,22 @@ def predict(task: Mapping[str, Any]) -> dict[str, Any]:
         out[place] = model.scores
     out.flush()
     return {"positions": int(windows.size)}
+
+
+def quantize(task: Mapping[str, Any]) -> dict[str, Any]:
+    """Write the model in `model` to `out` with weights of llama.cpp's `type`, by its defaults.
+
+    Raises:
+        RuntimeError: llama.cpp says that it failed.
+    """
+    import llama_cpp
+
+    settings = llama_cpp.llama_model_quantize_default_params()
+    settings.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{task['type']}")
+    failed = llama_cpp.llama_model_quantize(task["model"].encode(), task["out"].encode(), ctypes.byref(settings))
+    if failed:
+        raise RuntimeError(f"llama.cpp made no {task['type']} of {task['model']}: {failed}")
+    return {}
 
 
 def words(tokenize: Callable[[bytes], list[int]], word: str, count: int) -> list[int]:
@@ -88,7 +104,7 @@ def _last(model: Any) -> NDArray[np.float32]:
 def main(file: Path) -> None:
     """Do the task in `file` and write beside it, as `result`, what came of it."""
     task = json.loads(file.read_text(encoding="utf-8"))
-    found = {"predict": predict, "speed": speed}[task["what"]](task)
+    found = {"predict": predict, "quantize": quantize, "speed": speed}[task["what"]](task)
     Path(task["result"]).write_text(json.dumps(found), encoding="utf-8")
 
 

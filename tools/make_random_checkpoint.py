@@ -1,4 +1,4 @@
-"""Make a checkpoint of true Gemma 3n or Gemma 4 geometry with random weights, to measure memory and time.
+"""Make a checkpoint of true Gemma 3, Gemma 3n or Gemma 4 geometry with random weights, to measure memory and time.
 
     python -m tools.make_random_checkpoint e2b FOLDER [--seed N]
 
@@ -71,9 +71,27 @@ GEMMA4 = {
     "eos_token_id": 1,
     "pad_token_id": 0,
 }
+GEMMA3_1B = {
+    "model_type": "gemma3_text",
+    "architectures": ["Gemma3ForCausalLM"],
+    "vocab_size": 262_144,
+    "hidden_size": 1152,
+    "intermediate_size": 6912,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "head_dim": 256,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 512,
+    "layer_types": [("sliding_attention", "full_attention")[(i + 1) % 6 == 0] for i in range(26)],
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
 GEOMETRIES: dict[str, dict[str, Any]] = {
     # vocabulary cut, so that a size between the shipped model and the real ones has layers and tables in proportion
     "0.3b": COMMON | _layers(5, 4096, 0) | {"vocab_size": 32_768, "vocab_size_per_layer_input": 32_768},
+    "gemma3-1b": GEMMA3_1B,
     "e2b": COMMON | _layers(30, 8192, 10),
     "e4b": COMMON | _layers(35, 16_384, 15),
     "e4b-10": COMMON | _layers(10, 16_384, 5),
@@ -97,7 +115,7 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
         "layer_types": [("sliding_attention", "full_attention")[(i + 1) % 6 == 0] for i in range(42)],
     },
 }
-"""Gemma 3n and Gemma 4, E2B and E4B, as their config.json gives them (Google), and a smaller Gemma 3n like them."""
+"""Gemma 3 1B, Gemma 3n and Gemma 4, E2B and E4B, as their config.json gives them (Google), and a smaller Gemma 3n."""
 
 CARD = """---
 license: cc0-1.0

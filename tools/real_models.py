@@ -46,13 +46,21 @@ REAL_MODELS = {
 """By the name of the session that makes the checkpoint; behind a dash what is changed."""
 DEFAULT = "gemma3"
 """The one that README shows."""
+TIMED = REAL_MODELS | {
+    "gemma3-1b": RealModel(
+        title="Random weights of Gemma 3 1B's geometry", folder="gemma3-1b", recipe="gemma3", tables="wide"
+    )
+}
+"""And what only time is measured of; `tools.make_random_checkpoint` makes its checkpoint."""
 Found = TypeVar("Found")
 
 
-def command_line(description: str | None, *, rounds: int) -> ArgumentParser:
-    """What each benchmark of one of them is told."""
+def command_line(
+    description: str | None, *, rounds: int, models: Mapping[str, RealModel] = REAL_MODELS
+) -> ArgumentParser:
+    """What each benchmark of one of `models` is told."""
     parser = ArgumentParser(description=description, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("model", choices=[*REAL_MODELS], help="which it is")
+    parser.add_argument("model", choices=[*models], help="which it is")
     parser.add_argument("checkpoint", type=Path, help="its checkpoint")
     parser.add_argument("--work", type=Path, required=True, help="an empty folder for all that is made")
     parser.add_argument("--rounds", type=int, default=rounds, help="measurements of speed (default: %(default)s)")

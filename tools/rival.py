@@ -1,6 +1,8 @@
-"""The int8 bundle beside llama.cpp's Q8_0 of the very same checkpoint: quality on the same text, speed in turns.
+"""A bundle beside llama.cpp's file of the very same checkpoint and precision: quality on one text, speed in turns.
 
-    nox -s rival [-- smollm2]        # builds llama.cpp, makes checkpoint, reference and bundle, and calls this
+    nox -s rival [-- smollm2] [--precision int4]   # builds llama.cpp, makes checkpoint, reference, bundle, calls this
+
+int8 is held against Q8_0, int4 against Q4_0, which llama.cpp rounds with its defaults, without an importance matrix.
 
 Both predict every token of the texts that verify judges bundles on, and are held against Hugging Face in fp32 by the
 judge's own metrics: ours through the `decode` signature, a token at a time, llama.cpp a text at once, as its own
@@ -51,11 +53,15 @@ class Rival:
     library: Path
     python: Path
 
-    def convert(self, checkpoint: Path, model: Path) -> None:
-        """Write `checkpoint` as Q8_0 by llama.cpp's own script, which wants torch and transformers: by this Python."""
+    def convert(self, checkpoint: Path, model: Path, kind: str) -> None:
+        """Write `checkpoint` as Q8_0, which llama.cpp's own script does, or as `kind` from that script's bfloat16."""
+        outtype, made = ("q8_0", model) if kind == "Q8_0" else ("bf16", model.with_suffix(".bf16.gguf"))
         script = self.source / "vendor" / "llama.cpp" / "convert_hf_to_gguf.py"
-        command = [sys.executable, str(script), str(checkpoint), "--outtype", "q8_0", "--outfile", str(model)]
-        subprocess.run(command, check=True)
+        command = [sys.executable, str(script), str(checkpoint), "--outtype", outtype, "--outfile", str(made)]
+        subprocess.run(command, check=True)  # by this Python: the script wants torch and transformers
+        if made != model:
+            self.run({"what": "quantize", "model": str(made), "out": str(model), "type": kind})
+            made.unlink()
 
     def run(self, task: Mapping[str, Any]) -> dict[str, Any]:
         """Do one of `tools.llama`'s tasks in a process of its own."""
@@ -158,17 +164,18 @@ def build(rival: Rival) -> str:
 def compare(root: Path, rival: Rival, model: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Everything that was measured of the files below `root` and of `model`."""
     busy = os.getloadavg()[0]
-    texts, bundle = Texts.stored(root, arguments.texts), root / "bundle" / "int8.litertlm"
+    texts, bundle = Texts.stored(root, arguments.texts), root / "bundle" / f"{arguments.precision}.litertlm"
     cache = load(RECIPES / f"{REAL_MODELS[arguments.model].recipe}.toml").bundle.cache_length
     work = Work(prompt_tokens=128, decode_tokens=128, threads=arguments.threads)
     speed = in_turns(rival, model, bundle, work, cache, arguments.rounds)
     found = {
         "llama.cpp": texts.summary(theirs(rival, model, texts, arguments.threads)),
-        "ours": texts.summary(ours(root / "int8", texts, arguments.threads)),
+        "ours": texts.summary(ours(root / arguments.precision, texts, arguments.threads)),
     }
     sizes = {"ours": bundle.stat().st_size, "llama.cpp": model.stat().st_size}
     return {
         "model": arguments.model,
+        "precision": arguments.precision,
         "files": {name: {"size": sizes[name], **quality(found[name]), **speed[name]} for name in ("ours", "llama.cpp")},
         **asdict(work),
         "cache": cache,
@@ -198,11 +205,12 @@ def table(found: Mapping[str, Any]) -> Sequence[str]:
 def main() -> int:
     """Convert, measure, write the JSON, print the table; the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("root", type=Path, help="the model's folder below ARTIFACTS, with golden, int8 and bundle")
+    parser.add_argument("root", type=Path, help="the model's folder below ARTIFACTS, with golden and bundle")
     parser.add_argument("--source", type=Path, required=True, help="llama-cpp-python, unpacked")
     parser.add_argument("--library", type=Path, required=True, help="the folder with libllama.so")
     parser.add_argument("--python", type=Path, required=True, help="a Python that has locks/rival.txt")
     parser.add_argument("--model", choices=[*REAL_MODELS], default=DEFAULT, help="which it is (default: %(default)s)")
+    parser.add_argument("--precision", choices=[*figures.PEERS], default="int8", help="default: %(default)s")
     parser.add_argument("--texts", type=int, help="judge only so many texts (default: all of the reference)")
     parser.add_argument(
         "--threads", type=int, default=parallel.threads(), help="default: OMP_NUM_THREADS, else one per core"
@@ -210,11 +218,12 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5, help="measurements of speed (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="the JSON file to write (default: in bench/raw/)")
     arguments = parser.parse_args()
-    out = arguments.out or tables.RAW / f"{REAL_MODELS[arguments.model].tables}_rival.json"
+    kind = figures.PEERS[arguments.precision]
+    out = arguments.out or tables.RAW / f"{figures.rival_name(arguments.model, arguments.precision)}.json"
     rival = Rival(source=arguments.source, library=arguments.library, python=arguments.python)
-    model = arguments.root / "q8_0.gguf"
+    model = arguments.root / f"{kind.lower()}.gguf"
     try:
-        rival.convert(arguments.root / "fetch" / "checkpoint", model)
+        rival.convert(arguments.root / "fetch" / "checkpoint", model, kind)
         found = compare(arguments.root, rival, model, arguments)
     except subprocess.CalledProcessError as error:
         parser.exit(1, f"{error}\nWhat it said is above.\n")

@@ -59,11 +59,12 @@ def test_a_side_that_answers_for_too_few_or_too_many_texts_is_refused(texts: Tex
         texts.summary(iter([exact(texts)[0]] * count))
 
 
-def made_by_hand(texts: Texts, model: str = "gemma3") -> dict[str, Any]:
+def made_by_hand(texts: Texts, model: str = "gemma3", precision: str = "int8") -> dict[str, Any]:
     noisy = [logits + 0.1 * np.random.default_rng(9).normal(size=logits.shape) for logits in exact(texts)]
     rates = {"prefill_tokens_per_s": 400.0, "decode_tokens_per_s": 50.0}
     return {
         "model": model,
+        "precision": precision,
         "files": {
             "ours": {"size": 277_500_000, **rival.quality(texts.summary(iter(noisy))), **rates},
             "llama.cpp": {
@@ -101,6 +102,14 @@ def test_each_real_model_has_a_table_of_its_own(texts: Texts) -> None:
     assert [[*found] for found in named.values()] == [["bundle_rival"], ["smollm2_rival"], ["smollm2_growing_rival"]]
     table = named["smollm2"]["smollm2_rival"]
     assert table.title.startswith("SmolLM2-135M-Instruct's") and "-s rival -- smollm2`" in table.measured.command
+
+
+def test_int4_is_held_against_llama_cpps_4_bits(texts: Texts) -> None:
+    ((name, table),) = figures.rival(made_by_hand(texts, "smollm2", "int4")).items()
+    assert name == "smollm2_int4_rival" and table.picture == ""
+    assert [row.name for row in table.rows] == ["this project, int4", "llama.cpp, Q4_0"]
+    assert "int4 bundle beside llama.cpp's Q4_0 of" in table.title
+    assert table.measured.command == "`nox -s rival -- smollm2 --precision int4`"
 
 
 @pytest.mark.parametrize("start", [[], [2]])
