@@ -21,7 +21,7 @@ from pipeline.core.errors import UsageError
 from pipeline.core.recipe import BASELINE, Bundle, Corpus, Graphs, Recipe, Shapes
 from pipeline.judge import corpus, kv_cache, metrics, scripts
 from pipeline.judge.corpus import Tokens
-from pipeline.judge.metrics import Summary
+from pipeline.judge.metrics import Scores, Summary
 from pipeline.judge.reference import Head
 from pipeline.reference.devices import require_same
 from pipeline.reference.model import HuggingFace
@@ -37,8 +37,6 @@ SAMPLE = 8
 _FLOOR_POSITIONS = 256
 _OF_SCRIPT = 8
 """Texts in each script that a release is for: a thousand positions of windows of 128 tokens."""
-_SCORED = 16
-"""Positions whose logits are held at a time: 34 MB each way with 262,400 tokens."""
 
 
 def ask(model: Model, shards: Shards, parameters: int) -> Asked:
@@ -107,12 +105,13 @@ class Sample:
         """How far `other` [N, L, H] leads from the hidden states, at places spread over the windows."""
         places = corpus.spread_positions(len(self.windows), self.windows.shape[1], _FLOOR_POSITIONS)
         targets = self.windows[places.window, places.length]
-        pair = [hidden[places.window, places.length - 1] for hidden in (self.hidden, other)]
-        lots = (slice(start, start + _SCORED) for start in range(0, len(places), _SCORED))
-        scores = [
-            metrics.compare(self.head.logits(pair[0][lot]), self.head.logits(pair[1][lot]), targets[lot])
-            for lot in lots
-        ]
+        pair = np.stack([hidden[places.window, places.length - 1] for hidden in (self.hidden, other)])
+        count, scores = max(1, self.head.rows // 2), list[Scores]()
+        for start in range(0, len(places), count):
+            lot = pair[:, start : start + count]
+            # Of both at once: to widen the head takes longer than to multiply by it.
+            own, again = np.split(self.head.logits(lot.reshape(-1, lot.shape[-1])), 2)
+            scores.append(metrics.compare(own, again, targets[start : start + count]))
         return metrics.summarise(metrics.join(scores), places.window)
 
 
