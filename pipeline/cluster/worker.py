@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Protocol
 
-from pipeline.core import log, versions
+from pipeline.core import host, log, versions
 from pipeline.core.errors import IntegrityError, UsageError
 from pipeline.core.manifest import FileRecord
 from pipeline.core.recipe import PROJECT
@@ -115,6 +115,7 @@ _served: list[Terms] = []
 
 def _renew(terms: Terms) -> None:
     if _served != [terms]:
+        host.keep_freed()
         for free in let_go:
             free()
         _served[:] = [terms]

@@ -141,9 +141,10 @@ def ask(subject: Subject, setting: Setting) -> Callable[[], Verdict]:
         )
     # What precision costs is a mean, which takes thousands of positions; a fault of a conversion shows in each.
     trace = setting.trace.conversations() if exact else setting.trace
-    replayed = setting.asked.replay(subject.precision, trace, exact=exact)
     tokens = sum(len(row.continuation_ids) for row in setting.greedy)
+    # The longest shard first: begun last, it would leave the other workers idle.
     spoken = setting.asked.speak(subject.precision, setting.conversations, len(setting.greedy), tokens, setting.stop)
+    replayed = setting.asked.replay(subject.precision, trace, exact=exact)
     return lambda: _judge(subject, setting, trace, replayed(), spoken())
 
 

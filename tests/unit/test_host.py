@@ -90,3 +90,26 @@ def test_threads_share_the_allocators_room() -> None:
 
     assert arenas() > 1
     assert arenas("one") == 1
+
+
+KEPT = """
+import ctypes, resource, sys
+
+from pipeline.core import host
+
+if sys.argv[1:]:
+    host.keep_freed()
+for _ in range(100):
+    bytearray(8 << 20)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="others have other ways")
+def test_a_worker_of_dask_keeps_memory_for_its_next_tensor() -> None:
+    def faults(*asked: str) -> int:
+        environment = {**os.environ, "MALLOC_TRIM_THRESHOLD_": "65536"}  # as Dask starts workers
+        ran = subprocess.run([sys.executable, "-c", KEPT, *asked], env=environment, capture_output=True, check=True)
+        return int(ran.stdout)
+
+    assert faults("kept") < faults() / 5

@@ -103,6 +103,23 @@ def test_an_fp32_bundle_is_not_held_against_a_cache_that_was_not_asked() -> None
         bundles.ask(cast(bundles.Subject, subject), cast(bundles.Setting, setting))
 
 
+def test_what_litert_lm_is_asked_is_begun_first() -> None:
+    """Of all shards of a bundle it takes longest: begun last, it would leave the other workers idle."""
+    schedule, begun = Schedule((("decode", 2),)), list[str]()
+    setting = SimpleNamespace(
+        trace=Trace((schedule, schedule), *np.zeros((3, 2, 3, 1), np.float32)),
+        greedy=(),
+        conversations=(),
+        stop=set[int](),
+        asked=SimpleNamespace(
+            speak=lambda *_: begun.append("spoken"),
+            replay=lambda *_, exact: begun.append("replayed"),
+        ),
+    )
+    bundles.ask(cast(bundles.Subject, SimpleNamespace(precision="int8")), cast(bundles.Setting, setting))
+    assert begun == ["spoken", "replayed"]
+
+
 def test_texts_follow_the_conversations_each_a_block_of_its_own() -> None:
     schedules = (Schedule((("prefill", 3), ("decode", 2))), Schedule((("decode", 2), ("prefill", 1), ("decode", 2))))
     hidden, cached = np.zeros((2, 5, 1), np.float32), np.zeros((2, 2, 1), np.float32)
