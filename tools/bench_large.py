@@ -109,7 +109,7 @@ def measure(size: str, folder: Path, *, int8_alone: bool) -> tuple[dict[str, dic
     runs = {f"{size} int8": run(INT8)}
     if int8_alone or size.startswith("gemma4"):
         taken = planned()
-        runs |= climbed(size, checkpoint, folder)
+        runs |= besides(size, checkpoint, folder)
         shutil.rmtree(results)
         shutil.rmtree(checkpoint)
         return runs, taken
@@ -120,7 +120,7 @@ def measure(size: str, folder: Path, *, int8_alone: bool) -> tuple[dict[str, dic
         with cgroup(4 * GIB) as within:
             if within:
                 runs[f"{size} int8, 4 GiB cgroup"] = run(INT8, within)
-    runs |= climbed(size, checkpoint, folder)
+    runs |= besides(size, checkpoint, folder)
     shutil.rmtree(results)
     runs[f"{size} fp32"] = run(FP32)
     shutil.rmtree(results)
@@ -128,14 +128,17 @@ def measure(size: str, folder: Path, *, int8_alone: bool) -> tuple[dict[str, dic
     return runs, taken
 
 
-def climbed(size: str, checkpoint: Path, folder: Path) -> dict[str, dict[str, Any]]:
-    """Stage int8 of E2B without its ladder and with all rungs, which leaves no bundle of this size up to date."""
+def besides(size: str, checkpoint: Path, folder: Path) -> dict[str, dict[str, Any]]:
+    """Stages int4, and int8 without its ladder and with all rungs, at E2B: no bundle of it is up to date then."""
+    if size != "e2b":
+        return {}
     runs = {}
-    for name, changes in CLIMBS.items() if size == "e2b" else ():
+    for name, changes in {"int4": {}, **CLIMBS}.items():
         own = folder / name
         own.mkdir()
         settings = bench_stages.changed_recipe("gemma3n", own, CHANGES | changes)
-        runs[f"{size} {name}"] = bench_stages.measure(("int8",), checkpoint, folder / "artifacts", settings, "bundle")
+        stages = ("int8",) if changes else ("int4",)
+        runs[f"{size} {name}"] = bench_stages.measure(stages, checkpoint, folder / "artifacts", settings, "bundle")
     return runs
 
 
