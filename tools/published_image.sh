@@ -6,9 +6,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 lock=$1 source=${2:-HEAD} image=
-# All that decides what is in an image; README.md is in it too, and names the last one.
-held=(Dockerfile .dockerignore LICENSE Makefile examples pipeline tools/entry.sh tools/strip_libraries.py)
-held+=(locks/cpu.txt locks/cuda.txt locks/macos.txt locks/cluster.txt locks/vision.txt)
+mapfile -t held <releases/held.txt
 while read -r commit kind name; do
     [[ "$kind" == "$lock" ]] || continue
     if git diff --quiet "$commit" "$source" -- "${held[@]}" 2>/dev/null; then image=$name; fi

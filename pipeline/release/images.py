@@ -3,30 +3,51 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
+from pipeline.core import log, process
 from pipeline.core.errors import UsageError
 from pipeline.core.recipe import PROJECT
 
 FILE = PROJECT / "releases" / "images.txt"
 """It is in no image, which can't know its own digest."""
+HELD = PROJECT / "releases" / "held.txt"
+"""All that decides what is in an image, a path a line; README.md is in it too, and names the last one."""
 PUSHED = re.compile(r"[a-z0-9.-]+(?::\d+)?/[a-z0-9._/-]+@sha256:[0-9a-f]{64}")
 """A name by which anybody pulls exactly that image."""
 
 
 def published(lock: str, file: Path = FILE) -> str:
     """The newest image with the packages of a lock, `cpu` or `cuda`; empty where none is published yet."""
+    return next((image for _, image in _listed(lock, file)), "")
+
+
+def _listed(lock: str, file: Path) -> Iterator[tuple[str, str]]:
+    """The commit and the name of each published image of a lock, the newest first."""
     rows = [line.split() for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
-    return next((row[2] for row in reversed(rows) if row[1:2] == [lock]), "")
+    return ((row[0], row[2]) for row in reversed(rows) if row[1:2] == [lock])
+
+
+def _of_this_clone(lock: str) -> str:
+    """The published image that holds the sources as they are here; else the newest, and it is said whose it holds."""
+    held, listed = HELD.read_text(encoding="utf-8").split() if HELD.is_file() else [], [*_listed(lock, FILE)]
+    for commit, image in listed:
+        if process.output(["git", "diff", "--quiet", commit, "--", *held], cwd=PROJECT) is not None:
+            return image
+    for commit, image in listed[:1]:
+        log.warn(f"no published image holds the sources as they are here: {image} has those of commit {commit[:12]}")
+        return image
+    return ""
 
 
 def pulled(given: str, lock: str) -> str:
-    """The image `given`, else the published one, for a machine elsewhere.
+    """The image `given`, else the published one of this clone's sources, for a machine elsewhere.
 
     Raises:
         UsageError: it is on this machine alone, or none is published.
     """
-    image = given or published(lock)
+    image = given or _of_this_clone(lock)
     if not PUSHED.fullmatch(image):
         raise UsageError(
             f"IMAGE={image} is none that another machine can pull as exactly that image"

@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 from pipeline.core.recipe import PROJECT
+from pipeline.release import images
 from tools.rehearse import Rehearsal
 
 WORKFLOWS = sorted((PROJECT / ".github" / "workflows").glob("*.yml"))
@@ -266,15 +267,39 @@ def test_what_is_no_image_by_digest_is_not_named(released: Path, word: str) -> N
     assert git(released, "status", "--porcelain") == ""
 
 
+def source_of(checkout: Path, commit: str) -> subprocess.CompletedProcess[str]:
+    """The step of the weekly rebuild that gets the source of what was published, as its papers name it."""
+    manifests = checkout / "published" / "manifests"
+    manifests.mkdir(parents=True, exist_ok=True)
+    (manifests / "verify.json").write_text(json.dumps({"source": {"commit": commit}}))
+    given = jobs("reproduce")["rebuild"]["env"]
+    values = {key: "" for key in given}
+    return run_step(checkout.parent, "reproduce", "rebuild", "tools/released_source.sh", values, checkout)[0]
+
+
+def test_a_source_that_is_not_in_the_history_is_not_run_and_it_is_said(released: Path) -> None:
+    first = git(released, "rev-parse", "HEAD")
+    git(released, "checkout", "--quiet", "-b", "beside")
+    (released / "Makefile").write_text("# of a tag beside main\n")
+    beside = committed(released, "beside")
+    git(released, "checkout", "--quiet", "main")
+    for commit in (beside, "0" * 40):
+        done = source_of(released, commit)
+        assert done.returncode != 0 and not (released / "released").exists()
+        assert f"::error::what was published was built from {commit}, which is no ancestor of" in done.stdout
+    assert source_of(released, first).returncode == 0
+    assert git(released / "released", "rev-parse", "HEAD") == first
+
+
 def test_an_image_is_of_a_source_if_all_that_is_in_it_is_the_same() -> None:
     """But for README.md, which names the image itself."""
     recipe = (PROJECT / "Dockerfile").read_text(encoding="utf-8")
-    held = re.findall(r"^held\+?=\((.*)\)", (PROJECT / "tools" / "published_image.sh").read_text(), re.MULTILINE)
+    held = images.HELD.read_text(encoding="utf-8").splitlines()
     copied = {word for line in re.findall(r"^COPY (.*) \S+", recipe, re.MULTILINE) for word in line.split()}
     installed = {f"locks/{name}.txt" for name in re.findall(r"/locks/(\w+)\.txt", recipe)}
     used = set(re.findall(r"/(tools/\w+\.py)", recipe))
     wanted = {"Dockerfile", ".dockerignore", *copied, *installed, *used, "locks/cpu.txt", "locks/cuda.txt"}
-    assert {*" ".join(held).split()} == wanted - {"README.md"}
+    assert {*held} == wanted - {"README.md"}
 
 
 @pytest.mark.parametrize("file", WORKFLOWS, ids=lambda file: file.name)
