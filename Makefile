@@ -99,7 +99,7 @@ $(if $(filter image,$(IN)),$(foreach goal,$(filter $(ON_SOURCES),$(GOALS)),$(err
 ifneq ($(filter-out $(ON_SOURCES) help,$(GOALS)),)
 $(if $(ASK),,$(error Python 3.11, 3.12 or 3.13 is needed and not found: install one (Debian, Ubuntu: apt install python3 python3-venv) or name it: PYTHON=/path/to/python3.12))
 SAID := MODEL_ID REVISION BASE TEMPLATE RECIPE CONTEXT GRAPHS TOWERS PICTURE AUDIO ARTIFACTS CALIBRATION RUNG EVAL TASK VARIANTS DEVICE CLUSTER LICENCE_OVERRIDE IN SIGNS CONFIRM HF_REPO SPACE FILE AGAINST CHECKS_HUB IMAGE NETWORK GOALS
-RULES := $(shell $(ASK) -m pipeline.core.rules $(call QUOTE,FLAGS=$(filter-out --%,$(firstword $(MAKEFLAGS)))) $(foreach name,$(SAID),$(call QUOTE,$(name)=$($(name)))))
+RULES := $(shell $(ASK) -m pipeline.core.rules $(call QUOTE,FLAGS=$(filter-out --%,$(firstword $(MAKEFLAGS)))) $(call QUOTE,ENVIRONMENT=$(if $(filter undefined,$(origin MAKE_RESTARTS)),$(foreach name,$(SETTINGS),$(and $(filter environment,$(origin $(name))),$(value $(name)),$(name))))) $(foreach name,$(SAID),$(call QUOTE,$(name)=$($(name)))))
 $(if $(filter-out 0,$(.SHELLSTATUS)),$(error these settings can't work, for the reason said above))
 include $(RULES)
 endif
@@ -198,7 +198,7 @@ clean-env: ## remove .venv and the tools' caches
 help: ## list targets and settings
 	@echo 'make [target …] [NAME=value …]'; echo
 	@awk -F ':.*## ' '/^[a-z][a-z0-9-]*:.*## / { printf "  %-10s %s\n", $$1, $$2 }' Makefile
-	@echo; echo 'settings:'; awk -F ' [?]=|#: ' '/^[A-Z_]+ [?]=.*#: / { printf "  %-17s %s\n", $$1, $$3 }' Makefile
+	@echo; echo 'settings (from the environment too, which make says):'; awk -F ' [?]=|#: ' '/^[A-Z_]+ [?]=.*#: / { printf "  %-17s %s\n", $$1, $$3 }' Makefile
 
 # The lock that .venv was made from stands in the first line of .ready.
 INSTALLED := $(shell sed -n '1s/^lock //p' .venv/.ready 2>/dev/null)

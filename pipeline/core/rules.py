@@ -560,10 +560,21 @@ def write(request: Request) -> Path:
     return made
 
 
+def _told_by_the_environment(said: Mapping[str, str]) -> str:
+    """A sentence about settings that nobody gave to this call: a stranger's program may use such a name too."""
+    own = {"IN", "ARTIFACTS"} if said["IN"] == "image" else set()  # the image itself sets these
+    names = " ".join(name for name in said.get("ENVIRONMENT", "").split() if name not in own)
+    return (
+        f"warning: the environment has what is a setting here: {names} (`make NAME=` leaves one out)\n" if names else ""
+    )
+
+
 def main(argv: Sequence[str]) -> int:
     """Print the path of the rules for settings given as NAME=value; what is wrong goes to the standard error."""
+    said = dict(word.split("=", 1) for word in argv)
+    sys.stderr.write(_told_by_the_environment(said))
     try:
-        sys.stdout.write(f"{write(ask(dict(word.split('=', 1) for word in argv)))}\n")
+        sys.stdout.write(f"{write(ask(said))}\n")
     except PipelineError as error:
         sys.stderr.write("\n".join(error.lines()) + "\n")
         return error.exit_code

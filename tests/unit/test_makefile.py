@@ -275,6 +275,22 @@ def test_context_is_the_recipe_with_another_cache(finished: tuple[str, ...], tmp
     assert planned("bundle", *finished, "CONTEXT=8192")[0] == "fetch"
 
 
+def test_a_setting_that_the_environment_has_is_told(tmp_path: Path) -> None:
+    """It is taken, as all are; nobody is to wonder where it came from."""
+    command = ["make", "-n", "bundle", f"ARTIFACTS={tmp_path}"]
+    there = {**os.environ, "CONTEXT": "8192", "TAG": "v1", "TASK": ""}  # an empty one says nothing
+
+    def told(*more: str, **own: str) -> str:
+        done = subprocess.run([*command, *more], cwd=PROJECT, env={**there, **own}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return "".join(line for line in done.stderr.splitlines() if "environment" in line)
+
+    assert told().startswith("warning: the environment has what is a setting here: CONTEXT TAG (")
+    assert "here: TAG (" in told("CONTEXT=")
+    assert "here: CONTEXT TAG (" in told(IN="image", READY="")
+    assert "environment" not in subprocess.run(command, cwd=PROJECT, capture_output=True, text=True).stderr
+
+
 @pytest.mark.parametrize("said", ["CONTEXT=8k", "CONTEXT=0", "CONTEXT=-1", "CONTEXT=64", "CONTEXT=1;date"])
 def test_a_context_that_can_not_be_is_refused(said: str, tmp_path: Path) -> None:
     assert said in refused("bundle", said, f"ARTIFACTS={tmp_path}")
