@@ -53,7 +53,7 @@ def _made(context: Context) -> Precision:
     if DECODER in graphs:
         tables.write_tables(checkpoint, "int4", context.folder, _kept(settings))
     step, decoder = contents.get(STEP), contents.get(DECODER)
-    return Precision(graphs=context.graphs, step=step, decoder=decoder)
+    return Precision(graphs=context.graphs, device=context.moments_device, step=step, decoder=decoder)
 
 
 def _kept(settings: Int4) -> tables.Choice:

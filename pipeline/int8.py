@@ -52,7 +52,7 @@ def work(context: Context) -> Outcome:
     graphs = build.graph_files(context.upstream["graph"], context.root, context.graphs)
     asked, section = context.chosen(Options).scheme, context.recipe.int8
     scheme = asked or section.scheme
-    facts, step = Precision(graphs=context.graphs, scheme=scheme), context.folder / STEP
+    facts, step = Precision(graphs=context.graphs, scheme=scheme, device=context.moments_device), context.folder / STEP
     room = context.folder if not asked and (section.climbs or len(graphs) > 1) else None
     hessians = gptq.Hessians(context.root / "moments", room) if "moments" in context.upstream else None
     with hessians or threadpool_limits(1, "blas"):  # rows are made in a thread per core already

@@ -84,6 +84,7 @@ def work(context: Context) -> Outcome:
             checks=len(agreed) + len(checks_of(item for item in judged if is_required(context, item))),
             fit=tuple(item.subject.name for item in judged if item.fit),
             not_fit=tuple(item.subject.name for item in judged if not item.fit),
+            device=told.device,
         )
     )
 

@@ -206,11 +206,12 @@ class Precision:
     """Stages fp16, int8 and int4; the calibration is a static scheme's, the ladder int8's.
 
     `largest_activation` is what the reference had on some calibration text, where the ladder reads any. `left_out` says
-    why there are no files of an optional precision.
+    why there are no files of an optional precision, `device` what computed the moments that they were rounded by.
     """
 
     graphs: Graphs
     left_out: str = ""
+    device: str = "cpu"
     scheme: Scheme | None = None
     calibration_samples: int | None = None
     calibration_tokens: int | None = None
@@ -288,12 +289,13 @@ class Bundle:
 
 @dataclass(frozen=True, kw_only=True)
 class Verify:
-    """Stage verify: the number of checks, and the judged files that may and may not be published."""
+    """Stage verify: the number of checks, the judged files that may and may not be published, golden's `device`."""
 
     passed: bool
     checks: int
     fit: tuple[str, ...]
     not_fit: tuple[str, ...]
+    device: str = "cpu"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from pipeline.core import graph, host, log, manifest, process, records, versions
+from pipeline.core import facts, graph, host, log, manifest, process, records, versions
 from pipeline.core.errors import PipelineError, ResourceError
 from pipeline.core.graph import Towers
 from pipeline.core.manifest import Fact, Manifest, Source
@@ -99,6 +99,11 @@ class Context:
         """The precisions that there is a bundle of: an optional one may have been left out."""
         made = self.upstream["bundle"].facts if "bundle" in self.upstream else {}
         return tuple(name for name in self.recipe.bundle.built if name in made)
+
+    @property
+    def moments_device(self) -> str:
+        """What computed the moments that this stage rounds by; the CPU where there are none."""
+        return self.upstream["moments"].told(facts.Moments).device if "moments" in self.upstream else "cpu"
 
     def chosen(self, kind: type[Chosen]) -> Chosen:
         """The options, which are those of the stage itself."""

@@ -5,6 +5,7 @@ The code is the same for all devices: float32, on a GPU with TF32 off, and resul
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -24,6 +25,8 @@ from pipeline.reference.model import HuggingFace
 T = TypeVar("T")
 Device = Literal["auto", "cpu", "cuda"]
 """What DEVICE= may say."""
+_FULL = re.compile(r"out of memory|STATUS_ALLOC_FAILED")
+"""What CUDA and its libraries say of full memory where torch's own allocator was not asked."""
 NMSE = 1e-8
 """Normalised mean square error up to which two devices say the same, of hidden states or logits."""
 
@@ -58,8 +61,8 @@ def within_memory(device: str, compute: Callable[[str], T]) -> T:
     """What `compute` gives on `device`; on the CPU, from the start, where a GPU's memory turns out to be too small."""
     try:
         return compute(device)
-    except torch.OutOfMemoryError as error:
-        if device == "cpu":
+    except RuntimeError as error:
+        if device == "cpu" or not (isinstance(error, torch.OutOfMemoryError) or _FULL.search(str(error))):
             raise
         log.warn(f"the GPU's memory is too small: {str(error).splitlines()[0]}; the CPU computes, from the start")
     memory.give_back()  # outside `except`: what was computed is held by the error until here

@@ -166,12 +166,14 @@ class Build:
     """How the files were made: recipe, limits of the graphs, source commit or empty, versions, what was changed.
 
     `context` is what CONTEXT= has to say so that these files come out; nothing where the recipe alone says how long
-    their cache is. `remarks` are what bundles do otherwise than the checkpoint says.
+    their cache is. `gpu` are the stages that ran on one. `remarks` are what bundles do otherwise than the checkpoint
+    says.
     """
 
     recipe: str
     recipe_sha256: str
     context: str = ""
+    gpu: tuple[str, ...] = ()
     max_batch: int
     max_sequence: int
     fixed: tuple[str, ...] = ()
@@ -225,7 +227,8 @@ def text(
         "recipe_sha256": build.recipe_sha256,
         "commit": f", source commit `{build.commit}`," if build.commit else "",
         "tools": ", ".join(f"{tool} {version}" for tool, version in sorted(build.tools.items())),
-        "command": _command(subject, build.context),
+        "command": _command(subject, build),
+        "gpu": f", on a GPU of the same kind, which computed {' and '.join(build.gpu)}" if build.gpu else "",
         "parts": _parts(subject.towers),
         "left_out": _left_out(subject),
         "licence_name": licence.name,
@@ -450,7 +453,7 @@ def _interval(estimate: Estimate | None) -> str:
     return f"{estimate['value']:.2g} ({estimate['low']:.2g} to {estimate['high']:.2g})"
 
 
-def _command(subject: Subject, context: str) -> str:
+def _command(subject: Subject, build: Build) -> str:
     base = ""
     if subject.base:
         said = (
@@ -458,7 +461,8 @@ def _command(subject: Subject, context: str) -> str:
         )
         base = f" BASE={said}"
     more = f" TOWERS={subject.taken}" if subject.taken else ""
-    more += f" CONTEXT={context}" if context else ""
+    more += f" CONTEXT={build.context}" if build.context else ""
+    more += " DEVICE=cuda" if build.gpu else ""
     if subject.on_hub:
         return f"make publish MODEL_ID={subject.model} REVISION={subject.revision}{base}{more}"
     return f"make publish MODEL_ID=path/to/{subject.model}{base}{more}"

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from pipeline.core import log
-from pipeline.core.facts import Bundle, Fetch, Verify
+from pipeline.core.facts import Bundle, Fetch, Precision, Verify
 from pipeline.core.graph import tower_precision
 from pipeline.core.judgement import Judgement
 from pipeline.core.manifest import Manifest
@@ -142,6 +142,15 @@ def claim_of(fetched: Manifest, source: Mapping[str, object], terms: str) -> Cla
     )
 
 
+def of_gpu(context: Context) -> Iterator[str]:
+    """The stages that ran on a GPU, as those tell that read what they made."""
+    if context.upstream["verify"].told(Verify).device != "cpu":
+        yield "golden"
+    rounded = [context.upstream[name] for name in ("int8", "int4") if name in context.upstream]
+    if any(made.told(Precision).device != "cpu" for made in rounded):
+        yield "moments"
+
+
 def build_of(context: Context) -> Build:
     """How the files were made: recipe, commit and tools, and the changes in words."""
     judged, recipe = context.upstream["verify"], context.recipe
@@ -151,6 +160,7 @@ def build_of(context: Context) -> Build:
         recipe=recipe.name,
         recipe_sha256=recipe.sha256,
         context=recipe.context,
+        gpu=tuple(of_gpu(context)),
         max_batch=recipe.step.max_batch,
         max_sequence=recipe.step.max_sequence,
         fixed=recipe.step.fixed,

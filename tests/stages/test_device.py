@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 from pipeline import golden, moments, tune, verify
-from pipeline.core import manifest
+from pipeline.core import facts, manifest
 from pipeline.core.errors import VerificationError
 from pipeline.core.recipe import PROJECT, Gate
 from pipeline.core.stage import DEFAULT_MODEL
@@ -126,6 +126,7 @@ def test_verify_holds_a_golden_of_a_gpu_against_the_cpu(
     assert [row["passed"] for row in rows] == [True, not wrong] and judgement["passed"] is not wrong
     assert "decoded tokens that the CPU does not say" in (line.root / "verify" / "report.html").read_text()
     assert code == (VerificationError.exit_code if wrong else 0)
+    assert wrong or manifest.read(line.root / "verify").told(facts.Verify).device == "cuda"
     said = capsys.readouterr().err
     assert "a few positions again on the CPU" in said
     assert ("run `make golden DEVICE=cpu`" in said and "golden is not what the CPU says" in said) is wrong
@@ -135,6 +136,7 @@ def test_a_golden_of_the_cpu_costs_nothing(built: Line, tmp_path: Path, monkeypa
     monkeypatch.setattr(agreement, "checks", lambda *_: pytest.fail("it was asked"))
     line = built.copy(tmp_path / "artifacts", "fetch", "golden", "fp32")
     assert line.run(verify.STAGE, "--graphs", "step", "--variants", "fp32") == 0
+    assert "device" not in manifest.read(line.root / "verify").facts
 
 
 def sums(line: Line) -> dict[str, Floats]:
@@ -184,6 +186,28 @@ def test_what_a_gpu_can_not_hold_the_cpu_computes_with_its_bytes(
     assert asked[:2] == [OTHER, OTHER] and {*asked[2:]} == {"cpu"}
     first, second = (manifest.read(line.root / stage.name) for line in lines)
     assert first.facts["device"] == second.facts["device"] == "cpu" and first.outputs == second.outputs
+
+
+@pytest.mark.parametrize(
+    ("said", "full"),
+    [
+        ("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported", True),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", True),
+        ("CUDA error: device-side assert triggered", False),
+    ],
+)
+def test_memory_that_a_library_of_a_gpu_lacks_is_told_from_other_errors(said: str, full: bool) -> None:
+    def compute(device: str) -> str:
+        if device != "cpu":
+            raise RuntimeError(said)
+        return device
+
+    if full:
+        assert devices.within_memory(OTHER, compute) == "cpu"
+    else:
+        with pytest.raises(RuntimeError, match="device-side"):
+            devices.within_memory(OTHER, compute)
 
 
 def test_memory_that_the_cpu_lacks_is_no_reason_to_begin_again() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from pipeline.core import manifest
 from pipeline.core.errors import IntegrityError
 from pipeline.core.graph import Choice, needs
 from pipeline.core.recipe import DECODER, STEP, load
+from pipeline.core.stage import Stage
 from pipeline.quantize import gptq, hessian_sums, hessians
 from pipeline.reference import linear
 from pipeline.tflite.graph import Graph
@@ -133,6 +135,18 @@ def test_int8_and_int4_are_rounded_by_them_and_come_out_again(
     ]
     assert 0.01 < float((pair[0] != pair[1]).mean()) < 0.9
     assert np.abs(pair[0].astype(int) - pair[1]).max() < 20
+
+
+@pytest.mark.parametrize("stage", [int8.STAGE, int4.STAGE], ids=lambda stage: stage.name)
+def test_what_was_rounded_by_a_gpu_s_moments_says_so(line: Line, tmp_path: Path, stage: Stage) -> None:
+    other = line.copy(tmp_path, "fetch", "graph", "moments")
+    found = []
+    for device in ("cpu", "cuda"):
+        made = manifest.read(other.root / "moments")
+        manifest.write(replace(made, facts={**made.facts, "device": device}), other.root / "moments")
+        assert other.run(stage, "--graphs", "step") == 0
+        found.append(manifest.read(other.root / stage.name).facts)
+    assert "device" not in found[0] and found[1] == {**found[0], "device": "cuda"}
 
 
 def test_a_changed_file_of_moments_is_refused(line: Line, tmp_path: Path) -> None:

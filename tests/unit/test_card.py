@@ -5,16 +5,19 @@ from __future__ import annotations
 import dataclasses
 import re
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from huggingface_hub.repocard import metadata_load
 
 from pipeline.core.errors import PublishError
 from pipeline.core.judgement import Estimate, Script
+from pipeline.core.stage import Context
 from pipeline.release import card
 from pipeline.release.card import Build, Check, Phone, Product, Sense, Subject
 from pipeline.release.licence import Licence
+from pipeline.release.subject import of_gpu
 
 HUB = Subject(model="google/gemma-3n-E2B-it", revision="a" * 40, base_models=(), lineage=(), model_type="gemma3n")
 FOLDER = Subject(model="tiny-gemma3n", revision="b" * 64, base_models=(), lineage=(), model_type="gemma3n_text")
@@ -104,6 +107,28 @@ def test_the_command_asks_for_the_cache_that_the_files_have() -> None:
         page = card.text(subject, TERMS, {}, PRODUCTS, CHECKS, asked, {})
         assert re.search(r"^make publish MODEL_ID=\S+.* CONTEXT=8192$", page, re.MULTILINE)
     assert "CONTEXT" not in made()
+
+
+def test_what_a_gpu_computed_is_told_and_asked_of_one_again() -> None:
+    page = card.text(HUB, TERMS, {}, PRODUCTS, CHECKS, dataclasses.replace(BUILD, gpu=("golden", "moments")), {})
+    assert re.search(r"^make publish MODEL_ID=\S+.* DEVICE=cuda$", page, re.MULTILINE)
+    assert "same bytes, on a GPU of the same kind, which computed golden and moments:" in page
+    assert "DEVICE" not in made() and "The same inputs give the same bytes:" in made()
+
+
+@pytest.mark.parametrize(
+    ("golden", "int8", "int4", "said"),
+    [
+        ("cpu", "cpu", "cpu", []),
+        ("cuda", "cpu", "cpu", ["golden"]),
+        ("cpu", "cpu", "cuda", ["moments"]),
+        ("cuda", "cuda", "cpu", ["golden", "moments"]),
+    ],
+)
+def test_a_gpu_s_part_is_what_the_stages_tell(golden: str, int8: str, int4: str, said: list[str]) -> None:
+    devices = {"verify": golden, "int8": int8, "int4": int4}
+    told = {name: SimpleNamespace(told=lambda kind, of=of: SimpleNamespace(device=of)) for name, of in devices.items()}
+    assert [*of_gpu(cast(Context, SimpleNamespace(upstream=told)))] == said
 
 
 def test_an_overridden_licence_is_explained() -> None:
