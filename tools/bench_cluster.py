@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipeline import golden, verify
 from pipeline.cluster import pool
@@ -118,15 +119,19 @@ def tell_seam(words: Sequence[str]) -> None:
 
 
 def compare_ways(words: Sequence[str]) -> None:
-    """Run both stages both ways and print what they took."""
+    """Run both stages both ways and print what they took, and the second way's over the first's."""
+    taken = dict[str, NDArray[np.float64]]()
     for way, (threads, cluster) in WAYS.items():
         settings = dict([threads.split("=")]) if threads else {}
         own = ["--cluster", cluster] if cluster else []
         for stage in ("golden", "verify"):
             command = [sys.executable, "-m", f"pipeline.{stage}", *words, *_device(stage), *own]
             seconds, processor = timed(command, **settings)
+            taken[way] = taken.get(way, np.zeros(2)) + (seconds, processor)
             load = os.getloadavg()[0]
             log.line(f"{way}: {stage}: {seconds:.1f} s, {processor:.1f} s of processor time (load {load:.1f})")
+    one, two = taken.values()
+    log.line("together: {:.2f} times the time, {:.2f} times the processor time".format(*(two / one)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
