@@ -17,7 +17,7 @@ import pytest
 from pipeline import publish
 from pipeline.core import manifest, stage
 from pipeline.core.errors import VerificationError
-from pipeline.core.facts import Bundle, Ladder, Precision
+from pipeline.core.facts import Bundle, Ladder, Precision, Verify
 from pipeline.core.recipe import PROJECT
 from pipeline.core.stage import Context, Outcome, Stage
 from pipeline.release import provenance
@@ -149,8 +149,9 @@ class Line:
             made = [f"{section}.tflite" for section in ("step", *sections)]
             for file in [f"{kind}.litertlm" for kind in BUNDLES] if name == "bundle" else made:
                 (context.folder / file).write_bytes(data + file.encode())
-            if name == "int8":
-                return Outcome(facts=Precision(graphs="all", climbed=Ladder(rung="rotate")))
+            if name in ("int8", "int4"):
+                climbed = Ladder(rung="rotate") if name == "int8" else None
+                return Outcome(facts=Precision(graphs="all", climbed=climbed))
             return Outcome(facts=dict.fromkeys(BUNDLES, HELD) if name == "bundle" else {})
 
         assert self.run(Stage(name=name, summary="", work=work, needs_of=lambda *_: ("fetch",))) == 0
@@ -170,7 +171,7 @@ class Line:
                 write(context)
             if not self.passed:
                 raise VerificationError("a gate failed")
-            return Outcome()
+            return Outcome(facts=Verify(passed=True, checks=1, fit=tuple(variants), not_fit=()))
 
         measured = ("report.json", "report.html")
         needs = ("fetch", *variants)
