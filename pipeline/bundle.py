@@ -27,7 +27,7 @@ def work(context: Context) -> Outcome:
     The template is proven in LiteRT-LM with the stand-in, and what is written is read back: to open the bundle itself
     takes memory of the weights' size, which verify alone may.
     """
-    described = of_checkpoint(context.root / "fetch" / "checkpoint", context.recipe.bundle.max_tokens, context.towers)
+    described = of_checkpoint(context.root / "fetch" / "checkpoint", context.recipe.bundle, context.towers)
     made_int8 = context.upstream["int8"].told(Precision) if "int8" in context.upstream else None
     metadata = replace(
         described.metadata, activation_type=activation_type(made_int8.largest_activation if made_int8 else None)
@@ -59,7 +59,7 @@ def work(context: Context) -> Outcome:
             cache_bytes=contents.cache_bytes(models["decoder"], context.recipe.bundle.cache_length),
             remarks=(*metadata.remarks, *([_CPU_ALONE] if context.recipe.bundle.grows else [])),
             hears=Hears(rate=sound.rate, frame=sound.frame, hop=sound.hop) if (sound := metadata.sound) else None,
-            sees=Sees(size=picture.size) if (picture := metadata.picture) else None,
+            sees=Sees(size=picture.size, whole=picture.whole) if (picture := metadata.picture) else None,
         )
         log.step(f"{out.name}: {log.human_bytes(out.stat().st_size)}")
     return Outcome(facts=bundles)

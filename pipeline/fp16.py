@@ -31,7 +31,7 @@ def work(context: Context) -> Outcome:
         readback.round_trip(file)
         log.step(f"{name}: {log.human_bytes(found.size)}")
     if DECODER in graphs:
-        tables.write_tables(checkpoint, "fp16", context.folder)
+        tables.write_tables(checkpoint, context.recipe.bundle, "fp16", context.folder)
     step, decoder = contents.get(STEP), contents.get(DECODER)
     return Outcome(facts=Precision(graphs=context.graphs, step=step, decoder=decoder))
 

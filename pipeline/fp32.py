@@ -26,7 +26,7 @@ def work(context: Context) -> Outcome:
             fixed.add(context.folder / name, context.recipe.step.signatures)
         readback.round_trip(context.folder / name, ExportError)
     if DECODER in graphs:
-        tables.write_tables(checkpoint, "fp32", context.folder)
+        tables.write_tables(checkpoint, context.recipe.bundle, "fp32", context.folder)
     sizes = {file.name: file.stat().st_size for file in sorted(context.folder.glob("*.tflite"))}
     return Outcome(facts=Files(graphs=context.graphs, sizes=sizes))
 

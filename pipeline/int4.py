@@ -51,7 +51,7 @@ def _made(context: Context) -> Precision:
             shapes = context.recipe.step.signatures if name == STEP else {}
             contents[name] = _write(checkpoint, file, context.folder / name, settings, hessians, shapes)
     if DECODER in graphs:
-        tables.write_tables(checkpoint, "int4", context.folder, _kept(settings))
+        tables.write_tables(checkpoint, context.recipe.bundle, "int4", context.folder, _kept(settings))
     step, decoder = contents.get(STEP), contents.get(DECODER)
     return Precision(graphs=context.graphs, device=context.moments_device, step=step, decoder=decoder)
 

@@ -73,7 +73,7 @@ def work(context: Context) -> Outcome:
         if DECODER in graphs and not asked:
             ladder.write(checkpoint, graphs[DECODER], context.folder / DECODER, section, hessians)
             facts = replace(facts, decoder=readback.contents(context.folder / DECODER, "dynamic"))
-            tables.write_tables(checkpoint, "int8", context.folder)
+            tables.write_tables(checkpoint, context.recipe.bundle, "int8", context.folder)
     return Outcome(facts=facts)
 
 

@@ -37,7 +37,7 @@ def work(context: Context) -> Outcome:
     """
     versions, target, root = web.require_libraries(), context.folder, context.root
     judgement = preflight.judgement(root / "verify")
-    described = of_checkpoint(root / "fetch" / "checkpoint", context.recipe.bundle.max_tokens)
+    described = of_checkpoint(root / "fetch" / "checkpoint", context.recipe.bundle)
     sources = {name: f"{PRECISION}/{name}.tflite" for name in described.metadata.sections}
     preflight.refuse_other_recipe(context.upstream["verify"], context.recipe.sha256)
     preflight.refuse_other_bytes(context.upstream, (*sources.values(), f"bundle/{PRECISION}.litertlm"))

@@ -21,8 +21,8 @@ def work(given: Common) -> None:
     Raises:
         BundleError: no bundle can have it; names line and construct, or how the rendered text differs.
     """
-    limit = load_recipe(given.recipe_file).bundle.max_tokens
-    made = of_checkpoint(given.root / "fetch" / "checkpoint", limit, given.towers).metadata
+    bundle = load_recipe(given.recipe_file).bundle
+    made = of_checkpoint(given.root / "fetch" / "checkpoint", bundle, given.towers).metadata
     what = "rendered alike in LiteRT-LM" if made.chat_template else "none: a base model"
     log.line(f"template · {given.root.name} · {what}")
     for remark in made.remarks:

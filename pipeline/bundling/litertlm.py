@@ -21,7 +21,12 @@ from typing import BinaryIO
 
 from google.protobuf.message import DecodeError
 from litert_lm_builder import litertlm_builder, litertlm_core, litertlm_peek
-from litert_lm_builder.runtime.proto import llm_metadata_pb2, llm_model_type_pb2, sampler_params_pb2
+from litert_lm_builder.runtime.proto import (
+    executor_metadata_pb2,
+    llm_metadata_pb2,
+    llm_model_type_pb2,
+    sampler_params_pb2,
+)
 
 from pipeline.bundling import towers
 from pipeline.bundling.metadata import Metadata, Picture, Sound
@@ -39,7 +44,7 @@ BUILDER = "0.18.1"
 """The litert-lm-builder that the replacement of its system metadata was written for."""
 JUDGED_WITH = "0.18.1"
 """The LiteRT-LM that bundles are judged with; an older one warns that it may not run them."""
-MODEL, WEIGHTS, METADATA = "TFLiteModel", "TFLiteWeights", "LlmMetadataProto"
+MODEL, WEIGHTS, METADATA, EXECUTOR = "TFLiteModel", "TFLiteWeights", "LlmMetadataProto", "ExecutorMetadataProto"
 """Kinds of sections, as litert-lm-builder names them."""
 _NAMESPACE = uuid.UUID("6f6c1a52-3a3f-5d0e-9c1b-0f4f2f3f7b61")
 _DEFAULT_EPOCH = 315532800  # 1980-01-01, what the Makefile uses outside git
@@ -83,9 +88,10 @@ def write(
     try:
         with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
             parts = _divided(models, limit, Path(scratch), must=must)
-            _build(_described(metadata, tokenizer, Path(scratch)), parts, metadata.activation_type, partial)
+            described = _described(metadata, tokenizer, models[_DECODER], Path(scratch))
+            _build(described, parts, metadata.activation_type, partial)
             sections = read_sections(partial)
-            _check(partial, sections, metadata, tokenizer, parts)
+            _check(partial, sections, metadata, tokenizer, parts, described)
         for part in parts:
             if part.kind == WEIGHTS:
                 _check_joined(partial, sections, part.model, models[part.model])
@@ -165,13 +171,52 @@ def _divided(models: Mapping[str, Path], limit: int, scratch: Path, *, must: boo
     return parts
 
 
-def _described(metadata: Metadata, tokenizer: str, scratch: Path) -> dict[str, Path]:
+def _described(metadata: Metadata, tokenizer: str, decoder: Path, scratch: Path) -> dict[str, Path]:
     """The sections that are no model's, as files by name."""
     llm, packed = scratch / "metadata.pb", scratch / "tokenizer.zlib"
     # Protocol buffers promise no order of bytes without it.
     llm.write_bytes(_message(metadata).SerializeToString(deterministic=True))
     packed.write_bytes(_pack(tokenizer))
-    return {"metadata": llm, "tokenizer": packed}
+    found = {"metadata": llm, "tokenizer": packed}
+    if metadata.picture and metadata.picture.whole:
+        found["executor"] = scratch / "executor.pb"
+        found["executor"].write_bytes(seeing_whole(decoder))
+    return found
+
+
+def seeing_whole(decoder: Path) -> bytes:
+    """What LiteRT-LM is told so that soft tokens of a picture see each other: how it masks, and the `decoder`'s cache.
+
+    Without a list of all parts of the cache it does not open such a bundle (0.18.1). A sliding layer's ring is a local
+    one: as a global one it would end a conversation where the ring ends.
+    """
+    message = executor_metadata_pb2.ExecutorMetadata()
+    told = message.llm_executor_metadata
+    told.attention_mask_settings.attention_mask_type = (
+        executor_metadata_pb2.AttentionMaskType.ATTENTION_MASK_TYPE_VISION_BIDIRECTIONAL
+    )
+    kinds = executor_metadata_pb2.StateBuffer
+    graph = Graph.read(decoder)
+    shapes = {str(port.name): graph.shape(int(port.tensorIndex)) for port in graph.ports()}
+    longest = shapes["mask"][-1]
+    for name in sorted(name for name in shapes if name.startswith("kv_cache_")):
+        keys = name.startswith("kv_cache_k_")
+        whole = shapes[name][2 if keys else 3] == longest
+        told.state_buffers.add(
+            prefill_input_name=name,
+            prefill_output_name=name,
+            decode_input_name=name,
+            decode_output_name=name,
+            type={
+                (True, True): kinds.TYPE_GLOBAL_KEY_CACHE,
+                (False, True): kinds.TYPE_GLOBAL_VALUE_CACHE,
+                (True, False): kinds.TYPE_LOCAL_KEY_CACHE,
+                (False, False): kinds.TYPE_LOCAL_VALUE_CACHE,
+            }[keys, whole],
+            sequence_axis=2 if keys else 3,
+        )
+    data: bytes = message.SerializeToString(deterministic=True)
+    return data
 
 
 def _message(metadata: Metadata) -> llm_metadata_pb2.LlmMetadata:
@@ -220,15 +265,17 @@ def _says_where(kind: llm_model_type_pb2.GenericModel, places: Sequence[str]) ->
 
 
 def _sees(kind: llm_model_type_pb2.GenericModel, picture: Picture) -> None:
-    """Say how a picture goes in: pixels in 0 … 1; between lines of their own, as `Gemma3nProcessor` has it.
+    """Say how a picture goes in: pixels in 0 … 1; between lines of their own, as the processors have it.
 
-    No token is added behind: the last row of the adapter is the picture's end.
+    What ends a picture is the last row of the adapter. Where soft tokens see the whole picture it is text: as a row it
+    would be seen by them.
     """
     kind.image_enabled = True
     kind.image_token_regex = picture.place
     kind.image_tensor_height = kind.image_tensor_width = picture.size
     kind.start_of_image_token.token_str, kind.end_of_image_token.token_str = picture.start, picture.end
-    kind.image_prefix, kind.image_suffix, kind.add_image_end = "\n\n", "\n\n", False
+    behind = f"{picture.end}\n\n" if picture.whole else "\n\n"
+    kind.image_prefix, kind.image_suffix, kind.add_image_end = "\n\n", behind, False
 
 
 def _hears(kind: llm_model_type_pb2.GenericModel, sound: Sound) -> None:
@@ -255,6 +302,8 @@ def _build(described: Mapping[str, Path], parts: Sequence[_Part], activation_typ
     builder = litertlm_builder.LitertLmFileBuilder()
     builder.add_llm_metadata(str(described["metadata"]))
     builder.add_hf_tokenizer(str(described["tokenizer"]))
+    if "executor" in described:
+        builder.add_executor_metadata(str(described["executor"]))
     for part in parts:
         kind, preferred = MODEL_KINDS[part.model], activation_type if part.model == _DECODER else None
         if part.kind == WEIGHTS:
@@ -346,11 +395,17 @@ def _told(item: litertlm_peek.schema.SectionObject, key: str) -> str:
 
 
 def _check(
-    bundle: Path, sections: Sequence[Section], metadata: Metadata, tokenizer: str, parts: Sequence[_Part]
+    bundle: Path,
+    sections: Sequence[Section],
+    metadata: Metadata,
+    tokenizer: str,
+    parts: Sequence[_Part],
+    described: Mapping[str, Path],
 ) -> None:
     """Hold what is in the file against what was given."""
     told = {(_DECODER, MODEL): metadata.activation_type}
     expected = [(METADATA, "", ""), ("HF_Tokenizer_Zlib", "", "")]
+    expected += [(EXECUTOR, "", "")] if "executor" in described else []
     expected += [(part.kind, MODEL_KINDS[part.model].value, told.get((part.model, part.kind), "")) for part in parts]
     kinds = [(section.kind, section.model_type, section.activation_type) for section in sections]
     if kinds != expected:
@@ -361,10 +416,12 @@ def _check(
         # Behind the 8 bytes of the length.
         if zlib.decompress(read(bundle, sections[1])[8:]).decode("utf-8") != tokenizer:
             _refuse(bundle, "has another tokenizer than was given")
+        if "executor" in described and read(bundle, sections[2]) != described["executor"].read_bytes():
+            _refuse(bundle, "has another executor's metadata than was given")
     except (DecodeError, zlib.error, UnicodeDecodeError) as error:
         _refuse(bundle, f"has an unreadable section ({error})")
     with log.progress("comparing sections", _total(part.file for part in parts)) as bar:
-        for section, file in zip(sections[2:], (part.file for part in parts), strict=True):
+        for section, file in zip(sections[len(described) :], (part.file for part in parts), strict=True):
             with file.open("rb") as source, bundle.open("rb") as stream:
                 stream.seek(section.offset)
                 if section.size != file.stat().st_size or not _same(source, stream, section.size, bar):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from litert_lm_builder.runtime.proto import llm_model_type_pb2
@@ -26,9 +26,9 @@ from pipeline.checkpoint.sound import open_front
 from pipeline.core import log
 from pipeline.core.errors import BundleError
 from pipeline.core.graph import Towers, towers_in
-from pipeline.models import Runtime, architecture_of, sections, tower_of
+from pipeline.core.recipe import Bundle
+from pipeline.models import Runtime, Tower, architecture_of, gemma3_vision, sections, tower_of
 from pipeline.models.gemma3n_audio import AudioConfig
-from pipeline.models.gemma3n_vision import VisionConfig
 
 _DEFAULT_TOP_K, _DEFAULT_TOP_P, _DEFAULT_TEMPERATURE = 50, 1.0, 1.0
 """What transformers samples with where generation_config.json says no more than `do_sample`."""
@@ -76,7 +76,8 @@ class Sound:
 class Picture:
     """How a bundle sees: the texts of the tokens before and behind a picture, and `place`, its place in a prompt.
 
-    Its encoder takes `size` x `size` pixels and makes `tokens` soft tokens of them.
+    Its encoder takes `size` x `size` pixels and makes `tokens` soft tokens of them. If these see the `whole` picture,
+    also what comes after them, its end is a token of the text; else it is a vector of the adapter's.
     """
 
     start: str
@@ -84,6 +85,7 @@ class Picture:
     place: str
     size: int
     tokens: int
+    whole: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,10 +205,10 @@ class Described:
     vocabulary: int
 
 
-def of_checkpoint(folder: Path, max_tokens: int, towers: Towers = "none") -> Described:
+def of_checkpoint(folder: Path, bundle: Bundle, towers: Towers = "none") -> Described:
     """What a bundle of the checkpoint in `folder` with these `towers` says of it; raises as `describe`."""
     checkpoint = open_checkpoint(folder)
-    architecture = architecture_of(checkpoint)
+    architecture = architecture_of(checkpoint, bundle)
     taken = {name: tower_of(architecture, name) for name in towers_in(towers)}
     vocabulary = architecture.tensors()[EMBEDDING][0]
     tokenizer = open_tokenizer(folder)
@@ -216,11 +218,31 @@ def of_checkpoint(folder: Path, max_tokens: int, towers: Towers = "none") -> Des
         runtime=architecture.runtime,
         sections=(*sections(architecture), *(name for tower in taken.values() for name in tower.sections)),
         vocabulary=vocabulary,
-        max_tokens=max_tokens,
-        picture=_picture(checkpoint, tokenizer) if "vision" in taken else None,
+        max_tokens=bundle.max_tokens,
+        picture=_picture(taken["vision"], folder, tokenizer) if "vision" in taken else None,
         sound=_sound(checkpoint, tokenizer) if "audio" in taken else None,
     )
+    if made.picture and made.picture.whole:
+        made = replace(made, remarks=(*made.remarks, _in_one_call(made.picture, bundle.prefill)))
     return Described(metadata=made, tokenizer=tokenizer, vocabulary=vocabulary)
+
+
+def _in_one_call(picture: Picture, prefill: tuple[int, ...]) -> str:
+    """What is to be said of pictures that have to see themselves whole, where calls take `prefill` tokens.
+
+    Raises:
+        BundleError: a picture would be read in several calls, in each of which it sees a part of itself.
+    """
+    if len(prefill) > 1 or prefill[0] <= picture.tokens + 1:
+        raise BundleError(
+            f"pictures of {picture.tokens} soft tokens, which have to see each other, would be read in several calls",
+            cause=f"`bundle.prefill` is {[*prefill]}, and LiteRT-LM reads a prompt by the longest one that it fills",
+            remedy=f"say prefill = [{2 * picture.tokens}] there",
+        )
+    return (
+        f"LiteRT-LM reads a prompt by {prefill[0]} tokens; a picture that lies across two such parts, as a second one "
+        "in a message may, does not see itself whole there, as it does in transformers."
+    )
 
 
 def _sound(checkpoint: Checkpoint, tokenizer: Tokenizer) -> Sound:
@@ -231,11 +253,15 @@ def _sound(checkpoint: Checkpoint, tokenizer: Tokenizer) -> Sound:
     )
 
 
-def _picture(checkpoint: Checkpoint, tokenizer: Tokenizer) -> Picture:
-    config, look = VisionConfig.from_config(checkpoint.config), open_look(checkpoint.folder)
+def _picture(tower: Tower, checkpoint: Path, tokenizer: Tokenizer) -> Picture:
+    config, look = tower.config, open_look(checkpoint)
+    assert not isinstance(config, AudioConfig)
     config.check(look.size)
-    start, end, place = _texts(tokenizer, boi=config.boi_token_id, eoi=config.eoi_token_id, image=config.image_token_id)
-    return Picture(start=start, end=end, place=place, size=look.size, tokens=config.soft_tokens)
+    start, end = _texts(tokenizer, boi=config.boi_token_id, eoi=config.eoi_token_id)
+    whole = isinstance(config, gemma3_vision.VisionConfig)
+    # Gemma 3's template has what begins a picture in its place, and its processor puts the rest there.
+    place = start if whole else _texts(tokenizer, image=config.image_token_id)[0]
+    return Picture(start=start, end=end, place=place, size=look.size, tokens=config.soft_tokens, whole=whole)
 
 
 def _texts(tokenizer: Tokenizer, **tokens: int) -> list[str]:

@@ -34,7 +34,11 @@ def with_decoder(bundle: Path, decoder: Path, length: int, out: Path) -> None:
         for place, section in enumerate(sections):
             file = Path(scratch) / f"{place}.tflite"
             name, kind = kinds.get(section.model_type, ("", None))
-            if kind is None:
+            if section.kind == litertlm.EXECUTOR:
+                file = file.with_suffix(".pb")
+                file.write_bytes(litertlm.seeing_whole(decoder))
+                builder.add_executor_metadata(str(file))
+            elif kind is None:
                 _describe(builder, bundle, section, length, file)
             elif name == "decoder":
                 # Weights of the old one, where they have a section of their own, are left out.

@@ -17,6 +17,7 @@ import numpy as np
 from pipeline.bundling import tables
 from pipeline.checkpoint.reader import Checkpoint
 from pipeline.core.errors import QuantiseError
+from pipeline.core.recipe import Bundle
 from pipeline.models import architecture_of
 from pipeline.models.build import tensor_names
 from pipeline.quantize import blockwise, float16
@@ -138,14 +139,18 @@ def check(checkpoint: Checkpoint, source: Source, precision: Precision, file: Pa
 
 
 def write_tables(
-    checkpoint: Checkpoint, precision: tables.Precision, folder: Path, chosen: Choice = lambda _: None
+    checkpoint: Checkpoint,
+    bundle: Bundle,
+    precision: tables.Precision,
+    folder: Path,
+    chosen: Choice = lambda _: None,
 ) -> list[Path]:
     """Write the embedding tables that are sections of their own into `folder`, straight from the checkpoint.
 
     In `precision`, but those of which `chosen` has another; 4-bit tables without whole blocks have 8 bits.
     """
     names, written = tensor_names(checkpoint), []
-    for table in architecture_of(checkpoint).tables():
+    for table in architecture_of(checkpoint, bundle).tables():
         source = tables.Source(tensor=names[table.tensor], scale=table.scale, shape=table.shape)
         file = folder / f"{table.name}.tflite"
         # As `blockwise.quantise_weights` does with the graphs' matrices.

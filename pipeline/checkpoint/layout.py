@@ -22,7 +22,8 @@ class Needed:
 
     `shapes` of its tensors by canonical name, were the head tied; the `canonical` name of a stored tensor, None if it
     is knowingly not used; whether config.json `ties` the head to the embedding. `towers` are the parts beside the text
-    model that are taken too, name → shapes of its tensors by name; `converts`: whether any of this family could be.
+    model that are taken too, name → shapes of its tensors by name; `converts`: whether any of this family could be;
+    `seeing` is what to say for a recipe that does.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -30,6 +31,7 @@ class Needed:
     ties: bool = True
     towers: Mapping[str, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)
     converts: bool = False
+    seeing: str = ""
 
     def used_as(self, name: str) -> str | None:
         """The canonical name of a stored tensor, whatever wraps the model; None for one that is not used."""

@@ -24,6 +24,9 @@ UNMERGED = re.compile(r"\.(lora_\w+|base_layer|modules_to_save|original_module)\
 """What an adapter that was not merged leaves in the names."""
 _TOWER = re.compile(r"^(?:model\.)?(?!layers\.|language_model\.|embed_tokens\w*\.|norm\.|lm_head\.)(\w+)\.")
 
+_SIGLIP = re.compile(r"^vision_tower\.vision_model\.")
+"""Where transformers 4 saved Gemma 3's vision tower."""
+
 
 def inner(name: str) -> str:
     """A stored tensor's name without what wraps the model."""
@@ -38,7 +41,7 @@ def towers(names: Iterable[str]) -> dict[str, int]:
 
 def tower_name(name: str) -> str:
     """A stored tensor's name, if it belongs to a tower, as transformers has it in the whole model."""
-    return inner(name).removeprefix("model.")
+    return _SIGLIP.sub("vision_tower.", inner(name).removeprefix("model."))
 
 
 def text_name(name: str) -> str:

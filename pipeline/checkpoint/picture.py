@@ -45,7 +45,7 @@ def open_look(checkpoint: Path) -> Look:
         raise TowerError(
             f"the image processor in {checkpoint} has resample {int(told.resample)}, expected {_BILINEAR} (bilinear)"
         )
-    if getattr(told, "do_center_crop", None) or getattr(told, "do_pad", None):
+    if any(getattr(told, name, None) for name in ("do_center_crop", "do_pad", "do_pan_and_scan")):
         raise TowerError(f"the image processor in {checkpoint} crops or pads, which pictures here are not")
     scale = np.float64(told.rescale_factor * _WHOLE if told.do_rescale else _WHOLE)
     mean, deviation = (

@@ -201,7 +201,8 @@ def _say_what_is_odd(
     if left_out:
         parts = ", ".join(f"{count} of {part}" for part, count in left_out.items())
         kind = "" if needed.towers else "text only: "
-        why = "" if needed.converts else "; towers of this family can't be converted yet"
+        other = f"{needed.seeing} takes them" if needed.seeing else "towers of this family can't be converted yet"
+        why = "" if needed.converts else f"; {other}"
         log.step(f"{kind}tensors left out: {parts}{why}")
     given = [tensor for tensor in tensors.values() if tensor.dtype == packed.INT4]
     if given:

@@ -259,9 +259,10 @@ class Hears:
 
 @dataclass(frozen=True, kw_only=True)
 class Sees:
-    """How a bundle sees: pictures of `size` x `size` pixels."""
+    """How a bundle sees: pictures of `size` x `size` pixels, of whose soft tokens each sees the `whole` picture."""
 
     size: int
+    whole: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -72,7 +72,9 @@ class Bundle:
     each of `prompts` prompts against Hugging Face's. Some weights of a model of more than `section_limit` bytes stand
     in a section of their own, and a model that can't be divided so is refused; where left out, at `SECTION_LIMIT`, it
     stays whole instead. Of `optional` precisions there are bundles besides, which may miss their limits: then
-    they are not published, and all others are. Their step graphs are not judged.
+    they are not published, and all others are. Their step graphs are not judged. With an `embedder` the decoder of a
+    family that looks tokens up itself is given embeddings, which a section of its own looks up: pictures go into such a
+    one alone.
     """
 
     cache_length: int
@@ -85,6 +87,7 @@ class Bundle:
     cache: CacheKind = "static"
     section_limit: toml.Size | None = None
     optional: tuple[BundlePrecision, ...] = ()
+    embedder: bool = False
 
     @property
     def built(self) -> tuple[BundlePrecision, ...]:

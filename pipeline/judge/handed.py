@@ -47,7 +47,8 @@ class Setting:
     """What the runtime is held against.
 
     What golden stored of each tower, as a message's media by kind and name, the tokenizer, and how many tokens the
-    model has; `per_layer` [layers, D] are token 0's. Of a `large` model little is read.
+    model has; `per_layer` [layers, D] are token 0's. Of a `large` model little is read. Where soft tokens see the
+    `whole` picture these are the lengths of the bundle's prefills, by which it is read.
     """
 
     towers: Mapping[str, Reference]
@@ -56,6 +57,7 @@ class Setting:
     vocabulary: int
     per_layer: Floats
     large: bool
+    whole: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +123,8 @@ def judge_handed(bundle: str, setting: Setting, pack: Pack, scratch: Path) -> Ha
     if setting.per_layer.size:
         detail = f"{sum(len(one.per_layer[0]) for one in read)} sums"
         checks += _check(bundle, "per-layer inputs", max(_error(one.per_layer) for one in read), detail)
-    name = "inputs with positions that see others than those before them, in LiteRT-LM"
+    rest = " or of their picture" if setting.whole else ""
+    name = f"inputs with positions that see others than those before them{rest}, in LiteRT-LM"
     checks.append(gates.must_hold(bundle, name, sum(one.misplaced > 0 for one in read), len(read)))
     return Handed(checks=checks, resized=resized)
 
@@ -155,11 +158,13 @@ def _of_tower(tower: str, reference: Reference, setting: Setting, pack: Pack, sc
     alphabet = _letters(setting)
     vectors = {name: reference.soft[name] for name in names}
     longest = prompt.before + max(map(len, vectors.values())) + prompt.behind + probe.DIGITS * (probe.VALUES + 1)
+    prefills = setting.whole or (probe.PREFILL,)
     decoder = Probe(
-        Given(start=prompt.before, vectors=vectors, per_layer=setting.per_layer),
-        -(-longest // _ROUND) * _ROUND + probe.PREFILL,
+        Given(start=prompt.before, vectors=vectors, per_layer=setting.per_layer, whole=bool(setting.whole)),
+        -(-longest // _ROUND) * _ROUND + max(prefills),
         [*alphabet.values()],
         setting.vocabulary,
+        prefills,
     )
     file, made = scratch / "probe.tflite", scratch / "probe.litertlm"
     decoder.graph().write(file)

@@ -37,22 +37,28 @@ Doubles = NDArray[np.float64]
 class Given:
     """What the decoder should be given: by name of a picture or sound its vectors [n, H], from position `start` on.
 
-    And per-layer inputs [layers, D] at all of them; of a model without these they are empty.
+    And per-layer inputs [layers, D] at all of them; of a model without these they are empty. `whole`: each of the
+    vectors sees all of them.
     """
 
     start: int
     vectors: Mapping[str, NDArray[np.float32]]
     per_layer: NDArray[np.float32]
+    whole: bool = False
 
 
 @dataclass(frozen=True)
 class Probe:
-    """The decoder for a cache of `length` positions; its answers are in the tokens `letters` of a `vocabulary`."""
+    """The decoder for a cache of `length` positions; its answers are in the tokens `letters` of a `vocabulary`.
+
+    It has a signature for each of the lengths `prefills`.
+    """
 
     given: Given
     length: int
     letters: Sequence[int]
     vocabulary: int
+    prefills: Sequence[int] = (PREFILL,)
     soft: Array = field(init=False)
     """[16, H]: the signs of the sums, and their scale."""
     per_layer: Array = field(init=False)
@@ -87,7 +93,8 @@ class Probe:
         """[n, columns]: what is kept of the vectors of a picture or sound, if all is right."""
         soft = self.given.vectors[name].astype(np.float64) @ self.soft.T
         inputs = np.tile(self.given.per_layer.ravel().astype(np.float64) @ self.per_layer.T, (len(soft), 1))
-        sees = (self.given.start + 1 + np.arange(len(soft)))[:, None] * self.step
+        last = np.full(len(soft), len(soft) - 1) if self.given.whole else np.arange(len(soft))
+        sees = (self.given.start + 1 + last)[:, None] * self.step
         return np.concatenate([soft, inputs, sees], axis=1)
 
     def read(self, text: str, alphabet: str, position: int) -> tuple[NDArray[np.int64], Doubles]:
@@ -104,8 +111,9 @@ class Probe:
     def graph(self) -> Graph:
         """As a TFLite model with the signatures that LiteRT-LM looks for."""
         graph = Graph.empty()
-        for view, tokens in ((graph, 1), (graph.another(), PREFILL)):
-            _Part(view, self, tokens).build()
+        _Part(graph, self, 1).build()
+        for tokens in self.prefills:
+            _Part(graph.another(), self, tokens).build()
         return graph
 
 

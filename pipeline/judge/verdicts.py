@@ -209,6 +209,7 @@ def _handed(
         return Handed(checks=[])
     towers = {tower: Senses.stored(context.root / "golden", tower) for tower in towers_in(context.towers)}
     sight, ears = _senses(context, subject)
+    seen = context.upstream["bundle"].part(subject.precision, Bundle).sees
     with tempfile.TemporaryDirectory(dir=scratch) as folder, media.given(sight, ears, scratch) as given:
         setting = handed.Setting(
             towers=towers,
@@ -217,6 +218,7 @@ def _handed(
             vocabulary=tokens,
             per_layer=handed.per_layer_inputs(open_checkpoint(context.root / "fetch" / "checkpoint")),
             large=is_large(context.upstream["fetch"].told(Fetch).parameters),
+            whole=context.recipe.bundle.prefill if seen and seen.whole else (),
         )
         return handed.judge_handed(subject.name, setting, partial(replaced, subject.path), Path(folder))
 
@@ -224,7 +226,7 @@ def _handed(
 def _senses(context: Context, subject: bundles.Subject) -> tuple[Sight | None, Hearing | None]:
     """How a bundle sees and hears."""
     held = context.upstream["bundle"].part(subject.precision, Bundle)
-    return Sight(**vars(held.sees)) if held.sees else None, Hearing(**vars(held.hears)) if held.hears else None
+    return Sight(size=held.sees.size) if held.sees else None, Hearing(**vars(held.hears)) if held.hears else None
 
 
 def _of_tower(context: Context, tower: str) -> list[tuple[str, Tower]]:
@@ -264,7 +266,9 @@ def _logits(
     """What logits behind media are made with: towers of a precision, the text model in fp32, its longest prefill."""
     with tempfile.TemporaryDirectory(dir=scratch) as folder, media.given(sight, ears, scratch) as given:
         vectors = mixed.vectors(context.root / "towers" / precision, given, Path(folder))
-        text = Sections(context.root / BASELINE, weights=Path(folder) / "decoder")
+        seen = context.upstream["bundle"].part(BASELINE, Bundle).sees
+        whole = seen is not None and seen.whole
+        text = Sections(context.root / BASELINE, weights=Path(folder) / "decoder", whole=whole)
         yield vectors, text, max(context.recipe.bundle.prefill)
 
 

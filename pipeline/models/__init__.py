@@ -7,9 +7,10 @@ To add an architecture: its file with an `ARCHITECTURE`, its model types in `MOD
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from pipeline.checkpoint.layout import Needed
@@ -17,11 +18,13 @@ from pipeline.checkpoint.reader import Checkpoint
 from pipeline.core import records
 from pipeline.core.errors import FetchError, UsageError
 from pipeline.core.graph import Towers, towers_in
-from pipeline.core.recipe import PROJECT, Recipe, of_type
+from pipeline.core.recipe import PROJECT, Bundle, Recipe, load, of_type
 from pipeline.core.records import Record
 
 if TYPE_CHECKING:  # torch is loaded with a family
     from pipeline.export.export import Inputs
+    from pipeline.models import gemma3_vision, gemma3n_vision
+    from pipeline.models.gemma3n_audio import AudioConfig
     from pipeline.models.transformer import DecoderGraph, StepGraph, Table
 
 MODELS: Mapping[str, str] = {
@@ -63,10 +66,14 @@ class Runtime:
 
 @dataclass(frozen=True, kw_only=True)
 class Tower:
-    """A part beside the text model by which it sees or hears: its `sections`, and its `tensors`, name → shape."""
+    """A part beside the text model by which it sees or hears: its `sections`, and its `tensors`, name → shape.
+
+    `config` are the numbers that define it.
+    """
 
     sections: tuple[str, ...]
     tensors: Mapping[str, tuple[int, ...]]
+    config: AudioConfig | gemma3_vision.VisionConfig | gemma3n_vision.VisionConfig
 
 
 class Architecture(Protocol):
@@ -120,6 +127,13 @@ class Architecture(Protocol):
             FetchError: one asks for something that its modules don't do.
         """
 
+    def with_embedder(self) -> Architecture:
+        """The same with a decoder that is given embeddings, which a section looks up.
+
+        Raises:
+            UsageError: no decoder of the family is.
+        """
+
     def canonical(self, name: str) -> str | None:
         """The canonical name of checkpoint tensor `name`, or None if the text model knowingly leaves it out."""
 
@@ -166,13 +180,23 @@ def sections(architecture: Architecture) -> tuple[str, ...]:
     return (DECODER, *(table.name for table in architecture.tables()))
 
 
-def architecture_of(checkpoint: Checkpoint) -> Architecture:
-    """The architecture of an opened checkpoint, its head as it is stored.
+def architecture_of(checkpoint: Checkpoint, bundle: Bundle | None = None) -> Architecture:
+    """The architecture of an opened checkpoint, its head as it is stored, its decoder as `bundle` has it.
 
     Raises:
         FetchError: as `architecture_for`.
+        UsageError: as `bundled`.
     """
-    return architecture_for(checkpoint.config, tied=checkpoint.tied)
+    return bundled(architecture_for(checkpoint.config, tied=checkpoint.tied), bundle)
+
+
+def bundled(architecture: Architecture, bundle: Bundle | None) -> Architecture:
+    """The same with a decoder as `bundle` has it.
+
+    Raises:
+        UsageError: it is to be given embeddings, and none of the family is.
+    """
+    return architecture.with_embedder() if bundle and bundle.embedder else architecture
 
 
 def needed(architecture: Architecture, towers: Towers = "none") -> Needed:
@@ -212,12 +236,11 @@ def expected(recipe: Recipe, towers: Towers, config: Mapping[str, object]) -> Ne
     Raises:
         FetchError: as `architecture_for`.
         UsageError: the recipe is for other models, whose limits would judge this one wrongly; names one that fits.
-            Or its cache grows, and the model has a sliding window.
+            Or its cache grows, and the model has a sliding window; or it takes token ids, and there are `towers`.
     """
     model_type = config.get("model_type")
     if model_type in MODELS and model_type not in recipe.model_types:
-        fitting = of_type(str(model_type))
-        names = " or ".join(f"RECIPE={file.relative_to(PROJECT)}" for file in fitting)
+        names = _by(of_type(str(model_type)))
         raise UsageError(
             f"the checkpoint is of type {model_type}, recipe {recipe.name} is for {', '.join(recipe.model_types)}",
             remedy=f"say {names}" if names else f"write a recipe that has {model_type!r} among its model_types",
@@ -229,4 +252,19 @@ def expected(recipe: Recipe, towers: Towers, config: Mapping[str, object]) -> Ne
             cause="such a layer reads its window alone of a static cache; of one that grows it would read all",
             remedy='say cache = "static" there',
         )
-    return replace(needed(architecture, towers), converts=bool(recipe.towers.taken))
+    made, seeing = needed(architecture, towers), _by(_seeing(str(model_type)))
+    if made.towers and not bundled(architecture, recipe.bundle).tables():
+        raise UsageError(
+            f"with recipe {recipe.name} the decoder takes token ids, so nothing seen or heard can go into it",
+            remedy=f"say {seeing}" if seeing else "say TOWERS=none",
+        )
+    return replace(made, converts=bool(recipe.towers.taken), seeing=seeing)
+
+
+def _seeing(model_type: str) -> tuple[Path, ...]:
+    """The shipped recipes that take the towers of a model type."""
+    return tuple(file for file in of_type(model_type) if load(file).towers.taken)
+
+
+def _by(files: Iterable[Path]) -> str:
+    return " or ".join(f"RECIPE={file.relative_to(PROJECT)}" for file in files)

@@ -61,7 +61,7 @@ def _seconds(checkpoint: Checkpoint, signatures: int) -> float:
 
 
 def _call(checkpoint: Checkpoint, bundle: Bundle, name: str, length: int) -> Signature:
-    architecture = architecture_of(checkpoint)
+    architecture = architecture_of(checkpoint, bundle)
     with torch.device("meta"):
         module = architecture.decoder(logits=name == "decode")
     inputs = {

@@ -6,6 +6,7 @@ parameter names, so a checkpoint loads by name. Shapes in docstrings as in `tran
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,18 +14,22 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from pipeline.checkpoint.names import EMBEDDING
 from pipeline.core.errors import FetchError
 from pipeline.export.operators import Embedding, Linear
 from pipeline.export.repeat import run_layers
-from pipeline.models import Runtime
+from pipeline.models import Runtime, Tower, gemma3_vision
+from pipeline.models.gemma3_vision import VisionConfig
 from pipeline.models.transformer import (
     FULL,
     SLIDING,
     Attend,
+    EmbeddedDecoder,
     GatedMLP,
     RMSNorm,
     Rotation,
     StepGraph,
+    Table,
     TextFamily,
     TokenDecoder,
     gelu,
@@ -204,6 +209,13 @@ class Gemma3Decoder(TokenDecoder):
         super().__init__(TextModel(config), logits, tied=tied)
 
 
+class Gemma3EmbeddedDecoder(EmbeddedDecoder):
+    """The same for a model that sees: LiteRT-LM looks tokens up and passes embeddings."""
+
+    def __init__(self, config: TextConfig, logits: bool, *, tied: bool = True) -> None:
+        super().__init__(TextModel(config), logits, tied=tied)
+
+
 class Gemma3(TextFamily[TextConfig]):
     """The `Architecture` of both Gemma 3 model types, bound to a checkpoint's configuration."""
 
@@ -212,6 +224,13 @@ class Gemma3(TextFamily[TextConfig]):
     def __init__(self, config: Mapping[str, object], *, tied: bool = True) -> None:
         self.text, self.tied = TextConfig.from_config(config), tied
         self.ties = bool(config.get("tie_word_embeddings", True))
+        self._config, self._embedder = config, False
+
+    def with_embedder(self) -> Gemma3:
+        """As `Architecture`."""
+        other = copy.copy(self)
+        other._embedder = True
+        return other
 
     def runtime(self, template: str) -> Runtime:
         """What LiteRT-LM is told of it: FunctionGemma differs in its template alone."""
@@ -221,9 +240,22 @@ class Gemma3(TextFamily[TextConfig]):
         """The step graph, its weights still to be assigned."""
         return Gemma3ForTFLite(self.text, all_positions, tied=self.tied)
 
-    def decoder(self, *, logits: bool) -> Gemma3Decoder:
+    def decoder(self, *, logits: bool) -> Gemma3Decoder | Gemma3EmbeddedDecoder:
         """The decoder graph, its weights still to be assigned."""
-        return Gemma3Decoder(self.text, logits, tied=self.tied)
+        kind = Gemma3EmbeddedDecoder if self._embedder else Gemma3Decoder
+        return kind(self.text, logits, tied=self.tied)
+
+    def tables(self) -> tuple[Table, ...]:
+        """The section that LiteRT-LM looks tokens up in, where the decoder does not."""
+        size = self.text.hidden_size
+        return (Table("embedder", EMBEDDING, size**0.5, (size,)),) if self._embedder else ()
+
+    def towers(self) -> Mapping[str, Tower]:
+        """Its eyes, where config.json has them."""
+        if not self._config.get("vision_config"):
+            return {}
+        config = VisionConfig.from_config(self._config)
+        return {"vision": Tower(sections=gemma3_vision.SECTIONS, tensors=gemma3_vision.tensors(config), config=config)}
 
 
 ARCHITECTURE = Gemma3

@@ -433,11 +433,11 @@ class Gemma3n(TextFamily[TextConfig]):
         """Its eyes and ears, where config.json has them."""
         found: dict[str, Tower] = {}
         if self._config.get("vision_config"):
-            tensors = gemma3n_vision.tensors(VisionConfig.from_config(self._config))
-            found["vision"] = Tower(sections=gemma3n_vision.SECTIONS, tensors=tensors)
+            eyes = VisionConfig.from_config(self._config)
+            found["vision"] = Tower(sections=gemma3n_vision.SECTIONS, tensors=gemma3n_vision.tensors(eyes), config=eyes)
         if self._config.get("audio_config"):
-            tensors = gemma3n_audio.tensors(AudioConfig.from_config(self._config))
-            found["audio"] = Tower(sections=gemma3n_audio.SECTIONS, tensors=tensors)
+            ears = AudioConfig.from_config(self._config)
+            found["audio"] = Tower(sections=gemma3n_audio.SECTIONS, tensors=gemma3n_audio.tensors(ears), config=ears)
         return found
 
 

@@ -10,17 +10,17 @@ import torch
 from torch import nn
 
 from pipeline.checkpoint.layout import lay_out_tower
-from pipeline.checkpoint.picture import open_look
+from pipeline.checkpoint.picture import Look, open_look
 from pipeline.checkpoint.reader import Checkpoint, Float32
 from pipeline.checkpoint.sound import open_front
 from pipeline.core import log
 from pipeline.export.export import Inputs, Signature, export
-from pipeline.models import architecture_of, gemma3n_audio, gemma3n_vision, tower_of
+from pipeline.models import architecture_of, gemma3_vision, gemma3n_audio, gemma3n_vision, tower_of
 from pipeline.models.gemma3n_audio import AudioAdapter, AudioConfig, AudioEncoder
-from pipeline.models.gemma3n_vision import VisionAdapter, VisionConfig, VisionEncoder
 from pipeline.tflite import weights
 from pipeline.tflite.graph import Graph
 
+Make = Callable[[], nn.Module]
 _TRACED, _BLOCK = 4.0, 2.0
 """Seconds of exporting an encoder, and per block of its own."""
 
@@ -60,21 +60,36 @@ def _export_audio(checkpoint: Checkpoint, names: Mapping[str, str], folder: Path
 
 
 def _export_vision(checkpoint: Checkpoint, names: Mapping[str, str], folder: Path) -> list[Path]:
-    config, look = VisionConfig.from_config(checkpoint.config), open_look(checkpoint.folder)
+    tower, look = tower_of(architecture_of(checkpoint), "vision"), open_look(checkpoint.folder)
+    files = [folder / f"{name}.tflite" for name in tower.sections]
+    if isinstance(config := tower.config, gemma3_vision.VisionConfig):
+        modules, blocks = _eyes3(config, look), config.num_hidden_layers
+    else:
+        assert isinstance(config, gemma3n_vision.VisionConfig)
+        modules, blocks = _eyes3n(config, look, checkpoint, names), sum(map(len, config.stages))
     config.check(look.size)
-    encoder, adapter = files = [folder / f"{name}.tflite" for name in gemma3n_vision.SECTIONS]
     pixels = {"images": torch.zeros(1, look.size, look.size, 3)}
     features = {"soft_tokens": torch.zeros(1, config.soft_tokens, config.hidden_size)}
-    with log.waiting("exporting the vision encoder", _TRACED + sum(map(len, config.stages))):
-        _export(checkpoint, names, lambda: VisionEncoder(config, look), pixels, encoder)
-    row = end_row(checkpoint, names, "embed_vision", config.eoi_token_id - config.vocab_offset, config.rms_norm_eps)
-    _export(checkpoint, names, lambda: VisionAdapter(config, row), features, adapter)
+    with log.waiting("exporting the vision encoder", _TRACED + blocks):
+        _export(checkpoint, names, modules[0], pixels, files[0])
+    _export(checkpoint, names, modules[1], features, files[1])
     return files
 
 
-def _export(
-    checkpoint: Checkpoint, names: Mapping[str, str], make: Callable[[], nn.Module], inputs: Inputs, file: Path
-) -> None:
+def _eyes3(config: gemma3_vision.VisionConfig, look: Look) -> tuple[Make, Make]:
+    """Gemma 3's encoder and adapter."""
+    return lambda: gemma3_vision.VisionEncoder(config, look), lambda: gemma3_vision.VisionAdapter(config)
+
+
+def _eyes3n(
+    config: gemma3n_vision.VisionConfig, look: Look, checkpoint: Checkpoint, names: Mapping[str, str]
+) -> tuple[Make, Make]:
+    """Gemma 3n's."""
+    row = end_row(checkpoint, names, "embed_vision", config.eoi_token_id - config.vocab_offset, config.rms_norm_eps)
+    return lambda: gemma3n_vision.VisionEncoder(config, look), lambda: gemma3n_vision.VisionAdapter(config, row)
+
+
+def _export(checkpoint: Checkpoint, names: Mapping[str, str], make: Make, inputs: Inputs, file: Path) -> None:
     """A section with one signature, called like its file."""
 
     def vector(name: str) -> torch.Tensor:

@@ -14,13 +14,14 @@ import copy
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from pipeline.checkpoint.names import EMBEDDING, text_name
+from pipeline.core.errors import UsageError
 from pipeline.export.export import Inputs, Outputs
 from pipeline.export.operators import Linear, fold, gather, linear, matmul, normalise, unfold, update
 from pipeline.export.repeat import State
@@ -475,6 +476,14 @@ class EmbeddingDecoder(DecoderGraph):
         return self.run((embeddings[:, :, None], per_layer_embeddings), input_pos, mask, kv_cache)
 
 
+class EmbeddedDecoder(DecoderGraph):
+    """A decoder section that is passed what LiteRT-LM has looked up in a table, or what a picture is made to."""
+
+    def forward(self, embeddings: Tensor, input_pos: Tensor, mask: Tensor, kv_cache: Mapping[str, Tensor]) -> Outputs:
+        """`embeddings` [1, T, H] are scaled; the rest as in `run`."""
+        return self.run((embeddings[:, :, None],), input_pos, mask, kv_cache)
+
+
 @dataclass(frozen=True)
 class Table:
     """An embedding table as a section of its own: one token in, its scaled row out.
@@ -532,6 +541,15 @@ class TextFamily(Generic[Numbers]):
     def tables(self) -> tuple[Table, ...]:
         """The sections that LiteRT-LM looks tokens up in; none: the decoder looks them up itself."""
         return ()
+
+    def with_embedder(self) -> Self:
+        """As `Architecture`: those that look tokens up in sections always have one."""
+        if not self.tables():
+            raise UsageError(
+                "`bundle.embedder` of the recipe is true, and no decoder of this family is given embeddings",
+                remedy="leave it out",
+            )
+        return self
 
     def towers(self) -> Mapping[str, Tower]:
         """What it sees and hears by; none that can be converted."""

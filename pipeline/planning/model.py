@@ -18,7 +18,7 @@ from pipeline.core.facts import Checkpoint
 from pipeline.core.graph import Choice, Towers, tower_precision
 from pipeline.core.recipe import STEP, Graphs, Recipe
 from pipeline.judge import kv_cache
-from pipeline.models import architecture_for, expected, sizes, terms
+from pipeline.models import architecture_for, bundled, expected, sizes, terms
 from pipeline.models.sizes import Weights
 from pipeline.release import origin
 from pipeline.release.licence import Claim, claimed, resolve
@@ -120,7 +120,7 @@ def look(model_id: str, revision: str, base: str, recipe: Recipe, graphs: Graphs
     source = asked.source
     chosen = preflight.plan(source, partial(expected, recipe, towers))
     config = source.json(CONFIG)
-    architecture = architecture_for(config, tied=chosen.facts.tied)
+    architecture = bundled(architecture_for(config, tied=chosen.facts.tied), recipe.bundle)
     stored = sum(source.sizes[name] for name in chosen.names)
     return Model(
         facts=chosen.facts,

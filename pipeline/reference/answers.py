@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import DynamicCache
+from transformers.models.gemma3.modeling_gemma3 import create_masks_for_vision_model, get_block_sequence_ids_for_mask
 from transformers.models.gemma3n.modeling_gemma3n import Gemma3nMultimodalEmbedder
 
 from pipeline.checkpoint.names import tower_name
@@ -32,7 +34,8 @@ class Sense:
     """How one kind of medium stands in a prompt.
 
     The ids of the tokens before and behind it and of its places; the `embedder` of a tower's own tokens, whose ids are
-    from `first` to before `last`.
+    from `first` to before `last`. Without one these are its places alone, what is `whole` sees itself, and the chat
+    template has its beginning where it stands.
     """
 
     start: int
@@ -41,6 +44,16 @@ class Sense:
     embedder: Any
     first: int
     last: int
+
+    @property
+    def whole(self) -> bool:
+        """Whether each of its places sees all of them."""
+        return self.embedder is None
+
+    @property
+    def said(self) -> int:
+        """The token that stands for it in what the chat template renders."""
+        return self.start if self.whole else self.place
 
     @classmethod
     def of(cls, own: Any, embedder: Any, *, start: int, end: int, place: int) -> Sense:
@@ -70,17 +83,20 @@ def answer(
     content = [*({"type": kind} for kind, _, _ in media), {"type": "text", "text": question}]
     text = reference.as_prompt([{"role": "user", "content": content}])  # type: ignore[dict-item]
     for kind, sense in senses.items():
-        start, end, place = (
+        start, end, place, said = (
             str(reference.tokenizer.backend_tokenizer.id_to_token(token))
-            for token in (sense.start, sense.end, sense.place)
+            for token in (sense.start, sense.end, sense.place, sense.said)
         )
-        pieces = text.split(place)
+        pieces = text.split(said)
         own = [soft for each, _, soft in media if each == kind]
         for index, soft in enumerate(own, 1):
             pieces[index] = f"\n\n{start}{place * len(soft)}{end}\n\n{pieces[index]}"
         text = "".join(pieces)
+    whole = {sense.place for sense in senses.values() if sense.whole}
     ids = torch.tensor([reference.begin(text)], device=reference.device)
-    said, states = _greedy(reference, ids, _embedded(reference, senses, ids, media), count)
+    with torch.inference_mode():
+        beside = _beside(reference, ids, _embedded(reference, senses, ids, media), whole)
+    told, states = _greedy(reference, beside, count)
     vectors = torch.zeros_like(ids, dtype=torch.bool)
     for sense in senses.values():
         vectors |= (ids >= sense.first) & (ids < sense.last)
@@ -88,35 +104,54 @@ def answer(
         media=tuple((kind, name) for kind, name, _ in media),
         question=question,
         prompt=ids.masked_fill(vectors, -1)[0].tolist(),
-        **said,
+        **told,
     ), states
 
 
 def _embedded(reference: HuggingFace, senses: Mapping[Kind, Sense], ids: torch.Tensor, media: Heard) -> torch.Tensor:
     """The prompt's embeddings [1, S, H]: of text, of the towers' own tokens, and of media."""
-    with torch.inference_mode():
-        embedded: torch.Tensor = reference.model.model.embed_tokens(ids)
-        for kind, sense in senses.items():
-            own = (ids >= sense.first) & (ids < sense.last)
-            if own.any():
-                embedded[own] = sense.embedder(input_ids=ids[own][None].cpu())[0].to(embedded)  # it is on the CPU
-            if soft := [torch.from_numpy(rows) for each, _, rows in media if each == kind]:
-                embedded[ids == sense.place] = torch.cat(soft).to(embedded)
+    outside = ids >= reference.model.config.vocab_size  # places alone
+    embedded: torch.Tensor = reference.model.model.embed_tokens(ids.masked_fill(outside, 0))
+    for kind, sense in senses.items():
+        own = (ids >= sense.first) & (ids < sense.last)
+        if sense.embedder and own.any():
+            embedded[own] = sense.embedder(input_ids=ids[own][None].cpu())[0].to(embedded)  # it is on the CPU
+        if soft := [torch.from_numpy(rows) for each, _, rows in media if each == kind]:
+            embedded[ids == sense.place] = torch.cat(soft).to(embedded)
     return embedded
 
 
-def _greedy(
-    reference: HuggingFace, ids: torch.Tensor, embedded: torch.Tensor, count: int
-) -> tuple[dict[str, Any], Floats]:
-    """Text and margins of what follows, and what the head read; the first call takes embeddings, the others tokens."""
+def _beside(reference: HuggingFace, ids: torch.Tensor, embedded: torch.Tensor, whole: set[int]) -> dict[str, Any]:
+    """What the first call takes: the prompt's embeddings, and what transformers' whole model gives beside them.
+
+    The places of ids that are `whole` see each other, where they stand side by side.
+    """
+    model = reference.model.model
+    if hasattr(model, "get_per_layer_inputs"):
+        return {"inputs_embeds": embedded, "per_layer_inputs": model.get_per_layer_inputs(ids)}
+    # As `Gemma3Model.forward`.
+    cache = DynamicCache(config=model.config)
+    seen = torch.isin(ids, torch.tensor([*whole], device=ids.device)).long()
+    masks = create_masks_for_vision_model(
+        config=model.config,
+        inputs_embeds=embedded,
+        attention_mask=None,
+        cache=cache,
+        position_ids=None,
+        block_sequence_ids=get_block_sequence_ids_for_mask(seen),
+    )
+    return {"inputs_embeds": embedded, "attention_mask": masks, "cache": cache}
+
+
+def _greedy(reference: HuggingFace, beside: Mapping[str, Any], count: int) -> tuple[dict[str, Any], Floats]:
+    """Text and margins of what follows, and what the head read; the first call takes what is `beside` tokens."""
     added: list[int] = []
     margins: list[float] = []
     states: list[Floats] = []
     head: Any = reference.model.lm_head
     heard = head.register_forward_pre_hook(lambda _, read: states.append(read[0][0, -1].float().cpu().numpy().copy()))
     with torch.inference_mode():
-        per_layer = reference.model.model.get_per_layer_inputs(ids)
-        output = reference.model(inputs_embeds=embedded, per_layer_inputs=per_layer, use_cache=True, logits_to_keep=1)
+        output = reference.model(**beside, use_cache=True, logits_to_keep=1)
         while True:
             first, second = torch.topk(output.logits[0, -1].double(), 2)[0].tolist()
             margins.append(first - second)
@@ -124,7 +159,7 @@ def _greedy(
             if added[-1] in reference.stop or len(added) == count:
                 break
             output = reference.model(
-                input_ids=torch.tensor([added[-1:]], device=ids.device),
+                input_ids=torch.tensor([added[-1:]], device=reference.device),
                 cache=output.cache,
                 use_cache=True,
                 logits_to_keep=1,

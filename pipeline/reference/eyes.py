@@ -1,8 +1,8 @@
 """Hugging Face's eyes in a process of their own: `python -m pipeline.reference.eyes CHECKPOINT OUT PICTURE…`.
 
-Processor, vision tower and embedder are those of transformers and timm, unchanged, joined by
-`Gemma3nModel.get_image_features` itself; matrices are read as they are needed. OUT gets, by each picture's name, its
-soft tokens and behind them the vector of `<end_of_image>`, float32 [257, H].
+Processor, vision tower and what is behind it are those of transformers (and timm), unchanged, joined by
+`get_image_features` itself of `Gemma3nModel` or `Gemma3Model`; matrices are read as they are needed. OUT gets, by each
+picture's name, its soft tokens, float32 [n, H], and of Gemma 3n behind them the vector of `<end_of_image>`.
 
 A process of its own, since transformers goes other ways once torchvision is there, which timm asks for.
 """
@@ -10,9 +10,9 @@ A process of its own, since transformers goes other ways once torchvision is the
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -21,44 +21,79 @@ from safetensors.torch import save_file
 from pipeline.core import log
 from pipeline.core.stage import guard
 
-
-@dataclass(frozen=True)
-class _Model:
-    """What `get_image_features` asks for of its model."""
-
-    vision_tower: Any
-    embed_vision: Any
-    config: Any
+See = Callable[[Any], torch.Tensor]
+"""From pixels to what stands in a prompt, [n, H]."""
 
 
 def see(checkpoint: Path, out: Path, files: Sequence[Path]) -> None:
     """Write what is seen in `files` to `out`."""
     _name_operators()
-    from transformers import AutoConfig, TimmWrapperModel
+    from transformers import AutoConfig
     from transformers.image_utils import load_image
+
+    from pipeline.reference.seeing import WITHOUT
+
+    config = AutoConfig.from_pretrained(checkpoint, local_files_only=True)
+    look, processor = (_gemma3 if config.model_type == WITHOUT else _gemma3n)(checkpoint, config)
+    seen = {}
+    with torch.inference_mode(), log.progress("reference on pictures", len(files), "pictures") as bar:
+        for file in files:
+            seen[file.stem] = look(processor(load_image(str(file)), return_tensors="pt")["pixel_values"])
+            bar.advance()
+    save_file(seen, out)
+
+
+def _gemma3n(checkpoint: Path, config: Any) -> tuple[See, Any]:
+    """Gemma 3n's eyes and processor."""
+    from transformers import TimmWrapperModel
     from transformers.models.gemma3n.modeling_gemma3n import Gemma3nModel
     from transformers.models.siglip.image_processing_siglip import SiglipImageProcessor
 
-    from pipeline.reference import streaming
-    from pipeline.reference.answers import embedder, weights
+    from pipeline.reference.answers import embedder
 
-    config = AutoConfig.from_pretrained(checkpoint, local_files_only=True)
-    with torch.device("meta"):
-        kind: Any = TimmWrapperModel  # transformers ships no types for how it is made
-        tower = kind._from_config(config.vision_config, dtype=torch.float32)
-    tower = streaming.load_part(tower, weights(checkpoint, "vision_tower"))
     own = embedder(checkpoint, config.vision_config, config.text_config, "embed_vision")
-    model: Any = _Model(vision_tower=tower, embed_vision=own, config=config)
-    processor = SiglipImageProcessor.from_pretrained(checkpoint, local_files_only=True)
-    seen = {}
-    with torch.inference_mode(), log.progress("reference on pictures", len(files), "pictures") as bar:
+    tower = _tower(checkpoint, TimmWrapperModel, config)
+    model: Any = SimpleNamespace(vision_tower=tower, embed_vision=own, config=config)
+    with torch.inference_mode():
         end = own(input_ids=torch.tensor([[config.eoi_token_id]]))[0]
-        for file in files:
-            pixels = processor(load_image(str(file)), return_tensors="pt")["pixel_values"]
-            soft = Gemma3nModel.get_image_features(model, pixels, return_dict=True).pooler_output[0]
-            seen[file.stem] = torch.cat([soft, end])
-            bar.advance()
-    save_file(seen, out)
+
+    def look(pixels: Any) -> torch.Tensor:
+        soft = Gemma3nModel.get_image_features(model, pixels, return_dict=True).pooler_output[0]
+        return torch.cat([soft, end])
+
+    return look, SiglipImageProcessor.from_pretrained(checkpoint, local_files_only=True)
+
+
+def _gemma3(checkpoint: Path, config: Any) -> tuple[See, Any]:
+    """Gemma 3's, which have no vector of a picture's end: that is a token of the text model."""
+    from transformers import SiglipVisionModel
+    from transformers.models.gemma3.image_processing_gemma3 import Gemma3ImageProcessor
+    from transformers.models.gemma3.modeling_gemma3 import Gemma3Model, Gemma3MultiModalProjector
+
+    from pipeline.reference import streaming
+    from pipeline.reference.answers import weights
+
+    with torch.device("meta"):
+        projector = Gemma3MultiModalProjector(config)
+    projector = streaming.load_part(projector, weights(checkpoint, "multi_modal_projector"))
+    tower = _tower(checkpoint, SiglipVisionModel, config)
+    model: Any = SimpleNamespace(vision_tower=tower, multi_modal_projector=projector, config=config)
+
+    def look(pixels: Any) -> torch.Tensor:
+        soft: torch.Tensor = Gemma3Model.get_image_features(model, pixels, return_dict=True).pooler_output[0]
+        return soft
+
+    return look, Gemma3ImageProcessor.from_pretrained(checkpoint, local_files_only=True)
+
+
+def _tower(checkpoint: Path, kind: Any, config: Any) -> Any:
+    """The vision tower, of a class of transformers, which ships no types for how it is made."""
+    from pipeline.reference import streaming
+    from pipeline.reference.answers import weights
+
+    with torch.device("meta"):
+        tower = kind._from_config(config.vision_config, dtype=torch.float32)
+    return streaming.load_part(tower, weights(checkpoint, "vision_tower"))
 
 
 def _name_operators() -> None:

@@ -35,6 +35,7 @@ def make(
         Reference(soft=heard, answers=told, states=states).store(folder, "audio")
     if seen:
         played = hearing.messages(heard) if "audio" in towers else None
-        senses["image"] = seeing.Eyes.load(checkpoint).sense
-        told, states = answers(reference, senses, seeing.messages(seen, played), *asked(bundle, parameters))
+        senses["image"] = eyes = seeing.Eyes.load(checkpoint).sense
+        shown = seeing.messages(seen, played, ends=not eyes.whole, alone=eyes.whole)
+        told, states = answers(reference, senses, shown, *asked(bundle, parameters))
         Reference(soft=seen, answers=told, states=states).store(folder, "vision")

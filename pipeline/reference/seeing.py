@@ -23,6 +23,8 @@ from pipeline.reference.model import Floats
 BESIDE = PROJECT / ".venv-vision"
 """Where timm and torchvision lie: beside the environment, in which transformers would go other ways with them."""
 _PACKAGE = "timm"
+WITHOUT = "gemma3"
+"""The type of models whose eyes have no tokens of their own: soft tokens alone are seen."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +39,8 @@ class Eyes:
     def load(cls, checkpoint: Path) -> Eyes:
         """Those of a checkpoint."""
         config = AutoConfig.from_pretrained(checkpoint, local_files_only=True)
+        if config.model_type == WITHOUT:
+            return cls(checkpoint=checkpoint, config=config, embedder=None)
         own = embedder(checkpoint, config.vision_config, config.text_config, "embed_vision")
         return cls(checkpoint=checkpoint, config=config, embedder=own)
 
@@ -45,6 +49,8 @@ class Eyes:
         """How pictures stand in a prompt."""
         said, own = self.config, self.config.vision_config
         places = {"start": said.boi_token_id, "end": said.eoi_token_id, "place": said.image_token_id}
+        if not self.embedder:
+            return Sense(**places, embedder=None, first=said.image_token_id, last=said.image_token_id + 1)
         return Sense.of(own, self.embedder, **places)
 
 
@@ -72,13 +78,19 @@ def look(checkpoint: Path, files: Mapping[str, Path], scratch: Path) -> dict[str
         return load_file(out)
 
 
-def messages(seen: Mapping[str, Floats], heard: Iterator[Heard] | None) -> Iterator[Heard]:
-    """What is in each message that is asked about: a picture; in every eighth two, and a sound if the model `heard`."""
+def messages(
+    seen: Mapping[str, Floats], heard: Iterator[Heard] | None, *, ends: bool = True, alone: bool = False
+) -> Iterator[Heard]:
+    """What is in each message that is asked about: a picture; in every eighth two, and a sound if the model `heard`.
+
+    What is seen `ends` with a vector that is a token of its own. If `alone`, no message has two: LiteRT-LM reads so
+    many tokens in a call, and what is read in two does not see itself whole.
+    """
     names = sorted(seen)
     index = 0
     while True:
-        taken = [names[(index * 7) % len(names)], *([names[(index * 5 + 3) % len(names)]] if index % 8 == 1 else [])]
-        # Without its last vector, which is a token of its own.
-        media: Heard = [("image", name, seen[name][:-1]) for name in dict.fromkeys(taken)]
+        second = [names[(index * 5 + 3) % len(names)]] if index % 8 == 1 and not alone else []
+        taken = [names[(index * 7) % len(names)], *second]
+        media: Heard = [("image", name, seen[name][: -1 if ends else None]) for name in dict.fromkeys(taken)]
         yield [*media, *(next(heard)[:1] if heard and index % 8 == 1 else [])]
         index += 1

@@ -5,8 +5,9 @@ LiteRT-LM gives no logits, so they are judged here, on the same files, in the Li
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -79,6 +80,7 @@ class Sections:
         threads: int | None = None,
         xnnpack: bool = True,
         decoder: Interpreter | None = None,
+        whole: bool = False,
     ) -> None:
         """Open `folder`'s decoder and what embedders stand beside it.
 
@@ -88,7 +90,9 @@ class Sections:
             threads: how many threads run the kernels (default: `parallel.threads`).
             xnnpack: whether the XNNPACK delegate runs what it can.
             decoder: an interpreter of the decoder, where that is open already.
+            whole: whether vectors that stand side by side, those of a picture, see each other.
         """
+        self._whole = whole
         threads = threads or parallel.threads()
 
         def open_file(name: str) -> Interpreter:
@@ -184,6 +188,8 @@ class Sections:
         for row in range(count):
             # A token sees all before it and itself; rows of padding see nothing.
             mask[0, 0, row, : position + row + 1] = 0
+        for start, stop in _vectors(tokens) if self._whole else ():
+            mask[0, 0, start:stop, position + start : position + stop] = 0
         inputs: dict[str, Value] = {"input_pos": input_pos, "mask": mask, **self._embed(tokens, shapes)}
         inputs |= {name: cache[name] for name in shapes if name.startswith("kv_cache_")}
         return self._runners[signature](**inputs)
@@ -216,6 +222,16 @@ class Sections:
                 ids = np.array([[0 if isinstance(token, np.ndarray) else token]], np.int32)
                 inputs[name][0, row] = _array(embedder(token_ids=ids)["embeddings"])[0, 0]
         return inputs
+
+
+def _vectors(tokens: Sequence[Token]) -> Iterator[tuple[int, int]]:
+    """Where vectors stand side by side: the first, and behind the last."""
+    place = 0
+    for vectors, group in itertools.groupby(tokens, lambda token: isinstance(token, np.ndarray)):
+        count = len(list(group))
+        if vectors:
+            yield place, place + count
+        place += count
 
 
 def _axis(name: str) -> int:

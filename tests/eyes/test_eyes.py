@@ -168,7 +168,7 @@ def test_every_tensor_of_the_true_tower_has_its_place() -> None:
 
 
 def described(line: Line) -> Metadata:
-    return of_checkpoint(line.root / "fetch" / "checkpoint", 400, "vision,audio").metadata
+    return of_checkpoint(line.root / "fetch" / "checkpoint", load(line.recipe).bundle, "vision,audio").metadata
 
 
 def test_an_end_row_of_the_text_table_is_red(line: Line, tmp_path: Path) -> None:

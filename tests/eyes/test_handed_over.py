@@ -20,6 +20,7 @@ from pipeline.bundling.metadata import of_checkpoint, tokenizer_json
 from pipeline.bundling.replaced import with_decoder
 from pipeline.checkpoint.chat import open_tokenizer
 from pipeline.checkpoint.reader import open_checkpoint
+from pipeline.core.recipe import load
 from pipeline.core.stage import Context
 from pipeline.judge import handed, media
 from pipeline.judge.gates import Check
@@ -134,7 +135,7 @@ def test_the_probe_sees_a_defect_of_the_bundle(defect: str, line: Line, tmp_path
     models = sections(line)
     change = one_row_on if defect == "moved" else text_models_end(line)
     models["vision_adapter"] = changed(models["vision_adapter"], change, tmp_path / "vision_adapter.tflite")
-    own = of_checkpoint(line.root / "fetch" / "checkpoint", 400, "vision,audio")
+    own = of_checkpoint(line.root / "fetch" / "checkpoint", load(line.recipe).bundle, "vision,audio")
     spoilt = tmp_path / "spoilt.litertlm"
     litertlm.write(own.metadata, tokenizer_json(own.tokenizer, own.vocabulary), models, spoilt)
     checks, red = handed_over(line, tmp_path, spoilt)

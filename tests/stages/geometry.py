@@ -321,7 +321,7 @@ def convert_decoder(checkpoint: Path, bundle: Bundle, folder: Path) -> Path:
     opened, bare = open_checkpoint(checkpoint), folder / "bare-decoder.tflite"
     build.export_decoder(opened, bundle, bare)
     fill(opened, bare, folder / DECODER)
-    tables.write_tables(opened, "fp32", folder)
+    tables.write_tables(opened, bundle, "fp32", folder)
     return folder
 
 

@@ -7,9 +7,10 @@ import dataclasses
 import fcntl
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -74,10 +75,12 @@ def changed_model(folder: Path, **files: str) -> Path:
     return copy
 
 
-def small_recipe(file: Path, **more: str) -> Path:
-    """The shipped recipe with the changes in `SMALL` and `more` (`old` → `new` lines), written to `file`."""
-    text = (PROJECT / DEFAULT_RECIPE).read_text(encoding="utf-8")
-    for old, new in {**SMALL, **more}.items():
+def small_recipe(
+    file: Path, *, source: Path = PROJECT / DEFAULT_RECIPE, small: Mapping[str, str] = SMALL, **more: str
+) -> Path:
+    """The recipe `source` with the changes in `small` and `more` (`old` → `new` lines), written to `file`."""
+    text = source.read_text(encoding="utf-8")
+    for old, new in {**small, **more}.items():
         assert text.count(old) == 1, f"the recipe has no single line {old!r}"
         text = text.replace(old, new)
     file.write_text(text, encoding="utf-8")
@@ -104,7 +107,7 @@ def lasting(folder: Path, *names: str) -> dict[str, object]:
 
 
 def shared(
-    factory: pytest.TempPathFactory, name: str, make: Callable[[Line], None], *, model: str = "", **changes: str
+    factory: pytest.TempPathFactory, name: str, make: Callable[[Line], None], *, model: str = "", **changes: Any
 ) -> Line:
     """A line of this process' own, a copy of what `make` made in the first process of this test run that asked.
 

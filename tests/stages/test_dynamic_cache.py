@@ -107,7 +107,7 @@ def test_repacked_weights_in_a_file_change_nothing(
 
 def test_litert_lm_says_what_hugging_face_does(model: Any, folder: Path) -> None:
     """Past many growths of its cache, and after a second prompt in one session."""
-    described = of_checkpoint(folder / "checkpoint", GROWING.max_tokens)
+    described = of_checkpoint(folder / "checkpoint", GROWING)
     bundle = folder / "growing.litertlm"
     tokenizer = tokenizer_json(described.tokenizer, described.vocabulary)
     litertlm.write(described.metadata, tokenizer, {DECODER.removesuffix(".tflite"): folder / DECODER}, bundle)

@@ -261,7 +261,7 @@ def test_a_template_without_a_place_for_sounds_is_refused(line: Line, tmp_path: 
     (model / "chat_template.jinja").unlink()
     shutil.copy(ears.TINY / "chat_template.jinja", model)
     with pytest.raises(BundleError, match="no <audio_soft_token> where a message has a sound"):
-        of_checkpoint(model, 400, "audio")
+        of_checkpoint(model, load(line.recipe).bundle, "audio")
 
 
 def changed(file: Path, change: Callable[[Graph], None], out: Path) -> Path:
@@ -298,7 +298,7 @@ def test_frames_that_the_encoder_does_not_take_are_refused(line: Line) -> None:
 
 
 def test_a_missing_adapter_is_refused(line: Line, tmp_path: Path) -> None:
-    made = of_checkpoint(line.root / "fetch" / "checkpoint", 400, "audio")
+    made = of_checkpoint(line.root / "fetch" / "checkpoint", load(line.recipe).bundle, "audio")
     models = {name: file for name, file in sections(line).items() if name != "audio_adapter"}
     with pytest.raises(BundleError, match="audio_adapter, which is missing"):
         litertlm.write(made.metadata, "{}", models, tmp_path / "x.litertlm")
@@ -310,7 +310,7 @@ def sections(line: Line) -> dict[str, Path]:
 
 
 def described(line: Line) -> Metadata:
-    return of_checkpoint(line.root / "fetch" / "checkpoint", 400, "audio").metadata
+    return of_checkpoint(line.root / "fetch" / "checkpoint", load(line.recipe).bundle, "audio").metadata
 
 
 def test_a_conversation_goes_on_after_a_sound(line: Line) -> None:
