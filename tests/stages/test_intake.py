@@ -135,7 +135,7 @@ FORMS_DRAWN = st.builds(
 ACCEPTED = FORMS_DRAWN.filter(lambda form: not form.refusal)
 
 
-@settings(max_examples=DRAWS, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=DRAWS, suppress_health_check=list(HealthCheck))
 @given(form=st.one_of(ACCEPTED, ACCEPTED, ACCEPTED, FORMS_DRAWN))
 def test_combinations_are_read_as_hugging_face_reads_them_or_refused(
     form: Form, capsys: pytest.CaptureFixture[str]

@@ -22,7 +22,7 @@ from pipeline.models import MODELS, architecture_for, gemma3
 from pipeline.models.gemma3n import ARCHITECTURE, TextConfig
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.too_slow])
 @given(drawn=geometry.geometries(), seed=st.integers(0, 999))
 def test_every_geometry_is_exact(drawn: dict[str, Any], seed: int) -> None:
     model = geometry.reference(drawn, seed)
@@ -31,7 +31,7 @@ def test_every_geometry_is_exact(drawn: dict[str, Any], seed: int) -> None:
     assert result.nmse <= 1e-6 and result.top1 == 1, (result, drawn)
 
 
-@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=6, suppress_health_check=[HealthCheck.too_slow])
 @given(drawn=geometry.gemma3_geometries(), seed=st.integers(0, 999))
 def test_every_gemma3_geometry_is_exact(drawn: dict[str, Any], seed: int) -> None:
     model = geometry.reference(drawn, seed, Gemma3ForCausalLM)
@@ -39,13 +39,13 @@ def test_every_gemma3_geometry_is_exact(drawn: dict[str, Any], seed: int) -> Non
     assert result.nmse <= 1e-6 and result.top1 == 1, (result, drawn)
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.too_slow])
 @given(drawn=geometry.geometries())
 def test_tensor_names_and_shapes_are_the_checkpoints(drawn: dict[str, Any]) -> None:
     check_names(geometry.reference(drawn, 0))
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.too_slow])
 @given(drawn=geometry.gemma3_geometries())
 def test_gemma3_tensor_names_and_shapes_are_the_checkpoints(drawn: dict[str, Any]) -> None:
     check_names(geometry.reference(drawn, 0, Gemma3ForCausalLM))

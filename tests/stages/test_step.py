@@ -19,7 +19,6 @@ LONG = {"batches": (2,), "sequences": (1024, 2048)}
 
 @settings(
     max_examples=3,
-    deadline=None,
     derandomize=True,  # a conversion takes many seconds: the same three each time, drawn once; more in tests/models
     phases=[Phase.generate],
     suppress_health_check=list(HealthCheck),
