@@ -105,6 +105,15 @@ def eyes(session: nox.Session) -> None:
 
 
 @nox.session(venv_backend="none", default=False)
+def senses(session: nox.Session) -> None:
+    """What the shipped model that sees and hears names in LiteRT-LM, and what fewer bits and another resizing cost."""
+    with tempfile.TemporaryDirectory() as made:
+        settings = ("MODEL_ID=examples/tiny-gemma3n-senses", "GRAPHS=bundle", f"ARTIFACTS={made}")
+        session.run("make", "bundle", *settings, external=True)
+        python(session, "-m", "tools.bench_senses", "--artifacts", made, *session.posargs)
+
+
+@nox.session(venv_backend="none", default=False)
 def large_eyes(session: nox.Session) -> None:
     """Gemma 3n's towers in their true size against Hugging Face's: half an hour and 12 GB of disk."""
     session.run("make", ".venv-vision/.ready", external=True)

@@ -25,7 +25,7 @@ from pipeline.runtime.litert_lm import Kind as Kind
 from pipeline.runtime.litert_lm import LmRuntime, Medium, content
 
 Floats = NDArray[np.float32]
-QUESTIONS = ("What is the sea?", "What do you hear?", "Tell me about the river.", "Who are you?", "ⵎⴰ ⵢⴰⴷ?")
+QUESTIONS = ("What is this?", "What do you hear?", "Tell me about it.", "Who are you?", "ⵎⴰ ⵢⴰⴷ?")
 """What is asked about them."""
 _SHOWN = 3
 _LARGE, _FEW = 10**9, (2, 64)

@@ -27,7 +27,7 @@ See = Callable[[Any], torch.Tensor]
 
 def see(checkpoint: Path, out: Path, files: Sequence[Path]) -> None:
     """Write what is seen in `files` to `out`."""
-    _name_operators()
+    name_operators()
     from transformers import AutoConfig
     from transformers.image_utils import load_image
 
@@ -96,7 +96,7 @@ def _tower(checkpoint: Path, kind: Any, config: Any) -> Any:
     return streaming.load_part(tower, weights(checkpoint, "vision_tower"))
 
 
-def _name_operators() -> None:
+def name_operators() -> None:
     """Name the operators of torchvision that it describes when it is imported.
 
     PyPI has it for CUDA alone (0.28.0): beside torch's CPU build its own don't load, and nothing here calls them.

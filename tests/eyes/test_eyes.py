@@ -16,7 +16,6 @@ import ears
 import numpy as np
 import pytest
 import torch
-import whole
 from line import Line, small_recipe
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -48,6 +47,7 @@ from pipeline.release import card
 from pipeline.runtime.picture import Sight
 from pipeline.runtime.sections import Sections, Token
 from pipeline.tflite.graph import Graph, Origin
+from tools.bench_senses import named
 
 
 def test_sections_see_what_hugging_face_sees(line: Line, tmp_path: Path) -> None:
@@ -72,6 +72,15 @@ def test_the_runtime_says_what_hugging_face_says(tower: str, line: Line, tmp_pat
     kinds = {tuple(kind for kind, _ in row.media) for row in reference.answers}
     assert tower == "audio" or ("image", "image", "audio") in kinds
     assert len({row.text for row in reference.answers}) > 1, "else anything would do"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_it_names_what_it_sees_and_hears(precision: str, line: Line) -> None:
+    """Pictures and sounds that nobody trained on, in English and in Tifinagh: `training.json` says how many of 160."""
+    right = named(line.root / "bundle" / f"{precision}.litertlm", 4)
+    asked = [good for answers in right.values() for good in answers]
+    assert len(asked) == 44
+    assert sum(asked) >= 22, right
 
 
 def test_verify_judges_eyes_and_ears(line: Line) -> None:
@@ -224,7 +233,7 @@ def test_pillows_own_resize_is_red(line: Line, tmp_path: Path) -> None:
         other = picture.convert("RGB").resize((SEES.size, SEES.size), Image.Resampling.BILINEAR)
     other.save(tmp_path / "other.png")
     wanted = told(line).soft["photograph, large"]
-    assert nmse(eyes.see(tmp_path / "other.png"), wanted) > 1e-8 > nmse(eyes.see(file), wanted)
+    assert nmse(eyes.see(tmp_path / "other.png"), wanted) > 1e-9 > 100 * nmse(eyes.see(file), wanted)
 
 
 @pytest.mark.parametrize("tensor", ["layer_scale.gamma", "conv_stem.conv.weight", "attn.key.norm.weight"])
@@ -343,7 +352,7 @@ AS_IT_IS: Callable[[Graph], None] = lambda _: None  # noqa: E731
         ("vision", "fp16", (), AS_IT_IS, True),
         ("audio", "fp16", (), AS_IT_IS, True),
         ("vision", "int8", EARLY, AS_IT_IS, True),
-        ("vision", "int8", (), AS_IT_IS, False),
+        ("vision", "int8", (), AS_IT_IS, True),
         ("vision", "int8", (".",), AS_IT_IS, False),
         ("vision", "int8", EARLY, scales_moved, False),
         ("audio", "int8", (), AS_IT_IS, True),
@@ -418,7 +427,7 @@ def test_a_tower_that_is_not_whole_is_refused_by_name(
     [
         ({"architecture": "resnet50"}, "vision_config.architecture is resnet50"),
         ({"model_args": {"drop_rate": 0.1}}, "model_args has drop_rate"),
-        ({"model_args": {"block_args": whole.SMALL["block_args"][:3]}}, "not four stages"),
+        ({"model_args": {"block_args": [[{"block_type": "er", "out_chs": 8, "stride": 2}]] * 3}}, "not four stages"),
         ({"model_args": {"block_args": [[{"block_type": "ir", "out_chs": 8, "stride": 2}]]}}, "can't do the block"),
     ],
 )

@@ -64,7 +64,7 @@ def some(named: Mapping[str, object]) -> list[str]:
 
 
 def test_the_true_vision_tower_is_hugging_faces(tmp_path: Path) -> None:
-    model = whole.write_model(tmp_path / "eyes", settings=None, size=768)
+    model = whole.write_model(tmp_path / "eyes")
     line = Line(artifacts=tmp_path / "artifacts", recipe=small_recipe(tmp_path / "small.toml"), model=model)
     made(line, "vision")
     files = write(tmp_path)

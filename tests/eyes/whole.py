@@ -1,4 +1,4 @@
-"""The shipped model with eyes and ears: its text model, and small towers of random weights."""
+"""The shipped model that sees and hears, and the shipped text model with a vision tower of the true size."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ from line import Line
 from safetensors.torch import load_file, save_file
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
+from pipeline.core.recipe import PROJECT
 from pipeline.judge.sensing import Reference
 from pipeline.models import gemma3n_vision as vision
 from pipeline.runtime.picture import Sight
 from pipeline.runtime.sound import Hearing
 from pipeline.tflite.graph import Graph
 
+TRAINED = PROJECT / "examples/tiny-gemma3n-senses"
 TOKENS = {2014: "<start_of_image>", 2016: "<end_of_image>", 2017: "<image_soft_token>"}
 TAKE = ("--towers", "vision,audio", "--graphs", "bundle")
 KINDS = ("vision", "audio")
@@ -29,46 +31,6 @@ SIZE = 256
 
 PLACES = "inputs with positions that see others than those before them, in LiteRT-LM"
 SEES, HEARS = Sight(size=SIZE), Hearing(rate=16_000, frame=512, hop=160)
-
-
-def _block(kind: str, out: int, stride: int = 1, **more: object) -> dict[str, object]:
-    plain = {"block_type": kind, "out_chs": out, "stride": stride, "act_layer": None, "noskip": False}
-    if kind == "mqa":
-        return {**plain, "dw_kernel_size": 3, **more}
-    if kind == "er":
-        return {
-            **plain,
-            "exp_kernel_size": 3,
-            "pw_kernel_size": 1,
-            "exp_ratio": 4.0,
-            "force_in_chs": 0,
-            "se_ratio": 0.0,
-        }
-    ends = {"dw_kernel_size_start": 0, "dw_kernel_size_mid": 0, "dw_kernel_size_end": 0, "exp_ratio": 4.0}
-    return {**plain, **ends, "se_ratio": 0.0, **more}
-
-
-SMALL: Mapping[str, Any] = {
-    "channel_multiplier": 0.125,
-    "block_args": [
-        [_block("er", 128, 2), _block("er", 128)],
-        [
-            _block("uir", 256, 2, dw_kernel_size_start=3, dw_kernel_size_mid=5, exp_ratio=6.0),
-            _block("uir", 256, dw_kernel_size_start=5),
-        ],
-        [
-            _block("uir", 640, 2, dw_kernel_size_start=5, dw_kernel_size_mid=5, exp_ratio=6.0),
-            _block("mqa", 640, num_heads=12, key_dim=16, value_dim=16, kv_stride=2),
-            _block("uir", 640, exp_ratio=2.0),
-        ],
-        [
-            _block("uir", 1280, 2, dw_kernel_size_start=5, dw_kernel_size_mid=5, exp_ratio=6.0),
-            _block("mqa", 1280, num_heads=4, key_dim=24, value_dim=24, kv_stride=1),
-            _block("uir", 1280, exp_ratio=2.0),
-        ],
-    ],
-}
-"""Settings of timm that make a tower of every kind of block, which converts in seconds."""
 
 
 def tower(config: Mapping[str, Any], seed: int = 0) -> dict[str, torch.Tensor]:
@@ -87,17 +49,17 @@ def tower(config: Mapping[str, Any], seed: int = 0) -> dict[str, torch.Tensor]:
     return made
 
 
-def write_model(folder: Path, settings: Mapping[str, Any] | None = SMALL, size: int = SIZE) -> Path:
-    """A checkpoint of Gemma 3n's whole model in `folder`; `settings` are the vision tower's, none: the true one's."""
+def write_model(folder: Path) -> Path:
+    """A checkpoint of Gemma 3n's whole model in `folder`, whose vision tower has the true size and random weights."""
     ears.write_model(folder)
     file = folder / "config.json"
     config = json.loads(file.read_text())
     eyes = {"model_type": "gemma3n_vision", "vocab_offset": 2016, "vocab_size": 16, "hidden_size": 2048}
-    config["vision_config"] = eyes | ({"model_args": settings} if settings else {})
+    config["vision_config"] = eyes
     file.write_text(json.dumps(config))
     whole = load_file(folder / "model.safetensors") | tower(config)
     save_file(whole, folder / "model.safetensors", {"format": "pt"})
-    _add_processor(folder, size)
+    _add_processor(folder, 768)
     _name_tokens(folder)
     template = folder / "chat_template.jinja"
     text = template.read_text()
