@@ -113,7 +113,7 @@ def test_no_value_differs_from_peft(base: Path, tmp_path: Path, kind: str, monke
     assert ("lm_head.weight" in ours) == (kind in ("saved embedding", "saved head", "both saved"))
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_no_value_differs_from_peft_whatever_is_drawn(base: Path, data: st.DataObject) -> None:
     """Ranks, targets, patterns, what is saved, how the adapter is stored, and how many rows are merged at a time."""

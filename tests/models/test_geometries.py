@@ -22,7 +22,7 @@ FAMILIES = {
     "plain": (geometry.plain_reference, geometry.plain_geometries()),
 }
 drawn_once = settings(
-    max_examples=5, deadline=None, derandomize=True, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
+    max_examples=5, derandomize=True, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
 )
 
 

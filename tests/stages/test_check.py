@@ -149,7 +149,7 @@ def copied(folder: Path, scratch: Path) -> Path:
     return Path(shutil.copytree(folder, Path(tempfile.mkdtemp(dir=scratch)) / "copy"))
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(st.data())
 def test_any_change_is_found_without_a_key(signed: Path, scratch: Path, data: st.DataObject) -> None:
     folder = copied(signed, scratch)
@@ -159,7 +159,7 @@ def test_any_change_is_found_without_a_key(signed: Path, scratch: Path, data: st
     assert caught.value.what, said
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.data())
 def test_a_rewritten_checksum_hides_only_what_was_measured(signed: Path, scratch: Path, data: st.DataObject) -> None:
     """Without a key: model files, tensors, manifests, card, licence and figures still hold each other."""
@@ -175,7 +175,7 @@ def test_a_rewritten_checksum_hides_only_what_was_measured(signed: Path, scratch
             audit.check(folder)
 
 
-@settings(deadline=None, max_examples=SIGNED_CHANGES)
+@settings(max_examples=SIGNED_CHANGES)
 @given(st.data())
 def test_a_signature_finds_every_change_behind_rewritten_papers(
     signed: Path, scratch: Path, keys: Path, signer: str, data: st.DataObject

@@ -35,10 +35,9 @@ from pipeline.runtime.litert import StepModel
 from pipeline.tflite.graph import Graph
 
 WINDOWS = (2, 5, 16)  # the first two are shorter than the prefill
-quickly = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+quickly = settings(max_examples=12, suppress_health_check=[HealthCheck.too_slow])
 once = settings(  # a conversion takes many seconds: the same ones each time, drawn once
     max_examples=3,
-    deadline=None,
     derandomize=True,
     phases=[Phase.generate],
     suppress_health_check=list(HealthCheck),

@@ -26,7 +26,7 @@ from pipeline.models.gemma4 import TextConfig
 from pipeline.models.transformer import FULL, SLIDING
 from pipeline.reference import streaming
 
-quickly = settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+quickly = settings(max_examples=5, suppress_health_check=[HealthCheck.too_slow])
 SMALL = {
     "vocab_size": 211,
     "hidden_size": 60,

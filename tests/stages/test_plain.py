@@ -22,7 +22,7 @@ from pipeline.models.plain import TextConfig
 from pipeline.models.transformer import FULL
 from pipeline.runtime.litert import StepModel
 
-quickly = settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+quickly = settings(max_examples=5, suppress_health_check=[HealthCheck.too_slow])
 SMALL = {
     "vocab_size": 211,
     "intermediate_size": 40,

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from running import run
@@ -85,7 +85,6 @@ def test_the_first_of_two_values_is_in_the_low_half() -> None:
     assert pack(np.array([[1, -1, -8, 7]], np.int8)).tolist() == [[0xF1, 0x78]]
 
 
-@settings(deadline=None)
 @given(matrices)
 def test_no_other_scale_that_is_tried_is_closer_than_the_chosen(values: Floats) -> None:
     blocks = values.reshape(len(values), -1, BLOCK)
@@ -99,7 +98,6 @@ def test_no_other_scale_that_is_tried_is_closer_than_the_chosen(values: Floats) 
         ).all()  # a stored scale is off by 2⁻⁹ at most, or a step of float16's end
 
 
-@settings(deadline=None)
 @given(matrices)
 def test_scales_are_those_that_both_short_floats_hold(values: Floats) -> None:
     scale = blockwise.best_scales(values).astype(np.float32)
@@ -112,7 +110,6 @@ def test_a_scale_is_the_nearest_that_both_short_floats_hold(wanted: float, store
     assert blockwise.storable(np.array([wanted], np.float32)) == np.float16(stored)
 
 
-@settings(deadline=None)
 @given(matrices)
 def test_no_value_is_further_off_than_is_said(values: Floats) -> None:
     peak = np.abs(values).reshape(len(values), -1, BLOCK).max(-1, keepdims=True)

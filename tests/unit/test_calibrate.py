@@ -91,7 +91,6 @@ def test_too_little_text_is_refused() -> None:
         make_samples(map(encode, real_text(2)), BOS, count=128, window=32)
 
 
-@settings(deadline=None)
 @given(st.lists(st.floats(-1e4, 1e4, width=32), min_size=2, max_size=200), st.integers(1, 4))
 def test_a_histogram_counts_everything_whatever_the_order(values: list[float], parts: int) -> None:
     seen = Statistics()
@@ -104,7 +103,7 @@ def test_a_histogram_counts_everything_whatever_the_order(values: list[float], p
 
 
 @given(st.integers(0, 2**32 - 1), st.floats(-5, 5), st.floats(0.01, 100))
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 def test_scales_hold_zero_exactly_and_fit_the_values(seed: int, shift: float, spread: float) -> None:
     values = (np.random.default_rng(seed).standard_normal(5000) * spread + shift).astype(np.float32)
     seen = Statistics()

@@ -53,7 +53,7 @@ def found(rows: list[dict[str, Any]]) -> dict[str, tuple[tuple[int, ...], str, s
     return {row["name"]: (row["shape"], row["type"], row["sha256"]) for row in rows}
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(arrays(), st.sampled_from([2**30, 0]))
 def test_each_constant_is_found_where_it_stands(values: Arrays, limit: int) -> None:
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:

@@ -15,7 +15,7 @@ from pipeline.quantize import equalize
 from pipeline.tflite.graph import Graph
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(seed=st.integers(0, 2**16), strength=st.floats(0, 2), spread=st.floats(0, 3))
 def test_the_float_model_stays_the_same_to_the_bit(
     tmp_path_factory: pytest.TempPathFactory, seed: int, strength: float, spread: float

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from running import run
 from small_graph import Model, bytes_by_type
@@ -150,7 +150,6 @@ def test_a_weight_beyond_float16_is_refused(tmp_path: Path) -> None:
         graph.write(tmp_path / "half.tflite")
 
 
-@settings(deadline=None)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 9), st.integers(1, 40), st.floats(-30, 30))
 def test_rows_are_within_half_a_step(seed: int, rows: int, columns: int, size: float) -> None:
     values = (np.random.default_rng(seed).standard_normal((rows, columns)) * 2.0**size).astype(np.float32)
@@ -170,7 +169,6 @@ def in_rows_of(patch: pytest.MonkeyPatch, rows: int, columns: int = WIDTH) -> No
     patch.setattr(lazy, "_BLOCK_BYTES", rows * columns * 4)
 
 
-@settings(deadline=None)
 @given(st.integers(1, 60), st.integers(1, 7), st.integers(1, 70), st.sampled_from(["1", "2", "5"]))
 def test_blocks_are_the_whole_array_in_order_and_can_be_read_again(
     rows: int, columns: int, step: int, threads: str
@@ -255,7 +253,6 @@ def test_too_few_or_too_many_values_are_refused_and_leave_no_file(
     assert not list(tmp_path.iterdir())
 
 
-@settings(deadline=None)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 30), st.integers(1, 40), st.integers(1, 31))
 def test_quantised_rows_do_not_depend_on_how_rows_are_cut(seed: int, rows: int, columns: int, step: int) -> None:
     values = np.random.default_rng(seed).standard_normal((rows, columns)).astype(np.float32)

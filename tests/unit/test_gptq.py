@@ -61,7 +61,7 @@ def plainly(values: Floats, scale: Floats, h: NDArray[np.float64], high: int) ->
     return made
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 80), st.integers(1, 9), st.sampled_from([7, 127]))
 def test_it_is_what_the_equations_say(seed: int, columns: int, rows: int, high: int) -> None:
     h, values = hessian(columns, seed), matrix(rows, columns, seed)

@@ -14,7 +14,7 @@ from pipeline.quantize import groups, rows
 from pipeline.tflite.graph import Graph, Origin
 
 
-@settings(deadline=None, max_examples=10)
+@settings(max_examples=10)
 @given(seed=st.integers(0, 2**16), width=st.sampled_from([8, 16]))
 def test_the_sum_over_blocks_is_the_layer(tmp_path_factory: pytest.TempPathFactory, seed: int, width: int) -> None:
     folder, split = tmp_path_factory.mktemp("blocks"), twice(Model(seed))

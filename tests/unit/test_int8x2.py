@@ -79,7 +79,7 @@ def test_two_rows_bring_an_outlying_channel_a_hundred_times_closer(tmp_path: Pat
     assert far > 1e-3 and near < far / 100
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.integers(0, 2**32 - 1), st.floats(1e-6, 1e6), st.booleans())
 def test_any_row_is_exact_to_some_sixteen_bits(
     tmp_path_factory: pytest.TempPathFactory, seed: int, size: float, positive: bool

@@ -37,7 +37,7 @@ facts = st.dictionaries(
     ),
     max_size=4,
 )
-in_any_folder = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+in_any_folder = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def example(outputs: tuple[FileRecord, ...] = (), **changes: object) -> Manifest:
@@ -447,7 +447,7 @@ def test_every_stages_facts_are_of_kinds_that_can_be_read(kind: type) -> None:
     drawn = st.builds(kind, **{field: known(hint) for field, hint in typing.get_type_hints(kind).items()})
 
     @given(drawn)
-    @settings(max_examples=20, deadline=None)
+    @settings(max_examples=20)
     def check(made: Any) -> None:
         assert records.build(kind, json.loads(manifest.dump_json(records.table(made)))) == made
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pipeline.core import parallel
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.lists(st.floats(0, 0.003), max_size=12))
 def test_results_are_in_order_whatever_takes_long(seconds: list[float]) -> None:
     def work(place: int) -> int:

@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.core import host
@@ -81,7 +81,6 @@ def test_names_that_coreutils_escapes_are_refused(tmp_path: Path, name: str) -> 
         provenance.write_sums(tmp_path, [tmp_path / name])
 
 
-@settings(deadline=None)  # it writes files, which a busy machine takes its time for
 @given(st.data())
 def test_any_other_byte_in_the_sums_is_found(data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as scratch:

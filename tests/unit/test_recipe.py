@@ -65,7 +65,7 @@ def is_optional(place: Place) -> bool:
 PLACES = sorted(places(GOOD), key=str)
 REQUIRED = [place for place in PLACES if isinstance(place[-1], str) and not is_optional(place)]
 TABLES: list[Place] = [place for place in PLACES if isinstance(parent_of(GOOD, place)[place[-1]], dict)]
-in_any_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+in_any_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def refused(folder: Path, table: dict[str, Any]) -> str:

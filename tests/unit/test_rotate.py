@@ -65,7 +65,6 @@ def rms(values: NDArray[np.floating]) -> float:
     return float(np.sqrt(np.square(values, dtype=np.float64).mean()))
 
 
-@settings(deadline=None)
 @given(st.integers(0, 9))
 def test_the_matrix_is_orthogonal_and_spreads_evenly(exponent: int) -> None:
     size = 2**exponent
@@ -80,7 +79,7 @@ def test_only_powers_of_two_have_one(size: int) -> None:
         hadamard(size)
 
 
-@settings(deadline=None, max_examples=10)
+@settings(max_examples=10)
 @given(st.integers(0, 2**32 - 1), st.sampled_from([2, 8, 64]), st.booleans())
 def test_the_float_layers_stay_what_they_are(
     tmp_path_factory: pytest.TempPathFactory, seed: int, size: int, plain: bool

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pipeline.core.errors import UsageError
@@ -66,7 +66,6 @@ def test_kinds_that_share_an_input_or_weights_are_one_group() -> None:
     assert (GROUPS[1].elements, GROUPS[1].products) == (600, 600)
 
 
-@settings(deadline=None)
 @given(st.sets(st.sampled_from([each.name for each in GROUPS])), st.integers(1, 7))
 def test_patterns_find_the_layers_of_the_groups_and_no_others(names: set[str], parts: int) -> None:
     groups = group(model(), parts)
@@ -124,7 +123,6 @@ def path(found: dict[str, Contribution], most: float) -> list[Candidate]:
     return candidates.path(candidates.plain(SPACE), GROUPS, found, most, SPACE)
 
 
-@settings(deadline=None)
 @given(figures, st.sampled_from([1.0, 1.08, 2.0, 9.0]))
 def test_the_path_begins_plain_grows_and_keeps_the_size(found: dict[str, Contribution], most: float) -> None:
     made = path(found, most)
@@ -138,7 +136,6 @@ def test_the_path_begins_plain_grows_and_keeps_the_size(found: dict[str, Contrib
         assert made[-1].values["keep_float"] or not gained
 
 
-@settings(deadline=None)
 @given(figures)
 def test_a_recipe_is_priced_as_the_path_is(found: dict[str, Contribution]) -> None:
     for each in path(found, 9.0):
@@ -222,7 +219,6 @@ points = st.dictionaries(
 )
 
 
-@settings(deadline=None)
 @given(points)
 def test_the_frontier_is_monotone_and_beats_the_rest(found: dict[str, Point]) -> None:
     best = [found[name] for name in halving.frontier(found)]
@@ -230,7 +226,6 @@ def test_the_frontier_is_monotone_and_beats_the_rest(found: dict[str, Point]) ->
     assert all(any(one.cost <= each.cost and one.kld <= each.kld for one in best) for each in found.values())
 
 
-@settings(deadline=None)
 @given(points, st.integers(1, 6))
 @example({"a": Point(0.0, 0.5), "b": Point(1.0, 0.15625)}, 1)
 def test_the_better_half_is_a_half_and_never_lies_higher(found: dict[str, Point], fewest: int) -> None:
@@ -289,7 +284,6 @@ values = st.fixed_dictionaries(
 
 
 @pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
-@settings(deadline=None)
 @given(wanted=values)
 def test_a_written_recipe_says_what_it_should_and_loads(file: Any, wanted: dict[str, Any]) -> None:
     text = file.read_text(encoding="utf-8")

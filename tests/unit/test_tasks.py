@@ -84,7 +84,7 @@ WORDS = ["ⴰⵣⵓⵍ", "the", "sea", "ⵣ", "is", "blue", "and", "."]
 texts = st.lists(st.sampled_from(WORDS), min_size=1, max_size=12).map(" ".join)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.tuples(texts, texts, texts), min_size=1, max_size=6))
 def test_scores_are_those_of_sacrebleu(rows: list[tuple[str, str, str]]) -> None:
     said, one, other = (list(column) for column in zip(*rows, strict=True))
