@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -295,6 +295,21 @@ IDENTIFIED = ".inputs/identified"
 def of_type(model_type: str) -> tuple[Path, ...]:
     """The shipped recipes for checkpoints of a model type."""
     return tuple(file for file in sorted(RECIPES.glob("*.toml")) if model_type in load(file).model_types)
+
+
+def asked_for(recipe: Recipe, model_type: str) -> str:
+    """What RECIPE= has to say so that checkpoints of a model type get `recipe`; nothing where they get it anyway."""
+    fitting = of_type(model_type)
+    if file := next((file for file in fitting if _says_the_same(load(file), recipe)), None):
+        return "" if file == fitting[0] else str(file.relative_to(PROJECT))
+    return f"path/to/{recipe.name.split(_ASKED)[0]}.toml"
+
+
+def _says_the_same(shipped: Recipe, recipe: Recipe) -> bool:
+    """Whether `recipe` is the `shipped` one, but for what CONTEXT= said."""
+    name, length = recipe.name.split(_ASKED)[0], (recipe if recipe.context else shipped).bundle.cache_length
+    bundle = replace(shipped.bundle, cache_length=length)
+    return name == shipped.name and replace(shipped, name=recipe.name, sha256=recipe.sha256, bundle=bundle) == recipe
 
 
 def chosen(given: Path | None, model_id: str, root: Path) -> Path:

@@ -165,13 +165,14 @@ class Subject:
 class Build:
     """How the files were made: recipe, limits of the graphs, source commit or empty, versions, what was changed.
 
-    `context` is what CONTEXT= has to say so that these files come out; nothing where the recipe alone says how long
-    their cache is. `gpu` are the stages that ran on one. `remarks` are what bundles do otherwise than the checkpoint
+    `asked` is what RECIPE= has to say so that these files come out, nothing where the model's type alone finds the
+    recipe; `context` what CONTEXT= has to, nothing where the recipe alone says how long their cache is. `gpu` are the stages that ran on one. `remarks` are what bundles do otherwise than the checkpoint
     says.
     """
 
     recipe: str
     recipe_sha256: str
+    asked: str = ""
     context: str = ""
     gpu: tuple[str, ...] = ()
     max_batch: int
@@ -460,7 +461,8 @@ def _command(subject: Subject, build: Build) -> str:
             f"{subject.base.model}@{subject.base.revision}" if subject.base.on_hub else "path/to/" + subject.base.model
         )
         base = f" BASE={said}"
-    more = f" TOWERS={subject.taken}" if subject.taken else ""
+    more = f" RECIPE={build.asked}" if build.asked else ""
+    more += f" TOWERS={subject.taken}" if subject.taken else ""
     more += f" CONTEXT={build.context}" if build.context else ""
     more += " DEVICE=cuda" if build.gpu else ""
     if subject.on_hub:

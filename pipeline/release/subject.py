@@ -10,7 +10,7 @@ from pipeline.core.facts import Bundle, Fetch, Precision, Verify
 from pipeline.core.graph import tower_precision
 from pipeline.core.judgement import Judgement
 from pipeline.core.manifest import Manifest
-from pipeline.core.recipe import STEP
+from pipeline.core.recipe import STEP, asked_for
 from pipeline.core.stage import Context
 from pipeline.release import licence
 from pipeline.release.card import Base, Build, Phone, Product, Sense, Subject
@@ -159,6 +159,7 @@ def build_of(context: Context) -> Build:
     return Build(
         recipe=recipe.name,
         recipe_sha256=recipe.sha256,
+        asked=asked_for(recipe, context.upstream["fetch"].told(Fetch).model_type),
         context=recipe.context,
         gpu=tuple(of_gpu(context)),
         max_batch=recipe.step.max_batch,

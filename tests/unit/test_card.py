@@ -109,6 +109,13 @@ def test_the_command_asks_for_the_cache_that_the_files_have() -> None:
     assert "CONTEXT" not in made()
 
 
+def test_the_command_asks_for_a_recipe_that_the_model_s_type_does_not_find() -> None:
+    asked = dataclasses.replace(BUILD, asked="pipeline/recipes/gemma3_vision.toml")
+    page = card.text(HUB, TERMS, {}, PRODUCTS, CHECKS, asked, {})
+    assert re.search(r"^make publish MODEL_ID=\S+.* RECIPE=pipeline/recipes/gemma3_vision\.toml$", page, re.MULTILINE)
+    assert "RECIPE" not in made()
+
+
 def test_what_a_gpu_computed_is_told_and_asked_of_one_again() -> None:
     page = card.text(HUB, TERMS, {}, PRODUCTS, CHECKS, dataclasses.replace(BUILD, gpu=("golden", "moments")), {})
     assert re.search(r"^make publish MODEL_ID=\S+.* DEVICE=cuda$", page, re.MULTILINE)

@@ -445,6 +445,20 @@ def test_the_recipe_is_the_one_for_the_checkpoints_model_type(tmp_path: Path) ->
     assert "gemma3" in recipe.load(recipe.chosen(None, "org/model", root)).model_types
 
 
+def test_what_has_to_be_said_for_a_recipe(tmp_path: Path) -> None:
+    """Nothing for the one that a model's type finds, with CONTEXT= too; else its place, if it is shipped."""
+    first, other = recipe.RECIPES / "gemma3.toml", recipe.RECIPES / "gemma3_vision.toml"
+    own = tmp_path / "own.toml"
+    assert recipe.asked_for(recipe.load(first), "gemma3") == ""
+    assert recipe.asked_for(recipe.load(other), "gemma3") == "pipeline/recipes/gemma3_vision.toml"
+    own.write_text(recipe.with_context(first, "256"), encoding="utf-8")
+    assert recipe.asked_for(recipe.load(own), "gemma3") == ""
+    own.write_text(recipe.with_context(other, "8192"), encoding="utf-8")
+    assert recipe.asked_for(recipe.load(own), "gemma3") == "pipeline/recipes/gemma3_vision.toml"
+    own.write_text(first.read_text(encoding="utf-8").replace("equalize = 0.7", "equalize = 0.6"))
+    assert recipe.asked_for(recipe.load(own), "gemma3") == "path/to/gemma3.toml"
+
+
 def test_a_snapshot_in_the_cache_of_the_hub_is_called_by_its_model(tmp_path: Path) -> None:
     snapshot = tmp_path / "models--org--name" / "snapshots" / ("a" * 40)
     other = tmp_path / "models--org--name" / "refs" / "main"
