@@ -289,10 +289,10 @@ def answer_loss(made: Tensor, labels: Tensor) -> Tensor:
     return functional.cross_entropy(made[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
 
 
-def optimizer_of(groups: Sequence[tuple[nn.Module, float]], settings: Settings) -> torch.optim.AdamW:
+def optimizer_of(modules: Sequence[tuple[nn.Module, float]], settings: Settings) -> torch.optim.AdamW:
     """Return AdamW that decays matrices only, each module at a rate of its own."""
     made = []
-    for module, peak in groups:
+    for module, peak in modules:
         decayed = [p for name, p in module.named_parameters() if p.ndim > 1 and "embed" not in name]
         taken = {id(p) for p in decayed}
         kept = [p for p in module.parameters() if id(p) not in taken]
@@ -426,8 +426,8 @@ def learn_together(
     own, heads = model.model, heads_of("vision")
     heads.load_state_dict(torch.load(folder / "vision.pt")["parts"][1])
     towers = nn.ModuleList([own.vision_tower, own.embed_vision, own.audio_tower, own.embed_audio, heads])
-    groups: list[tuple[nn.Module, float]] = [(towers, settings.peak_rate), (own.language_model, settings.text_rate)]
-    optimizer = optimizer_of(groups, settings)
+    modules: list[tuple[nn.Module, float]] = [(towers, settings.peak_rate), (own.language_model, settings.text_rate)]
+    optimizer = optimizer_of(modules, settings)
     kept = Kept(folder / "together.pt", settings.keep_every)
     corpus = text_rows(tokenizer, settings.seed)
     average: dict[str, float] = {}
