@@ -204,6 +204,9 @@ def _say_what_is_odd(
         other = f"{needed.seeing} takes them" if needed.seeing else "towers of this family can't be converted yet"
         why = "" if needed.converts else f"; {other}"
         log.step(f"{kind}tensors left out: {parts}{why}")
+    described = [tower for tower in ("vision", "audio") if config.get(f"{tower}_config")]
+    if described and needed.converts and not (needed.towers or left_out):
+        log.warn(f"text only: {CONFIG} describes {' and '.join(described)}, and no tensor of that is here")
     given = [tensor for tensor in tensors.values() if tensor.dtype == packed.INT4]
     if given:
         log.step(f"{len(given)} matrices are 4-bit integers already: int4 files take them as they are")

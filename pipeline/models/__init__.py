@@ -68,10 +68,11 @@ class Runtime:
 class Tower:
     """A part beside the text model by which it sees or hears: its `sections`, and its `tensors`, name → shape.
 
-    `config` are the numbers that define it.
+    `config` are the numbers that define it; `rows` what a parameter is multiplied with at each run of its encoder.
     """
 
     sections: tuple[str, ...]
+    rows: int
     tensors: Mapping[str, tuple[int, ...]]
     config: AudioConfig | gemma3_vision.VisionConfig | gemma3n_vision.VisionConfig
 

@@ -255,7 +255,9 @@ class Gemma3(TextFamily[TextConfig]):
         if not self._config.get("vision_config"):
             return {}
         config = VisionConfig.from_config(self._config)
-        return {"vision": Tower(sections=gemma3_vision.SECTIONS, tensors=gemma3_vision.tensors(config), config=config)}
+        tensors = gemma3_vision.tensors(config)
+        rows = gemma3_vision.rows(config, tensors)
+        return {"vision": Tower(sections=gemma3_vision.SECTIONS, rows=rows, tensors=tensors, config=config)}
 
 
 ARCHITECTURE = Gemma3

@@ -74,6 +74,10 @@ class VisionConfig:
             image_token_id=_token(config, "image", 262_144),
             eoi_token_id=_token(config, "eoi", 256_000),
         )
+        if made.hidden_size % made.num_attention_heads:
+            raise TowerError(
+                f"vision_config.hidden_size is {made.hidden_size}, no multiple of its {made.num_attention_heads} heads"
+            )
         if made.side**2 != made.soft_tokens or made.image_size % made.patch_size or made.patches % made.side:
             raise TowerError(
                 f"vision_config has pictures of {made.image_size} pixels in patches of {made.patch_size}, of which "
@@ -295,3 +299,10 @@ def tensors(config: VisionConfig) -> dict[str, tuple[int, ...]]:
         for part, module in parts.items()
         for name, tensor in module.state_dict().items()
     }
+
+
+def rows(config: VisionConfig, held: Mapping[str, tuple[int, ...]]) -> int:
+    """What each parameter that is `held` is multiplied with at a run: patches, and their attention's share."""
+    patches = config.patches**2
+    attention = 2 * patches**2 * config.hidden_size * config.num_hidden_layers
+    return patches + attention // sum(map(math.prod, held.values()))

@@ -434,10 +434,20 @@ class Gemma3n(TextFamily[TextConfig]):
         found: dict[str, Tower] = {}
         if self._config.get("vision_config"):
             eyes = VisionConfig.from_config(self._config)
-            found["vision"] = Tower(sections=gemma3n_vision.SECTIONS, tensors=gemma3n_vision.tensors(eyes), config=eyes)
+            found["vision"] = Tower(
+                sections=gemma3n_vision.SECTIONS,
+                rows=gemma3n_vision.ROWS,
+                tensors=gemma3n_vision.tensors(eyes),
+                config=eyes,
+            )
         if self._config.get("audio_config"):
             ears = AudioConfig.from_config(self._config)
-            found["audio"] = Tower(sections=gemma3n_audio.SECTIONS, tensors=gemma3n_audio.tensors(ears), config=ears)
+            found["audio"] = Tower(
+                sections=gemma3n_audio.SECTIONS,
+                rows=gemma3n_audio.ROWS,
+                tensors=gemma3n_audio.tensors(ears),
+                config=ears,
+            )
         return found
 
 

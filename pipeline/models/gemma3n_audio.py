@@ -39,6 +39,8 @@ _NORM_EPS = 1e-6
 
 
 SECTIONS = ("audio_encoder", "audio_adapter", "end_of_audio")
+ROWS = 752
+"""Of a sound, whatever its length: what a parameter is multiplied with."""
 
 
 @dataclass(frozen=True, kw_only=True)

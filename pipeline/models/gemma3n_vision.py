@@ -27,6 +27,8 @@ from pipeline.models.gemma3n_embedder import Embedder, Weight, stored
 from pipeline.models.transformer import RMSNorm
 
 SECTIONS = ("vision_encoder", "vision_adapter")
+ROWS = 1481
+"""Places that a parameter is multiplied with at each run, in the mean over all of the true tower's."""
 _ARCHITECTURE = "mobilenetv5_300m_enc"
 _EPS = 1e-6
 _STEM = 64

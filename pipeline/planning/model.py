@@ -18,7 +18,7 @@ from pipeline.core.facts import Checkpoint
 from pipeline.core.graph import Choice, Towers, tower_precision
 from pipeline.core.recipe import STEP, Graphs, Recipe
 from pipeline.judge import kv_cache
-from pipeline.models import architecture_for, bundled, expected, sizes, terms
+from pipeline.models import architecture_for, bundled, expected, sizes, terms, tower_of
 from pipeline.models.sizes import Weights
 from pipeline.release import origin
 from pipeline.release.licence import Claim, claimed, resolve
@@ -36,7 +36,8 @@ class Model:
 
     `facts` as fetch records them; `download` the bytes to get (none of a local folder), `stored` those of its files,
     `merged` those that are written anew with an adapter; `tokenizer` those of its tokenizer.json;
-    `shapes` of its tensors; `multiplied` the parameters that each token is multiplied with; `files` what each precision
+    `shapes` of its tensors; `multiplied` the parameters that each token is multiplied with; `rows`, by tower, what each
+    of its parameters is multiplied with at a run; `files` what each precision
     stores, by file; `cache` the bytes of a conversation's KV cache, 0 where there is none; `streamed`: stage golden
     reads weights from their file.
     """
@@ -51,6 +52,7 @@ class Model:
     text: Mapping[str, object]
     shapes: Mapping[str, tuple[int, ...]]
     multiplied: int
+    rows: Mapping[str, int]
     files: Mapping[str, Weights]
     cache: int
     streamed: bool
@@ -133,6 +135,7 @@ def look(model_id: str, revision: str, base: str, recipe: Recipe, graphs: Graphs
         text=nested if isinstance(nested := config.get("text_config"), dict) else config,
         shapes=architecture.tensors(),
         multiplied=sizes.multiplied(architecture),
+        rows={taken.tower: tower_of(architecture, taken.tower).rows for taken in chosen.facts.towers},
         files=sizes.of_files(architecture, recipe.bundle.prefills, graphs),
         cache=0 if graphs == "step" else sizes.cache_bytes(architecture, recipe.bundle),
         streamed=memory.must_stream(chosen.facts.parameters),

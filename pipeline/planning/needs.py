@@ -61,8 +61,6 @@ _ACTIVATIONS = 4096
 """Bytes of the reference's activations per column: of so many tokens at once, in float32."""
 _TOWER = 30.0
 """Seconds of exporting an audio tower of twelve blocks, or a vision tower."""
-_ROWS = {"audio": 752, "vision": 1481}
-"""What a parameter of an encoder is multiplied with at each run: rows of a sound, whatever its length, or places."""
 _RUNS = 28
 """Sounds or pictures that a tower is judged on."""
 _LENGTHS = {"audio": 4, "vision": 26}
@@ -242,7 +240,7 @@ def towers(model: Model) -> Need:
 def _in_towers(model: Model, times: Mapping[str, int] | None = None) -> float:
     """Products of parameters at one run of each tower, or at so many."""
     taken = () if model.graphs == "step" else model.facts.towers
-    return sum(float(one.parameters) * _ROWS[one.tower] * (times[one.tower] if times else 1) for one in taken)
+    return sum(float(one.parameters) * model.rows[one.tower] * (times[one.tower] if times else 1) for one in taken)
 
 
 def _filled(model: Model, precision: str, *, sections: bool = True) -> Need:

@@ -249,6 +249,10 @@ def test_every_tensor_of_the_true_tower_has_its_place() -> None:
     own = [shape for name, shape in shapes.items() if name.startswith("vision_tower.")]
     assert (len(own), len(shapes)) == (437, 439)
     assert sum(int(np.prod(shape)) for shape in own) == 416_866_032
+    tower = architecture_for({"model_type": "gemma3", **config}).towers()["vision"]
+    products = tower.rows * sum(int(np.prod(shape)) for shape in shapes.values())
+    # Of patches by weights, and of patches by patches twice.
+    assert products == pytest.approx(4096 * 416_866_032 + 2 * 4096**2 * 1152 * 27, rel=0.01)
 
 
 # What stays as it was, and what is refused.
@@ -284,7 +288,7 @@ def test_other_families_have_no_embedder(tmp_path: Path) -> None:
         plain.with_embedder()
 
 
-@pytest.mark.parametrize("change", ["missing", "old names", "other size"])
+@pytest.mark.parametrize("change", ["missing", "old names", "other act", "other heads"])
 def test_names_and_wholeness_of_the_tower(
     change: str, line: Line, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -297,10 +301,10 @@ def test_names_and_wholeness_of_the_tower(
         del stored[layer]
     if change == "old names":
         stored = {name.replace("vision_tower.", "vision_tower.vision_model."): each for name, each in stored.items()}
-    if change == "other size":
+    if "other" in change:
         file = model / "config.json"
         config = json.loads(file.read_text())
-        config["vision_config"]["hidden_act"] = "relu"
+        config["vision_config"] |= {"hidden_act": "relu"} if change == "other act" else {"num_attention_heads": 5}
         file.write_text(json.dumps(config))
     save_file(stored, model / "model.safetensors", {"format": "pt"})
     code = fetched(model, tmp_path, "gemma3_vision.toml", *TAKE)
@@ -309,8 +313,24 @@ def test_names_and_wholeness_of_the_tower(
         assert code == 0
     elif change == "missing":
         assert code == 3 and f"1 tensor is missing: {layer}" in said
-    else:
+    elif change == "other act":
         assert code == 3 and "vision_config.hidden_act is relu, expected gelu_pytorch_tanh" in said
+    else:
+        assert code == 3 and "vision_config.hidden_size is 48, no multiple of its 5 heads" in said
+
+
+def test_where_there_is_no_tower_it_is_said(line: Line, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As after a training that saved the text model alone: else a bundle that was to see would be blind, silently."""
+    model = tmp_path / "eyes3"
+    shutil.copytree(line.model, model)
+    stored = load_file(model / "model.safetensors")
+    text = {name: each for name, each in stored.items() if "language_model" in name}
+    assert text and len(text) < len(stored)
+    save_file(text, model / "model.safetensors", {"format": "pt"})
+    assert fetched(model, tmp_path, "gemma3_vision.toml") == 0
+    assert "text only: config.json describes vision, and no tensor of that is here" in capsys.readouterr().err
+    assert fetched(model, tmp_path / "2", "gemma3.toml") == 0
+    assert "config.json describes" not in capsys.readouterr().err
 
 
 def test_pictures_in_crops_are_refused(line: Line, tmp_path: Path) -> None:
