@@ -230,7 +230,7 @@ def large_adapter(session: nox.Session) -> None:
 def rival(session: nox.Session) -> None:
     """The int8 bundle of Gemma 3 270M, or of `-- smollm2`, beside llama.cpp's Q8_0: half an hour the first time.
 
-    `-- smollm2-growing`: with a cache that grows with the conversation.
+    `-- smollm2-growing`: with a cache that grows with the conversation; `-- --precision int4`: int4 beside Q4_0.
 
     Builds llama.cpp from source, which needs a C++ compiler. What was built stays in artifacts/rival and is used again.
     """

@@ -1,6 +1,6 @@
 """A bundle beside llama.cpp's file of the very same checkpoint and precision: quality on one text, speed in turns.
 
-    nox -s rival [-- smollm2] [--precision int4]   # builds llama.cpp, makes checkpoint, reference, bundle, calls this
+    nox -s rival [-- [smollm2] [--precision int4]]   # builds llama.cpp, makes checkpoint, reference, bundle, calls this
 
 int8 is held against Q8_0, int4 against Q4_0, which llama.cpp rounds with its defaults, without an importance matrix.
 

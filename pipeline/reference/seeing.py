@@ -55,7 +55,7 @@ class Eyes:
 
 
 def look(checkpoint: Path, files: Mapping[str, Path], scratch: Path) -> dict[str, Floats]:
-    """The vectors [257, H] of each picture in `files`, by its name: its soft tokens, and that of its end.
+    """The vectors [n, H] of each picture in `files`, by its name: its soft tokens, and of Gemma 3n that of its end.
 
     Raises:
         UsageError: timm is not installed.

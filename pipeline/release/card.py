@@ -166,8 +166,8 @@ class Build:
     """How the files were made: recipe, limits of the graphs, source commit or empty, versions, what was changed.
 
     `asked` is what RECIPE= has to say so that these files come out, nothing where the model's type alone finds the
-    recipe; `context` what CONTEXT= has to, nothing where the recipe alone says how long their cache is. `gpu` are the stages that ran on one. `remarks` are what bundles do otherwise than the checkpoint
-    says.
+    recipe; `context` what CONTEXT= has to, nothing where the recipe alone says how long their cache is. `gpu` are the
+    stages that ran on one. `remarks` are what bundles do otherwise than the checkpoint says.
     """
 
     recipe: str
