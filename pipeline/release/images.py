@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pipeline.core import log, process
@@ -33,12 +33,18 @@ def _of_this_clone(lock: str) -> str:
     """The published image that holds the sources as they are here; else the newest, and it is said whose it holds."""
     held, listed = HELD.read_text(encoding="utf-8").split() if HELD.is_file() else [], [*_listed(lock, FILE)]
     for commit, image in listed:
-        if process.output(["git", "diff", "--quiet", commit, "--", *held], cwd=PROJECT) is not None:
+        if _is_here(commit, held):
             return image
     for commit, image in listed[:1]:
         log.warn(f"no published image holds the sources as they are here: {image} has those of commit {commit[:12]}")
         return image
     return ""
+
+
+def _is_here(commit: str, held: Sequence[str]) -> bool:
+    """Whether the paths in `held` are as at `commit`, with nothing besides that git does not know."""
+    same = process.output(["git", "diff", "--quiet", commit, "--", *held], cwd=PROJECT) is not None
+    return same and not process.output(["git", "ls-files", "--others", "--exclude-standard", *held], cwd=PROJECT)
 
 
 def pulled(given: str, lock: str) -> str:

@@ -74,6 +74,12 @@ def test_a_job_gets_the_image_of_the_sources_as_they_are_here(
     source.write_text("third")
     assert images.pulled("", "cpu") == SECOND
     assert f"has those of commit {second[:12]}" in capsys.readouterr().err
+    source.write_text("second")
+    images.HELD.write_text("pipeline\nrecipes\n")
+    (tmp_path / "recipes").mkdir()
+    assert images.pulled("", "cpu") == SECOND and not capsys.readouterr().err
+    (tmp_path / "recipes" / "own.toml").touch()
+    assert images.pulled("", "cpu") == SECOND and "no published image holds the sources" in capsys.readouterr().err
 
 
 def test_the_image_has_no_list_and_does_not_say_that_none_is_published(
