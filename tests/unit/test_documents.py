@@ -135,6 +135,14 @@ def test_links_between_the_documents_lead_somewhere(file: Path) -> None:
         assert (file.parent / target).exists(), target
 
 
+@pytest.mark.parametrize(
+    "file", [PROJECT / "README.md", *PROJECT.glob("examples/*/README.md")], ids=lambda file: file.parent.name
+)
+def test_what_a_command_is_given_lies_there(file: Path) -> None:
+    for given in re.findall(r"(?:MODEL_ID|IMAGE|AUDIO)=(examples/[\w./-]+)", file.read_text(encoding="utf-8")):
+        assert (PROJECT / given).exists(), given
+
+
 def test_every_document_is_reached_from_the_readme() -> None:
     linked = set(re.findall(r"\]\(([^)#:]+\.md)\)", README))
     assert {str(file.relative_to(PROJECT)) for file in DOCUMENTS} - {"README.md"} <= linked
