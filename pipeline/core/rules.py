@@ -565,7 +565,7 @@ def _told_by_the_environment(said: Mapping[str, str]) -> str:
     own = {"IN", "ARTIFACTS"} if said["IN"] == "image" else set()  # the image itself sets these
     names = " ".join(name for name in said.get("ENVIRONMENT", "").split() if name not in own)
     return (
-        f"warning: the environment has what is a setting here: {names} (`make NAME=` leaves one out)\n" if names else ""
+        f"warning: the environment has what is a setting here: {names} (`env -u NAME make …` leaves one out)\n" if names else ""
     )
 
 

@@ -287,6 +287,7 @@ def test_a_setting_that_the_environment_has_is_told(tmp_path: Path) -> None:
 
     assert told().startswith("warning: the environment has what is a setting here: CONTEXT TAG (")
     assert "here: TAG (" in told("CONTEXT=")
+    assert "`env -u NAME make …` leaves one out" in told(), "`make MODEL_ID=` would name nothing"
     assert "here: CONTEXT TAG (" in told(IN="image", READY="")
     assert "environment" not in subprocess.run(command, cwd=PROJECT, capture_output=True, text=True).stderr
 
