@@ -564,9 +564,8 @@ def _told_by_the_environment(said: Mapping[str, str]) -> str:
     """A sentence about settings that nobody gave to this call: a stranger's program may use such a name too."""
     own = {"IN", "ARTIFACTS"} if said["IN"] == "image" else set()  # the image itself sets these
     names = " ".join(name for name in said.get("ENVIRONMENT", "").split() if name not in own)
-    return (
-        f"warning: the environment has what is a setting here: {names} (`env -u NAME make …` leaves one out)\n" if names else ""
-    )
+    told = f"warning: the environment has what is a setting here: {names} (`env -u NAME make …` leaves one out)\n"
+    return told if names else ""
 
 
 def main(argv: Sequence[str]) -> int:
