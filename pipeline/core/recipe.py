@@ -360,7 +360,11 @@ def with_context(file: Path, said: str) -> str:
         text, count = re.subn(rf"(?m)^(\s*{key}\s*=\s*){old}", value, text, count=1)
         if not count:
             raise UsageError(f"recipe {file} doesn't say `{key}` on a line of its own", remedy=_OWN_LENGTH)
-    parse(text.encode(), f"{file} with CONTEXT={said}")
+    try:
+        parse(text.encode(), f"{file} with CONTEXT={said}")
+    except UsageError as error:
+        error.remedy = "say a larger CONTEXT="  # all else in it was right before
+        raise
     return text
 
 

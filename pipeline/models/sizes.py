@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
+
 from pipeline.checkpoint.names import EMBEDDING, HEAD
 from pipeline.core.recipe import DECODER, STEP, Bundle, Graphs
 from pipeline.models import Architecture
@@ -72,7 +74,8 @@ def export_seconds(signatures: int, shapes: Mapping[str, tuple[int, ...]]) -> fl
 
 def cache_bytes(architecture: Architecture, bundle: Bundle) -> int:
     """Bytes of one KV cache in float32, as long as it can become."""
-    kept = architecture.decoder_inputs(1, bundle.cache_length, max(bundle.prefill))["kv_cache"]
+    with torch.device("meta"):  # where no length is too much
+        kept = architecture.decoder_inputs(1, bundle.cache_length, max(bundle.prefill))["kv_cache"]
     return 4 * sum(math.prod(tensor.shape) for tensor in kept.values())
 
 

@@ -74,6 +74,8 @@ def test_a_configuration_that_leaves_keys_to_their_defaults_is_planned_too(built
     assert (bundle.cache_length, max(bundle.prefill)) == (4096, 128)
     assert sizes.layers(architecture.tensors()) == 35
     assert sizes.cache_bytes(architecture, bundle) == 4 * (4 * 4096 + 16 * (512 + 128)) * 2 * 2 * 256
+    endless = replace(bundle, cache_length=10**9)
+    assert sizes.cache_bytes(architecture, endless) > 4 * 4 * 10**9, "which no memory would hold"
     _, model = planned(built)
     graph = Graph.read(built.root / "graph" / DECODER)
     held = [graph.shape(port.tensorIndex) for port in graph.ports() if str(port.name).startswith("kv_cache_")]

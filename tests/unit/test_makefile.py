@@ -298,6 +298,10 @@ def test_a_context_that_can_not_be_is_refused(said: str, tmp_path: Path) -> None
     assert "no CONTEXT=" in refused("job", "CONTEXT=8192", f"ARTIFACTS={tmp_path}")
 
 
+def test_a_context_that_is_too_short_says_so(tmp_path: Path) -> None:
+    assert "do:    say a larger CONTEXT=" in refused("bundle", "CONTEXT=64", f"ARTIFACTS={tmp_path}")
+
+
 def test_a_release_is_what_its_description_says(tmp_path: Path) -> None:
     (release,) = (PROJECT / "releases").glob("*.toml")
     said = make("-n", "release", f"RELEASE={release}", f"ARTIFACTS={tmp_path}", "CONTEXT=8192", "TOWERS=vision")
