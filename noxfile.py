@@ -115,7 +115,7 @@ def senses(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none", default=False)
 def large_eyes(session: nox.Session) -> None:
-    """Gemma 3n's towers in their true size against Hugging Face's: half an hour and 12 GB of disk."""
+    """Towers in their true size against Hugging Face's; Gemma 3n's alone take half an hour and 12 GB of disk."""
     session.run("make", ".venv-vision/.ready", external=True)
     python(session, "-m", "pytest", "-s", "tests/eyes/true_width.py", *session.posargs)
 
