@@ -41,7 +41,7 @@ def work(given: Options) -> None:
     found: dict[str, object] = {"model_type": config.get("model_type"), "towers": [*towers]}
     note.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(note, dump_json(found))
-    if recipe := named_in(note):  # without one, the plan that comes next says which types there are
+    if not given.recipe and (recipe := named_in(note)):  # without one, the plan says which types there are
         log.step(f"of type {found['model_type']}: recipe {recipe.stem}")
 
 

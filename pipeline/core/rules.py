@@ -287,7 +287,8 @@ def rules(request: Request) -> str:
         *(["reproduce: | .venv-vision/.ready", ""] if eyes else ()),  # which makes golden by itself
     ]
     if request.looks:  # Make begins again once this file is newer than it was read
-        words = _quoted([*request.where[:4], *(w for name in ("revision", "base") for w in _option(request, name))])
+        where = request.where if request.said["RECIPE"] else request.where[:4]  # else it is looked for
+        words = _quoted([*where, *(w for name in ("revision", "base") for w in _option(request, name))])
         lines += [
             f"{root}/.inputs/rules.mk: {root}/{IDENTIFIED}",
             "\t@touch $@",

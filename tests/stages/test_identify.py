@@ -102,7 +102,7 @@ def test_the_towers_of_a_model_on_the_hub_are_found_by_its_tensors(server: HubSe
     own = "RECIPE=pipeline/recipes/gemma3n.toml"
     make(own, "TOWERS=none", READY)
     assert not make.asked
-    make(own, READY)
+    assert "of type" not in make(own, READY), "the recipe of its type is not the one that is taken"
     assert make.asked
     shown = make("-n", own, "bundle", "GRAPHS=bundle")
     assert "--towers audio" in shown and not make.asked and "towers" in make.ran
