@@ -564,6 +564,7 @@ def write(request: Request) -> Path:
 def _told_by_the_environment(said: Mapping[str, str]) -> str:
     """A sentence about settings that nobody gave to this call: a stranger's program may use such a name too."""
     own = {"IN", "ARTIFACTS"} if said["IN"] == "image" else set()  # the image itself sets these
+    own |= {"PYTHONHASHSEED", "OMP_WAIT_POLICY", "SOURCE_DATE_EPOCH"}  # which make hands to a make that it calls
     names = " ".join(name for name in said.get("ENVIRONMENT", "").split() if name not in own)
     told = f"warning: the environment has what is a setting here: {names} (`env -u NAME make …` leaves one out)\n"
     return told if names else ""

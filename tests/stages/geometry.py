@@ -379,7 +379,7 @@ class EagerSections(Sections):
     def __init__(self, architecture: Architecture, state: Mapping[str, torch.Tensor], bundle: Bundle) -> None:
         lengths = {f"prefill_{length}": length for length in bundle.prefill} | {"decode": 1}
         self.signatures = dict.fromkeys(lengths)
-        self._mapped, self._runners, self._shapes = None, {}, {}
+        self._mapped, self._runners, self._shapes, self._whole = None, {}, {}, False
         for name, length in lengths.items():
             module = architecture.decoder(logits=name == "decode").eval()
             module.model.load_state_dict({key: state[key] for key in module.model.state_dict()})
