@@ -198,6 +198,7 @@ class Tone:
             (
                 "Tell me about it.",
                 f"We hear {told}, and behind it there is noise: it is the {'key' if self.key else 'note'} {called}. "
+                f"There is nothing else to hear, so what we hear is the {kind} {called}, and its name is "
                 f"{self.caption_in_tifinagh()}",
             ),
         )

@@ -84,7 +84,7 @@ MEDIA = f"""\
                 {{{{- '{SOUND}' -}}}}
             """
 """What the chat template has before text."""
-TURNS = {"heads": 1, "vision": 2, "audio": 8, "text": 8}
+TURNS = {"heads": 1, "vision": 2, "audio": 6, "text": 1}
 """What all learn by, and every how many steps."""
 COVERED = 0.3
 """From what share on a shape is in a soft token's place."""
@@ -150,7 +150,7 @@ class Settings:
     """Drawn once; turned and mirrored anew each time."""
     alone: int = 800
     """Steps in which each tower learns alone."""
-    joint: int = 450
+    joint: int = 800
     rows: int = 16
     """Pictures a step by which heads learn, and sounds; a quarter of it where questions are asked."""
     peak_rate: float = 1e-3
