@@ -62,14 +62,9 @@ def made(request: pytest.FixtureRequest, stage: str) -> Line:
 def begin(line: Line, stage: str) -> subprocess.Popen[bytes]:
     """The stage in a process of its own, which Ctrl-C reaches."""
     common = ["--model-id", str(line.model), "--artifacts", str(line.artifacts), "--recipe", str(line.recipe)]
-    program = (
-        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
-        f"from pipeline.core.stage import main; from pipeline.{stage} import STAGE; sys.exit(main(STAGE))"
-    )
     environment = os.environ | {"PYTHONHASHSEED": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-c", program, *common, *OPTIONS.get(stage, ())], cwd=PROJECT, env=environment
-    )
+    command = [sys.executable, "-m", f"pipeline.{stage}", *common, *OPTIONS.get(stage, ())]
+    return subprocess.Popen(command, cwd=PROJECT, env=environment)
 
 
 def wait_until_it_writes(process: subprocess.Popen[bytes], folder: Path) -> None:

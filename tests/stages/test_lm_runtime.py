@@ -406,15 +406,6 @@ def test_a_conversation_in_the_terminal(
     assert printed.err.count("do:") == 1  # one thing went wrong
 
 
-@pytest.fixture
-def interruptible() -> Iterator[None]:
-    """A shell that starts the tests in the background lets them ignore SIGINT."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_stops_an_answer_and_ctrl_d_leaves(endless: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
 

@@ -113,10 +113,7 @@ def test_a_signal_to_it_alone_ends_what_make_runs(tmp_path: Path, sent: signal.S
     pid = tmp_path / "pid"
     command = [ENTRY, *makefile(tmp_path, f"echo $$$$ >{pid}.part; mv {pid}.part {pid}; exec sleep 60")]
     environment = {**OUTSIDE, "ARTIFACTS": str(tmp_path)}
-    # A shell's job in the background ignores SIGINT, and so would all that its children run: an engine's does not.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
-    signal.signal(signal.SIGINT, before)
     until = time.monotonic() + 30
     while not pid.exists() and time.monotonic() < until:
         time.sleep(0.02)

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -49,14 +49,6 @@ def work(context):
 words = [word for word in sys.argv[1:] if word != "--wait"]
 sys.exit(main(Stage(name="slow", summary="writes two files", work=work), words))
 '''
-
-
-@pytest.fixture(autouse=True)
-def interruptible() -> Iterator[None]:
-    """A shell that starts the tests in the background lets them ignore SIGINT, and what they start as well."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture
@@ -526,7 +518,6 @@ def test_an_interrupt_that_a_library_swallows_ends_the_stage_all_the_same(tmp_pa
     program = f"""
 import contextlib, os, signal, sys, time
 from pipeline.core import stage
-signal.signal(signal.SIGINT, signal.default_int_handler)
 stage._PATIENCE = 0.5 if {forever} else 60
 def work(context):
     (context.folder / "half.bin").write_bytes(bytes(100))
