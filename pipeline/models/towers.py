@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +11,13 @@ import torch
 from torch import nn
 
 from pipeline.checkpoint.layout import lay_out_tower
+from pipeline.checkpoint.names import EMBEDDING, outer
 from pipeline.checkpoint.picture import Look, open_look
 from pipeline.checkpoint.reader import Checkpoint, Float32
-from pipeline.checkpoint.sound import open_front
+from pipeline.checkpoint.sound import Front, open_front, open_front4
 from pipeline.core import log
 from pipeline.export.export import Inputs, Signature, export
-from pipeline.models import architecture_of, gemma3_vision, gemma3n_audio, gemma3n_vision, tower_of
-from pipeline.models.gemma3n_audio import AudioAdapter, AudioConfig, AudioEncoder
+from pipeline.models import architecture_of, gemma3_vision, gemma3n_audio, gemma3n_vision, gemma4_audio, tower_of
 from pipeline.tflite import weights
 from pipeline.tflite.graph import Graph
 
@@ -45,18 +46,40 @@ def _names(tower: str, checkpoint: Checkpoint) -> Mapping[str, str]:
 
 
 def _export_audio(checkpoint: Checkpoint, names: Mapping[str, str], folder: Path) -> list[Path]:
-    config, front = AudioConfig.from_config(checkpoint.config), open_front(checkpoint.folder)
-    encoder, adapter, end = files = [folder / f"{name}.tflite" for name in gemma3n_audio.SECTIONS]
+    tower = tower_of(architecture_of(checkpoint), "audio")
+    files = [folder / f"{name}.tflite" for name in tower.sections]
+    if isinstance(config := tower.config, gemma4_audio.AudioConfig):
+        front, modules, width, blocks = _ears4(config, checkpoint.folder)
+        row = text_row(checkpoint, config.eoa_token_id)
+    else:
+        assert isinstance(config, gemma3n_audio.AudioConfig)
+        front, modules, width, blocks = _ears3n(config, checkpoint.folder)
+        row = end_row(checkpoint, names, "embed_audio", config.eoa_token_id - config.vocab_offset, config.rms_norm_eps)
     frames, rows = (1, config.frames), (1, config.soft_tokens)
     heard = {"src_inputs": torch.zeros(*frames, front.frame), "mask": torch.ones(1, *frames, dtype=torch.bool)}
-    features = {"features": torch.zeros(*rows, config.hidden_size), "mask": torch.ones(rows, dtype=torch.bool)}
-    expected = _TRACED + _BLOCK * config.conf_num_hidden_layers
-    with log.waiting("exporting the audio encoder", expected):
-        _export(checkpoint, names, lambda: AudioEncoder(config, front), heard, encoder)
-    _export(checkpoint, names, lambda: AudioAdapter(config), features, adapter)
-    row = end_row(checkpoint, names, "embed_audio", config.eoa_token_id - config.vocab_offset, config.rms_norm_eps)
-    _write_vector(row, end)
+    features = {"features": torch.zeros(*rows, width), "mask": torch.ones(rows, dtype=torch.bool)}
+    with log.waiting("exporting the audio encoder", _TRACED + _BLOCK * blocks):
+        _export(checkpoint, names, modules[0], heard, files[0])
+    _export(checkpoint, names, modules[1], features, files[1])
+    _write_vector(row, files[2])
     return files
+
+
+_Ears = tuple[Front, tuple[Make, Make], int, int]
+"""What a spectrogram is made by; what makes encoder and adapter; the width between them, and the encoder's blocks."""
+
+
+def _ears3n(config: gemma3n_audio.AudioConfig, folder: Path) -> _Ears:
+    front = open_front(folder)
+    modules = partial(gemma3n_audio.AudioEncoder, config, front), partial(gemma3n_audio.AudioAdapter, config)
+    return front, modules, config.hidden_size, config.conf_num_hidden_layers
+
+
+def _ears4(config: gemma4_audio.AudioConfig, folder: Path) -> _Ears:
+    front = open_front4(folder)
+    config.check(len(front.mel))
+    modules = partial(gemma4_audio.AudioEncoder, config, front), partial(gemma4_audio.AudioAdapter, config)
+    return front, modules, config.output_proj_dims, config.num_hidden_layers
 
 
 def _export_vision(checkpoint: Checkpoint, names: Mapping[str, str], folder: Path) -> list[Path]:
@@ -76,6 +99,14 @@ def _export_vision(checkpoint: Checkpoint, names: Mapping[str, str], folder: Pat
     return files
 
 
+def text_row(checkpoint: Checkpoint, token: int) -> Float32:
+    """The text model's embedding [H] of a token, as its decoder takes it."""
+    stored = outer(checkpoint.tensors)[EMBEDDING]
+    row = checkpoint.rows(stored, token, token + 1)[0]
+    made: Float32 = row * np.float32(row.size**0.5)
+    return made
+
+
 def _eyes3(config: gemma3_vision.VisionConfig, look: Look) -> tuple[Make, Make]:
     """Gemma 3's encoder and adapter."""
     return lambda: gemma3_vision.VisionEncoder(config, look), lambda: gemma3_vision.VisionAdapter(config)
@@ -93,7 +124,8 @@ def _export(checkpoint: Checkpoint, names: Mapping[str, str], make: Make, inputs
     """A section with one signature, called like its file."""
 
     def vector(name: str) -> torch.Tensor:
-        return torch.from_numpy(weights.vector(checkpoint, names[name]).copy())
+        read = weights.vector if checkpoint.tensors[names[name]].shape else weights.limit
+        return torch.from_numpy(read(checkpoint, names[name]).copy())
 
     with torch.device("meta"):
         module = make()

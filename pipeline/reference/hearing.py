@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoConfig
 from transformers.models.gemma3n import Gemma3nAudioFeatureExtractor
 from transformers.models.gemma3n.modeling_gemma3n import Gemma3nAudioEncoder
+from transformers.models.gemma4 import Gemma4AudioFeatureExtractor
+from transformers.models.gemma4.modeling_gemma4 import Gemma4AudioModel
 
 from pipeline.core import log
 from pipeline.judge.sounds import Samples
@@ -18,8 +21,12 @@ from pipeline.reference import streaming
 from pipeline.reference.answers import Heard, Sense, embedder, weights
 from pipeline.reference.model import Floats
 
-_LONG = 8 * 16_000
-"""Samples of a sound above which nothing is asked about it: prompts cost."""
+COUNTED = "gemma4"
+"""The type of models whose encoder says which of its rows are of the sound, as its mask says of frames."""
+_TOKEN = 640
+"""Samples of a soft token of theirs."""
+_LONG = 8 / 30
+"""Of the longest sound's soft tokens, above which nothing is asked about a sound: prompts cost."""
 
 
 @dataclass(frozen=True)
@@ -35,13 +42,17 @@ class Ears:
     def load(cls, checkpoint: Path) -> Ears:
         """Those of a checkpoint."""
         config = AutoConfig.from_pretrained(checkpoint, local_files_only=True)
+        kind: Any  # transformers ships no types for how they are made
+        extractor: Any
+        kind, extractor = Gemma3nAudioEncoder, Gemma3nAudioFeatureExtractor
+        if config.model_type == COUNTED:
+            kind, extractor = Gemma4AudioModel, Gemma4AudioFeatureExtractor
         with torch.device("meta"):
-            kind: Any = Gemma3nAudioEncoder  # transformers ships no types for how it is made
             tower = kind._from_config(config.audio_config, dtype=torch.float32)
         tower = streaming.load_part(tower, weights(checkpoint, "audio_tower"))
         own = embedder(checkpoint, config.audio_config, config.text_config, "embed_audio")
-        extractor = Gemma3nAudioFeatureExtractor.from_pretrained(checkpoint, local_files_only=True)
-        return cls(tower=tower, embedder=own, extractor=extractor, config=config)
+        heard = extractor.from_pretrained(checkpoint, local_files_only=True)
+        return cls(tower=tower, embedder=own, extractor=heard, config=config)
 
     @property
     def sense(self) -> Sense:
@@ -52,11 +63,23 @@ class Ears:
 
     def soft_tokens(self, sound: Samples) -> Floats:
         """[n, H] of a sound."""
-        taken = self.extractor(sound, return_tensors="pt")
+        counted = self.config.model_type == COUNTED
+        whole = filled(sound) if counted else sound
+        taken = self.extractor([whole], return_tensors="pt", truncation=not counted)  # of 30 s a sample would go
+        there = taken["input_features_mask"]
         with torch.inference_mode():
-            heard = self.tower(taken["input_features"], ~taken["input_features_mask"])
-            embedded: Floats = self.embedder(inputs_embeds=heard.last_hidden_state)[0].numpy()
-        return embedded
+            heard = self.tower(taken["input_features"], there if counted else ~there)
+            embedded = self.embedder(inputs_embeds=heard.last_hidden_state)[0]
+        rows: Floats = (embedded[heard.attention_mask[0]] if counted else embedded).numpy()
+        return rows
+
+
+def filled(sound: Samples) -> Samples:
+    """`sound` with silence up to whole soft tokens, as LiteRT-LM is to get it, and the sample behind the last window.
+
+    Of a shorter one the processor would leave some windows of the last soft token out.
+    """
+    return np.pad(sound, (0, -len(sound) % _TOKEN + 1))
 
 
 def listen(ears: Ears, sounds: Mapping[str, Samples]) -> dict[str, Floats]:
@@ -72,7 +95,7 @@ def listen(ears: Ears, sounds: Mapping[str, Samples]) -> dict[str, Floats]:
 def messages(heard: Mapping[str, Floats]) -> Iterator[Heard]:
     """What is in each message that is asked about: a sound, and in every eighth two."""
     short = sorted(heard, key=lambda name: (len(heard[name]), name))
-    short = [name for name in short if len(heard[name]) * 16 * 160 <= _LONG]
+    short = [name for name in short if len(heard[name]) <= _LONG * len(heard[short[-1]])]
     index = 0
     while True:
         names = [short[(index * 7) % len(short)], *([short[-1 - index % 3]] if index % 8 == 7 else [])]

@@ -148,7 +148,7 @@ def _stream(model: nn.Module, stored: Mapping[str, Weight]) -> None:
     """Give every module its weights: small ones for good, large ones by hooks."""
     room: dict[torch.Size, torch.Tensor] = {}
     for name, buffer in _stored_buffers(model):
-        buffer.copy_(stored[name][:])
+        buffer.copy_(stored[name][:] if buffer.ndim else stored[name])  # type: ignore[arg-type]  # numbers are floats
     for path, module in model.named_modules():
         for name, empty in module.named_parameters(path, recurse=False):
             weight, attribute = stored[name], name.rpartition(".")[2]

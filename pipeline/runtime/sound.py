@@ -1,8 +1,9 @@
 """Sounds as LiteRT-LM is to get them: mono, at the model's rate, as many samples as Hugging Face's frames have.
 
-Hugging Face's processor fills a sound up to a multiple of 128 samples and wants one sample more of a frame than it
-uses; the runtime does neither, so of three sounds one would have a frame more or less. What is cut here, or filled with
-silence, has the same frames in both.
+Hugging Face's processor of Gemma 3n fills a sound up to a multiple of 128 samples and wants one sample more of a frame
+than it uses; the runtime does neither, so of three sounds one would have a frame more or less. What is cut here, or
+filled with silence, has the same frames in both. Of Gemma 4 the runtime drops what fills no frame of 40 ms: there a
+sound is filled up to whole ones, and Hugging Face's hears it so too.
 """
 
 from __future__ import annotations
@@ -34,8 +35,15 @@ class Hearing:
     frame: int
     hop: int
 
+    @property
+    def apart(self) -> bool:
+        """Whether frames lie side by side, as Gemma 4's: a silent one is before them then."""
+        return self.frame == self.hop
+
     def count(self, samples: int) -> int:
-        """The frames that Hugging Face makes of so many samples."""
+        """The frames that Hugging Face makes of so many samples; side by side, those that hold them."""
+        if self.apart:
+            return -(-samples // self.frame)
         filled = -(-samples // _FILLED_TO) * _FILLED_TO
         return max(0, (filled - self.frame - 1) // self.hop + 1)
 
@@ -61,7 +69,8 @@ class Hearing:
         fitted = self.fitted(sound)
         windows = np.lib.stride_tricks.sliding_window_view(fitted, self.frame)[:: self.hop]
         frames, mask = np.zeros((1, most, self.frame), np.float32), np.zeros((1, 1, most), np.bool_)
-        frames[0, : len(windows)], mask[..., : len(windows)] = windows, True
+        first = int(self.apart)
+        frames[0, first : first + len(windows)], mask[..., : first + len(windows)] = windows, True
         return frames, mask
 
     def read(self, file: Path) -> bytes:

@@ -78,6 +78,18 @@ def vector(checkpoint: Checkpoint, tensor: str) -> Float32:
     return _finite(checkpoint, tensor, 0, checkpoint.tensors[tensor].shape[0])
 
 
+def limit(checkpoint: Checkpoint, tensor: str) -> Float32:
+    """A number that something is held within, of no dimension; infinite where it is not.
+
+    Raises:
+        IntegrityError: it is none.
+    """
+    value = checkpoint.read(tensor)
+    if np.isnan(value):
+        raise IntegrityError(f"the limit {tensor} is no number", cause="the file is corrupt", remedy="get it anew")
+    return value
+
+
 def _finite(checkpoint: Checkpoint, tensor: str, start: int, stop: int) -> Float32:
     block = checkpoint.rows(tensor, start, stop)
     # Here and not later: an int8 scale made of a NaN turns a whole row into zeros without a word.
