@@ -46,6 +46,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 from pipeline.runtime.sound import Hearing
 from tools import train_tiny
+from tools.named_tokens import name_tokens
 from tools.senses_data import (
     COLOURS,
     DIGITS,
@@ -484,7 +485,8 @@ def write_processor(folder: Path) -> Any:
     """Write the tokenizer with its named tokens, the template and the processors' settings; return the tokenizer."""
     for name in ("tokenizer.model", "tokenizer_config.json", "tokenizer.json"):
         shutil.copyfile(BEGIN / name, folder / name)
-    name_tokens(folder)
+    name_tokens(folder, TOKENS, 2048)
+    say_tokens(folder)
     text = "{%- if item['type'] == 'text' -%}"
     assert train_tiny.CHAT_TEMPLATE.count(text) == 1
     template = train_tiny.CHAT_TEMPLATE.replace(text, MEDIA + text.replace("if", "elif"))
@@ -506,16 +508,8 @@ def write_json(file: Path, value: object) -> None:
     file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def name_tokens(folder: Path) -> None:
-    """Give the towers' tokens their places; those between have names too, or `tokenizers` would move them."""
-    file = folder / "tokenizer.json"
-    table = json.loads(file.read_text(encoding="utf-8"))
-    first = 1 + max(table["model"]["vocab"].values())
-    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    table["added_tokens"] += [
-        {"id": token, "content": TOKENS.get(token, f"<unused{token}>"), **plain} for token in range(first, 2048)
-    ]
-    write_json(file, table)
+def say_tokens(folder: Path) -> None:
+    """Say in tokenizer_config.json which tokens the towers' are."""
     file = folder / "tokenizer_config.json"
     told = {
         "boi_token": 2014,

@@ -13,10 +13,11 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 from pipeline.core.recipe import PROJECT
 from pipeline.core.stage import DEFAULT_MODEL
+from tools.named_tokens import name_tokens
 
 TINY = PROJECT / DEFAULT_MODEL
 BEGIN, END, PLACE = 2014, 2016, 2048
-TOKENS = {BEGIN: "<start_of_image>", END: "<end_of_image>"}
+TOKENS = {BEGIN: "<start_of_image>", END: "<end_of_image>", PLACE: "<image_soft_token>"}
 SIZE, ROWS = 112, 16
 """Pixels a side, eight patches of 14, and the soft tokens that four of them each make one of."""
 TEXT: dict[str, Any] = {
@@ -117,7 +118,7 @@ def write_model(
     file = folder / "preprocessor_config.json"
     seen = {"image_processor_type": "Gemma3ImageProcessor", "image_seq_length": rows}
     file.write_text(json.dumps(json.loads(file.read_text()) | seen))
-    _name_tokens(folder)
+    name_tokens(folder, TOKENS, PLACE + 1)
     file = folder / "chat_template.jinja"
     text = file.read_text()
     plain = "{%- if item['type'] == 'text' -%}"
@@ -125,22 +126,3 @@ def write_model(
     seen_at = "{%- if item['type'] == 'image' -%}{{- '<start_of_image>' -}}{%- elif item['type'] == 'text' -%}"
     file.write_text(text.replace(plain, seen_at))
     return folder
-
-
-def _name_tokens(folder: Path) -> None:
-    """Give the tokens of pictures their places; those between must have names too, or `tokenizers` moves them."""
-    file = folder / "tokenizer.json"
-    table = json.loads(file.read_text(encoding="utf-8"))
-    first = 1 + max(table["model"]["vocab"].values())
-    known = {token["id"] for token in table["added_tokens"]}
-    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    names = {**TOKENS, PLACE: "<image_soft_token>"}
-    table["added_tokens"] = [
-        token | {"content": names.get(token["id"], token["content"])} for token in table["added_tokens"]
-    ]
-    table["added_tokens"] += [
-        {"id": token, "content": names.get(token, f"<unused{token}>"), **plain}
-        for token in range(first, PLACE + 1)
-        if token not in known
-    ]
-    file.write_text(json.dumps(table, ensure_ascii=False), encoding="utf-8")

@@ -19,6 +19,7 @@ from pipeline.models import gemma3n_vision as vision
 from pipeline.runtime.picture import Sight
 from pipeline.runtime.sound import Hearing
 from pipeline.tflite.graph import Graph
+from tools.named_tokens import name_tokens
 
 TRAINED = PROJECT / "examples/tiny-gemma3n-senses"
 TOKENS = {2014: "<start_of_image>", 2016: "<end_of_image>", 2017: "<image_soft_token>"}
@@ -60,7 +61,7 @@ def write_model(folder: Path) -> Path:
     whole = load_file(folder / "model.safetensors") | tower(config)
     save_file(whole, folder / "model.safetensors", {"format": "pt"})
     _add_processor(folder, 768)
-    _name_tokens(folder)
+    name_tokens(folder, TOKENS, 2048)
     template = folder / "chat_template.jinja"
     text = template.read_text()
     seen = "{%- if item['type'] == 'image' -%}{{- '<image_soft_token>' -}}{%- elif item['type'] == 'audio' -%}"
@@ -76,14 +77,6 @@ def _add_processor(folder: Path, size: int) -> None:
     sized = {"height": size, "width": size}
     SiglipImageProcessorPil(size=sized, resample=2, do_normalize=False).save_pretrained(folder)
     file.write_text(json.dumps(heard | json.loads(file.read_text()) | {"image_processor_type": "SiglipImageProcessor"}))
-
-
-def _name_tokens(folder: Path) -> None:
-    file = folder / "tokenizer.json"
-    table = json.loads(file.read_text(encoding="utf-8"))
-    for token in table["added_tokens"]:
-        token["content"] = TOKENS.get(token["id"], token["content"])
-    file.write_text(json.dumps(table, ensure_ascii=False), encoding="utf-8")
 
 
 def bundle_of(line: Line) -> Path:

@@ -14,6 +14,7 @@ from transformers.models.gemma3n.modeling_gemma3n import Gemma3nAudioEncoder, Ge
 
 from pipeline.core.recipe import PROJECT
 from pipeline.core.stage import DEFAULT_MODEL
+from tools.named_tokens import name_tokens
 
 TINY = PROJECT / DEFAULT_MODEL
 BEGIN, END, SOUND = 2015, 2032, 2033
@@ -89,21 +90,9 @@ def write_model(folder: Path, settings: dict[str, object] | None = None, dtype: 
     tower = {name: value.to(dtype) for name, value in tensors(*ears(settings, text["hidden_size"])).items()}
     save_file(whole | tower, folder / "model.safetensors", {"format": "pt"})
     Gemma3nAudioFeatureExtractor().save_pretrained(folder)
-    _name_tokens(folder)
+    name_tokens(folder, TOKENS, 2048)
     template = (folder / "chat_template.jinja").read_text()
     heard = "{%- if item['type'] == 'audio' -%}{{- '<audio_soft_token>' -}}{%- elif item['type'] == 'text' -%}"
     assert "{%- if item['type'] == 'text' -%}" in template
     (folder / "chat_template.jinja").write_text(template.replace("{%- if item['type'] == 'text' -%}", heard))
     return folder
-
-
-def _name_tokens(folder: Path) -> None:
-    """Give the tokens of sound their places; those between must have names too, or `tokenizers` moves them."""
-    file = folder / "tokenizer.json"
-    table = json.loads(file.read_text(encoding="utf-8"))
-    first = 1 + max(table["model"]["vocab"].values())
-    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    table["added_tokens"] += [
-        {"id": token, "content": TOKENS.get(token, f"<unused{token}>"), **plain} for token in range(first, 2048)
-    ]
-    file.write_text(json.dumps(table, ensure_ascii=False), encoding="utf-8")
