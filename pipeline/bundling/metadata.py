@@ -223,21 +223,37 @@ def of_checkpoint(folder: Path, bundle: Bundle, towers: Towers = "none") -> Desc
         sound=_sound(checkpoint, tokenizer) if "audio" in taken else None,
     )
     if made.picture and made.picture.whole:
-        made = replace(made, remarks=(*made.remarks, _in_one_call(made.picture, bundle.prefill)))
+        said = _in_one_call(made.picture, bundle.prefill, _alone(made.picture, tokenizer))
+        made = replace(made, remarks=(*made.remarks, said))
     return Described(metadata=made, tokenizer=tokenizer, vocabulary=vocabulary)
 
 
-def _in_one_call(picture: Picture, prefill: tuple[int, ...]) -> str:
+def _alone(picture: Picture, tokenizer: Tokenizer) -> int:
+    """The tokens of a prompt that begins a chat with a picture and says nothing."""
+    content = [{"type": "image"}, {"type": "text", "text": ""}]
+    talk = [{"role": "user", "content": content}]
+    text = tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
+    text = text.replace(picture.place, f"\n\n{picture.start}{picture.end}\n\n")
+    return picture.tokens + len(tokenizer.encode(text, add_special_tokens=False))
+
+
+def _in_one_call(picture: Picture, prefill: tuple[int, ...], alone: int) -> str:
     """What is to be said of pictures that have to see themselves whole, where calls take `prefill` tokens.
+
+    Args:
+        picture: how it sees.
+        prefill: `bundle.prefill` of the recipe.
+        alone: tokens of a prompt that has a picture and no question.
 
     Raises:
         BundleError: a picture would be read in several calls, in each of which it sees a part of itself.
     """
-    if len(prefill) > 1 or prefill[0] <= picture.tokens + 1:
+    if len(prefill) > 1 or prefill[0] < alone:
         raise BundleError(
             f"pictures of {picture.tokens} soft tokens, which have to see each other, would be read in several calls",
-            cause=f"`bundle.prefill` is {[*prefill]}, and LiteRT-LM reads a prompt by the longest one that it fills",
-            remedy=f"say prefill = [{2 * picture.tokens}] there",
+            cause=f"`bundle.prefill` is {[*prefill]}, a picture without a question is a prompt of {alone} tokens, and "
+            "LiteRT-LM reads one by the longest prefill that it fills",
+            remedy=f"say prefill = [{1 << alone.bit_length()}] there",
         )
     return (
         f"LiteRT-LM reads a prompt by {prefill[0]} tokens; a picture that lies across two such parts, as a second one "

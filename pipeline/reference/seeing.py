@@ -14,7 +14,7 @@ from typing import Any
 from safetensors.numpy import load_file
 from transformers import AutoConfig
 
-from pipeline.core import process
+from pipeline.core import process, senses
 from pipeline.core.errors import UsageError, VerificationError
 from pipeline.core.recipe import PROJECT
 from pipeline.reference.answers import Heard, Sense, embedder
@@ -62,10 +62,11 @@ def look(checkpoint: Path, files: Mapping[str, Path], scratch: Path) -> dict[str
         VerificationError: the process fails, and has said why.
     """
     if not (BESIDE / _PACKAGE).is_dir() and not find_spec(_PACKAGE):
+        hears = "audio, or " if senses.of_folder(checkpoint, ("audio",)) else ""
         raise UsageError(
             "the reference's vision tower needs timm, which is not installed here",
             remedy="`make` installs it; by hand: pip install --no-deps --require-hashes "
-            f"--target {BESIDE.name} -r locks/vision.txt; or say TOWERS=audio, or none",
+            f"--target {BESIDE.name} -r locks/vision.txt; or say TOWERS={hears}none",
         )
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         out = Path(folder) / "seen.safetensors"

@@ -53,7 +53,7 @@ class Senses:
             raise UsageError(
                 f"this bundle does not {verb}",
                 cause=f"it was built without the model's {tower} tower, or the model has none",
-                remedy=f"build it with TOWERS={tower}",
+                remedy="build it without TOWERS=; `make plan` says whether there is one, and which RECIPE= takes it",
             )
         return Medium(kind=kind, data=sense.read(file))
 

@@ -532,8 +532,9 @@ def test_without_timm_golden_says_how_to_get_it(
     from pipeline.reference import seeing as reference
 
     monkeypatch.setattr(reference, "BESIDE", tmp_path / "nowhere")
-    with pytest.raises(UsageError, match="needs timm"):
+    with pytest.raises(UsageError, match="needs timm") as refused:
         reference.look(line.model, write(tmp_path), tmp_path)
+    assert refused.value.remedy.endswith("or say TOWERS=audio, or none")
 
 
 def test_a_model_that_only_hears_does_not_see(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

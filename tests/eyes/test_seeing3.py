@@ -27,7 +27,7 @@ from pipeline.checkpoint.chat import open_tokenizer
 from pipeline.checkpoint.picture import open_look
 from pipeline.checkpoint.reader import open_checkpoint
 from pipeline.core import facts, manifest
-from pipeline.core.errors import BundleError, TowerError
+from pipeline.core.errors import BundleError, TowerError, UsageError
 from pipeline.core.recipe import RECIPES, Gate, load
 from pipeline.judge import handed, media, mixed, seeing
 from pipeline.judge.gates import Check
@@ -35,6 +35,7 @@ from pipeline.judge.pictures import write
 from pipeline.judge.reference import Head
 from pipeline.judge.sensing import Reference, judge_words
 from pipeline.models import architecture_for, gemma3_vision
+from pipeline.reference import seeing as reference_eyes
 from pipeline.reference.answers import answer
 from pipeline.reference.model import HuggingFace
 from pipeline.reference.seeing import Eyes
@@ -236,6 +237,30 @@ def test_such_a_bundle_is_refused_and_long_prompts_are_spoken_of(prefill: tuple[
     assert not of_checkpoint(checkpoint, sees).metadata.remarks
     with pytest.raises(BundleError, match="would be read in several calls"):
         of_checkpoint(checkpoint, replace(sees, prefill=prefill), "vision")
+
+
+def test_a_prefill_holds_a_picture_and_what_a_chat_begins_with(line: Line, tmp_path: Path) -> None:
+    """As many tokens as the reference's prompt with a picture and no question, in which LiteRT-LM reads it whole."""
+    checkpoint, sees = line.root / "fetch" / "checkpoint", load(line.recipe).bundle
+    senses = {"image": Eyes.load(checkpoint).sense}
+    shown = [("image", "noise", told(line).soft["noise"])]
+    alone = len(answer(HuggingFace.load(checkpoint, "cpu"), senses, "", shown, 1)[0].prompt)
+    assert alone > seeing3.ROWS + 2
+    assert of_checkpoint(checkpoint, replace(sees, prefill=(alone,)), "vision").metadata.picture
+    assert all(check.passed for check in handed_over(line, tmp_path, bundle_of(line), whole=(alone,)).values())
+    with pytest.raises(BundleError, match="would be read in several calls") as refused:
+        of_checkpoint(checkpoint, replace(sees, prefill=(alone - 1,)), "vision")
+    assert f"a prompt of {alone} tokens" in refused.value.cause
+    assert refused.value.remedy == "say prefill = [64] there"
+
+
+def test_without_timm_golden_does_not_speak_of_ears(
+    line: Line, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reference_eyes, "BESIDE", tmp_path / "nowhere")
+    with pytest.raises(UsageError) as refused:
+        reference_eyes.look(line.model, {}, tmp_path)
+    assert refused.value.remedy.endswith("or say TOWERS=none")
 
 
 def test_every_tensor_of_the_true_tower_has_its_place() -> None:
