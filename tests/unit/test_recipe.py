@@ -56,7 +56,7 @@ def parent_of(table: Any, place: Place) -> Any:
 
 def is_optional(place: Place) -> bool:
     return (
-        place in (("int8", "keep_float"), ("int8", "ladder"), ("bundle", "optional"))
+        place in (("int8", "keep_float"), ("int8", "ladder"), ("bundle", "optional"), ("bundle", "positions"))
         or place[0] in ("int4", "towers")
         or (place[0] == "gates" and len(place) > 1)
     )
@@ -465,3 +465,13 @@ def test_a_snapshot_in_the_cache_of_the_hub_is_called_by_its_model(tmp_path: Pat
     for folder, name in {snapshot: "org--name", other: "main"}.items():
         folder.mkdir(parents=True)
         assert graph.model_name(str(folder)) == name
+
+
+@pytest.mark.parametrize("file", sorted(recipe.RECIPES.glob("*.toml")), ids=lambda file: file.stem)
+def test_bundles_are_judged_on_as_many_positions_as_their_limits_need(file: Path) -> None:
+    """Of a KLD of 0.003 nats n positions give the perplexity ratio to 2 √(0.006 / n), 0.0077 of the conversations'."""
+    loaded = recipe.load(file)
+    gate = loaded.gates["bundle-int8"]
+    assert gate.perplexity_ratio_max
+    judged = 3 * loaded.bundle.decode + loaded.bundle.positions
+    assert 2 * (2 * 0.003 / judged) ** 0.5 < 0.5 * (gate.perplexity_ratio_max - 1)
