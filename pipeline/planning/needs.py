@@ -225,13 +225,14 @@ def graph(model: Model) -> Need:
 
 
 def towers(model: Model) -> Need:
-    """Export of the towers, then as the other files; each section is run once, in kernels that are not quick."""
+    """Export of the towers, then as the other files; each encoder is run once, as XNNPACK lays it out."""
     precisions = model.choice.tower_precisions
     size, runs = sum(map(model.towers, precisions)), len(precisions)
-    work = Work(calls=3 + _TOWER * len(model.facts.towers), products=3 * 2 * runs * _in_towers(model) / _FLOPS)
+    work = Work(calls=3 + _TOWER * len(model.facts.towers), products=2 * runs * _in_towers(model) / _FLOPS)
     return Need(
         what=" ".join(f"{one.tower}_encoder {one.tower}_adapter" for one in model.facts.towers),
         size=size,
+        scratch=max((model.towers(precision) for precision in precisions), default=0),  # as XNNPACK lays it out
         memory=0.75 * _GIB,
         work=work + _written(size + runs * model.towers(BASELINE) / 2),  # each is read in the checkpoint's 16 bits
     )
