@@ -25,12 +25,13 @@ from pipeline.bundling.metadata import Metadata, of_checkpoint
 from pipeline.checkpoint.reader import open_checkpoint
 from pipeline.checkpoint.sound import open_front
 from pipeline.core import facts, manifest, rerun
-from pipeline.core.errors import BundleError, UsageError
+from pipeline.core.errors import BundleError, ExportError, UsageError
 from pipeline.core.recipe import PROJECT, Gate, load
 from pipeline.judge import hearing, media, metrics, sounds
 from pipeline.judge.sensing import Reference, judge_words
 from pipeline.models import gemma3n_audio as audio
 from pipeline.models.gemma3n_audio import AudioConfig
+from pipeline.quantize import readback
 from pipeline.reference.hearing import Ears
 from pipeline.runtime.litert_lm import Dialogue, LmRuntime, Medium
 from pipeline.runtime.sound import Hearing
@@ -367,3 +368,17 @@ def test_a_bundle_without_ears_says_so(tmp_path: Path, line: Line) -> None:
         Senses().read("audio", tmp_path / "x.wav")
     assert "TOWERS=audio" not in refused.value.remedy, "the model may have none, or another RECIPE= takes it"
     assert json.loads((line.root / "golden" / "audio.json").read_text())[0]["tokens"]
+
+
+def test_an_encoder_that_gives_no_numbers_is_refused(line: Line, tmp_path: Path) -> None:
+    """As it is run at the end of stage towers, in XNNPACK."""
+    made = Graph.read(line.root / "towers" / "fp32" / "audio_encoder.tflite")
+    file = tmp_path / "audio_encoder.tflite"
+    made.write(file)
+    readback.round_trip(file, ExportError, tmp_path / "packed")
+    floats = (place for place in range(len(made.main.tensors)) if made.type_of(place) == "FLOAT32")
+    weight = [place for place in floats if made.is_constant(place) and len(made.shape(place)) > 1][-1]
+    made.set_constant(weight, np.full(made.shape(weight), np.nan, np.float32))
+    made.write(file)
+    with pytest.raises(ExportError, match="not finite"):
+        readback.round_trip(file, ExportError, tmp_path / "packed anew")
