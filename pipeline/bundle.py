@@ -59,7 +59,9 @@ def work(context: Context) -> Outcome:
             cache_bytes=contents.cache_bytes(models["decoder"], context.recipe.bundle.cache_length),
             remarks=(*metadata.remarks, *([_CPU_ALONE] if context.recipe.bundle.grows else [])),
             hears=Hears(rate=sound.rate, frame=sound.frame, hop=sound.hop) if (sound := metadata.sound) else None,
-            sees=Sees(size=picture.size, whole=picture.whole) if (picture := metadata.picture) else None,
+            sees=Sees(size=picture.size, whole=picture.whole, patches=picture.patches)
+            if (picture := metadata.picture)
+            else None,
         )
         log.step(f"{out.name}: {log.human_bytes(out.stat().st_size)}")
     return Outcome(facts=bundles)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import tempfile
 import uuid
 import zlib
@@ -32,7 +33,7 @@ from pipeline.bundling import towers
 from pipeline.bundling.metadata import Metadata, Picture, Sound
 from pipeline.core import log
 from pipeline.core.errors import BundleError
-from pipeline.core.facts import Section
+from pipeline.core.facts import Patches, Section
 from pipeline.core.manifest import FileRecord
 from pipeline.core.recipe import SECTION_LIMIT
 from pipeline.runtime.picture import Sight
@@ -121,6 +122,7 @@ MODEL_KINDS = {
     "per_layer_embedder": litertlm_builder.TfLiteModelType.PER_LAYER_EMBEDDER,
     "vision_encoder": litertlm_builder.TfLiteModelType.VISION_ENCODER,
     "vision_adapter": litertlm_builder.TfLiteModelType.VISION_ADAPTER,
+    "end_of_vision": litertlm_builder.TfLiteModelType.END_OF_VISION,
     "audio_encoder": litertlm_builder.TfLiteModelType.AUDIO_ENCODER_HW,
     "audio_adapter": litertlm_builder.TfLiteModelType.AUDIO_ADAPTER,
     "end_of_audio": litertlm_builder.TfLiteModelType.END_OF_AUDIO,
@@ -233,10 +235,12 @@ def _message(metadata: Metadata) -> llm_metadata_pb2.LlmMetadata:
     kind.SetInParent()
     for name, text in metadata.calls.items():
         setattr(kind, name, text)
-    if metadata.picture or metadata.sound:
+    if metadata.picture and metadata.picture.patches:
+        _sees_patches(kind, metadata.picture, metadata.picture.patches)
+    elif metadata.picture or metadata.sound:
         _says_where(kind, [told.place for told in (metadata.picture, metadata.sound) if told])
-    if metadata.picture:
-        _sees(kind, metadata.picture)
+        if metadata.picture:
+            _sees(kind, metadata.picture)
     if metadata.sound:
         _hears(kind, metadata.sound)
     if metadata.thoughts:
@@ -261,30 +265,37 @@ def _message(metadata: Metadata) -> llm_metadata_pb2.LlmMetadata:
 
 def _says_where(kind: llm_model_type_pb2.GenericModel, places: Sequence[str]) -> None:
     """Say at which tokens a prompt is cut."""
-    kind.delimiter_regex = f"({'|'.join(places)})"
+    kind.delimiter_regex = f"({'|'.join(map(re.escape, places))})"
 
 
 def _sees(kind: llm_model_type_pb2.GenericModel, picture: Picture) -> None:
-    """Say how a picture goes in: pixels in 0 … 1; between lines of their own, as the processors have it.
-
-    What ends a picture is the last row of the adapter. Where soft tokens see the whole picture it is text: as a row it
-    would be seen by them.
-    """
+    """Say how a picture goes in: pixels in 0 … 1; what ends it is text, or the last row of the adapter."""
     kind.image_enabled = True
-    kind.image_token_regex = picture.place
+    kind.image_token_regex = re.escape(picture.place)
     kind.image_tensor_height = kind.image_tensor_width = picture.size
     kind.start_of_image_token.token_str, kind.end_of_image_token.token_str = picture.start, picture.end
-    behind = f"{picture.end}\n\n" if picture.whole else "\n\n"
-    kind.image_prefix, kind.image_suffix, kind.add_image_end = "\n\n", behind, False
+    kind.image_prefix, kind.image_suffix, kind.add_image_end = picture.prefix, picture.suffix, False
+
+
+def _sees_patches(kind: llm_model_type_pb2.Gemma4, picture: Picture, patches: Patches) -> None:
+    """Say how a picture that keeps its proportions goes in; where its place is, the type itself says.
+
+    The section end_of_vision is the token behind it.
+    """
+    kind.start_of_image_token.token_str, kind.end_of_image_token.token_str = picture.start, picture.end
+    kind.patch_width = kind.patch_height = patches.size
+    kind.max_num_patches, kind.pooling_kernel_size = patches.count, patches.pool
 
 
 def _hears(kind: llm_model_type_pb2.GenericModel, sound: Sound) -> None:
-    """Say how sound goes in: as samples, of which the encoder makes the spectrogram; between lines of their own."""
+    """Say how sound goes in: as samples, of which the encoder makes the spectrogram.
+
+    The section end_of_audio is the token behind it, where that is none of the text.
+    """
     kind.audio_enabled = True
-    kind.audio_token_regex = sound.place
+    kind.audio_token_regex = re.escape(sound.place)
     kind.start_of_audio_token.token_str, kind.end_of_audio_token.token_str = sound.start, sound.end
-    # As `Gemma3nProcessor` of transformers has it; the section end_of_audio is the token behind a sound.
-    kind.audio_prefix, kind.audio_suffix, kind.add_audio_end = "\n\n", "\n\n", True
+    kind.audio_prefix, kind.audio_suffix, kind.add_audio_end = sound.prefix, sound.suffix, not sound.closed
     kind.skip_mel_spectrogram_extraction = True
     kind.audio_sample_rate_hz, kind.audio_num_channels = sound.rate, 1
     kind.audio_frame_length, kind.audio_hop_length, kind.audio_input_scale = sound.frame, sound.hop, 1.0
@@ -468,7 +479,11 @@ def hears(bundle: Path) -> Hearing | None:
 
 def sees(bundle: Path) -> Sight | None:
     """How a bundle sees, if it does; raises as `thoughts`."""
-    kind = _said(bundle).llm_model_type.generic_model
+    told = _said(bundle).llm_model_type
+    kind, own = told.generic_model, told.gemma4
+    if count := own.max_num_patches:
+        pool = own.pooling_kernel_size
+        return Sight(patches=Patches(size=own.patch_width, pool=pool, tokens=count // pool**2))
     return Sight(size=kind.image_tensor_height) if kind.image_enabled else None
 
 

@@ -19,15 +19,16 @@ from pipeline.bundling import template
 from pipeline.checkpoint.chat import Tokenizer, open_tokenizer, prompts_begin_with_bos
 from pipeline.checkpoint.headers import listed
 from pipeline.checkpoint.names import EMBEDDING
-from pipeline.checkpoint.picture import open_look
+from pipeline.checkpoint.picture import open_look, open_patches
 from pipeline.checkpoint.reader import Checkpoint, open_checkpoint
 from pipeline.checkpoint.reading import stop_tokens, turn_end
 from pipeline.checkpoint.sound import open_front
 from pipeline.core import log
 from pipeline.core.errors import BundleError
+from pipeline.core.facts import Patches
 from pipeline.core.graph import Towers, towers_in
 from pipeline.core.recipe import Bundle
-from pipeline.models import Runtime, Tower, architecture_of, gemma3_vision, sections, tower_of
+from pipeline.models import Runtime, Tower, architecture_of, gemma3_vision, gemma4_vision, sections, tower_of
 from pipeline.models.gemma3n_audio import AudioConfig
 
 _DEFAULT_TOP_K, _DEFAULT_TOP_P, _DEFAULT_TEMPERATURE = 50, 1.0, 1.0
@@ -43,6 +44,14 @@ _NO_WORD_FOR: Mapping[str, tuple[object, ...]] = {
 
 SENSES = "generic_model"
 """LiteRT-LM's type of a model that sees or hears: any other one has a spectrogram of its own, not Hugging Face's."""
+_LINES = "\n\n"
+"""What the processors of Gemma 3 and 3n put around a picture or a sound."""
+_PLACE = "<|image|>"
+"""Where a picture stands in a prompt of LiteRT-LM's type `gemma4`, which no field of it says."""
+_NO_CALLS = (
+    "It takes no tools: LiteRT-LM tells calls from text in bundles of the family's own type alone, and what it would "
+    "put behind a picture or a sound there is not what the model was trained with. TOWERS=none makes one with tools."
+)
 _IMAGE = "<image_soft_token>"
 """A token of Gemma 3's tokenizer whose id only the models that see hold."""
 
@@ -60,6 +69,7 @@ class Sampler:
 class Sound:
     """How a bundle hears: the texts of the tokens before and behind a sound, and `place`, its place in a prompt.
 
+    `prefix` stands before the first, `suffix` behind the second, which it has in it where that is a token of the text.
     Its encoder takes `frames` frames of `frame` samples, `rate` samples a second, each `hop` after the one before.
     """
 
@@ -70,14 +80,22 @@ class Sound:
     frame: int
     hop: int
     frames: int
+    prefix: str = _LINES
+    suffix: str = _LINES
+
+    @property
+    def closed(self) -> bool:
+        """Whether its end is a token of the text."""
+        return self.end in self.suffix
 
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
     """How a bundle sees: the texts of the tokens before and behind a picture, and `place`, its place in a prompt.
 
-    Its encoder takes `size` x `size` pixels and makes `tokens` soft tokens of them. If these see the `whole` picture,
-    also what comes after them, its end is a token of the text; else it is a vector of the adapter's.
+    `prefix` stands before the first, `suffix` behind the second, which it has in it where that is a token of the text;
+    else it is a vector of the adapter's. Its encoder takes `size` x `size` pixels, or `patches`, and makes `tokens`
+    soft tokens of them, or at most so many. They may see the `whole` picture, also what comes after them.
     """
 
     start: str
@@ -86,6 +104,14 @@ class Picture:
     size: int
     tokens: int
     whole: bool = False
+    patches: Patches | None = None
+    prefix: str = _LINES
+    suffix: str = _LINES
+
+    @property
+    def closed(self) -> bool:
+        """Whether its end is a token of the text."""
+        return self.end in self.suffix
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,9 +188,10 @@ def describe(
     if family.type not in known:
         raise BundleError(f"LiteRT-LM has no model type {family.type!r}", remedy=f"use one of {', '.join(known)}")
     generation, config = (_read_json(checkpoint / name) for name in ("generation_config.json", "config.json"))
-    tools = family.tools and bool(re.search(r"\btools\b", source))
     places = {what: told.place for what, told in (("image", picture), ("audio", sound)) if told}
-    kind = SENSES if places else family.type
+    kind = SENSES if places and not (picture and picture.patches) else family.type
+    takes = family.tools and bool(re.search(r"\btools\b", source))
+    tools = takes and kind == family.type
     chat = template.prepare(source, tokenizer, kind, tools=tools, places=places) if source else None
     if chat and chat.no_tools:
         tools = False
@@ -190,7 +217,7 @@ def describe(
         tools=tools,
         calls=family.calls if tools else {},
         sampler=_sampler(generation, vocabulary),
-        remarks=_remarks(generation, chat),
+        remarks=(*_remarks(generation, chat), *([_NO_CALLS] if takes and kind != family.type else [])),
         picture=picture,
         sound=sound,
     )
@@ -270,14 +297,27 @@ def _sound(checkpoint: Checkpoint, tokenizer: Tokenizer) -> Sound:
 
 
 def _picture(tower: Tower, checkpoint: Path, tokenizer: Tokenizer) -> Picture:
-    config, look = tower.config, open_look(checkpoint)
+    config = tower.config
     assert not isinstance(config, AudioConfig)
-    config.check(look.size)
     start, end = _texts(tokenizer, boi=config.boi_token_id, eoi=config.eoi_token_id)
+    if isinstance(config, gemma4_vision.VisionConfig):
+        config.check(patches := open_patches(checkpoint))
+        (place,) = _texts(tokenizer, image=config.image_token_id)
+        if place != _PLACE:
+            raise BundleError(
+                f"the tokenizer calls a picture's place {place}, and LiteRT-LM looks for {_PLACE} alone",
+                cause="the tokenizer was changed",
+                remedy="put the base model's tokenizer into the checkpoint, or say TOWERS=none",
+            )
+        made = Picture(start=start, end=end, place=place, size=0, tokens=patches.tokens, prefix="", suffix="")
+        return replace(made, patches=patches)
+    config.check((look := open_look(checkpoint)).size)
     whole = isinstance(config, gemma3_vision.VisionConfig)
     # Gemma 3's template has what begins a picture in its place, and its processor puts the rest there.
     place = start if whole else _texts(tokenizer, image=config.image_token_id)[0]
-    return Picture(start=start, end=end, place=place, size=look.size, tokens=config.soft_tokens, whole=whole)
+    suffix = f"{end}{_LINES}" if whole else _LINES
+    made = Picture(start=start, end=end, place=place, size=look.size, tokens=config.soft_tokens, suffix=suffix)
+    return replace(made, whole=whole)
 
 
 def _texts(tokenizer: Tokenizer, **tokens: int) -> list[str]:

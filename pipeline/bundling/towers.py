@@ -49,10 +49,9 @@ def _of_ears(models: Mapping[str, Path], sound: Sound) -> list[str]:
     taken, made = _ports(models["audio_adapter"])
     faults.append(_differs("audio_adapter takes", taken, {"features": features, "mask": mask}))
     faults.append(_differs("audio_adapter gives", made, dict.fromkeys([*made][:1], ("FLOAT32", (1, rows, width)))))
-    taken, made = _ports(models["end_of_audio"])
-    faults.append(_differs("end_of_audio takes", taken, {}))
-    faults.append(_differs("end_of_audio gives", made, {"eoa_embedding": ("FLOAT32", (1, 1, width))}))
-    return faults
+    if sound.closed:
+        return faults
+    return faults + _of_end(models["end_of_audio"], "eoa_embedding", width)
 
 
 def _heard(sound: Sound) -> Shapes:
@@ -66,18 +65,34 @@ def _of_eyes(models: Mapping[str, Path], picture: Picture) -> list[str]:
     width = _width(models["decoder"])
     taken, made = _ports(models["vision_encoder"])
     features = _tensor(made, "features", "vision_encoder")
-    seen = {"images": ("FLOAT32", (1, picture.size, picture.size, 3))}
     rows = features[1][1] if len(features[1]) == 3 else 0
     faults = [
-        _differs("vision_encoder takes", taken, seen),
+        _differs("vision_encoder takes", taken, _seen(picture)),
         "" if rows == picture.tokens else f"vision_encoder makes {features[1]}, not {picture.tokens} soft tokens",
+        _differs("vision_encoder tells", {"mask": made.get("mask")}, {"mask": ("BOOL", (1, rows))})
+        if picture.patches
+        else "",
     ]
     taken, made = _ports(models["vision_adapter"])
     faults.append(_differs("vision_adapter takes", taken, {"soft_tokens": features}))
     # The runtime makes a place of every row. Where it puts nothing behind a picture, its end is the last row.
-    rows += not picture.whole
+    rows += not (picture.closed or picture.patches)
     faults.append(_differs("vision_adapter gives", made, {"mm_embedding": ("FLOAT32", (1, rows, width))}))
-    return faults
+    return faults + (_of_end(models["end_of_vision"], "eoi_embedding", width) if picture.patches else [])
+
+
+def _of_end(file: Path, name: str, width: int) -> list[str]:
+    """A section that gives a vector, whatever comes."""
+    taken, made = _ports(file)
+    wanted = {name: ("FLOAT32", (1, 1, width))}
+    return [_differs(f"{file.stem} takes", taken, {}), _differs(f"{file.stem} gives", made, wanted)]
+
+
+def _seen(picture: Picture) -> Shapes:
+    if not picture.patches:
+        return {"images": ("FLOAT32", (1, picture.size, picture.size, 3))}
+    count, width = picture.patches.count, 3 * picture.patches.size**2
+    return {"images": ("FLOAT32", (1, count, width)), "positions_xy": ("INT32", (1, count, 2))}
 
 
 def _ports(file: Path) -> tuple[Shapes, Shapes]:
@@ -121,5 +136,5 @@ def _width(decoder: Path) -> int:
     return ports["embeddings"][-1]
 
 
-def _differs(what: str, found: Shapes, wanted: Shapes) -> str:
+def _differs(what: str, found: Mapping[str, object], wanted: Shapes) -> str:
     return "" if dict(found) == dict(wanted) else f"{what} {dict(found)}, not {dict(wanted)}"

@@ -9,9 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.core.errors import TowerError
+from pipeline.core.facts import Patches
 
 Float32 = npt.NDArray[np.float32]
-_BILINEAR = 2
+_BILINEAR, _BICUBIC = 2, 3
 _WHOLE = 255.0
 
 
@@ -55,3 +56,25 @@ def open_look(checkpoint: Path) -> Look:
     # The factor of 1 / 255 is rounded: what is next to one means one.
     factor = np.where(np.isclose(scale / deviation, 1.0, rtol=1e-7), 1.0, scale / deviation)
     return Look(size=size["height"], factor=factor.astype(np.float32), shift=(-mean / deviation).astype(np.float32))
+
+
+def open_patches(checkpoint: Path) -> Patches:
+    """How the processor in the folder `checkpoint` makes patches, by transformers' `Gemma4ImageProcessor`.
+
+    Raises:
+        TowerError: it does what the bundle can't.
+    """
+    from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
+
+    told = Gemma4ImageProcessorPil.from_pretrained(checkpoint, local_files_only=True)
+    for name, found, wanted in (
+        ("do_resize", told.do_resize, True),
+        ("resample", int(told.resample), _BICUBIC),
+        ("do_rescale", told.do_rescale, True),
+        ("rescale_factor", round(told.rescale_factor * _WHOLE, 6), 1.0),
+    ):
+        if found != wanted:
+            raise TowerError(f"the image processor in {checkpoint} has {name} {found}, expected {wanted}")
+    if told.do_normalize and (any(told.image_mean) or {*told.image_std} != {1.0}):
+        raise TowerError(f"the image processor in {checkpoint} normalises pixels, which the vision encoder itself does")
+    return Patches(size=told.patch_size, pool=told.pooling_kernel_size, tokens=told.max_soft_tokens)

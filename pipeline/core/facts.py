@@ -258,11 +258,42 @@ class Hears:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Patches:
+    """Pictures that keep their proportions, in patches of `size` x `size` pixels.
+
+    `pool` x `pool` of them become a soft token, of which a picture has `tokens` at most.
+    """
+
+    size: int
+    pool: int
+    tokens: int
+
+    @property
+    def side(self) -> int:
+        """Pixels a side of what becomes one soft token."""
+        return self.size * self.pool
+
+    @property
+    def count(self) -> int:
+        """The most patches of a picture."""
+        return self.tokens * self.pool**2
+
+    @property
+    def longest(self) -> int:
+        """The most of them one behind the other."""
+        return self.tokens * self.pool
+
+
+@dataclass(frozen=True, kw_only=True)
 class Sees:
-    """How a bundle sees: pictures of `size` x `size` pixels, of whose soft tokens each sees the `whole` picture."""
+    """How a bundle sees: pictures of `size` x `size` pixels, of whose soft tokens each sees the `whole` picture.
+
+    Or, where these are told, pictures of their own proportions in `patches`; `size` is 0 then.
+    """
 
     size: int
     whole: bool = False
+    patches: Patches | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,8 +17,13 @@ _LARGEST = 100 << 20
 
 
 def described(config: Mapping[str, object]) -> bool:
-    """Whether a config.json speaks of towers, so that tensors are worth a look."""
-    return any(config.get(key) for key in _DESCRIBED)
+    """Whether a config.json speaks of towers, so that tensors are worth a look.
+
+    Not where soft tokens are to see each other in some layers alone, as in the larger Gemma 4: no bundle does that.
+    """
+    text = config.get("text_config")
+    apart = isinstance(text, dict) and text.get("use_bidirectional_attention") == "vision"
+    return not apart and any(config.get(key) for key in _DESCRIBED)
 
 
 def among(names: Iterable[str], taken: Collection[str]) -> tuple[str, ...]:

@@ -28,7 +28,8 @@ class Given:
         """One as the runtime takes it."""
         if kind == "image":
             assert self.sight
-            return Medium(kind=kind, data=self.sight.read(self.pictures[name]))
+            data = self.sight.read(self.pictures[name])
+            return Medium(kind=kind, data=data, tokens=self.sight.tokens(data))
         assert self.hearing
         return Medium(kind=kind, data=self.hearing.packed(self.hearing.fitted(self.sounds[name])))
 

@@ -29,17 +29,25 @@ def vectors(towers: Path, given: Given, scratch: Path) -> Vectors:
     """By the sections in the folder `towers`; repacked weights lie in `scratch`, a folder of its own."""
     eyes = Eyes(towers, given.sight, scratch) if given.sight else None
     ears = Ears(towers, given.hearing, scratch) if given.hearing else None
-    end = next(iter(runner(towers / "end_of_audio.tflite", None)().values())) if given.hearing else None
+    ends = {kind: _end(towers / f"end_of_{name}.tflite") for kind, name in (("image", "vision"), ("audio", "audio"))}
 
     def made(kind: Kind, name: str) -> Floats:
         if kind == "image":
             assert eyes
-            return eyes.see(given.pictures[name])
+            return np.concatenate([eyes.see(given.pictures[name]), *ends[kind]])
         assert ears
-        assert isinstance(end, np.ndarray)
-        return np.concatenate([ears.hear(given.sounds[name]), end[0]])
+        return np.concatenate([ears.hear(given.sounds[name]), *ends[kind]])
 
     return made
+
+
+def _end(file: Path) -> list[Floats]:
+    """The vector [1, H] behind a medium, if it is a section of its own."""
+    if not file.is_file():
+        return []
+    row = next(iter(runner(file, None)().values()))
+    assert isinstance(row, np.ndarray)
+    return [row[0]]
 
 
 def judge_logits(

@@ -52,9 +52,13 @@ class Eyes:
         )
 
     def see(self, file: Path) -> Floats:
-        """The vectors [n + 1, H] that become positions of a prompt: soft tokens, and the picture's end."""
-        features = self._encoder(images=self._sight.given(file))
+        """The vectors [n, H] that become positions of a prompt: soft tokens, and where it is one the picture's end."""
+        features = self._encoder(**self._sight.given(file))
         made = self._adapter(soft_tokens=features["features"])["mm_embedding"]
         assert isinstance(made, np.ndarray)
         rows: Floats = made[0]
+        if "mask" in features:  # the runtime takes as many of the first as there are
+            mask = features["mask"]
+            assert isinstance(mask, np.ndarray)
+            rows = rows[: int(mask.sum())]
         return rows

@@ -226,7 +226,9 @@ def _handed(
 def _senses(context: Context, subject: bundles.Subject) -> tuple[Sight | None, Hearing | None]:
     """How a bundle sees and hears."""
     held = context.upstream["bundle"].part(subject.precision, Bundle)
-    return Sight(size=held.sees.size) if held.sees else None, Hearing(**vars(held.hears)) if held.hears else None
+    seen = held.sees
+    sight = Sight(size=seen.size, patches=seen.patches) if seen else None
+    return sight, Hearing(**vars(held.hears)) if held.hears else None
 
 
 def _of_tower(context: Context, tower: str) -> list[tuple[str, Tower]]:

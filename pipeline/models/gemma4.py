@@ -21,7 +21,7 @@ from torch.nn import functional
 from pipeline.core.errors import FetchError
 from pipeline.export.operators import Embedding, Linear
 from pipeline.export.repeat import run_layers
-from pipeline.models import Runtime
+from pipeline.models import Runtime, Tower, gemma4_vision
 from pipeline.models.transformer import (
     FULL,
     SLIDING,
@@ -344,6 +344,7 @@ class Gemma4(TextFamily[TextConfig]):
     def __init__(self, config: Mapping[str, object], *, tied: bool = True) -> None:
         self.text, self.tied = TextConfig.from_config(config), tied
         self.ties = bool(config.get("tie_word_embeddings", True))
+        self._config = config
 
     @property
     def _looks_up(self) -> bool:
@@ -366,6 +367,16 @@ class Gemma4(TextFamily[TextConfig]):
     def tables(self) -> tuple[Table, ...]:
         """The sections that LiteRT-LM looks tokens up in, if there is a per-layer table."""
         return embedding_tables(self.text) if self._looks_up else ()
+
+    def towers(self) -> Mapping[str, Tower]:
+        """Its eyes, where config.json has them; 12B sees without a tower."""
+        found: dict[str, Tower] = {}
+        if self._config.get("vision_config") and str(self._config.get("model_type")) not in _UNIFIED:
+            eyes = gemma4_vision.VisionConfig.from_config(self._config)
+            tensors = gemma4_vision.tensors(eyes)
+            rows = gemma4_vision.rows(eyes, tensors)
+            found["vision"] = Tower(sections=gemma4_vision.SECTIONS, rows=rows, tensors=tensors, config=eyes)
+        return found
 
 
 ARCHITECTURE = Gemma4

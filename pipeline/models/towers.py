@@ -12,12 +12,20 @@ from torch import nn
 
 from pipeline.checkpoint.layout import lay_out_tower
 from pipeline.checkpoint.names import EMBEDDING, outer
-from pipeline.checkpoint.picture import Look, open_look
+from pipeline.checkpoint.picture import Look, open_look, open_patches
 from pipeline.checkpoint.reader import Checkpoint, Float32
 from pipeline.checkpoint.sound import Front, open_front, open_front4
 from pipeline.core import log
 from pipeline.export.export import Inputs, Signature, export
-from pipeline.models import architecture_of, gemma3_vision, gemma3n_audio, gemma3n_vision, gemma4_audio, tower_of
+from pipeline.models import (
+    architecture_of,
+    gemma3_vision,
+    gemma3n_audio,
+    gemma3n_vision,
+    gemma4_audio,
+    gemma4_vision,
+    tower_of,
+)
 from pipeline.tflite import weights
 from pipeline.tflite.graph import Graph
 
@@ -83,8 +91,11 @@ def _ears4(config: gemma4_audio.AudioConfig, folder: Path) -> _Ears:
 
 
 def _export_vision(checkpoint: Checkpoint, names: Mapping[str, str], folder: Path) -> list[Path]:
-    tower, look = tower_of(architecture_of(checkpoint), "vision"), open_look(checkpoint.folder)
+    tower = tower_of(architecture_of(checkpoint), "vision")
     files = [folder / f"{name}.tflite" for name in tower.sections]
+    if isinstance(tower.config, gemma4_vision.VisionConfig):
+        return _export_patched(checkpoint, names, tower.config, files)
+    look = open_look(checkpoint.folder)
     if isinstance(config := tower.config, gemma3_vision.VisionConfig):
         modules, blocks = _eyes3(config, look), config.num_hidden_layers
     else:
@@ -96,6 +107,24 @@ def _export_vision(checkpoint: Checkpoint, names: Mapping[str, str], folder: Pat
     with log.waiting("exporting the vision encoder", _TRACED + blocks):
         _export(checkpoint, names, modules[0], pixels, files[0])
     _export(checkpoint, names, modules[1], features, files[1])
+    return files
+
+
+def _export_patched(
+    checkpoint: Checkpoint, names: Mapping[str, str], config: gemma4_vision.VisionConfig, files: list[Path]
+) -> list[Path]:
+    """Gemma 4's, which take pictures of any proportions, in patches."""
+    patches = open_patches(checkpoint.folder)
+    config.check(patches)
+    seen = {
+        "images": torch.zeros(1, patches.count, 3 * patches.size**2),
+        "positions_xy": torch.zeros(1, patches.count, 2, dtype=torch.int32),
+    }
+    features = {"soft_tokens": torch.zeros(1, patches.tokens, config.hidden_size)}
+    with log.waiting("exporting the vision encoder", _TRACED + config.num_hidden_layers):
+        _export(checkpoint, names, lambda: gemma4_vision.VisionEncoder(config, patches), seen, files[0])
+    _export(checkpoint, names, lambda: gemma4_vision.VisionAdapter(config), features, files[1])
+    _write_vector(text_row(checkpoint, config.eoi_token_id), files[2])
     return files
 
 
@@ -155,13 +184,14 @@ def _normed(x: np.ndarray, eps: float) -> np.ndarray:
 
 
 def _write_vector(values: Float32, file: Path) -> None:
-    """A section without inputs that gives `values` as [1, 1, H]."""
+    """A section without inputs that gives `values` as [1, 1, H], called as litert-torch calls it."""
     graph = Graph.empty()
     shape = (1, 1, values.size)
     # An operator, since what is a constant and an output at once comes out of the runtime as zeros.
     parts = [graph.add_constant(values.reshape(shape), "row"), graph.add_constant(np.zeros(1, np.float32), "nothing")]
-    out = graph.add_tensor("eoa_embedding", "FLOAT32", shape)
+    name = {"end_of_audio": "eoa_embedding", "end_of_vision": "eoi_embedding"}[file.stem]
+    out = graph.add_tensor(name, "FLOAT32", shape)
     graph.main.operators.append(graph.operator("ADD", parts, [out]))
     graph.main.outputs = [out]
-    graph.add_signature(file.stem, {}, {"eoa_embedding": out})
+    graph.add_signature(file.stem, {}, {name: out})
     graph.write(file)

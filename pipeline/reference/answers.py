@@ -34,8 +34,9 @@ class Sense:
     """How one kind of medium stands in a prompt.
 
     The ids of the tokens before and behind it and of its places; the `embedder` of a tower's own tokens, whose ids are
-    from `first` to before `last`. Without one these are its places alone, what is `whole` sees itself, and the chat
-    template has its beginning where it stands.
+    from `first` to before `last`. Without one these are its places alone. What is `whole` sees itself, and the chat
+    template has its beginning where it stands. `around` is the text that the processor puts around all of it. `ends`:
+    the token behind it is no token to LiteRT-LM, which gives it the per-layer inputs of a place.
     """
 
     start: int
@@ -44,11 +45,14 @@ class Sense:
     embedder: Any
     first: int
     last: int
+    whole: bool = False
+    around: str = "\n\n"
+    ends: bool = False
 
-    @property
-    def whole(self) -> bool:
-        """Whether each of its places sees all of them."""
-        return self.embedder is None
+    def holds(self, ids: torch.Tensor) -> torch.Tensor:
+        """Which of `ids` LiteRT-LM is given as vectors."""
+        own = (ids >= self.first) & (ids < self.last)
+        return own | (ids == self.end) if self.ends else own
 
     @property
     def said(self) -> int:
@@ -60,6 +64,11 @@ class Sense:
         """That of the tower whose configuration is `own`, which says where its tokens stand."""
         first, last = own.vocab_offset, own.vocab_offset + own.vocab_size
         return cls(start=start, end=end, place=place, embedder=embedder, first=first, last=last)
+
+    @classmethod
+    def places(cls, *, place: int, **said: Any) -> Sense:
+        """That of a tower without tokens of its own."""
+        return cls(place=place, embedder=None, first=place, last=place + 1, **said)
 
 
 def weights(checkpoint: Path, part: str) -> dict[str, streaming.Weight]:
@@ -90,16 +99,19 @@ def answer(
         pieces = text.split(said)
         own = [soft for each, _, soft in media if each == kind]
         for index, soft in enumerate(own, 1):
-            pieces[index] = f"\n\n{start}{place * len(soft)}{end}\n\n{pieces[index]}"
+            pieces[index] = f"{sense.around}{start}{place * len(soft)}{end}{sense.around}{pieces[index]}"
         text = "".join(pieces)
-    whole = {sense.place for sense in senses.values() if sense.whole}
     ids = torch.tensor([reference.begin(text)], device=reference.device)
+    places = torch.zeros_like(ids, dtype=torch.bool)
+    for sense in senses.values():
+        places |= sense.holds(ids) if not sense.embedder else places
     with torch.inference_mode():
-        beside = _beside(reference, ids, _embedded(reference, senses, ids, media), whole)
+        embedded = _embedded(reference, senses, ids, media)
+        beside = _beside(reference, ids, embedded, places)
     told, states = _greedy(reference, beside, count)
     vectors = torch.zeros_like(ids, dtype=torch.bool)
     for sense in senses.values():
-        vectors |= (ids >= sense.first) & (ids < sense.last)
+        vectors |= sense.holds(ids)
     return Answer(
         media=tuple((kind, name) for kind, name, _ in media),
         question=question,
@@ -121,24 +133,25 @@ def _embedded(reference: HuggingFace, senses: Mapping[Kind, Sense], ids: torch.T
     return embedded
 
 
-def _beside(reference: HuggingFace, ids: torch.Tensor, embedded: torch.Tensor, whole: set[int]) -> dict[str, Any]:
+def _beside(reference: HuggingFace, ids: torch.Tensor, embedded: torch.Tensor, places: torch.Tensor) -> dict[str, Any]:
     """What the first call takes: the prompt's embeddings, and what transformers' whole model gives beside them.
 
-    The places of ids that are `whole` see each other, where they stand side by side.
+    `places` [1, S] are those of media that are no tokens of a tower.
     """
     model = reference.model.model
     if hasattr(model, "get_per_layer_inputs"):
-        return {"inputs_embeds": embedded, "per_layer_inputs": model.get_per_layer_inputs(ids)}
-    # As `Gemma3Model.forward`.
+        # As `Gemma4Model.forward`; of a tower's own tokens `Gemma3nTextModel` knows.
+        tokens = ids.masked_fill(places, model.config.pad_token_id)
+        return {"inputs_embeds": embedded, "per_layer_inputs": model.get_per_layer_inputs(tokens)}
+    # As `Gemma3Model.forward`: places see each other, where they stand side by side.
     cache = DynamicCache(config=model.config)
-    seen = torch.isin(ids, torch.tensor([*whole], device=ids.device)).long()
     masks = create_masks_for_vision_model(
         config=model.config,
         inputs_embeds=embedded,
         attention_mask=None,
         cache=cache,
         position_ids=None,
-        block_sequence_ids=get_block_sequence_ids_for_mask(seen),
+        block_sequence_ids=get_block_sequence_ids_for_mask(places.long()),
     )
     return {"inputs_embeds": embedded, "attention_mask": masks, "cache": cache}
 

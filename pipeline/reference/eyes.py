@@ -1,8 +1,9 @@
 """Hugging Face's eyes in a process of their own: `python -m pipeline.reference.eyes CHECKPOINT OUT PICTURE…`.
 
 Processor, vision tower and what is behind it are those of transformers (and timm), unchanged, joined by
-`get_image_features` itself of `Gemma3nModel` or `Gemma3Model`; matrices are read as they are needed. OUT gets, by each
-picture's name, its soft tokens, float32 [n, H], and of Gemma 3n behind them the vector of `<end_of_image>`.
+`get_image_features` itself of `Gemma3nModel`, `Gemma3Model` or `Gemma4Model`; matrices are read as they are needed. OUT
+gets, by each picture's name, its soft tokens, float32 [n, H], and of Gemma 3n behind them the vector of
+`<end_of_image>`.
 
 A process of its own, since transformers goes other ways once torchvision is there, which timm asks for.
 """
@@ -10,7 +11,7 @@ A process of its own, since transformers goes other ways once torchvision is the
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +23,7 @@ from pipeline.core import log
 from pipeline.core.stage import guard
 
 See = Callable[[Any], torch.Tensor]
-"""From pixels to what stands in a prompt, [n, H]."""
+"""From what a processor gives to what stands in a prompt, [n, H]."""
 
 
 def see(checkpoint: Path, out: Path, files: Sequence[Path]) -> None:
@@ -31,14 +32,12 @@ def see(checkpoint: Path, out: Path, files: Sequence[Path]) -> None:
     from transformers import AutoConfig
     from transformers.image_utils import load_image
 
-    from pipeline.reference.seeing import WITHOUT
-
     config = AutoConfig.from_pretrained(checkpoint, local_files_only=True)
-    look, processor = (_gemma3 if config.model_type == WITHOUT else _gemma3n)(checkpoint, config)
+    look, processor = _KINDS[config.model_type](checkpoint, config)
     seen = {}
     with torch.inference_mode(), log.progress("reference on pictures", len(files), "pictures") as bar:
         for file in files:
-            seen[file.stem] = look(processor(load_image(str(file)), return_tensors="pt")["pixel_values"])
+            seen[file.stem] = look(processor(load_image(str(file)), return_tensors="pt"))
             bar.advance()
     save_file(seen, out)
 
@@ -57,8 +56,8 @@ def _gemma3n(checkpoint: Path, config: Any) -> tuple[See, Any]:
     with torch.inference_mode():
         end = own(input_ids=torch.tensor([[config.eoi_token_id]]))[0]
 
-    def look(pixels: Any) -> torch.Tensor:
-        soft = Gemma3nModel.get_image_features(model, pixels, return_dict=True).pooler_output[0]
+    def look(given: Any) -> torch.Tensor:
+        soft = Gemma3nModel.get_image_features(model, given["pixel_values"], return_dict=True).pooler_output[0]
         return torch.cat([soft, end])
 
     return look, SiglipImageProcessor.from_pretrained(checkpoint, local_files_only=True)
@@ -79,11 +78,42 @@ def _gemma3(checkpoint: Path, config: Any) -> tuple[See, Any]:
     tower = _tower(checkpoint, SiglipVisionModel, config)
     model: Any = SimpleNamespace(vision_tower=tower, multi_modal_projector=projector, config=config)
 
-    def look(pixels: Any) -> torch.Tensor:
-        soft: torch.Tensor = Gemma3Model.get_image_features(model, pixels, return_dict=True).pooler_output[0]
+    def look(given: Any) -> torch.Tensor:
+        found = Gemma3Model.get_image_features(model, given["pixel_values"], return_dict=True)
+        soft: torch.Tensor = found.pooler_output[0]
         return soft
 
     return look, Gemma3ImageProcessor.from_pretrained(checkpoint, local_files_only=True)
+
+
+def _gemma4(checkpoint: Path, config: Any) -> tuple[See, Any]:
+    """Gemma 4's, for pictures that keep their proportions."""
+    from transformers.models.gemma4.image_processing_gemma4 import Gemma4ImageProcessor
+    from transformers.models.gemma4.modeling_gemma4 import Gemma4Model, Gemma4MultimodalEmbedder, Gemma4VisionModel
+
+    from pipeline.reference import streaming
+    from pipeline.reference.answers import weights
+
+    with torch.device("meta"):
+        embedder = Gemma4MultimodalEmbedder(config.vision_config, config.text_config)
+    own = streaming.load_part(embedder, weights(checkpoint, "embed_vision"))
+    tower = _tower(checkpoint, Gemma4VisionModel, config)
+    model: Any = SimpleNamespace(vision_tower=tower, embed_vision=own, config=config)
+
+    def look(given: Any) -> torch.Tensor:
+        pixels, places = given["pixel_values"], given["image_position_ids"]
+        soft: torch.Tensor = Gemma4Model.get_image_features(model, pixels, places, return_dict=True).pooler_output[0]
+        return soft
+
+    return look, Gemma4ImageProcessor.from_pretrained(checkpoint, local_files_only=True)
+
+
+_KINDS: Mapping[str, Callable[[Path, Any], tuple[See, Any]]] = {
+    "gemma3": _gemma3,
+    "gemma3n": _gemma3n,
+    "gemma4": _gemma4,
+}
+"""By the type of the model."""
 
 
 def _tower(checkpoint: Path, kind: Any, config: Any) -> Any:

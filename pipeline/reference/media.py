@@ -36,6 +36,6 @@ def make(
     if seen:
         played = hearing.messages(heard) if "audio" in towers else None
         senses["image"] = eyes = seeing.Eyes.load(checkpoint).sense
-        shown = seeing.messages(seen, played, ends=not eyes.whole, alone=eyes.whole)
+        shown = seeing.messages(seen, played, ends=eyes.embedder is not None, alone=eyes.whole)
         told, states = answers(reference, senses, shown, *asked(bundle, parameters))
         Reference(soft=seen, answers=told, states=states).store(folder, "vision")

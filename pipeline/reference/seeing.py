@@ -23,8 +23,8 @@ from pipeline.reference.model import Floats
 BESIDE = PROJECT / ".venv-vision"
 """Where timm and torchvision lie: beside the environment, in which transformers would go other ways with them."""
 _PACKAGE = "timm"
-WITHOUT = "gemma3"
-"""The type of models whose eyes have no tokens of their own: soft tokens alone are seen."""
+_WITHOUT = ("gemma3", "gemma4")
+"""The types of models whose eyes have no tokens of their own: soft tokens alone are seen."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ class Eyes:
     def load(cls, checkpoint: Path) -> Eyes:
         """Those of a checkpoint."""
         config = AutoConfig.from_pretrained(checkpoint, local_files_only=True)
-        if config.model_type == WITHOUT:
+        if config.model_type in _WITHOUT:
             return cls(checkpoint=checkpoint, config=config, embedder=None)
         own = embedder(checkpoint, config.vision_config, config.text_config, "embed_vision")
         return cls(checkpoint=checkpoint, config=config, embedder=own)
@@ -49,9 +49,13 @@ class Eyes:
         """How pictures stand in a prompt."""
         said, own = self.config, self.config.vision_config
         places = {"start": said.boi_token_id, "end": said.eoi_token_id, "place": said.image_token_id}
-        if not self.embedder:
-            return Sense(**places, embedder=None, first=said.image_token_id, last=said.image_token_id + 1)
-        return Sense.of(own, self.embedder, **places)
+        if self.embedder:
+            return Sense.of(own, self.embedder, **places)
+        return (
+            Sense.places(**places, whole=True)
+            if said.model_type == "gemma3"
+            else Sense.places(**places, around="", ends=True)
+        )
 
 
 def look(checkpoint: Path, files: Mapping[str, Path], scratch: Path) -> dict[str, Floats]:
@@ -85,13 +89,16 @@ def messages(
     """What is in each message that is asked about: a picture; in every eighth two, and a sound if the model `heard`.
 
     What is seen `ends` with a vector that is a token of its own. If `alone`, no message has two: LiteRT-LM reads so
-    many tokens in a call, and what is read in two does not see itself whole.
+    many tokens in a call, and what is read in two does not see itself whole. Two have as many soft tokens each: one of
+    fewer the runtime may enlarge.
     """
     names = sorted(seen)
     index = 0
     while True:
-        second = [names[(index * 5 + 3) % len(names)]] if index % 8 == 1 and not alone else []
-        taken = [names[(index * 7) % len(names)], *second]
+        first = names[(index * 7) % len(names)]
+        alike = [name for name in names if len(seen[name]) == len(seen[first])]
+        second = [alike[(index * 5 + 3) % len(alike)]] if index % 8 == 1 and not alone else []
+        taken = [first, *second]
         media: Heard = [("image", name, seen[name][: -1 if ends else None]) for name in dict.fromkeys(taken)]
         yield [*media, *(next(heard)[:1] if heard and index % 8 == 1 else [])]
         index += 1

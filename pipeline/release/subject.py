@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from pipeline.core import log
-from pipeline.core.facts import Bundle, Fetch, Precision, Verify
+from pipeline.core.facts import Bundle, Fetch, Precision, Sees, Verify
 from pipeline.core.graph import tower_precision
 from pipeline.core.judgement import Judgement
 from pipeline.core.manifest import Manifest
@@ -72,7 +72,7 @@ def _senses(held: Bundle, precision: str, judgement: Judgement) -> Iterator[Sens
     known = [bundle["senses"]["errors"] for bundle in judgement["bundles"].values() if "senses" in bundle]
     errors = {name: found for one in known for name, found in one.items()}
     asks = {
-        "vision": f"pictures of {held.sees.size} x {held.sees.size} pixels" if held.sees else "",
+        "vision": _pictures(held.sees) if held.sees else "",
         "audio": f"sounds of up to 30 s, {held.hears.rate} samples a second" if held.hears else "",
     }
     for tower, taken in asks.items():
@@ -82,6 +82,12 @@ def _senses(held: Bundle, precision: str, judgement: Judgement) -> Iterator[Sens
             whole = [error for error in found if error is not None]
             worst = max(whole) if whole and len(whole) == len(found) else None
             yield Sense(tower=tower, size=size, asks=taken, error=worst, inputs=len(found))
+
+
+def _pictures(sees: Sees) -> str:
+    if sees.patches:
+        return f"pictures of any proportions, of up to {sees.patches.tokens * sees.patches.side**2} pixels"
+    return f"pictures of {sees.size} x {sees.size} pixels"
 
 
 def _step(context: Context, precision: str) -> Product:

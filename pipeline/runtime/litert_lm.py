@@ -7,6 +7,7 @@ sees: if the bundle has a start token, it begins with that token's text, or the 
 from __future__ import annotations
 
 import base64
+import ctypes
 import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -172,7 +173,9 @@ class LmRuntime:
         """
         options = _greedy() if greedy else {}
         conversation = self._engine.create_conversation(messages=messages[:-1], max_output_tokens=count, **options)
-        return SensingSession(conversation, messages[-1])
+        if most := max(map(_soft_tokens, messages)):
+            conversation._lib = _Budgeted(conversation._lib, most)
+        return SensingSession(conversation, messages[-1], count)
 
     def greedy(self, prompt: str, count: int) -> Continuation:
         """At most `count` tokens after `prompt`, each the most likely one, until a stop token."""
@@ -302,8 +305,8 @@ def _speed(info: litert_lm.BenchmarkInfo) -> Speed:
 class SensingSession:
     """A context with pictures and sounds in it, whose answer comes out once."""
 
-    def __init__(self, conversation: litert_lm.Conversation, message: Message) -> None:
-        self._conversation, self._message = conversation, message
+    def __init__(self, conversation: litert_lm.Conversation, message: Message, count: int) -> None:
+        self._conversation, self._message, self._count = conversation, message, count
 
     def __enter__(self) -> SensingSession:
         return self
@@ -322,7 +325,7 @@ class SensingSession:
             UsageError: there is no room for it.
         """
         try:
-            for said in self._conversation.send_message_async(self._message):
+            for said in self._conversation.send_message_async(self._message, max_output_tokens=self._count):
                 yield "".join(part.get("text", "") for part in said["content"])
         except RuntimeError as error:
             raise UsageError(
@@ -345,16 +348,54 @@ class SensingSession:
 
 @dataclass(frozen=True, kw_only=True)
 class Medium:
-    """A picture or a sound as a file's bytes, of a kind that the runtime reads."""
+    """A picture or a sound as a file's bytes, of a kind that the runtime reads.
+
+    `tokens` are the soft tokens of a picture that keeps its proportions.
+    """
 
     kind: Kind
     data: bytes
+    tokens: int = 0
 
 
 def content(text: str, media: Sequence[Medium]) -> list[Message]:
     """The content of a message: `media`, and what is said about them."""
-    parts: list[Message] = [{"type": each.kind, "blob": base64.b64encode(each.data).decode()} for each in media]
+    parts: list[Message] = [
+        {"type": each.kind, "blob": base64.b64encode(each.data).decode(), _TOKENS: each.tokens} for each in media
+    ]
     return [*parts, {"type": "text", "text": _checked(text)}]
+
+
+_TOKENS = "soft_tokens"
+"""Where a part of a message says how many a picture is to have, which the runtime does not read."""
+
+
+def _soft_tokens(message: Message) -> int:
+    """The most that a picture of a message has."""
+    parts = message["content"]
+    told = [part.get(_TOKENS, 0) for part in parts if isinstance(part, dict)] if isinstance(parts, list) else []
+    return max(map(int, told), default=0)
+
+
+class _Budgeted:
+    """The runtime's `library` for one conversation, whose pictures have `tokens` soft tokens at most.
+
+    To as many as that the runtime enlarges a picture that keeps its proportions; one of just so many it takes as it is.
+    Its C interface takes that number, its Python interface does not (litert-lm 0.18.1).
+    """
+
+    def __init__(self, library: ctypes.CDLL, tokens: int) -> None:
+        self._library, self._tokens = library, tokens
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._library, name)
+
+    def litert_lm_conversation_optional_args_create(self) -> int:
+        """What a message is sent with."""
+        made = int(self._library.litert_lm_conversation_optional_args_create())
+        say = self._library.litert_lm_conversation_optional_args_set_visual_token_budget
+        say(ctypes.c_void_p(made), ctypes.c_int(self._tokens))
+        return made
 
 
 class Dialogue:

@@ -55,7 +55,8 @@ class Senses:
                 cause=f"it was built without the model's {tower} tower, or the model has none",
                 remedy="build it without TOWERS=; `make plan` says whether there is one, and which RECIPE= takes it",
             )
-        return Medium(kind=kind, data=sense.read(file))
+        data = sense.read(file)
+        return Medium(kind=kind, data=data, tokens=sense.tokens(data) if isinstance(sense, Sight) else 0)
 
 
 def talk(dialogue: Dialogue, senses: Senses, media: Sequence[Medium] = ()) -> None:

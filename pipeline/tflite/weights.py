@@ -61,12 +61,25 @@ def in_order(kernel: Blocks, shape: tuple[int, ...]) -> Blocks:
     torch has [outputs, inputs, height, width], over time alone without a height. TFLite has [outputs, height, width,
     inputs], and where each channel goes by itself (`shape` says) [1, height, width, channels].
     """
+    if len(shape) < len(kernel.shape) == 3:
+        return _stacked(kernel, shape)
     if len(kernel.shape) < 3:  # a kernel of 3 x 3 over three channels has the same shape in both
         return kernel
     if shape[0] == kernel.shape[0]:
         return Blocks(shape, kernel.dtype, lambda *part: np.moveaxis(kernel.rows(*part), 1, -1))
     apart = lambda *_: kernel.rows(0, kernel.shape[0]).reshape(kernel.shape[0], -1).T.reshape(shape)  # noqa: E731
     return Blocks(shape, kernel.dtype, apart)
+
+
+def _stacked(tables: Blocks, shape: tuple[int, ...]) -> Blocks:
+    """Tables [n, rows, columns] one under the other, of each as many of its first rows as `shape` has room for."""
+    count = tables.shape[0]
+    each = shape[0] // count
+
+    def rows(start: int, stop: int) -> Float32:
+        return np.concatenate([tables.rows(i, i + 1)[0, :each] for i in range(count)])[start:stop]
+
+    return Blocks(shape, tables.dtype, rows)
 
 
 def vector(checkpoint: Checkpoint, tensor: str) -> Float32:

@@ -221,7 +221,7 @@ def test_other_pixels_are_red(name: str, defect: Callable[[Any], Any], line: Lin
         seeing.runner(line.root / "towers" / "fp32" / f"vision_{part}.tflite", tmp_path)
         for part in ("encoder", "adapter")
     )
-    features = encoder(images=defect(SEES.given(file)))["features"]
+    features = encoder(images=defect(SEES.given(file)["images"]))["features"]
     assert nmse(adapter(soft_tokens=features)["mm_embedding"][0], told(line).soft["face"]) > 1e-4, name
 
 
@@ -243,7 +243,7 @@ def test_a_dropped_or_lying_weight_is_red(tensor: str, line: Line, tmp_path: Pat
     stored = {name.removeprefix("model."): value for name, value in load_file(line.model / "model.safetensors").items()}
     encoder = vision.VisionEncoder(VisionConfig.from_config(config), look).eval()
     adapter = vision.VisionAdapter(VisionConfig.from_config(config), np.zeros(128, np.float32)).eval()
-    pixels = torch.from_numpy(SEES.given(write(tmp_path)["face"]))
+    pixels = torch.from_numpy(SEES.given(write(tmp_path)["face"])["images"])
 
     def seen(*spoilt: str) -> Any:
         for module in (encoder, adapter):

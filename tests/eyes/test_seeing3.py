@@ -96,7 +96,7 @@ def test_the_reference_is_transformers_whole_model(line: Line, tmp_path: Path) -
 
 def whole_picture(file: Path) -> np.ndarray:
     """The pixels that the encoder gets: what is of its size already no processor resizes."""
-    return (SEES.given(file)[0] * 255).round().astype(np.uint8)
+    return (SEES.given(file)["images"][0] * 255).round().astype(np.uint8)
 
 
 def checks_of(line: Line, scratch: Path, *, whole: bool = True, moved: bool = False) -> list[Check]:
@@ -220,7 +220,7 @@ def test_an_adapter_with_a_row_behind_the_picture_is_refused(line: Line) -> None
     fit.check(models, metadata)
     assert metadata.picture
     with pytest.raises(BundleError, match="vision_adapter gives"):
-        fit.check(models, replace(metadata, picture=replace(metadata.picture, whole=False)))
+        fit.check(models, replace(metadata, picture=replace(metadata.picture, suffix="\n\n")))
 
 
 def test_a_shorter_prefill_beside_the_long_one_would_read_pictures_in_parts(line: Line, tmp_path: Path) -> None:
