@@ -30,7 +30,8 @@ from litert_lm_builder.runtime.proto import (
 )
 
 from pipeline.bundling import towers
-from pipeline.bundling.metadata import Metadata, Picture, Sound
+from pipeline.bundling.metadata import SENSES, Metadata, Picture, Sound
+from pipeline.checkpoint.sound import FRAME4, RATE4
 from pipeline.core import log
 from pipeline.core.errors import BundleError
 from pipeline.core.facts import Patches, Section
@@ -235,14 +236,14 @@ def _message(metadata: Metadata) -> llm_metadata_pb2.LlmMetadata:
     kind.SetInParent()
     for name, text in metadata.calls.items():
         setattr(kind, name, text)
+    if metadata.model_type == SENSES and (metadata.picture or metadata.sound):
+        _says_where(kind, [told.place for told in (metadata.picture, metadata.sound) if told])
     if metadata.picture and metadata.picture.patches:
         _sees_patches(kind, metadata.picture, metadata.picture.patches)
-    elif metadata.picture or metadata.sound:
-        _says_where(kind, [told.place for told in (metadata.picture, metadata.sound) if told])
-        if metadata.picture:
-            _sees(kind, metadata.picture)
+    elif metadata.picture:
+        _sees(kind, metadata.picture)
     if metadata.sound:
-        _hears(kind, metadata.sound)
+        (_hears_apart if metadata.sound.apart else _hears)(kind, metadata.sound)
     if metadata.thoughts:
         start, end = metadata.thoughts
         message.channels.add(channel_name=_THOUGHTS, start=start, end=end)
@@ -299,6 +300,12 @@ def _hears(kind: llm_model_type_pb2.GenericModel, sound: Sound) -> None:
     kind.skip_mel_spectrogram_extraction = True
     kind.audio_sample_rate_hz, kind.audio_num_channels = sound.rate, 1
     kind.audio_frame_length, kind.audio_hop_length, kind.audio_input_scale = sound.frame, sound.hop, 1.0
+
+
+def _hears_apart(kind: llm_model_type_pb2.Gemma4, sound: Sound) -> None:
+    """The same of sound in frames side by side: how long they are, and where its place is, the type itself says."""
+    kind.start_of_audio_token.token_str, kind.end_of_audio_token.token_str = sound.start, sound.end
+    kind.skip_mel_spectrogram_extraction = True
 
 
 def _pack(tokenizer: str) -> bytes:
@@ -471,7 +478,10 @@ def thoughts(bundle: Path) -> tuple[str, str] | None:
 
 def hears(bundle: Path) -> Hearing | None:
     """How a bundle hears, if it does; raises as `thoughts`."""
-    kind = _said(bundle).llm_model_type.generic_model
+    told = _said(bundle).llm_model_type
+    if told.gemma4.skip_mel_spectrogram_extraction:
+        return Hearing(rate=RATE4, frame=FRAME4, hop=FRAME4)
+    kind = told.generic_model
     if not kind.audio_enabled:
         return None
     return Hearing(rate=kind.audio_sample_rate_hz, frame=kind.audio_frame_length, hop=kind.audio_hop_length)

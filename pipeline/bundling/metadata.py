@@ -20,15 +20,24 @@ from pipeline.checkpoint.chat import Tokenizer, open_tokenizer, prompts_begin_wi
 from pipeline.checkpoint.headers import listed
 from pipeline.checkpoint.names import EMBEDDING
 from pipeline.checkpoint.picture import open_look, open_patches
-from pipeline.checkpoint.reader import Checkpoint, open_checkpoint
+from pipeline.checkpoint.reader import open_checkpoint
 from pipeline.checkpoint.reading import stop_tokens, turn_end
-from pipeline.checkpoint.sound import open_front
+from pipeline.checkpoint.sound import open_front, open_front4
 from pipeline.core import log
 from pipeline.core.errors import BundleError
 from pipeline.core.facts import Patches
 from pipeline.core.graph import Towers, towers_in
 from pipeline.core.recipe import Bundle
-from pipeline.models import Runtime, Tower, architecture_of, gemma3_vision, gemma4_vision, sections, tower_of
+from pipeline.models import (
+    Runtime,
+    Tower,
+    architecture_of,
+    gemma3_vision,
+    gemma4_audio,
+    gemma4_vision,
+    sections,
+    tower_of,
+)
 from pipeline.models.gemma3n_audio import AudioConfig
 
 _DEFAULT_TOP_K, _DEFAULT_TOP_P, _DEFAULT_TEMPERATURE = 50, 1.0, 1.0
@@ -46,8 +55,8 @@ SENSES = "generic_model"
 """LiteRT-LM's type of a model that sees or hears: any other one has a spectrogram of its own, not Hugging Face's."""
 _LINES = "\n\n"
 """What the processors of Gemma 3 and 3n put around a picture or a sound."""
-_PLACE = "<|image|>"
-"""Where a picture stands in a prompt of LiteRT-LM's type `gemma4`, which no field of it says."""
+_PLACES = {"image": "<|image|>", "audio": "<|audio|>"}
+"""Where a medium stands in a prompt of LiteRT-LM's type `gemma4`, which no field of it says."""
 _NO_CALLS = (
     "It takes no tools: LiteRT-LM tells calls from text in bundles of the family's own type alone, and what it would "
     "put behind a picture or a sound there is not what the model was trained with. TOWERS=none makes one with tools."
@@ -87,6 +96,11 @@ class Sound:
     def closed(self) -> bool:
         """Whether its end is a token of the text."""
         return self.end in self.suffix
+
+    @property
+    def apart(self) -> bool:
+        """Whether frames lie side by side, as LiteRT-LM's type `gemma4` has them."""
+        return self.frame == self.hop
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,7 +203,8 @@ def describe(
         raise BundleError(f"LiteRT-LM has no model type {family.type!r}", remedy=f"use one of {', '.join(known)}")
     generation, config = (_read_json(checkpoint / name) for name in ("generation_config.json", "config.json"))
     places = {what: told.place for what, told in (("image", picture), ("audio", sound)) if told}
-    kind = SENSES if places and not (picture and picture.patches) else family.type
+    own = (picture and picture.patches) or (sound and sound.apart)
+    kind = SENSES if places and not own else family.type
     takes = family.tools and bool(re.search(r"\btools\b", source))
     tools = takes and kind == family.type
     chat = template.prepare(source, tokenizer, kind, tools=tools, places=places) if source else None
@@ -247,7 +262,7 @@ def of_checkpoint(folder: Path, bundle: Bundle, towers: Towers = "none") -> Desc
         vocabulary=vocabulary,
         max_tokens=bundle.max_tokens,
         picture=_picture(taken["vision"], folder, tokenizer) if "vision" in taken else None,
-        sound=_sound(checkpoint, tokenizer) if "audio" in taken else None,
+        sound=_sound(taken["audio"], checkpoint.folder, tokenizer) if "audio" in taken else None,
     )
     if made.picture and made.picture.whole:
         said = _in_one_call(made.picture, bundle.prefill, _alone(made.picture, tokenizer))
@@ -288,27 +303,40 @@ def _in_one_call(picture: Picture, prefill: tuple[int, ...], alone: int) -> str:
     )
 
 
-def _sound(checkpoint: Checkpoint, tokenizer: Tokenizer) -> Sound:
-    config, front = AudioConfig.from_config(checkpoint.config), open_front(checkpoint.folder)
+def _sound(tower: Tower, checkpoint: Path, tokenizer: Tokenizer) -> Sound:
+    config = tower.config
+    assert isinstance(config, AudioConfig | gemma4_audio.AudioConfig)
+    own = isinstance(config, gemma4_audio.AudioConfig)
+    front = open_front4(checkpoint) if own else open_front(checkpoint)
     start, end, place = _texts(tokenizer, boa=config.boa_token_id, eoa=config.eoa_token_id, audio=config.audio_token_id)
-    return Sound(
+    made = Sound(
         start=start, end=end, place=place, rate=front.rate, frame=front.frame, hop=front.hop, frames=config.frames
     )
+    if not own:
+        return made
+    _check_place("audio", place)
+    return replace(made, prefix="", suffix="")
+
+
+def _check_place(kind: str, place: str) -> None:
+    """Raises BundleError where a medium's place is not called as type `gemma4` has it."""
+    if place != _PLACES[kind]:
+        raise BundleError(
+            f"the tokenizer calls the place of {'a picture' if kind == 'image' else 'a sound'} {place}, and LiteRT-LM "
+            f"looks for {_PLACES[kind]} alone",
+            cause="the tokenizer was changed",
+            remedy="put the base model's tokenizer into the checkpoint, or say TOWERS=none",
+        )
 
 
 def _picture(tower: Tower, checkpoint: Path, tokenizer: Tokenizer) -> Picture:
     config = tower.config
-    assert not isinstance(config, AudioConfig)
+    assert not isinstance(config, AudioConfig | gemma4_audio.AudioConfig)
     start, end = _texts(tokenizer, boi=config.boi_token_id, eoi=config.eoi_token_id)
     if isinstance(config, gemma4_vision.VisionConfig):
         config.check(patches := open_patches(checkpoint))
         (place,) = _texts(tokenizer, image=config.image_token_id)
-        if place != _PLACE:
-            raise BundleError(
-                f"the tokenizer calls a picture's place {place}, and LiteRT-LM looks for {_PLACE} alone",
-                cause="the tokenizer was changed",
-                remedy="put the base model's tokenizer into the checkpoint, or say TOWERS=none",
-            )
+        _check_place("image", place)
         made = Picture(start=start, end=end, place=place, size=0, tokens=patches.tokens, prefix="", suffix="")
         return replace(made, patches=patches)
     config.check((look := open_look(checkpoint)).size)

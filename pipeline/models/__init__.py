@@ -23,7 +23,7 @@ from pipeline.core.records import Record
 
 if TYPE_CHECKING:  # torch is loaded with a family
     from pipeline.export.export import Inputs
-    from pipeline.models import gemma3_vision, gemma3n_vision, gemma4_vision
+    from pipeline.models import gemma3_vision, gemma3n_vision, gemma4_audio, gemma4_vision
     from pipeline.models.gemma3n_audio import AudioConfig
     from pipeline.models.transformer import DecoderGraph, StepGraph, Table
 
@@ -74,7 +74,13 @@ class Tower:
     sections: tuple[str, ...]
     rows: int
     tensors: Mapping[str, tuple[int, ...]]
-    config: AudioConfig | gemma3_vision.VisionConfig | gemma3n_vision.VisionConfig | gemma4_vision.VisionConfig
+    config: (
+        AudioConfig
+        | gemma3_vision.VisionConfig
+        | gemma3n_vision.VisionConfig
+        | gemma4_audio.AudioConfig
+        | gemma4_vision.VisionConfig
+    )
 
 
 class Architecture(Protocol):

@@ -21,7 +21,7 @@ from torch.nn import functional
 from pipeline.core.errors import FetchError
 from pipeline.export.operators import Embedding, Linear
 from pipeline.export.repeat import run_layers
-from pipeline.models import Runtime, Tower, gemma4_vision
+from pipeline.models import Runtime, Tower, gemma4_audio, gemma4_vision
 from pipeline.models.transformer import (
     FULL,
     SLIDING,
@@ -369,13 +369,20 @@ class Gemma4(TextFamily[TextConfig]):
         return embedding_tables(self.text) if self._looks_up else ()
 
     def towers(self) -> Mapping[str, Tower]:
-        """Its eyes, where config.json has them; 12B sees without a tower."""
+        """Its eyes and ears, where config.json has them; 12B sees and hears without towers."""
         found: dict[str, Tower] = {}
-        if self._config.get("vision_config") and str(self._config.get("model_type")) not in _UNIFIED:
+        if str(self._config.get("model_type")) in _UNIFIED:
+            return found
+        if self._config.get("vision_config"):
             eyes = gemma4_vision.VisionConfig.from_config(self._config)
             tensors = gemma4_vision.tensors(eyes)
             rows = gemma4_vision.rows(eyes, tensors)
             found["vision"] = Tower(sections=gemma4_vision.SECTIONS, rows=rows, tensors=tensors, config=eyes)
+        if self._config.get("audio_config"):
+            ears = gemma4_audio.AudioConfig.from_config(self._config)
+            tensors = gemma4_audio.tensors(ears)
+            rows = gemma4_audio.ROWS
+            found["audio"] = Tower(sections=gemma4_audio.SECTIONS, rows=rows, tensors=tensors, config=ears)
         return found
 
 

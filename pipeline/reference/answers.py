@@ -78,10 +78,10 @@ def weights(checkpoint: Path, part: str) -> dict[str, streaming.Weight]:
     return {name.removeprefix(prefix): weight for name, weight in stored.items() if name.startswith(prefix)}
 
 
-def embedder(checkpoint: Path, config: Any, text: Any, part: str) -> Any:
-    """Hugging Face's embedder of a tower, its matrices read as they are needed."""
+def embedder(checkpoint: Path, config: Any, text: Any, part: str, kind: Any = Gemma3nMultimodalEmbedder) -> Any:
+    """Hugging Face's embedder of a tower, its matrices read as they are needed; `kind` is its class."""
     with torch.device("meta"):
-        made = Gemma3nMultimodalEmbedder(config, text)
+        made = kind(config, text)
     return streaming.load_part(made, weights(checkpoint, part))
 
 

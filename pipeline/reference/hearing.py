@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from transformers import AutoConfig
 from transformers.models.gemma3n import Gemma3nAudioFeatureExtractor
-from transformers.models.gemma3n.modeling_gemma3n import Gemma3nAudioEncoder
+from transformers.models.gemma3n.modeling_gemma3n import Gemma3nAudioEncoder, Gemma3nMultimodalEmbedder
 from transformers.models.gemma4 import Gemma4AudioFeatureExtractor
-from transformers.models.gemma4.modeling_gemma4 import Gemma4AudioModel
+from transformers.models.gemma4.modeling_gemma4 import Gemma4AudioModel, Gemma4MultimodalEmbedder
 
 from pipeline.core import log
 from pipeline.judge.sounds import Samples
@@ -23,8 +23,8 @@ from pipeline.reference.model import Floats
 
 COUNTED = "gemma4"
 """The type of models whose encoder says which of its rows are of the sound, as its mask says of frames."""
-_TOKEN = 640
-"""Samples of a soft token of theirs."""
+_HOP = 160
+"""Samples of theirs from one window to the next; a soft token is made of four."""
 _LONG = 8 / 30
 """Of the longest sound's soft tokens, above which nothing is asked about a sound: prompts cost."""
 
@@ -44,13 +44,14 @@ class Ears:
         config = AutoConfig.from_pretrained(checkpoint, local_files_only=True)
         kind: Any  # transformers ships no types for how they are made
         extractor: Any
-        kind, extractor = Gemma3nAudioEncoder, Gemma3nAudioFeatureExtractor
+        way: Any
+        kind, extractor, way = Gemma3nAudioEncoder, Gemma3nAudioFeatureExtractor, Gemma3nMultimodalEmbedder
         if config.model_type == COUNTED:
-            kind, extractor = Gemma4AudioModel, Gemma4AudioFeatureExtractor
+            kind, extractor, way = Gemma4AudioModel, Gemma4AudioFeatureExtractor, Gemma4MultimodalEmbedder
         with torch.device("meta"):
             tower = kind._from_config(config.audio_config, dtype=torch.float32)
         tower = streaming.load_part(tower, weights(checkpoint, "audio_tower"))
-        own = embedder(checkpoint, config.audio_config, config.text_config, "embed_audio")
+        own = embedder(checkpoint, config.audio_config, config.text_config, "embed_audio", way)
         heard = extractor.from_pretrained(checkpoint, local_files_only=True)
         return cls(tower=tower, embedder=own, extractor=heard, config=config)
 
@@ -58,6 +59,9 @@ class Ears:
     def sense(self) -> Sense:
         """How sounds stand in a prompt."""
         said, own = self.config, self.config.audio_config
+        if said.model_type == COUNTED:
+            places = {"start": said.boa_token_id, "end": said.eoa_token_index, "place": said.audio_token_id}
+            return Sense.places(**places, around="", ends=True)
         places = {"start": said.boa_token_id, "end": said.eoa_token_id, "place": said.audio_token_id}
         return Sense.of(own, self.embedder, **places)
 
@@ -75,11 +79,12 @@ class Ears:
 
 
 def filled(sound: Samples) -> Samples:
-    """`sound` with silence up to whole soft tokens, as LiteRT-LM is to get it, and the sample behind the last window.
+    """`sound` in whole soft tokens, as LiteRT-LM is to get it, and the sample behind the last window.
 
     Of a shorter one the processor would leave some windows of the last soft token out.
     """
-    return np.pad(sound, (0, -len(sound) % _TOKEN + 1))
+    whole = -(-((len(sound) - 1) // _HOP) // 4) * 4 * _HOP + 1
+    return np.pad(sound, (0, max(0, whole - len(sound))))[:whole]
 
 
 def listen(ears: Ears, sounds: Mapping[str, Samples]) -> dict[str, Floats]:

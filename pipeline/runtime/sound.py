@@ -2,8 +2,8 @@
 
 Hugging Face's processor of Gemma 3n fills a sound up to a multiple of 128 samples and wants one sample more of a frame
 than it uses; the runtime does neither, so of three sounds one would have a frame more or less. What is cut here, or
-filled with silence, has the same frames in both. Of Gemma 4 the runtime drops what fills no frame of 40 ms: there a
-sound is filled up to whole ones, and Hugging Face's hears it so too.
+filled with silence, has the same frames in both. Of Gemma 4 the runtime drops what fills no frame of 40 ms, a soft
+token: there a sound is filled up to as many as Hugging Face makes of it, which hears it so too.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ class Hearing:
         return self.frame == self.hop
 
     def count(self, samples: int) -> int:
-        """The frames that Hugging Face makes of so many samples; side by side, those that hold them."""
-        if self.apart:
-            return -(-samples // self.frame)
+        """The frames that Hugging Face makes of so many samples; side by side, the soft tokens."""
+        if self.apart:  # of four windows, each ending a sample before the sound does
+            return -(-(max(0, samples - 1) // (self.frame // 4)) // 4)
         filled = -(-samples // _FILLED_TO) * _FILLED_TO
         return max(0, (filled - self.frame - 1) // self.hop + 1)
 

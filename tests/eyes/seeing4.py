@@ -56,12 +56,14 @@ SMALL = {
 """Changes of the recipe that make judging quick, as `line.SMALL`."""
 
 
-def model(vision: dict[str, Any] | None = None, seed: int = 0) -> Gemma4ForConditionalGeneration:
-    """The whole model, without ears."""
+def model(
+    vision: dict[str, Any] | None = None, seed: int = 0, audio: dict[str, Any] | None = None
+) -> Gemma4ForConditionalGeneration:
+    """The whole model, without ears if there is no `audio`."""
     config = Gemma4Config(
         text_config=senses4.TEXT,
         vision_config=vision or VISION,
-        audio_config=None,
+        audio_config=audio,
         boi_token_id=BEGIN,
         eoi_token_id=END,
         image_token_id=PLACE,
@@ -86,19 +88,26 @@ def model(vision: dict[str, Any] | None = None, seed: int = 0) -> Gemma4ForCondi
 
 
 def write_model(
-    folder: Path, vision: dict[str, Any] | None = None, tokens: int = PATCHES.tokens, dtype: torch.dtype = torch.float32
+    folder: Path,
+    vision: dict[str, Any] | None = None,
+    tokens: int = PATCHES.tokens,
+    dtype: torch.dtype = torch.float32,
+    audio: dict[str, Any] | None = None,
 ) -> Path:
     """A checkpoint of it in `folder`, its weights of `dtype`, with the shipped model's tokenizer."""
     shutil.copytree(senses4.TINY, folder, ignore=shutil.ignore_patterns("corpus", "*.safetensors", "*processor*"))
-    model(vision).to(dtype).save_pretrained(folder)
+    made = model(vision, audio=audio).to(dtype)
+    made.save_pretrained(folder)
     shutil.copy(senses4.TINY / "generation_config.json", folder)
     Gemma4ImageProcessorPil(max_soft_tokens=tokens).save_pretrained(folder)
     file = folder / "preprocessor_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"image_processor_type": "Gemma4ImageProcessor"}))
-    senses4.name_tokens(folder, TOKENS)
+    senses4.name_tokens(folder, {**TOKENS, **(senses4.TOKENS if audio else {})})
     file = folder / "chat_template.jinja"
     text, plain = file.read_text(), "{%- if item['type'] == 'text' -%}"
     assert text.count(plain) == 1
     seen = "{%- if item['type'] == 'image' -%}{{- '<|image|>' -}}{%- elif item['type'] == 'text' -%}"
     file.write_text(text.replace(plain, seen))
+    if audio:
+        senses4.add_ears(folder, made.config.audio_config)
     return folder

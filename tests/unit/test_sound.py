@@ -16,7 +16,7 @@ from pipeline.core.errors import UsageError
 from pipeline.judge.sounds import RATE, sounds
 from pipeline.runtime.sound import Hearing
 
-HEARS = Hearing(rate=16_000, frame=512, hop=160)
+HEARS, APART = Hearing(rate=16_000, frame=512, hop=160), Hearing(rate=16_000, frame=640, hop=640)
 
 
 def unpacked(data: bytes) -> np.ndarray:
@@ -33,6 +33,18 @@ def test_the_runtime_makes_as_many_frames_as_hugging_face(samples: int) -> None:
     assert 1 + (len(fitted) - 512) // 160 == (filled - 513) // 160 + 1 == HEARS.count(samples)
     assert (fitted[:samples] == 1).all()
     assert not fitted[samples:].any()
+
+
+@given(st.integers(161, 480_000))
+def test_gemma_4_gets_whole_soft_tokens(samples: int) -> None:
+    """Four windows each, of which its processor makes one for every 160 samples that another sample follows."""
+    fitted = APART.fitted(np.ones(samples, np.float32))
+    windows = (samples - 1) // 160
+    assert len(fitted) == 640 * APART.count(samples) == 640 * -(-windows // 4)
+    assert not fitted[samples:].any()
+    frames, mask = APART.frames(np.ones(samples, np.float32), 751)
+    assert mask.sum() == 1 + APART.count(samples)
+    assert not frames[0, 0].any(), "the runtime begins with a silent one"
 
 
 def test_frames_are_windows_of_the_sound() -> None:
