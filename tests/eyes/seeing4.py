@@ -48,7 +48,7 @@ SMALL = {
     "[gates.bundle-int8]\nkld = 0.01\ntop1 = 0.96\nperplexity_ratio_min = 0.993\nperplexity_ratio_max = 1.007": (
         "[gates.bundle-int8]\nkld = 0.05\ntop1 = 0.9"
     ),
-    "snr = 30.0\nkld = 0.01": "snr = 27.0\nkld = 0.1",
+    "[gates.vision-int8]\nsnr = 27.0\nkld = 0.01": "[gates.vision-int8]\nsnr = 27.0\nkld = 0.1",
     # Of so few weights scales and what stays float16 are more than of the true ones.
     "bytes_per_weight = 1.06": "bytes_per_weight = 1.2",
     "bytes_per_weight = 1.12": "bytes_per_weight = 2.2",
@@ -80,6 +80,10 @@ def model(
         for name, parameter in made.model.language_model.named_parameters():
             if "layers" in name and ".post_" in name:
                 parameter.mul_(4)  # else a token's embedding outweighs what is read, and it is said again and again
+        for name, parameter in tower.named_parameters():
+            if vision and name.endswith(("q_norm.weight", "k_norm.weight")):
+                # Scores are not scaled: else each patch sees one of thousands alone, which makes roundings large.
+                parameter.mul_(tower.config.head_dim**-0.25)
         table = tower.patch_embedder.position_embedding_table
         table.copy_(0.4 * torch.randn(table.shape, generator=draw))
         tower.std_bias.copy_(0.3 * torch.randn(tower.std_bias.shape, generator=draw))
