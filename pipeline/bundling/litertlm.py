@@ -236,6 +236,7 @@ def _message(metadata: Metadata) -> llm_metadata_pb2.LlmMetadata:
     kind.SetInParent()
     for name, text in metadata.calls.items():
         setattr(kind, name, text)
+    # A family's own type has the places of its media built in.
     if metadata.model_type == SENSES and (metadata.picture or metadata.sound):
         _says_where(kind, [told.place for told in (metadata.picture, metadata.sound) if told])
     if metadata.picture and metadata.picture.patches:
@@ -492,7 +493,8 @@ def sees(bundle: Path) -> Sight | None:
     told = _said(bundle).llm_model_type
     kind, own = told.generic_model, told.gemma4
     if count := own.max_num_patches:
-        pool = own.pooling_kernel_size
+        # Zero is what a field gives that nobody set.
+        pool = own.pooling_kernel_size or 1
         return Sight(patches=Patches(size=own.patch_width, pool=pool, tokens=count // pool**2))
     return Sight(size=kind.image_tensor_height) if kind.image_enabled else None
 

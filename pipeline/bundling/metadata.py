@@ -203,6 +203,7 @@ def describe(
         raise BundleError(f"LiteRT-LM has no model type {family.type!r}", remedy=f"use one of {', '.join(known)}")
     generation, config = (_read_json(checkpoint / name) for name in ("generation_config.json", "config.json"))
     places = {what: told.place for what, told in (("image", picture), ("audio", sound)) if told}
+    # Of the types of families, which keep tool calls, Gemma 4's alone takes media just as its processors give them.
     own = (picture and picture.patches) or (sound and sound.apart)
     kind = SENSES if places and not own else family.type
     takes = family.tools and bool(re.search(r"\btools\b", source))

@@ -66,7 +66,10 @@ def open_patches(checkpoint: Path) -> Patches:
     """
     from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
 
-    told = Gemma4ImageProcessorPil.from_pretrained(checkpoint, local_files_only=True)
+    try:
+        told = Gemma4ImageProcessorPil.from_pretrained(checkpoint, local_files_only=True)
+    except ValueError as error:  # another number of soft tokens than it knows
+        raise TowerError(f"transformers refuses the image processor in {checkpoint}: {error}") from error
     for name, found, wanted in (
         ("do_resize", told.do_resize, True),
         ("resample", int(told.resample), _BICUBIC),

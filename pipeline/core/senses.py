@@ -19,11 +19,13 @@ _LARGEST = 100 << 20
 def described(config: Mapping[str, object]) -> bool:
     """Whether a config.json speaks of towers, so that tensors are worth a look.
 
-    Not where soft tokens are to see each other in some layers alone, as in the larger Gemma 4: no bundle does that.
+    Not where soft tokens are to see each other in some layers alone, as in the larger Gemma 4: no bundle does that. Nor
+    of a Gemma 4 without per-layer tables: its decoder takes token ids.
     """
     text = config.get("text_config")
-    apart = isinstance(text, dict) and text.get("use_bidirectional_attention") == "vision"
-    return not apart and any(config.get(key) for key in _DESCRIBED)
+    told = text if isinstance(text, dict) else {}
+    left = told.get("use_bidirectional_attention") == "vision" or told.get("hidden_size_per_layer_input") == 0
+    return not left and any(config.get(key) for key in _DESCRIBED)
 
 
 def among(names: Iterable[str], taken: Collection[str]) -> tuple[str, ...]:

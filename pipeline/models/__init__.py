@@ -232,7 +232,7 @@ def tower_of(architecture: Architecture, name: str) -> Tower:
         raise UsageError(
             f"the model has no {name} tower that can be converted",
             cause="it is a text model, or of a family whose towers are not done yet",
-            remedy="leave TOWERS= out: the towers that there are come by themselves",
+            remedy="leave TOWERS= out, and the towers that there are come by themselves; or say TOWERS=none",
         )
     return known[name]
 
@@ -263,7 +263,7 @@ def expected(recipe: Recipe, towers: Towers, config: Mapping[str, object]) -> Ne
     if made.towers and not bundled(architecture, recipe.bundle).tables():
         raise UsageError(
             f"with recipe {recipe.name} the decoder takes token ids, so nothing seen or heard can go into it",
-            remedy=f"say {seeing}" if seeing else "say TOWERS=none",
+            remedy=f"say {seeing}" if seeing and not recipe.towers.taken else "say TOWERS=none",
         )
     return replace(made, converts=bool(recipe.towers.taken), seeing=seeing)
 

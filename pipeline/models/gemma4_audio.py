@@ -172,6 +172,7 @@ class SubSample(nn.Module):
 
     def forward(self, spectrogram: Tensor, valid: Tensor) -> Tensor:
         """`valid` float [T], 1 where there is sound."""
+        # What is behind the sound is zeros before each convolution, as transformers pads: after a norm it would not be.
         x = self.layer0((spectrogram * valid[None, :, None])[..., None])
         x = self.layer1(x * every(valid, 2)[None, :, None, None])
         rows: Tensor = self.input_proj_linear(x.reshape(x.shape[1], x.shape[2] * x.shape[3]))
@@ -246,6 +247,7 @@ class AudioTower(nn.Module):
         x, rows = self.subsample_conv_projection(spectrogram, valid), every(valid, _HOPS)
         for layer in self.layers:
             x = layer(x, rows)
+        # The layer's bias would make something of rows without sound.
         made: Tensor = self.output_proj(x) * rows[:, None]
         return made
 
@@ -258,6 +260,7 @@ class AudioEncoder(Encoder):
 
     def windows(self, frames: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
         """Frames [1, T, 4 · hop] → windows [1, 4 · T, 2 · hop], the first of the second frame on; `valid` of them."""
+        # A window is two hops long and begins at each; one may lie across two frames.
         hops = padded(frames.reshape(frames.shape[1] * _HOPS, frames.shape[2] // _HOPS), 0, _HOPS)
         count = valid.shape[0] * _HOPS
         windows = torch.cat([hops[_HOPS - 1 : _HOPS - 1 + count], hops[_HOPS : _HOPS + count]], dim=-1)

@@ -136,6 +136,7 @@ class PatchEmbedder(nn.Module):
         self.position_embedding_table = nn.Parameter(torch.zeros(2 * longest, config.hidden_size))
 
     def forward(self, patches: Tensor, across: Tensor, down: Tensor) -> Tensor:
+        # The processor leaves pixels in 0 … 1; the model moves them.
         made: Tensor = self.input_proj(patches * 2.0 - 1.0)
         return made + self._of(across) + self._of(down + self.longest)
 
@@ -234,6 +235,7 @@ class Encoder(nn.Module):
             Rotation.at(across, self.config.rope_theta, half),
             Rotation.at(down, self.config.rope_theta, half),
         )
+        # What is added to scores, not a mask of zeros: a softmax would see those.
         mask = (1.0 - there)[:, None] * MASKED
         for layer in self.layers:
             x = layer(x, rotations, mask)
@@ -252,8 +254,11 @@ class VisionTower(nn.Module):
             self.std_scale = nn.Parameter(torch.ones(config.hidden_size))
 
     def forward(self, images: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        # In floats from here on: XNNPACK runs few operators on integers, and places are small.
         told = positions.to(torch.float32)
+        # 0 where a place is −1, else 1.
         there = torch.clamp(told[:, :, 0] + 1.0, 0.0, 1.0)
+        # Padding stands at (0, 0), where its embedding is finite; the mask hides it.
         places = torch.clamp(told, 0.0)
         across, down = places[:, :, 0], places[:, :, 1]
         embedded = self.patch_embedder(images, across.to(torch.int32), down.to(torch.int32))
@@ -266,11 +271,14 @@ class VisionTower(nn.Module):
     def _pooled(self, x: Tensor, across: Tensor, down: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
         """The mean of the patches of each soft token, row by row, and which have any: [1, T, C], bool [1, T]."""
         pool, count = self.patches.pool, self.patches.tokens
+        # Half a patch in, so that a quotient which is rounded down a little stays in its soft token.
         column, row = (torch.floor((place + 0.5) * (1.0 / pool)) for place in (across, down))
         wide = torch.amax(column, dim=1, keepdim=True) + 1.0
+        # How wide a picture is, the tower sees by its places alone: the sections have one shape for all pictures.
         token = (column + wide * row)[:, None]
         own = torch.arange(count, dtype=torch.float32, device="cpu").reshape(1, count, 1)
         near = torch.clamp(1.0 - torch.abs(token - own), 0.0) * there[:, None]
+        # A mean over patches that lie anywhere, as a product: row by row, which patches are a soft token's.
         return matmul(near * (1.0 / pool**2), x, False), torch.amax(near, dim=2) > 0.5
 
 
@@ -317,6 +325,7 @@ def tensors(config: VisionConfig) -> dict[str, tuple[int, ...]]:
         for part, module in parts.items()
         for name, tensor in module.state_dict().items()
     }
+    # Checkpoints have every row that the table was made with, as one tensor of both axes; the file has what is reached.
     return shapes | {_TABLE: (2, config.position_embedding_size, config.hidden_size)}
 
 

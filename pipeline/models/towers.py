@@ -16,6 +16,7 @@ from pipeline.checkpoint.picture import Look, open_look, open_patches
 from pipeline.checkpoint.reader import Checkpoint, Float32
 from pipeline.checkpoint.sound import Front, open_front, open_front4
 from pipeline.core import log
+from pipeline.core.errors import TowerError
 from pipeline.export.export import Inputs, Signature, export
 from pipeline.models import (
     architecture_of,
@@ -58,6 +59,7 @@ def _export_audio(checkpoint: Checkpoint, names: Mapping[str, str], folder: Path
     files = [folder / f"{name}.tflite" for name in tower.sections]
     if isinstance(config := tower.config, gemma4_audio.AudioConfig):
         front, modules, width, blocks = _ears4(config, checkpoint.folder)
+        # Here the end is a token of the text, in Gemma 3n one of the tower's own table.
         row = text_row(checkpoint, config.eoa_token_id)
     else:
         assert isinstance(config, gemma3n_audio.AudioConfig)
@@ -129,8 +131,16 @@ def _export_patched(
 
 
 def text_row(checkpoint: Checkpoint, token: int) -> Float32:
-    """The text model's embedding [H] of a token, as its decoder takes it."""
+    """The text model's embedding [H] of a token, as its decoder takes it.
+
+    Raises:
+        TowerError: the model has no such token.
+    """
     stored = outer(checkpoint.tensors)[EMBEDDING]
+    if not 0 <= token < (count := checkpoint.tensors[stored].shape[0]):
+        raise TowerError(
+            f"config.json says that token {token} ends a picture or a sound, and the model has {count} tokens"
+        )
     row = checkpoint.rows(stored, token, token + 1)[0]
     made: Float32 = row * np.float32(row.size**0.5)
     return made

@@ -21,6 +21,7 @@ from transformers.models.gemma3n.modeling_gemma3n import Gemma3nMultimodalEmbedd
 from pipeline.checkpoint.names import tower_name
 from pipeline.checkpoint.reader import open_checkpoint
 from pipeline.core import log
+from pipeline.core.errors import UsageError
 from pipeline.judge.sensing import QUESTIONS, Answer, Kind
 from pipeline.reference import streaming
 from pipeline.reference.model import Floats, HuggingFace
@@ -98,6 +99,12 @@ def answer(
         )
         pieces = text.split(said)
         own = [soft for each, _, soft in media if each == kind]
+        if len(pieces) != len(own) + 1:
+            raise UsageError(
+                f"the chat template says {said} {len(pieces) - 1} times for {len(own)} media of kind {kind}",
+                cause="it is that of a text model, or drops what it does not know",
+                remedy="give the whole model's template with TEMPLATE=file.jinja, or say TOWERS=none",
+            )
         for index, soft in enumerate(own, 1):
             pieces[index] = f"{sense.around}{start}{place * len(soft)}{end}{sense.around}{pieces[index]}"
         text = "".join(pieces)

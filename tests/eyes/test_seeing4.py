@@ -28,8 +28,8 @@ from pipeline.bundling.replaced import with_decoder
 from pipeline.checkpoint.chat import open_tokenizer
 from pipeline.checkpoint.picture import open_patches
 from pipeline.checkpoint.reader import open_checkpoint
-from pipeline.core import facts, manifest
-from pipeline.core.errors import BundleError, TowerError
+from pipeline.core import facts, manifest, senses
+from pipeline.core.errors import BundleError, PipelineError, TowerError, UsageError
 from pipeline.core.facts import Patches
 from pipeline.core.recipe import RECIPES, Gate, load
 from pipeline.judge import handed, media, mixed, seeing
@@ -38,9 +38,13 @@ from pipeline.judge.metrics import nmse
 from pipeline.judge.pictures import write
 from pipeline.judge.reference import Head
 from pipeline.judge.sensing import Reference, judge_words
-from pipeline.models import architecture_for, gemma4_vision
+from pipeline.models import architecture_for, expected, gemma4_vision
 from pipeline.models.gemma4_vision import VisionConfig, VisionEncoder
+from pipeline.models.towers import text_row
 from pipeline.models.transformer import Rotation
+from pipeline.reference.answers import answer
+from pipeline.reference.model import HuggingFace
+from pipeline.reference.seeing import Eyes
 from pipeline.runtime.litert_lm import Kind, Medium
 from pipeline.runtime.picture import Sight, extent
 from pipeline.runtime.sections import Sections
@@ -352,6 +356,7 @@ def test_towers_that_are_not_whole_or_not_known(
         ({"resample": 2}, "resample 2, expected 3"),
         ({"do_resize": False}, "do_resize False"),
         ({"patch_size": 14}, "14"),
+        ({"max_soft_tokens": 100}, "transformers refuses the image processor .*100"),
     ],
 )
 def test_a_processor_that_does_otherwise_is_refused(
@@ -362,6 +367,31 @@ def test_a_processor_that_does_otherwise_is_refused(
     config = VisionConfig.from_config(json.loads((line.model / "config.json").read_text()))
     with pytest.raises(TowerError, match=says):
         config.check(open_patches(tmp_path))
+
+
+@pytest.mark.parametrize("change", [{"use_bidirectional_attention": "vision"}, {"hidden_size_per_layer_input": 0}])
+def test_what_no_picture_can_go_into_is_taken_as_text(change: dict[str, Any], line: Line) -> None:
+    """Unless its eyes are asked for: then with what to say instead, which is not the recipe that is said already."""
+    config = json.loads((line.model / "config.json").read_text())
+    config["text_config"].update(change, num_kv_shared_layers=0)
+    assert senses.described(json.loads((line.model / "config.json").read_text())) and not senses.described(config)
+    assert expected(load(RECIPES / "gemma4.toml"), "none", config).towers == {}
+    with pytest.raises(PipelineError) as told:
+        expected(load(RECIPES / "gemma4.toml"), "vision", config)
+    assert told.value.remedy and "TOWERS=none" in told.value.remedy and "RECIPE" not in told.value.remedy
+
+
+def test_an_end_that_is_no_token_is_refused(line: Line) -> None:
+    checkpoint = open_checkpoint(line.root / "fetch" / "checkpoint")
+    with pytest.raises(TowerError, match="token 2048 ends a picture or a sound, and the model has 2048 tokens"):
+        text_row(checkpoint, 2048)
+
+
+def test_a_template_that_drops_pictures_is_told_by_the_reference(line: Line) -> None:
+    checkpoint = line.root / "fetch" / "checkpoint"
+    sense = replace(Eyes.load(checkpoint).sense, place=2015)
+    with pytest.raises(UsageError, match="the chat template says .* 0 times for 1 media of kind image"):
+        answer(HuggingFace.load(checkpoint, "cpu"), {"image": sense}, "?", [("image", "x", np.zeros((1, 1)))], 1)
 
 
 def test_every_tensor_of_the_true_tower_has_its_place() -> None:
