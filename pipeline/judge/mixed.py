@@ -45,6 +45,7 @@ def _end(file: Path) -> list[Floats]:
     """The vector [1, H] behind a medium, if it is a section of its own."""
     if not file.is_file():
         return []
+    # A constant, of which XNNPACK has nothing to lay out.
     row = next(iter(runner(file, None)().values()))
     assert isinstance(row, np.ndarray)
     return [row[0]]

@@ -101,8 +101,10 @@ class LocalAttention(nn.Module):
             self._context(part(x).reshape(rows, heads, size), blocks).permute(0, 2, 1, 3)
             for part in (self.k_proj, self.v_proj)
         )
+        # Gemma 4's alone are scaled; a product with 1 would be an operator for nothing.
         keys = keys if numbers.keys == 1.0 else keys * numbers.keys
         scores = matmul(queries, keys, True) + self._moved(queries)
+        # Before the mask: what is not to be seen would be capped to what is.
         scores = torch.tanh(scores * (1.0 / numbers.cap)) * numbers.cap
         near = self._context(valid[:, None], blocks).reshape(blocks, 1, 1, numbers.context)
         scores = scores + (near * self._causal() - 1.0) * -_NOT_SEEN
@@ -177,6 +179,7 @@ class LightConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         both = self.linear_start(self.pre_layer_norm(x))
         gated = both[:, : x.shape[1]] * torch.sigmoid(both[:, x.shape[1] :])
+        # Before alone: what lies behind the end of a sound reaches nothing of it.
         rows = padded(gated, self.kernel - 1, 0)[None, None]
         moved = convolve_apart(rows, self.depthwise_conv1d.weight, [1, 1]).reshape(x.shape)
         made: Tensor = self.linear_end(_silu(self.conv_norm(clipped(moved, self.clip)))) + x
@@ -196,6 +199,7 @@ class ConvBlock(nn.Module):
         self.around = (0, 2) if leads else (1, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        # From the last axis on: no channels, pitches on both sides, then time.
         rows = functional.pad(x, (0, 0, 1, 1, *self.around))
         return torch.relu(self.norm(convolve(rows, self.conv.weight, [2, 2])))
 
@@ -246,9 +250,11 @@ class Adapter(nn.Module):
 
 def spectrogram(front: Front, windows: Tensor) -> Tensor:
     """Log-mel, [1, T, samples] → [1, T, F]."""
+    # The window stands in the two matrices of the Fourier transform.
     real, imaginary = (functional.linear(windows, torch.from_numpy(part)) for part in (front.cosine, front.sine))
     magnitude = torch.sqrt(real * real + imaginary * imaginary)
     mel, floor = functional.linear(magnitude, torch.from_numpy(front.mel)), torch.tensor(front.floor)
+    # Gemma 4 adds its floor; of Gemma 3n it is the least.
     mel = torch.log(mel + floor if front.added else torch.maximum(mel, floor))
     if front.mean is not None:
         mel = mel - torch.from_numpy(front.mean)

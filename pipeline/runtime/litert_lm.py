@@ -394,6 +394,7 @@ class _Budgeted:
         """What a message is sent with."""
         made = int(self._library.litert_lm_conversation_optional_args_create())
         say = self._library.litert_lm_conversation_optional_args_set_visual_token_budget
+        # By type: a pointer that is handed over as a number is cut to 32 bits.
         say(ctypes.c_void_p(made), ctypes.c_int(self._tokens))
         return made
 

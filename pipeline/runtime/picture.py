@@ -83,6 +83,7 @@ class Sight:
         down, across = (length // size for length in pixels.shape[:2])
         count = down * across
         images = np.zeros((1, self.patches.count, 3 * size**2), np.float32)
+        # Patch by patch, and within it row by row.
         images[0, :count] = pixels.reshape(down, size, across, size, 3).swapaxes(1, 2).reshape(count, -1)
         places = np.full((1, self.patches.count, 2), -1, np.int32)
         places[0, :count] = np.stack(np.meshgrid(np.arange(across), np.arange(down)), axis=-1).reshape(count, 2)
@@ -130,6 +131,7 @@ def extent(height: int, width: int, patches: Patches) -> tuple[int, int]:
     """
     side, most = patches.side, patches.tokens
     factor = math.sqrt(patches.count * patches.size**2 / (height * width))
+    # Down to whole soft tokens, so that there are never more than the most.
     down, across = int(factor * height / side), int(factor * width / side)
     if down == 0:
         down, across = 1, min(width // height, most)

@@ -69,6 +69,7 @@ class Hearing:
         fitted = self.fitted(sound)
         windows = np.lib.stride_tricks.sliding_window_view(fitted, self.frame)[:: self.hop]
         frames, mask = np.zeros((1, most, self.frame), np.float32), np.zeros((1, 1, most), np.bool_)
+        # Before frames that lie side by side the runtime puts a silent one (LiteRT-LM 0.18.1).
         first = int(self.apart)
         frames[0, first : first + len(windows)], mask[..., : first + len(windows)] = windows, True
         return frames, mask
