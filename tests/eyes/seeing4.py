@@ -9,7 +9,7 @@ from typing import Any
 
 import senses4
 import torch
-from transformers import Gemma4Config, Gemma4ForConditionalGeneration
+from transformers import Gemma4ForConditionalGeneration
 from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
 
 from pipeline.core.facts import Patches
@@ -60,26 +60,10 @@ def model(
     vision: dict[str, Any] | None = None, seed: int = 0, audio: dict[str, Any] | None = None
 ) -> Gemma4ForConditionalGeneration:
     """The whole model, without ears if there is no `audio`."""
-    config = Gemma4Config(
-        text_config=senses4.TEXT,
-        vision_config=vision or VISION,
-        audio_config=audio,
-        boi_token_id=BEGIN,
-        eoi_token_id=END,
-        image_token_id=PLACE,
-        video_token_id=2018,
-        boa_token_id=2015,
-        eoa_token_index=2032,
-        audio_token_id=2033,
-    )
-    made = Gemma4ForConditionalGeneration(config).eval().float()
-    senses4.shake(made, seed)
+    made: Gemma4ForConditionalGeneration = senses4.whole(vision or VISION, audio, seed, None)
     tower: Any = made.model.vision_tower
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, parameter in made.model.language_model.named_parameters():
-            if "layers" in name and ".post_" in name:
-                parameter.mul_(4)  # else a token's embedding outweighs what is read, and it is said again and again
         for name, parameter in tower.named_parameters():
             if vision and name.endswith(("q_norm.weight", "k_norm.weight")):
                 # Scores are not scaled: else each patch sees one of thousands alone, which makes roundings large.

@@ -82,6 +82,19 @@ def heard(line: Line, hearing_of: Hearing, least: float, scratch: Path) -> None:
         assert min(found.values()) > gate[precision]
 
 
+def seen(line: Line, sight: Sight, recipe: str, scratch: Path) -> None:
+    """The same of pictures: 100 dB in float32, in int8 what the family's recipe wants."""
+    files = write(scratch)
+    chosen = {name: files[name] for name in some(files)}
+    wanted = seeing.look(line.root / "fetch" / "checkpoint", chosen, scratch)
+    gate = {"fp32": 100.0, "int8": load(RECIPES / f"{recipe}.toml").gates["vision-int8"].snr or 0.0}
+    for precision in precisions(line):
+        eyes = Eyes(line.root / "towers" / precision, sight, scratch)
+        found = {name: round(decibels(nmse(eyes.see(chosen[name]), wanted[name])), 2) for name in chosen}
+        print(precision, found)
+        assert min(found.values()) > gate[precision]
+
+
 def test_the_true_vision_tower_is_hugging_faces(tmp_path: Path) -> None:
     model = whole.write_model(tmp_path / "eyes")
     line = Line(artifacts=tmp_path / "artifacts", recipe=small_recipe(tmp_path / "small.toml"), model=model)
@@ -102,15 +115,7 @@ def test_gemma_3s_true_vision_tower_is_hugging_faces(tmp_path: Path) -> None:
     recipe = small_recipe(tmp_path / "small.toml", source=RECIPES / "gemma3_vision.toml", small=seeing3.SMALL)
     line = Line(artifacts=tmp_path / "artifacts", recipe=recipe, model=model)
     made(line, "vision")
-    files = write(tmp_path)
-    chosen = {name: files[name] for name in some(files)}
-    wanted = seeing.look(line.root / "fetch" / "checkpoint", chosen, tmp_path)
-    gate = {"fp32": 100.0, "int8": load(RECIPES / "gemma3_vision.toml").gates["vision-int8"].snr or 0.0}
-    for precision in precisions(line):
-        eyes = Eyes(line.root / "towers" / precision, Sight(size=896), tmp_path)
-        found = {name: round(decibels(nmse(eyes.see(chosen[name]), wanted[name])), 2) for name in chosen}
-        print(precision, found)
-        assert min(found.values()) > gate[precision]
+    seen(line, Sight(size=896), "gemma3_vision", tmp_path)
 
 
 def test_gemma_4s_true_vision_tower_is_hugging_faces(tmp_path: Path) -> None:
@@ -119,15 +124,7 @@ def test_gemma_4s_true_vision_tower_is_hugging_faces(tmp_path: Path) -> None:
     recipe = small_recipe(tmp_path / "small.toml", source=RECIPES / "gemma4.toml", small=seeing4.SMALL)
     line = Line(artifacts=tmp_path / "artifacts", recipe=recipe, model=model)
     made(line, "vision")
-    files = write(tmp_path)
-    chosen = {name: files[name] for name in some(files)}
-    wanted = seeing.look(line.root / "fetch" / "checkpoint", chosen, tmp_path)
-    gate = {"fp32": 100.0, "int8": load(RECIPES / "gemma4.toml").gates["vision-int8"].snr or 0.0}
-    for precision in precisions(line):
-        eyes = Eyes(line.root / "towers" / precision, Sight(patches=Patches(size=16, pool=3, tokens=280)), tmp_path)
-        found = {name: round(decibels(nmse(eyes.see(chosen[name]), wanted[name])), 2) for name in chosen}
-        print(precision, found)
-        assert min(found.values()) > gate[precision]
+    seen(line, Sight(patches=Patches(size=16, pool=3, tokens=280)), "gemma4", tmp_path)
 
 
 def test_the_true_audio_tower_is_hugging_faces(tmp_path: Path) -> None:

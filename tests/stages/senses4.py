@@ -86,10 +86,15 @@ def shake(module: torch.nn.Module, seed: int) -> None:
 
 def model(audio: dict[str, Any] | None = None, text: dict[str, Any] | None = None, seed: int = 0) -> Any:
     """The whole model, without eyes."""
+    return whole(None, audio or AUDIO, seed, text)
+
+
+def whole(vision: dict[str, Any] | None, audio: dict[str, Any] | None, seed: int, text: dict[str, Any] | None) -> Any:
+    """A model with the eyes and ears that are given."""
     config = Gemma4Config(
         text_config={**TEXT, **(text or {})},
-        vision_config=None,
-        audio_config=audio or AUDIO,
+        vision_config=vision,
+        audio_config=audio,
         boa_token_id=BEGIN,
         eoa_token_index=END,
         audio_token_id=SOUND,
@@ -103,7 +108,8 @@ def model(audio: dict[str, Any] | None = None, text: dict[str, Any] | None = Non
     with torch.no_grad():
         for name, parameter in made.model.language_model.named_parameters():
             if "layers" in name and ".post_" in name:
-                parameter.mul_(4)  # else a token's embedding outweighs what is heard, and it is said again and again
+                # Else a token's embedding outweighs what is seen or heard, and it is said again and again.
+                parameter.mul_(4)
     return made
 
 
