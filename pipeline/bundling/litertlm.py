@@ -271,12 +271,17 @@ def _says_where(kind: llm_model_type_pb2.GenericModel, places: Sequence[str]) ->
 
 
 def _sees(kind: llm_model_type_pb2.GenericModel, picture: Picture) -> None:
-    """Say how a picture goes in: pixels in 0 … 1; what ends it is text, or the last row of the adapter."""
+    """Say how a picture goes in: pixels in 0 … 1; between lines of their own, as the processors have it.
+
+    What ends a picture is the last row of the adapter. Where soft tokens see the whole picture it is text: as a row it
+    would be seen by them.
+    """
     kind.image_enabled = True
     kind.image_token_regex = re.escape(picture.place)
     kind.image_tensor_height = kind.image_tensor_width = picture.size
     kind.start_of_image_token.token_str, kind.end_of_image_token.token_str = picture.start, picture.end
-    kind.image_prefix, kind.image_suffix, kind.add_image_end = picture.prefix, picture.suffix, False
+    behind = f"{picture.end}\n\n" if picture.whole else "\n\n"
+    kind.image_prefix, kind.image_suffix, kind.add_image_end = "\n\n", behind, False
 
 
 def _sees_patches(kind: llm_model_type_pb2.Gemma4, picture: Picture, patches: Patches) -> None:
@@ -290,14 +295,12 @@ def _sees_patches(kind: llm_model_type_pb2.Gemma4, picture: Picture, patches: Pa
 
 
 def _hears(kind: llm_model_type_pb2.GenericModel, sound: Sound) -> None:
-    """Say how sound goes in: as samples, of which the encoder makes the spectrogram.
-
-    The section end_of_audio is the token behind it, where that is none of the text.
-    """
+    """Say how sound goes in: as samples, of which the encoder makes the spectrogram; between lines of their own."""
     kind.audio_enabled = True
     kind.audio_token_regex = re.escape(sound.place)
     kind.start_of_audio_token.token_str, kind.end_of_audio_token.token_str = sound.start, sound.end
-    kind.audio_prefix, kind.audio_suffix, kind.add_audio_end = sound.prefix, sound.suffix, not sound.closed
+    # As `Gemma3nProcessor` of transformers has it; the section end_of_audio is the token behind a sound.
+    kind.audio_prefix, kind.audio_suffix, kind.add_audio_end = "\n\n", "\n\n", True
     kind.skip_mel_spectrogram_extraction = True
     kind.audio_sample_rate_hz, kind.audio_num_channels = sound.rate, 1
     kind.audio_frame_length, kind.audio_hop_length, kind.audio_input_scale = sound.frame, sound.hop, 1.0

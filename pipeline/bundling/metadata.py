@@ -52,9 +52,7 @@ _NO_WORD_FOR: Mapping[str, tuple[object, ...]] = {
 """Keys of generation_config.json that a bundle's metadata has no field for, and the values that say nothing."""
 
 SENSES = "generic_model"
-"""LiteRT-LM's type of a model that sees or hears: any other one has a spectrogram of its own, not Hugging Face's."""
-_LINES = "\n\n"
-"""What the processors of Gemma 3 and 3n put around a picture or a sound."""
+"""LiteRT-LM's type of a Gemma 3 or 3n that sees or hears: their own types do otherwise than Hugging Face."""
 _PLACES = {"image": "<|image|>", "audio": "<|audio|>"}
 """Where a medium stands in a prompt of LiteRT-LM's type `gemma4`, which no field of it says."""
 _NO_CALLS = (
@@ -78,7 +76,6 @@ class Sampler:
 class Sound:
     """How a bundle hears: the texts of the tokens before and behind a sound, and `place`, its place in a prompt.
 
-    `prefix` stands before the first, `suffix` behind the second, which it has in it where that is a token of the text.
     Its encoder takes `frames` frames of `frame` samples, `rate` samples a second, each `hop` after the one before.
     """
 
@@ -89,13 +86,6 @@ class Sound:
     frame: int
     hop: int
     frames: int
-    prefix: str = _LINES
-    suffix: str = _LINES
-
-    @property
-    def closed(self) -> bool:
-        """Whether its end is a token of the text."""
-        return self.end in self.suffix
 
     @property
     def apart(self) -> bool:
@@ -107,9 +97,8 @@ class Sound:
 class Picture:
     """How a bundle sees: the texts of the tokens before and behind a picture, and `place`, its place in a prompt.
 
-    `prefix` stands before the first, `suffix` behind the second, which it has in it where that is a token of the text;
-    else it is a vector of the adapter's. Its encoder takes `size` x `size` pixels, or `patches`, and makes `tokens`
-    soft tokens of them, or at most so many. They may see the `whole` picture, also what comes after them.
+    Its encoder takes `size` x `size` pixels, or `patches`, and makes `tokens` soft tokens of them, or at most so many.
+    If these see the `whole` picture, also what comes after them, its end is a token of the text.
     """
 
     start: str
@@ -119,13 +108,6 @@ class Picture:
     tokens: int
     whole: bool = False
     patches: Patches | None = None
-    prefix: str = _LINES
-    suffix: str = _LINES
-
-    @property
-    def closed(self) -> bool:
-        """Whether its end is a token of the text."""
-        return self.end in self.suffix
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -310,13 +292,11 @@ def _sound(tower: Tower, checkpoint: Path, tokenizer: Tokenizer) -> Sound:
     own = isinstance(config, gemma4_audio.AudioConfig)
     front = open_front4(checkpoint) if own else open_front(checkpoint)
     start, end, place = _texts(tokenizer, boa=config.boa_token_id, eoa=config.eoa_token_id, audio=config.audio_token_id)
-    made = Sound(
+    if own:
+        _check_place("audio", place)
+    return Sound(
         start=start, end=end, place=place, rate=front.rate, frame=front.frame, hop=front.hop, frames=config.frames
     )
-    if not own:
-        return made
-    _check_place("audio", place)
-    return replace(made, prefix="", suffix="")
 
 
 def _check_place(kind: str, place: str) -> None:
@@ -338,15 +318,12 @@ def _picture(tower: Tower, checkpoint: Path, tokenizer: Tokenizer) -> Picture:
         config.check(patches := open_patches(checkpoint))
         (place,) = _texts(tokenizer, image=config.image_token_id)
         _check_place("image", place)
-        made = Picture(start=start, end=end, place=place, size=0, tokens=patches.tokens, prefix="", suffix="")
-        return replace(made, patches=patches)
+        return Picture(start=start, end=end, place=place, size=0, tokens=patches.tokens, patches=patches)
     config.check((look := open_look(checkpoint)).size)
     whole = isinstance(config, gemma3_vision.VisionConfig)
     # Gemma 3's template has what begins a picture in its place, and its processor puts the rest there.
     place = start if whole else _texts(tokenizer, image=config.image_token_id)[0]
-    suffix = f"{end}{_LINES}" if whole else _LINES
-    made = Picture(start=start, end=end, place=place, size=look.size, tokens=config.soft_tokens, suffix=suffix)
-    return replace(made, whole=whole)
+    return Picture(start=start, end=end, place=place, size=look.size, tokens=config.soft_tokens, whole=whole)
 
 
 def _texts(tokenizer: Tokenizer, **tokens: int) -> list[str]:

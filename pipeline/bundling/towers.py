@@ -49,8 +49,6 @@ def _of_ears(models: Mapping[str, Path], sound: Sound) -> list[str]:
     taken, made = _ports(models["audio_adapter"])
     faults.append(_differs("audio_adapter takes", taken, {"features": features, "mask": mask}))
     faults.append(_differs("audio_adapter gives", made, dict.fromkeys([*made][:1], ("FLOAT32", (1, rows, width)))))
-    if sound.closed:
-        return faults
     return faults + _of_end(models["end_of_audio"], "eoa_embedding", width)
 
 
@@ -76,7 +74,7 @@ def _of_eyes(models: Mapping[str, Path], picture: Picture) -> list[str]:
     taken, made = _ports(models["vision_adapter"])
     faults.append(_differs("vision_adapter takes", taken, {"soft_tokens": features}))
     # The runtime makes a place of every row. Where it puts nothing behind a picture, its end is the last row.
-    rows += not (picture.closed or picture.patches)
+    rows += not (picture.whole or picture.patches)
     faults.append(_differs("vision_adapter gives", made, {"mm_embedding": ("FLOAT32", (1, rows, width))}))
     return faults + (_of_end(models["end_of_vision"], "eoi_embedding", width) if picture.patches else [])
 

@@ -7,7 +7,7 @@ as it has soft tokens, as in LiteRT-LM, and is not filled up to 188.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,22 +109,26 @@ def answer(
             pieces[index] = f"{sense.around}{start}{place * len(soft)}{end}{sense.around}{pieces[index]}"
         text = "".join(pieces)
     ids = torch.tensor([reference.begin(text)], device=reference.device)
-    places = torch.zeros_like(ids, dtype=torch.bool)
-    for sense in senses.values():
-        places |= sense.holds(ids) if not sense.embedder else places
+    places = _held((sense for sense in senses.values() if not sense.embedder), ids)
     with torch.inference_mode():
         embedded = _embedded(reference, senses, ids, media)
         beside = _beside(reference, ids, embedded, places)
     told, states = _greedy(reference, beside, count)
-    vectors = torch.zeros_like(ids, dtype=torch.bool)
-    for sense in senses.values():
-        vectors |= sense.holds(ids)
+    vectors = _held(senses.values(), ids)
     return Answer(
         media=tuple((kind, name) for kind, name, _ in media),
         question=question,
         prompt=ids.masked_fill(vectors, -1)[0].tolist(),
         **told,
     ), states
+
+
+def _held(senses: Iterable[Sense], ids: torch.Tensor) -> torch.Tensor:
+    """Which of `ids` any of `senses` holds."""
+    held = torch.zeros_like(ids, dtype=torch.bool)
+    for sense in senses:
+        held |= sense.holds(ids)
+    return held
 
 
 def _embedded(reference: HuggingFace, senses: Mapping[Kind, Sense], ids: torch.Tensor, media: Heard) -> torch.Tensor:

@@ -91,12 +91,9 @@ def _gemma4(checkpoint: Path, config: Any) -> tuple[See, Any]:
     from transformers.models.gemma4.image_processing_gemma4 import Gemma4ImageProcessor
     from transformers.models.gemma4.modeling_gemma4 import Gemma4Model, Gemma4MultimodalEmbedder, Gemma4VisionModel
 
-    from pipeline.reference import streaming
-    from pipeline.reference.answers import weights
+    from pipeline.reference.answers import embedder
 
-    with torch.device("meta"):
-        embedder = Gemma4MultimodalEmbedder(config.vision_config, config.text_config)
-    own = streaming.load_part(embedder, weights(checkpoint, "embed_vision"))
+    own = embedder(checkpoint, config.vision_config, config.text_config, "embed_vision", Gemma4MultimodalEmbedder)
     tower = _tower(checkpoint, Gemma4VisionModel, config)
     model: Any = SimpleNamespace(vision_tower=tower, embed_vision=own, config=config)
 

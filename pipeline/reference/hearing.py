@@ -23,6 +23,11 @@ from pipeline.reference.model import Floats
 
 COUNTED = "gemma4"
 """The type of models whose encoder says which of its rows are of the sound, as its mask says of frames."""
+_KINDS: Mapping[str, tuple[Any, Any, Any]] = {
+    "gemma3n": (Gemma3nAudioEncoder, Gemma3nAudioFeatureExtractor, Gemma3nMultimodalEmbedder),
+    COUNTED: (Gemma4AudioModel, Gemma4AudioFeatureExtractor, Gemma4MultimodalEmbedder),
+}
+"""Tower, processor and embedder by the type of the model; transformers ships no types for how they are made."""
 _HOP = 160
 """Samples of theirs from one window to the next; a soft token is made of four."""
 _LONG = 8 / 30
@@ -42,12 +47,7 @@ class Ears:
     def load(cls, checkpoint: Path) -> Ears:
         """Those of a checkpoint."""
         config = AutoConfig.from_pretrained(checkpoint, local_files_only=True)
-        kind: Any  # transformers ships no types for how they are made
-        extractor: Any
-        way: Any
-        kind, extractor, way = Gemma3nAudioEncoder, Gemma3nAudioFeatureExtractor, Gemma3nMultimodalEmbedder
-        if config.model_type == COUNTED:
-            kind, extractor, way = Gemma4AudioModel, Gemma4AudioFeatureExtractor, Gemma4MultimodalEmbedder
+        kind, extractor, way = _KINDS[config.model_type]
         with torch.device("meta"):
             tower = kind._from_config(config.audio_config, dtype=torch.float32)
         tower = streaming.load_part(tower, weights(checkpoint, "audio_tower"))

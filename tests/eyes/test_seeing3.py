@@ -220,7 +220,7 @@ def test_an_adapter_with_a_row_behind_the_picture_is_refused(line: Line) -> None
     fit.check(models, metadata)
     assert metadata.picture
     with pytest.raises(BundleError, match="vision_adapter gives"):
-        fit.check(models, replace(metadata, picture=replace(metadata.picture, suffix="\n\n")))
+        fit.check(models, replace(metadata, picture=replace(metadata.picture, whole=False)))
 
 
 def test_a_shorter_prefill_beside_the_long_one_would_read_pictures_in_parts(line: Line, tmp_path: Path) -> None:
